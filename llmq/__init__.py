@@ -1,0 +1,14 @@
+"""llmq: quantize the weights of Hugging Face language models, write packed checkpoints, run them.
+
+llmq.quantize(llmq.QuantizeConfig(model="demo", output=Path("demo-4bit")))
+model = llmq.load("demo-4bit")
+"""
+
+# Eager on purpose: `llmq.load` and `llmq.quantize` must mean these functions, not the modules of the same names.
+from llmq.config import QuantizeConfig
+from llmq.load import load
+from llmq.pipeline import quantize
+from llmq.weight import QuantizedWeight
+
+__version__ = "0.1.0"
+__all__ = ["QuantizeConfig", "QuantizedWeight", "load", "quantize"]

@@ -1,0 +1,35 @@
+"""The methods by name. One is a way to solve a Problem, perhaps after transforming the block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llmq.algorithms import awq, gptq, rtn
+from llmq.algorithms.problem import Problem, Solution
+from llmq.arch import Group
+from llmq.config import QuantizeConfig
+from llmq.stream import Block
+
+# Changes the block and its problems in place, without changing what the block computes, before the problems are solved.
+# Returns the names of the other tensors of the block that changed, and fallbacks.
+Transform = Callable[[Block, list[Group], list[Problem], QuantizeConfig], tuple[set[str], list[str]]]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """How a method turns the weights of a block into codes."""
+
+    solve: Callable[[Problem, QuantizeConfig], Solution]
+    transform: Transform | None = None
+    needs_statistics: bool = True
+
+
+ALGORITHMS = {
+    "rtn": Algorithm(lambda problem, _: rtn.solve(problem), needs_statistics=False),
+    "gptq": Algorithm(lambda problem, config: gptq.solve(problem, config.gptq)),
+    "awq": Algorithm(
+        lambda problem, config: awq.solve(problem, config.awq),
+        transform=lambda block, groups, problems, config: awq.transform(block, groups, problems, config.awq),
+    ),
+}

@@ -1,0 +1,145 @@
+"""AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration (Lin et al., arXiv 2306.00978).
+
+Channels that carry large activations should lose less. Scaling a weight column by s before rounding, and the activation
+channel by 1/s, leaves the layer's function alone but makes the rounding finer where it matters:
+
+    L(s) = || Q(W · s) · (s⁻¹ · X) - W X ||²,    s = mean|x|^ratio,  the best of 20 ratios in [0, 1)
+
+The 1/s is folded into whatever produces the activations (a norm, v_proj's rows, up_proj's rows), so nothing remains to
+be done at run time. Afterwards every group's range is clipped where that lowers the error.
+
+What deviates from the paper, and why:
+  * L is evaluated as tr(ΔW H ΔWᵀ) with ΔW = Q(W·s)/s - W and H = XᵀX, for the linears that share the input: exactly the
+    layers' output error, at a small fraction of the cost of running the block for every ratio.
+  * Clipping is scored with the diagonal block of H that belongs to the group, per row.
+  * A norm's new weight is rounded to its storage dtype first and the linears are scaled by what that rounding left, so
+    the fold costs no precision.
+  * v_proj -> o_proj is skipped under grouped-query attention, where one channel of v feeds several of o.
+  * The folded block is run once and must compute what it computed before, or the folds are undone and reported.
+"""
+
+# torch annotates only part of itself: what it leaves unknown is not reported here.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llmq import grid
+from llmq.algorithms.problem import Problem, Solution, energy, quantize_groups, round_to_nearest
+from llmq.arch import Group, linear_of
+from llmq.config import Awq
+from llmq.stream import Block
+
+_ROWS = 4096  # rows searched at once; bounds memory on wide layers, rows do not interact
+_SAME_FUNCTION = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def transform(block: Block, groups: list[Group], problems: list[Problem], settings: Awq) -> tuple[set[str], list[str]]:
+    """Scale the block's linears and fold the inverse into their producers, in place; problems follow suit.
+
+    Returns:
+        the tensors of the block that changed besides the linears of `groups`, and fallbacks.
+    """
+    module = block.module
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    sample = block.hidden[0][:1]
+    expected = block.run(sample)
+    applied: dict[str, Tensor] = {}
+    for group, problem in zip(groups, problems, strict=True):
+        if group.producer is not None:
+            applied[group.linears[0]] = _fold(module, group, search_scales(problem, settings.ratios))
+    drift = float((block.run(sample) - expected).norm() / expected.norm())
+    if not drift <= _SAME_FUNCTION[expected.dtype]:
+        module.load_state_dict(before)
+        return set(), [f"AWQ folds undone: the folded block differed by {drift:.1e}"]
+    for group, problem in zip(groups, problems, strict=True):
+        # Read back from the module: a fold may also have changed the rows of another group (v_proj, up_proj).
+        problem.W = torch.cat([linear_of(module, name).weight.float() for name in group.linears])
+        s = applied.get(group.linears[0])
+        if s is not None and problem.statistics is not None:
+            stats = problem.statistics
+            H, H_val = (moments / torch.outer(s, s) for moments in (stats.H, stats.H_val))
+            problem.statistics = replace(stats, H=H, H_val=H_val, mean_abs=stats.mean_abs / s)
+    return {f"{group.producer}.{part}" for group in groups for part in ("weight", "bias") if group.producer}, []
+
+
+def search_scales(problem: Problem, ratios: int) -> Float[Tensor, "in"]:
+    """The s = mean|x|^ratio with the smallest output error; ratio 0 is plain rounding to nearest."""
+    assert problem.statistics is not None, "awq needs input statistics"
+    x = problem.statistics.mean_abs.clamp(min=1e-4)
+    best, best_error = torch.ones_like(x), float("inf")
+    for step in range(ratios):
+        s = x ** (step / ratios)
+        s = s / (s.max() * s.min()).sqrt()
+        error = sum(_scaled_error(problem, rows, s) for rows in problem.W.split(_ROWS))
+        if error < best_error:
+            best, best_error = s, error
+    return best
+
+
+def _scaled_error(problem: Problem, W: Tensor, s: Tensor) -> float:
+    assert problem.statistics is not None
+    q, scale, zero = quantize_groups(problem, grid.group_view(W * s, problem.grid.group_size))
+    W_hat = grid.dequantize(q, scale[..., None], zero[..., None], W.dtype).flatten(-2) / s
+    return energy(W - W_hat, problem.statistics.H)
+
+
+def solve(problem: Problem, settings: Awq) -> Solution:
+    """Round to nearest on the best clipped grids."""
+    if settings.clip_steps == 0:
+        return round_to_nearest(problem)
+    shrink = torch.cat([_best_clip(problem, rows, settings.clip_steps) for rows in problem.groups().split(_ROWS)])
+    shrink[~problem.clippable] = 1.0
+    return round_to_nearest(problem, shrink)
+
+
+def _best_clip(problem: Problem, W: Float[Tensor, "out groups size"], steps: int) -> Float[Tensor, "out groups"]:
+    """For each row and group the fraction of its range, 1 to 0.5, whose rounding error weighs least under H."""
+    assert problem.statistics is not None, "awq needs input statistics"
+    size = problem.grid.group_size
+    H_gg = torch.stack([H_g[:, i * size : (i + 1) * size] for i, H_g in enumerate(problem.statistics.H.split(size))])
+    best = torch.ones(W.shape[:2], device=W.device)
+    best_error = torch.full_like(best, torch.inf)
+    for step in range(steps):
+        shrink = 1 - step / (2 * steps)
+        q, scale, zero = quantize_groups(problem, W, shrink)
+        E = (W - grid.dequantize(q, scale[..., None], zero[..., None], W.dtype)).transpose(0, 1)
+        error = ((E @ H_gg) * E).sum(-1).T
+        better = error < best_error
+        best = torch.where(better, shrink, best)
+        best_error = torch.where(better, error, best_error)
+    return best
+
+
+def _fold(module: nn.Module, group: Group, s: Tensor) -> Tensor:
+    """Divide the producer's channels by s and multiply the linears' columns; returns the s that was really applied."""
+    assert group.producer is not None
+    producer: Any = module.get_submodule(group.producer)
+    if group.norm_offset is not None:
+        s = _fold_into_norm(producer, s, group.norm_offset)
+    else:
+        producer.weight.data[-len(s) :] /= s[:, None].to(producer.weight.dtype)
+        if producer.bias is not None:
+            producer.bias.data[-len(s) :] /= s.to(producer.bias.dtype)
+    for name in group.linears:
+        weight = linear_of(module, name).weight
+        weight.data *= s.to(weight.dtype)
+    return s
+
+
+def _fold_into_norm(norm: Any, s: Tensor, offset: float) -> Tensor:
+    old = norm.weight.data.float() + offset
+    stored = (old / s - offset).to(norm.weight.dtype)
+    new = stored.float() + offset
+    usable = (new != 0) & (old != 0)
+    norm.weight.data = torch.where(usable, stored, norm.weight.data)
+    applied = torch.where(usable, old / torch.where(usable, new, 1.0), torch.ones_like(s))
+    if getattr(norm, "bias", None) is not None:
+        norm.bias.data = (norm.bias.data.float() / applied).to(norm.bias.dtype)
+    return applied

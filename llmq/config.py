@@ -1,0 +1,136 @@
+"""Every setting of a quantization run, declared once: CLI flags, `--help` and the report derive from these classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmq.errors import RequestError
+
+BITS = (2, 3, 4, 8)
+METHODS = ("gptq", "awq", "rtn")
+FORMATS = ("auto", "compressed-tensors")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """Settings of GPTQ that the paper names."""
+
+    damping: float = 0.05
+    """Added to the diagonal of H, as a fraction of its mean. 0.05 generalises better than the paper's 0.01."""
+    block_size: int = 128
+    """Columns per lazy update. Changes speed, never the result."""
+
+
+@dataclass(frozen=True)
+class Awq:
+    """Settings of the AWQ search."""
+
+    ratios: int = 20
+    """Exponents tried between 0 (no scaling) and 1 when searching the channel scales."""
+    clip_steps: int = 10
+    """Clipping levels tried per group between 1 and 0.5 of its range; 0 switches clipping off."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a group of weights is laid on integers. `group_size` -1 means one group per row."""
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise RequestError(f"bits must be one of {_listed(BITS)}; got {self.bits}")
+        if self.group_size != -1 and self.group_size < 1:
+            raise RequestError(f"group size must be positive, or -1 for one group per row; got {self.group_size}")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text the input statistics come from, and how much of it."""
+
+    text: str = "pile"
+    samples: int = 128
+    sequence_length: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise RequestError(f"samples must be at least 1; got {self.samples}")
+        if self.sequence_length < 2:
+            raise RequestError(f"sequence length must be at least 2 tokens; got {self.sequence_length}")
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Quantize the weights of a Hugging Face causal language model and write a packed checkpoint."""
+
+    model: str
+    """What to quantize: a directory, a hub id (org/name), a .gguf file, or `demo` (SmolLM2-135M-Instruct)."""
+    output: Path
+    """Directory for the packed checkpoint. Must be new or empty unless --overwrite is given."""
+    method: str = "gptq"
+    """gptq (best), awq (for activation outliers) or rtn (needs no calibration text, seconds)."""
+    bits: int = 4
+    """Bits per weight: 2, 3, 4 or 8."""
+    group_size: int = 128
+    """Consecutive inputs that share one scale; -1 for a whole row. Lowered to 64 or 32 where 128 does not divide."""
+    symmetric: bool = True
+    """A fixed zero point in the middle of the codes. --no-symmetric stores a zero point per group."""
+    format: str = "auto"
+    """Checkpoint format: auto or compressed-tensors (read by transformers, vLLM and SGLang)."""
+    calibration: str = Calibration.text
+    """Text to calibrate on: wikitext2, c4, pile (downloaded), pydoc, pytopics (offline), or a .txt/.jsonl/.parquet."""
+    samples: int = Calibration.samples
+    """Number of calibration sequences; every tenth is held out to measure the error."""
+    sequence_length: int = Calibration.sequence_length
+    """Tokens per calibration sequence."""
+    seed: int = Calibration.seed
+    """Seed for the choice of calibration windows."""
+    device: str = "auto"
+    """Where to compute: auto (cuda when present), cpu or cuda."""
+    overwrite: bool = False
+    """Replace a checkpoint that is already in the output directory."""
+    trust_remote_code: bool = False
+    """Run modelling code that ships with the model. Only for sources you trust."""
+    gptq: Gptq = field(default_factory=Gptq)
+    awq: Awq = field(default_factory=Awq)
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        _one_of("format", self.format, FORMATS)
+        _one_of("device", self.device, DEVICES)
+        if not 0 < self.gptq.damping < 1:
+            raise RequestError(f"gptq damping must lie between 0 and 1; got {self.gptq.damping}")
+        if self.gptq.block_size < 1:
+            raise RequestError(f"gptq block size must be at least 1; got {self.gptq.block_size}")
+        if self.awq.ratios < 1 or not 0 <= self.awq.clip_steps <= 20:
+            raise RequestError("awq needs at least 1 ratio and 0 to 20 clip steps")
+        if self.format == "auto" and not self.symmetric:
+            raise RequestError(
+                "no automatic format for asymmetric grids: transformers opens asymmetric compressed-tensors only with "
+                "dequantize=True (vLLM and llmq open it as it is).\n"
+                "Pass --format compressed-tensors to write it anyway, or keep the symmetric default."
+            )
+        # The nested views validate themselves.
+        _ = self.grid, self.calibration_settings
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.bits, self.group_size, self.symmetric)
+
+    @property
+    def calibration_settings(self) -> Calibration:
+        return Calibration(self.calibration, self.samples, self.sequence_length, self.seed)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise RequestError(f"{name} must be one of {_listed(allowed)}; got {value!r}")
+
+
+def _listed(values: tuple[object, ...]) -> str:
+    return ", ".join(str(value) for value in values)

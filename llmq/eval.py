@@ -1,0 +1,70 @@
+"""python -m llmq.eval: perplexity of a model on a text, and its KL divergence from a reference model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import torch
+
+from llmq.cli import run
+from llmq.data import evaluation_chunks, read_text
+from llmq.errors import RequestError
+from llmq.evaluate import evaluate, logits_of
+from llmq.load import load_any
+from llmq.pipeline import pick_device
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Perplexity in the standard way: non-overlapping chunks of one long text, no padding, every chunk on its own."""
+
+    model: str
+    """A packed checkpoint, or an original model (directory, hub id, .gguf file or `demo`)."""
+    reference: str | None = None
+    """Also print the mean KL divergence from this model's predictions, usually the original."""
+    text: str = "wikitext2"
+    """wikitext2, c4, pile (downloaded), pydoc, pytopics (offline), or a .txt/.jsonl/.parquet file."""
+    sequence_length: int = 2048
+    """Tokens per chunk."""
+    limit: int | None = None
+    """Stop after this many chunks."""
+    device: str = "auto"
+    """auto (cuda when present), cpu or cuda."""
+    trust_remote_code: bool = False
+    """Run modelling code that ships with the model. Only for sources you trust."""
+    json: bool = False
+    """Print one JSON object and nothing else on stdout."""
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 2 or (self.limit is not None and self.limit < 1):
+            raise RequestError("sequence length must be at least 2 and limit at least 1")
+
+
+def evaluate_command(config: EvalConfig) -> None:
+    """Evaluate and print."""
+    text = read_text(config.text, evaluation=True)
+    device = pick_device(config.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model, tokenizer = load_any(config.model, device, dtype, config.trust_remote_code)
+    chunks = evaluation_chunks(tokenizer, text, config.sequence_length, config.limit)
+    reference = None
+    if config.reference is not None:
+        reference = logits_of(load_any(config.reference, device, dtype, config.trust_remote_code)[0])
+    result = evaluate(model, chunks, reference, progress=True)
+    if config.json:
+        print(json.dumps({"model": config.model, "text": config.text, "chunks": len(chunks), "tokens": result.tokens,
+                          "perplexity": result.perplexity, "kl": result.kl}))  # fmt: skip
+    else:
+        print(f"perplexity {result.perplexity:.4f}   ({len(chunks)} chunks of {config.sequence_length} tokens)")
+        if result.kl is not None:
+            print(f"KL to {config.reference} {result.kl:.5f} nats per token")
+
+
+def main() -> None:
+    """Entry point; the flags are the fields of EvalConfig."""
+    run(EvalConfig, evaluate_command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""The main road: source -> stream of blocks -> algorithm -> QuantizedWeight -> format -> checkpoint on disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llmq.algorithms import ALGORITHMS
+from llmq.algorithms.problem import Problem, Solution, relative_error, round_to_nearest
+from llmq.arch import Group, find_groups, fit_group_size, linear_of, split_quantizable
+from llmq.clock import Clock
+from llmq.config import Grid, QuantizeConfig
+from llmq.data import Tokens, calibration_tokens
+from llmq.errors import RequestError
+from llmq.formats import FORMATS
+from llmq.report import Report
+from llmq.source import ModelSource
+from llmq.statistics import collect_statistics
+from llmq.stream import Block, stream
+from llmq.weight import QuantizedWeight
+from llmq.writer import Writer, check_output
+
+# Queries and keys meet in a dot product, where a clipped outlier costs more than its own error says (as in AWQ).
+_NOT_CLIPPED = ("q_proj", "k_proj", "qkv_proj")
+
+
+def quantize(config: QuantizeConfig, progress: bool = False) -> Path:
+    """Quantize a model and write a packed checkpoint; returns its directory.
+
+    Args:
+        progress: show a progress bar and the table of the worst layers on stderr.
+
+    Raises RequestError before any work for what cannot be asked for, WorkError for what fails on the way;
+    in both cases nothing that looks like a checkpoint is left in the output directory.
+    """
+    check_output(config.output, config.overwrite)
+    clock = Clock()
+    with clock("open"):
+        source = ModelSource(config.model, config.trust_remote_code)
+        if source.directory.resolve() == config.output.resolve():
+            raise RequestError("the output directory is the model's own; choose another")
+        device = pick_device(config.device)
+        tokens = _tokens(source, config)
+    run = Run(config, source, device, clock)
+    with torch.no_grad(), Writer(config.output, config.overwrite) as writer:
+        with clock("write"):
+            for name in source.outer_names():
+                writer.put({name: source.read(name)})
+        blocks = stream(source, tokens, device, compute_dtype(source, device), clock)
+        bar = tqdm(blocks, "blocks", total=len(source.block_names), disable=not progress, unit="block")
+        for block in bar:
+            tensors = run.quantize_block(block, lambda text: bar.set_postfix_str(text, refresh=False))
+            with clock("write"):
+                writer.put(tensors)
+        with clock("write"):
+            writer.finish(source, source.dtype, run.hf_config(), run.report.to_json(clock))
+    if progress:
+        run.report.show(clock, config.output)
+    return config.output
+
+
+class Run:
+    """The state of one quantization: what was decided on the first block, and the report."""
+
+    def __init__(self, config: QuantizeConfig, source: ModelSource, device: torch.device, clock: Clock) -> None:
+        self.config, self.source, self.device, self.clock = config, source, device, clock
+        self.algorithm = ALGORITHMS[config.method]
+        self.format = FORMATS["compressed-tensors" if config.format == "auto" else config.format]
+        self.report = Report(config)
+        self.grid = config.grid
+        self.skipped: dict[str, str] = {}
+        # float32 scales would double the cost of a group for digits the codes make no use of.
+        self.scale_dtype = torch.float16 if source.dtype == torch.float32 else source.dtype
+
+    def quantize_block(self, block: Block, show: Callable[[str], None]) -> dict[str, Tensor]:
+        """Put the quantized values into the block; returns all of its tensors for the checkpoint."""
+        groups, skipped = split_quantizable(block.module, find_groups(block.module, block.run, block.hidden[0][:1]))
+        self.skipped |= {f"{block.name}.{name}": reason for name, reason in skipped.items()}
+        self._settle_grid(block, groups)
+        problems = self._problems(block, groups)
+        changed: set[str] = set()
+        with self.clock("solve"):
+            baselines = [_loss(problem, round_to_nearest(problem)) for problem in problems]
+            if self.algorithm.transform is not None:
+                changed, notes = self.algorithm.transform(block, groups, problems, self.config)
+                self.report.note(block.name, notes)
+        packed: dict[str, Tensor] = {}
+        for group, problem, baseline in zip(groups, problems, baselines, strict=True):
+            with self.clock("solve"):
+                solution = self.algorithm.solve(problem, self.config)
+                loss = _loss(problem, solution)
+                weights = self._put_back(block, group, problem, solution)
+            self.report.add_group(block.name, group.linears, (loss, baseline), solution, problem.statistics)
+            show(f"{group.linears[-1]} loss {loss:.2e}")
+            with self.clock("write"):
+                for name, weight in weights.items():
+                    packed |= self.format.encode(f"{block.name}.{name}", weight, self.grid.symmetric)
+        return packed | self._remaining(block, groups, changed)
+
+    def hf_config(self) -> dict[str, Any]:
+        """The quantization_config, listing every linear that stays in float."""
+        quantized = {f"{e['block']}.{name}" for e in self.report.groups for name in e["linears"]}
+        linears = (n for n, m in self.source.skeleton.named_modules() if isinstance(m, torch.nn.Linear))
+        ignore = [name for name in linears if name not in quantized]
+        return self.format.hf_config(self.grid.bits, self.grid.group_size, self.grid.symmetric, ignore)
+
+    def _settle_grid(self, block: Block, groups: list[Group]) -> None:
+        """On the first block, fit the group size to the layers; blocks after it are shaped alike."""
+        if not groups:
+            reasons = "; ".join(sorted(set(self.skipped.values())))
+            raise RequestError(f"no linear of {block.name} can be packed: {reasons}")
+        widths = {linear_of(block.module, group.linears[0]).in_features for group in groups}
+        fitted = fit_group_size(self.grid.group_size, widths)
+        if fitted != self.grid.group_size:
+            self.report.note(
+                "model", [f"group size {self.grid.group_size} does not divide every layer: using {fitted}"]
+            )
+            self.grid = Grid(self.grid.bits, fitted, self.grid.symmetric)
+
+    def _problems(self, block: Block, groups: list[Group]) -> list[Problem]:
+        """One rounding problem per group, with the statistics the method needs."""
+        if self.algorithm.needs_statistics:
+            statistics = collect_statistics(block, groups, self.clock)
+        else:
+            statistics = [None] * len(groups)
+        problems = []
+        for group, stats in zip(groups, statistics, strict=True):
+            linears = [linear_of(block.module, name) for name in group.linears]
+            W = torch.cat([linear.weight.float() for linear in linears])
+            clippable = [
+                torch.full((linear.out_features,), name.rpartition(".")[2] not in _NOT_CLIPPED, device=W.device)
+                for name, linear in zip(group.linears, linears, strict=True)
+            ]
+            size = W.shape[1] if self.grid.group_size == -1 else self.grid.group_size
+            grid = Grid(self.grid.bits, size, self.grid.symmetric)
+            problems.append(Problem(W, stats, grid, self.scale_dtype, torch.cat(clippable)))
+        return problems
+
+    def _put_back(self, block: Block, group: Group, problem: Problem, solution: Solution) -> dict[str, QuantizedWeight]:
+        """The block computes with the quantized weights from here on; returns them by linear."""
+        linears = {name: linear_of(block.module, name) for name in group.linears}
+        rows = [linear.out_features for linear in linears.values()]
+        parts = (solution.q, solution.scale, solution.zero)
+        weights: dict[str, QuantizedWeight] = {}
+        for (name, linear), q, scale, zero in zip(linears.items(), *(part.split(rows) for part in parts), strict=True):
+            weights[name] = QuantizedWeight(q, scale, zero, problem.grid.bits)
+            linear.weight.data = weights[name].dequantize().to(linear.weight.dtype)
+        return weights
+
+    def _remaining(self, block: Block, groups: list[Group], changed: set[str]) -> dict[str, Tensor]:
+        """Everything of the block that is not a packed weight: as on disk, unless the transform changed it."""
+        packed = {f"{name}.weight" for group in groups for name in group.linears}
+        current = block.module.state_dict()
+        remaining: dict[str, Tensor] = {}
+        for name in self.source.block_tensor_names(block.name):
+            inner = name.removeprefix(block.name + ".")
+            if inner not in packed:
+                stored = self.source.read(name)
+                remaining[name] = current[inner].to(stored.dtype) if inner in changed else stored
+        return remaining
+
+
+def _loss(problem: Problem, solution: Solution) -> float:
+    """Relative output error on held-out tokens; relative weight error where there are no statistics."""
+    H = None if problem.statistics is None else problem.statistics.H_val
+    return relative_error(problem.W, solution.dequantize(problem.grid.group_size), H)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto is cuda where there is one. Raises RequestError for a cuda that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RequestError("device cuda was asked for, but torch sees no CUDA GPU; use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(source: ModelSource, device: torch.device) -> torch.dtype:
+    """float32 on CPUs, where half precision is slow and inexact; the model's own dtype on GPUs."""
+    return torch.float32 if device.type == "cpu" else source.dtype
+
+
+def _tokens(source: ModelSource, config: QuantizeConfig) -> Tokens:
+    if not ALGORITHMS[config.method].needs_statistics:
+        # Only to see which linears share an input; the values do not matter.
+        few = torch.arange(16)[None] % source.config.get_text_config().vocab_size
+        return Tokens(few, few[:0])
+    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.sequence_length > longest:
+        raise RequestError(f"sequence length {config.sequence_length} exceeds the model's context of {longest} tokens")
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+    return calibration_tokens(source.tokenizer, config.calibration_settings)

@@ -1,0 +1,91 @@
+"""What a run did, for the user (a table at the end) and for tools (llmq_report.json)."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from llmq.algorithms.problem import Solution
+from llmq.clock import Clock
+from llmq.config import QuantizeConfig
+from llmq.memory import peak_memory
+from llmq.statistics import InputStatistics
+
+_WORST = 5
+
+
+class Report:
+    """Collects one entry per group of linears and every fallback."""
+
+    def __init__(self, config: QuantizeConfig) -> None:
+        self.config = config
+        self.groups: list[dict[str, Any]] = []
+        self.notes: list[dict[str, str]] = []
+
+    def note(self, where: str, notes: list[str]) -> None:
+        """Record fallbacks: anything done otherwise than asked."""
+        self.notes += [{"where": where, "note": note} for note in notes]
+
+    def add_group(
+        self,
+        block: str,
+        linears: tuple[str, ...],
+        errors: tuple[float, float],
+        solution: Solution,
+        statistics: InputStatistics | None,
+    ) -> None:
+        """Record one group. `errors`: relative output error of the method and of plain rounding to nearest."""
+        entry: dict[str, Any] = {"block": block, "linears": list(linears), "error": errors[0], "rtn_error": errors[1]}
+        entry["damping"] = solution.damping
+        if statistics is not None:
+            entry |= {"tokens": statistics.tokens, "dropped_rows": statistics.dropped}
+            if statistics.dropped:
+                solution.fallbacks.append(f"{statistics.dropped} token rows with NaN or infinity left out")
+        self.groups.append(entry)
+        self.note(f"{block}.{'+'.join(name.rpartition('.')[2] for name in linears)}", solution.fallbacks)
+
+    def to_json(self, clock: Clock) -> dict[str, Any]:
+        """Everything, ready for json.dump. Seconds are split by phase; `error` is measured on held-out tokens."""
+        return {
+            "llmq": _version("llmq"),
+            "command": shlex.join(sys.argv),
+            "config": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self.config).items()},
+            "versions": {name: _version(name) for name in ("torch", "transformers", "safetensors")},
+            "machine": {"system": platform.platform(), "python": platform.python_version()},
+            "seconds": {"total": clock.total, **clock.seconds},
+            "peak_memory_bytes": peak_memory(),
+            "fallbacks": self.notes,
+            "groups": self.groups,
+        }
+
+    def show(self, clock: Clock, output: Path) -> None:
+        """The summary a person reads after a run, on stderr."""
+
+        def say(text: str = "") -> None:
+            print(text, file=sys.stderr)
+
+        what = "held-out output error" if self.groups[0].get("tokens") else "weight error"
+        say(f"\nworst layers by relative {what}:")
+        say(f"  {'layer':<58} {self.config.method:>9} {'rtn':>9}")
+        for entry in sorted(self.groups, key=lambda e: -e["error"])[:_WORST]:
+            leaves = "+".join(name.rpartition(".")[2] for name in entry["linears"])
+            say(f"  {entry['block'] + ' ' + leaves:<58} {entry['error']:>9.2e} {entry['rtn_error']:>9.2e}")
+        for entry in self.notes[:_WORST]:
+            say(f"note: {entry['where']}: {entry['note']}")
+        if len(self.notes) > _WORST:
+            say(f"… and {len(self.notes) - _WORST} more notes in the report")
+        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in clock.seconds.items())
+        say(f"{clock.total:.1f} s ({phases}); peak memory {peak_memory() / 1e9:.2f} GB")
+        say(f"wrote {output}")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

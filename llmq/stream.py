@@ -1,0 +1,130 @@
+"""The layer-by-layer loop: every block sees the hidden states it will see in the quantized model.
+
+    tokens ──► embeddings ──► hidden states ──► block 0 ──► block 1 ──► …        one block's weights in memory at a time
+                                     │             │
+                              recorded once    yielded to be quantized, then run again to give block 1 its inputs
+
+(Frantar et al. 2022, arXiv 2210.17323, section 4.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from llmq.clock import Clock
+from llmq.data import Tokens
+from llmq.errors import RequestError
+from llmq.memory import release_memory
+from llmq.source import ModelSource, move_buffers
+
+_TOKENS_PER_RUN = 4096  # a few thousand tokens keep matmuls busy; more only costs memory
+
+
+@dataclass
+class Block:
+    """One decoder block with its weights loaded, and the hidden states that enter it."""
+
+    name: str
+    module: nn.Module
+    hidden: list[Tensor]
+    """Micro-batches [samples, tokens, features] on the CPU, the held-out ones last."""
+    held_out_from: int
+    """Index of the first held-out micro-batch in `hidden`."""
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    """What else the model passes to this very block: mask, rotary embedding, …"""
+    device: torch.device
+
+    @torch.no_grad()
+    def run(self, hidden: Float[Tensor, "batch tokens features"]) -> Float[Tensor, "batch tokens features"]:
+        """The block's output for one micro-batch, on the block's device."""
+        args, kwargs = self.arguments
+        output = self.module(hidden.to(self.device), *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def stream(
+    source: ModelSource, tokens: Tokens, device: torch.device, dtype: torch.dtype, clock: Clock
+) -> Iterator[Block]:
+    """Yield each block in order. What the caller leaves in its weights decides what the next block sees.
+
+    Args:
+        tokens: calibration sequences; they may be few and short for methods that need no statistics.
+        dtype: compute dtype of weights and hidden states.
+    """
+    with clock("forward"):
+        hidden, arguments = record_block_inputs(source, tokens, device, dtype)
+    held_out_from = len(_micro_batches(tokens.train))
+    for name, block_arguments in zip(source.block_names, arguments, strict=True):
+        names = source.block_tensor_names(name)
+        with clock("read"):
+            source.load(names, device, dtype)
+        block = Block(name, source.skeleton.get_submodule(name), hidden, held_out_from, block_arguments, device)
+        yield block
+        if name != source.block_names[-1]:
+            with clock("forward"):
+                for i, micro_batch in enumerate(hidden):
+                    hidden[i] = block.run(micro_batch).cpu()
+        source.free(names)
+        release_memory()
+
+
+@torch.no_grad()
+def record_block_inputs(
+    source: ModelSource, tokens: Tokens, device: torch.device, dtype: torch.dtype
+) -> tuple[list[Tensor], list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Hidden states entering the first block, and the other arguments of every block.
+
+    All blocks are recorders that pass their input on, so one cheap forward through embeddings and masks shows what the
+    model gives to each of them (Gemma-style models give different masks), and no exception has to stop it.
+    Arguments are recorded for one sequence and broadcast over a micro-batch.
+    """
+    decoder = source.skeleton.get_decoder()
+    blocks = [source.skeleton.get_submodule(name) for name in source.block_names]
+    inside = {id(parameter) for parameter in decoder.parameters()}
+    names = [n for n in source.outer_names() if id(source.skeleton.get_parameter(n)) in inside]
+    source.load(names, device, dtype)
+    move_buffers(source.skeleton, device)
+    with _recorders(blocks) as calls:
+        decoder(input_ids=tokens.train[:1].to(device), use_cache=False)
+        arguments = [(args, kwargs) for _, args, kwargs in calls]
+        hidden = []
+        for batch in _micro_batches(tokens.train) + _micro_batches(tokens.held_out):
+            calls.clear()
+            decoder(input_ids=batch.to(device), use_cache=False)
+            hidden.append(calls[0][0].cpu())
+    source.free(names)
+    if len(arguments) != len(blocks) or calls[-1][0].shape != calls[0][0].shape:
+        raise RequestError(
+            f"{type(decoder).__name__} does not run its blocks one after the other; llmq cannot stream it"
+        )
+    return hidden, arguments
+
+
+@contextmanager
+def _recorders(blocks: list[nn.Module]) -> Iterator[list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]]:
+    """Make every block an identity that notes its arguments. Only `forward` is replaced: attributes stay readable."""
+    calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(*args: Any, **kwargs: Any) -> Tensor:
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        calls.append((hidden, args[1:], kwargs))
+        return hidden
+
+    for block in blocks:
+        block.forward = record
+    try:
+        yield calls
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _micro_batches(tokens: Int64[Tensor, "samples length"]) -> list[Tensor]:
+    return list(tokens.split(max(1, _TOKENS_PER_RUN // tokens.shape[1]))) if len(tokens) else []

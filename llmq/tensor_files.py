@@ -1,0 +1,140 @@
+"""Named tensors on disk, read one at a time: a directory of safetensors shards, or one GGUF file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from llmq.errors import CheckpointError, RequestError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class TensorFiles(Protocol):
+    """What a source needs from a file format: the names, and one tensor at a time."""
+
+    def names(self) -> set[str]: ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor on the CPU in its stored dtype. Raises CheckpointError if it cannot be read."""
+        ...
+
+
+class SafetensorsDirectory:
+    """`model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+
+    A shard is mapped for one read and unmapped with the tensor, so that resident memory does not creep up to the size
+    of the model. Raises CheckpointError for a missing or corrupt shard, RequestError for a pickle checkpoint.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._shard_of: dict[str, Path] = {}
+        for shard, names in _names_by_shard(directory).items():
+            with _open(directory / shard) as file:
+                present = set(file.keys())
+            if names is not None and not names <= present:
+                absent = sorted(names - present)[0]
+                raise CheckpointError(f"{directory / shard} lacks {absent}, which the index promises; fetch it again")
+            self._shard_of.update(dict.fromkeys(names or present, directory / shard))
+
+    def names(self) -> set[str]:
+        return set(self._shard_of)
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._shard_of:
+            raise CheckpointError(f"{self.directory}: no tensor is named {name}")
+        try:
+            with _open(self._shard_of[name]) as file:
+                return file.get_tensor(name)
+        except (SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"{self.directory}: tensor {name} cannot be read ({error})") from None
+
+    def shape(self, name: str) -> list[int]:
+        """The shape, from the header alone."""
+        with _open(self._shard_of[name]) as file:
+            return file.get_slice(name).get_shape()
+
+    def nbytes(self, name: str) -> int:
+        """Bytes on disk, from the header alone."""
+        bits = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16}
+        with _open(self._shard_of[name]) as file:
+            part = file.get_slice(name)
+            return math.prod(part.get_shape()) * bits.get(part.get_dtype(), 8) // 8
+
+
+def _names_by_shard(directory: Path) -> Mapping[str, set[str] | None]:
+    """Shard file name -> the tensors expected in it (None: whatever is there)."""
+    index = directory / INDEX
+    if index.exists():
+        try:
+            shards: dict[str, set[str]] = defaultdict(set)
+            for name, shard in json.loads(index.read_text())["weight_map"].items():
+                if Path(shard).name != shard:
+                    raise CheckpointError(f"{index}: shard {shard!r} is not a plain file name inside the directory")
+                shards[shard].add(name)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a safetensors index ({type(error).__name__}: {error})") from None
+        return dict(shards)
+    if (directory / SINGLE).exists():
+        return {SINGLE: None}
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
+        raise RequestError(
+            f"{directory} holds pickle weights (.bin), which can run code when opened; llmq reads safetensors.\n"
+            "Convert once with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        )
+    raise RequestError(f"{directory} holds neither {SINGLE} nor {INDEX}; is it a model directory?")
+
+
+def _open(path: Path) -> Any:
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing although the index lists it; fetch the model again")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is corrupt or truncated ({error}); fetch it again") from None
+
+
+class GgufFile:
+    """One .gguf file, each tensor dequantized when read.
+
+    Args:
+        skeleton: the model on the meta device; transformers maps its parameter names to GGUF's.
+
+    The name map and the per-architecture row orders come from transformers' GGUF reader, which offers no lazy access.
+    """
+
+    def __init__(self, path: Path, skeleton: nn.Module) -> None:
+        from gguf import GGUFReader  # the `demo` extra
+        from transformers import modeling_gguf_pytorch_utils as hf_gguf
+
+        config: Any = skeleton.config
+        reader = GGUFReader(path)
+        architecture = hf_gguf.read_field(reader, "general.architecture")[0]
+        processor = hf_gguf.TENSOR_PROCESSORS.get(architecture, hf_gguf.TensorProcessor)
+        self.path = path
+        self._processor = processor(config=config.to_dict())
+        self._gguf_name = {hf: gguf for gguf, hf in hf_gguf.get_gguf_hf_weights_map(skeleton, self._processor).items()}
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def names(self) -> set[str]:
+        return {hf for hf, gguf in self._gguf_name.items() if gguf in self._tensors}
+
+    def read(self, name: str) -> Tensor:
+        from gguf import dequantize
+
+        stored = self._tensors.get(self._gguf_name.get(name, ""))
+        if stored is None:
+            raise CheckpointError(f"{self.path}: no tensor is named {name}")
+        weights = dequantize(stored.data, stored.tensor_type)
+        # float16: the block scales of a GGUF file are float16 themselves, so float32 would only double the copy.
+        return torch.tensor(self._processor.process(weights, stored.name).weights, dtype=torch.float16)
