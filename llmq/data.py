@@ -39,7 +39,8 @@ def calibration_tokens(tokenizer: Any, settings: Calibration) -> Tokens:
     bos = _bos(tokenizer)
     length = settings.sequence_length - len(bos)
     needed = settings.samples * length
-    tokens = tokenize(tokenizer, read_text(settings.text, enough_characters=12 * needed))
+    # The text's own BOS goes: its first window gets one like all others.
+    tokens = tokenize(tokenizer, read_text(settings.text, enough_characters=12 * needed))[len(bos) :]
     if len(tokens) < needed:
         raise RequestError(
             f"calibration text {settings.text!r} has {len(tokens)} tokens; {settings.samples} samples of "
@@ -176,8 +177,11 @@ def _file_documents(path: Path) -> Iterator[str]:
     if reader is None:
         raise RequestError(f"{path}: text files end in {', '.join(_READERS)}; got {path.suffix or 'no suffix'!r}")
     try:
-        yield from reader(path)
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        for document in reader(path):
+            if not isinstance(document, str):
+                raise TypeError(f"a text is {type(document).__name__}, not a string")
+            yield document
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise WorkError(f"{path} cannot be read as text: {type(error).__name__}: {error}") from None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import kl_div, nll_loss
 from tqdm import tqdm
 
 # Positions scored at a time: a slice of logits of this many tokens by 128k words is 128 MB in float32.
@@ -40,9 +40,16 @@ class Evaluation:
         return None if self.kl_sum is None else self.kl_sum / self.tokens
 
 
-@torch.no_grad()
 def evaluate(
     model: Any, chunks: Int64[Tensor, "chunks length"], reference: Logits | None = None, progress: bool = False
+) -> Evaluation:
+    """`score` of a model's own predictions."""
+    return score(logits_of(model), chunks, reference, progress)
+
+
+@torch.no_grad()
+def score(
+    logits: Logits, chunks: Int64[Tensor, "chunks length"], reference: Logits | None = None, progress: bool = False
 ) -> Evaluation:
     """Perplexity in the standard way: non-overlapping chunks, each token predicted from those before it in its chunk.
 
@@ -51,7 +58,6 @@ def evaluate(
         progress: show a progress bar with the running perplexity on stderr.
     """
     nll = kl = 0.0
-    logits = logits_of(model)
     bar = tqdm(chunks, "evaluating", disable=not progress, unit="chunk")
     for i, chunk in enumerate(bar):
         predicted = logits(i, chunk)
@@ -59,7 +65,7 @@ def evaluate(
         for at in range(0, len(chunk) - 1, _POSITIONS):
             stop = min(at + _POSITIONS, len(chunk) - 1)
             p = predicted[at:stop].float().log_softmax(-1)
-            nll += float(cross_entropy(p, chunk[at + 1 : stop + 1].to(p.device), reduction="sum"))
+            nll += float(nll_loss(p, chunk[at + 1 : stop + 1].to(p.device), reduction="sum"))
             if expected is not None:
                 q = expected[at:stop].to(p.device).float().log_softmax(-1)
                 kl += float(kl_div(p, q, reduction="sum", log_target=True))

@@ -31,7 +31,8 @@ class Checkpoint:
             self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{directory} holds no readable config.json ({type(error).__name__})") from None
-        quantization: dict[str, Any] = self.config.get("quantization_config") or {}
+        quantization = self.config.get("quantization_config") if isinstance(self.config, dict) else None
+        quantization = quantization if isinstance(quantization, dict) else {}
         method = quantization.get("quant_method")
         if method not in FORMATS:
             raise CheckpointError(f"{directory}: quantization method {method!r} is not one of {', '.join(FORMATS)}")
@@ -67,7 +68,7 @@ def load(directory: str | Path, device: str = "auto", dtype: torch.dtype | None 
     cuda = torch.cuda.is_available()
     target = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
     checkpoint = Checkpoint(Path(directory))
-    config = AutoConfig.from_pretrained(directory)
+    config = _model_config(checkpoint.directory)
     delattr(config, "quantization_config")  # or transformers would look for the format's own package
     if dtype is None:
         dtype = torch.float32 if target.type == "cpu" else torch_dtype(config.dtype)
@@ -97,6 +98,14 @@ def load_any(spec: str, device: torch.device, dtype: torch.dtype, trust_remote_c
     return source.load_all(device, dtype), source.tokenizer
 
 
+def _model_config(directory: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except Exception as error:  # config classes check their own fields and raise what they like
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise CheckpointError(f"{directory}: config.json describes no model transformers knows: {reason}") from None
+
+
 def _place_packed(model: Any, checkpoint: Checkpoint, device: torch.device) -> None:
     for name in checkpoint.linears:
         try:
@@ -111,21 +120,28 @@ def _place_packed(model: Any, checkpoint: Checkpoint, device: torch.device) -> N
                 f"{name}: packed as {tuple(weight.q.shape)}, the model wants {tuple(linear.weight.shape)}"
             )
         bias = None if linear.bias is None else checkpoint.files.read(f"{name}.bias")
+        if bias is not None and (tuple(bias.shape) != (linear.out_features,) or not bias.is_floating_point()):
+            raise CheckpointError(f"{name}.bias: {bias.dtype} {tuple(bias.shape)} fits no {linear.out_features} outputs")
         model.set_submodule(name, PackedLinear(weight, bias).to(device))
 
 
 def _place_rest(model: Any, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
     aliases = tied_aliases(model)
-    wanted = {name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"} - aliases
+    placed = {f"{name}.{part}" for name in checkpoint.linears for part in model.get_submodule(name).state_dict()}
+    # Parameters, and the few buffers that are stored: Gemma 4 scales each block by one.
+    wanted = set(model.state_dict()) - aliases - placed
     here = checkpoint.files.names()
-    biases = {f"{name}.bias" for name in checkpoint.linears}
+    biases = {name for name in placed if name.endswith(".bias")}
     left_over = here - wanted - aliases - checkpoint.packed_names() - biases
     if wanted - here or left_over:
         what = (
             f"lacks {sorted(wanted - here)[0]}" if wanted - here else f"holds an unknown tensor {sorted(left_over)[0]}"
         )
         raise CheckpointError(f"{checkpoint.directory} {what}; it does not belong to this model")
-    tensors: dict[str, Tensor] = {name: checkpoint.files.read(name).to(device, dtype) for name in sorted(wanted)}
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(wanted):
+        tensor = checkpoint.files.read(name)
+        tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
     try:
         model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:

@@ -74,14 +74,13 @@ class Run:
         self.format = FORMATS["compressed-tensors" if config.format == "auto" else config.format]
         self.report = Report(config)
         self.grid = config.grid
-        self.skipped: dict[str, str] = {}
         # float32 scales would double the cost of a group for digits the codes make no use of.
         self.scale_dtype = torch.float16 if source.dtype == torch.float32 else source.dtype
 
     def quantize_block(self, block: Block, show: Callable[[str], None]) -> dict[str, Tensor]:
         """Put the quantized values into the block; returns all of its tensors for the checkpoint."""
         groups, skipped = split_quantizable(block.module, find_groups(block.module, block.run, block.hidden[0][:1]))
-        self.skipped |= {f"{block.name}.{name}": reason for name, reason in skipped.items()}
+        self.report.note(block.name, [f"left in float: {reason}" for reason in dict.fromkeys(skipped.values())])
         self._settle_grid(block, groups)
         problems = self._problems(block, groups)
         changed: set[str] = set()
@@ -113,7 +112,7 @@ class Run:
     def _settle_grid(self, block: Block, groups: list[Group]) -> None:
         """On the first block, fit the group size to the layers; blocks after it are shaped alike."""
         if not groups:
-            reasons = "; ".join(sorted(set(self.skipped.values())))
+            reasons = "; ".join(entry["note"] for entry in self.report.notes)
             raise RequestError(f"no linear of {block.name} can be packed: {reasons}")
         widths = {linear_of(block.module, group.linears[0]).in_features for group in groups}
         fitted = fit_group_size(self.grid.group_size, widths)

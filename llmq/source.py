@@ -37,7 +37,8 @@ class ModelSource:
         self.skeleton = build_skeleton(self.config, trust_remote_code)
         self.files: TensorFiles = GgufFile(path, self.skeleton) if self.is_gguf else SafetensorsDirectory(path)
         self.block_names = find_blocks(self.skeleton)
-        _refuse_fused_experts(self.skeleton.get_submodule(self.block_names[0]))
+        for name in self.block_names:  # all of them: some mixtures begin with a few dense blocks
+            _refuse_fused_experts(self.skeleton.get_submodule(name))
         _refuse_missing(self.tensor_names, self.files, path)
 
     @cached_property
@@ -53,7 +54,10 @@ class ModelSource:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.directory, **self._hf_arguments)
+        try:
+            return AutoTokenizer.from_pretrained(self.directory, **self._hf_arguments)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise CheckpointError(f"{self.directory} has no tokenizer that can be opened: {_reason(error)}") from None
 
     def outer_names(self) -> list[str]:
         """Tensors outside the decoder blocks: embeddings, final norm, lm_head."""
@@ -97,11 +101,11 @@ class ModelSource:
     def _read_config(self) -> Any:
         try:
             return AutoConfig.from_pretrained(self.directory, **self._hf_arguments)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # config classes check their own fields and raise what they like
             if "trust_remote_code" in str(error):
                 reason = "it needs its own modelling code; pass --trust-remote-code if you trust its author"
             else:
-                reason = str(error).strip().splitlines()[0]
+                reason = _reason(error)
             raise RequestError(f"{self.directory} cannot be opened as a language model: {reason}") from None
 
 
@@ -111,7 +115,10 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> Any:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        raise RequestError(f"not a causal language model: {str(error).strip().splitlines()[0][:200]}") from None
+        raise RequestError(f"not a causal language model: {_reason(error)}") from None
+    except Exception as error:  # what modelling code does with a config it cannot build, any architecture its own way
+        what = f"{type(error).__name__}: {_reason(error)}"
+        raise RequestError(f"config.json describes no {config.model_type} model that can be built ({what})") from None
     return model.requires_grad_(False).eval()
 
 
@@ -123,7 +130,7 @@ def find_blocks(model: Any) -> list[str]:
     decoder = model.get_decoder()
     depth = model.config.get_text_config().num_hidden_layers
     lists = [name for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if len(lists) != 1:
+    if len(lists) != 1 or depth == 0:
         raise RequestError(
             f"{type(model).__name__} does not expose one list of {depth} decoder blocks (found {len(lists)}); "
             "llmq quantizes decoder-only models such as Llama, Mistral, Qwen, Gemma and Phi"
@@ -146,6 +153,12 @@ def move_buffers(model: Any, device: torch.device) -> Any:
             if buffer.device.type != "meta":
                 module._buffers[name] = buffer.to(device)
     return model
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, with the next one where the first only announces it."""
+    first, *rest = str(error).strip().splitlines() or ["no reason given"]
+    return (f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first)[:300]
 
 
 def _refuse_quantized(config: Any, path: Path) -> None:

@@ -35,7 +35,7 @@ class InputStatistics:
 def collect_statistics(block: Block, groups: list[Group], clock: Clock) -> list[InputStatistics]:
     """Run the block over all its micro-batches and gather the statistics of every group's input."""
     firsts = [linear_of(block.module, group.linears[0]) for group in groups]
-    sums = {first: _Sums(first.in_features, block.device) for first in firsts}
+    sums: dict[nn.Module, _Sums] = {first: _Sums(first.in_features, block.device) for first in firsts}
     held_out = False
 
     def note(first: nn.Module, args: tuple[Tensor]) -> None:

@@ -61,9 +61,7 @@ class Writer:
         self._made_directory = not self.directory.exists()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for pattern in _OURS:
-                for stale in self.directory.glob(pattern):
-                    stale.unlink()
+            self._clear()
         except OSError as error:
             raise _explained(error, self.directory) from None
         return self
@@ -71,10 +69,10 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is None:
             return
-        for partial in self.directory.glob("*.partial"):
-            partial.unlink(missing_ok=True)
         if self._made_directory:
             shutil.rmtree(self.directory, ignore_errors=True)
+        else:  # whatever is there under our names is ours: __enter__ removed what was there before
+            self._clear()
         if isinstance(error, OSError | SafetensorError):
             raise _explained(error, self.directory) from None
 
@@ -109,6 +107,11 @@ class Writer:
         if report is not None:
             self._write_json(REPORT, report)
         self._write_json("config.json", _config(source, dtype, quantization_config))
+
+    def _clear(self) -> None:
+        for pattern in _OURS:
+            for file in self.directory.glob(pattern):
+                file.unlink(missing_ok=True)
 
     def _write_shard(self) -> None:
         if self._pending:

@@ -24,7 +24,7 @@ import llmq
 from llmq.cli import run
 from llmq.data import evaluation_chunks, read_text
 from llmq.errors import WorkError
-from llmq.evaluate import Logits, evaluate, logits_of, remembered
+from llmq.evaluate import Logits, evaluate, logits_of, remembered, score
 from llmq.load import load_any
 from llmq.writer import REPORT
 
@@ -60,8 +60,8 @@ def compare(config: CompareConfig) -> None:
     model, tokenizer = load_any(config.model, torch.device("cpu"), torch.float32)
     chunks = evaluation_chunks(tokenizer, read_text(config.text, evaluation=True), config.chunk, config.limit)
     reference = remembered(logits_of(model), chunks)
-    original = evaluate(model, chunks).perplexity
     del model
+    original = score(reference, chunks).perplexity
     for key in product(config.bits, config.grids, config.methods):
         if key not in rows:
             rows[key] = _row(config, key, chunks, reference)

@@ -53,7 +53,7 @@ def transform(block: Block, groups: list[Group], problems: list[Problem], settin
     applied: dict[str, Tensor] = {}
     for group, problem in zip(groups, problems, strict=True):
         if group.producer is not None:
-            applied[group.linears[0]] = _fold(module, group, search_scales(problem, settings.ratios))
+            applied[group.linears[0]] = _fold(module, group, search_scales(problem, settings.ratios), problem.scale_dtype)
     drift = float((block.run(sample) - expected).norm() / expected.norm())
     if not drift <= _SAME_FUNCTION[expected.dtype]:
         module.load_state_dict(before)
@@ -117,29 +117,31 @@ def _best_clip(problem: Problem, W: Float[Tensor, "out groups size"], steps: int
     return best
 
 
-def _fold(module: nn.Module, group: Group, s: Tensor) -> Tensor:
-    """Divide the producer's channels by s and multiply the linears' columns; returns the s that was really applied."""
+def _fold(module: nn.Module, group: Group, s: Tensor, storage: torch.dtype) -> Tensor:
+    """Divide the producer's channels by s and multiply the linears' columns; returns the s that was really applied.
+
+    What is not quantized afterwards (norms, biases) is rounded to its storage dtype here, so that the block computes
+    with the very values that the checkpoint will hold.
+    """
     assert group.producer is not None
     producer: Any = module.get_submodule(group.producer)
+    bias: Tensor | None = getattr(producer, "bias", None)
     if group.norm_offset is not None:
-        s = _fold_into_norm(producer, s, group.norm_offset)
+        s = _fold_into_norm(producer.weight, s, group.norm_offset, storage)
     else:
         producer.weight.data[-len(s) :] /= s[:, None].to(producer.weight.dtype)
-        if producer.bias is not None:
-            producer.bias.data[-len(s) :] /= s.to(producer.bias.dtype)
+    if bias is not None:
+        bias.data[-len(s) :] = (bias.data[-len(s) :].float() / s).to(storage).to(bias.dtype)
     for name in group.linears:
         weight = linear_of(module, name).weight
         weight.data *= s.to(weight.dtype)
     return s
 
 
-def _fold_into_norm(norm: Any, s: Tensor, offset: float) -> Tensor:
-    old = norm.weight.data.float() + offset
-    stored = (old / s - offset).to(norm.weight.dtype)
+def _fold_into_norm(weight: Tensor, s: Tensor, offset: float, storage: torch.dtype) -> Tensor:
+    old = weight.data.float() + offset
+    stored = (old / s - offset).to(storage)
     new = stored.float() + offset
     usable = (new != 0) & (old != 0)
-    norm.weight.data = torch.where(usable, stored, norm.weight.data)
-    applied = torch.where(usable, old / torch.where(usable, new, 1.0), torch.ones_like(s))
-    if getattr(norm, "bias", None) is not None:
-        norm.bias.data = (norm.bias.data.float() / applied).to(norm.bias.dtype)
-    return applied
+    weight.data = torch.where(usable, stored.to(weight.dtype), weight.data)
+    return torch.where(usable, old / torch.where(usable, new, 1.0), torch.ones_like(s))

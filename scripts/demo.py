@@ -1,0 +1,75 @@
+"""`make demo`: quantize the real demo model in three ways, compare each with the original, let the best one talk.
+
+SmolLM2-135M-Instruct, calibrated on Python's docstrings (`pydoc`), evaluated on Python's language reference (`pytopics`).
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import llmq
+from llmq.cli import run
+from llmq.data import evaluation_chunks, read_text
+from llmq.errors import WorkError
+from llmq.evaluate import Logits, evaluate, logits_of, remembered, score
+from llmq.load import load_any
+
+METHODS = ("rtn", "awq", "gptq")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Quantize the demo model with RTN, AWQ and GPTQ and compare."""
+
+    output: Path = Path("demo-out")
+    """Where the three checkpoints go; replaced on every run."""
+    bits: int = 4
+    """Bits per weight."""
+    samples: int = 32
+    """Calibration sequences of 512 tokens."""
+    chunks: int = 6
+    """Evaluation chunks of 1024 tokens."""
+
+
+def demo(config: DemoConfig) -> None:
+    """Run the README's commands, then print one table."""
+    print("SmolLM2-135M-Instruct: loading and evaluating the original")
+    model, tokenizer = load_any("demo", torch.device("cpu"), torch.float32)
+    chunks = evaluation_chunks(tokenizer, read_text("pytopics"), 1024, config.chunks)
+    original = remembered(logits_of(model), chunks)
+    del model
+    table = [f"{'':<10} {'perplexity':>11} {'KL to original':>15}", f"{'original':<10} {_perplexity(original, chunks):>11}"]
+    for method in METHODS:
+        output = config.output / f"{method}-{config.bits}bit"
+        shutil.rmtree(output, ignore_errors=True)
+        _quantize(method, output, config)
+        result = evaluate(llmq.load(output), chunks, original)
+        table.append(f"{method:<10} {result.perplexity:>11.3f} {result.kl:>15.4f}")
+    print(f"\n{config.bits} bit, measured on {config.chunks} chunks of 1024 tokens of pytopics:\n" + "\n".join(table) + "\n")
+    _llmq("generate", "--model", str(output), "--prompt", "What is the capital of France?")
+
+
+def _perplexity(logits: Logits, chunks: torch.Tensor) -> str:
+    return f"{score(logits, chunks).perplexity:.3f}"
+
+
+def _quantize(method: str, output: Path, config: DemoConfig) -> None:
+    calibration = ["--calibration", "pydoc", "--samples", str(config.samples), "--sequence-length", "512"]
+    grid = ["--bits", str(config.bits), "--group-size", "64"]
+    _llmq("quantize", "--model", "demo", "--method", method, *grid, *calibration, "--output", str(output))
+
+
+def _llmq(command: str, *arguments: str) -> None:
+    print("\n$ python -m llmq." + " ".join([command, *arguments]), flush=True)
+    if subprocess.run([sys.executable, "-m", f"llmq.{command}", *arguments]).returncode:
+        raise WorkError(f"llmq.{command} failed")
+
+
+if __name__ == "__main__":
+    run(DemoConfig, demo)

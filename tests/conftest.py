@@ -1,0 +1,30 @@
+"""Settings all tests share."""
+
+import os
+
+# Tests must not depend on a network; the hub test points these at its own server.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import torch
+from tiny import save_tiny, some_text
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """Directory of a tiny Llama with grouped-query attention, float32."""
+    return save_tiny(tmp_path_factory.mktemp("llama"), "llama-gqa")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """A .txt with about 12,000 tokens for the tiny tokenizer."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(some_text())
+    return path

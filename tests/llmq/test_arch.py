@@ -1,0 +1,89 @@
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny_model
+
+from llmq.arch import Group, find_groups, fit_group_size, split_quantizable
+from llmq.errors import RequestError
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+MHA_O = Group(("self_attn.o_proj",), "self_attn.v_proj")
+GQA_O = Group(("self_attn.o_proj",))
+DOWN = Group(("mlp.down_proj",), "mlp.up_proj")
+
+
+def llama_like(o_proj, mlp_norm="post_attention_layernorm", offset=0.0):
+    return [Group(QKV, "input_layernorm", offset), o_proj, Group(GATE_UP, mlp_norm, offset), DOWN]
+
+
+EXPECTED = {
+    "llama-mha": llama_like(MHA_O),
+    "llama-gqa": llama_like(GQA_O),
+    "mistral": llama_like(GQA_O),
+    "qwen2": llama_like(GQA_O),
+    "qwen3": llama_like(GQA_O),
+    "granite": llama_like(GQA_O),
+    # The norm multiplies by 1 + w, and the norm before the MLP has another name.
+    "gemma2": llama_like(GQA_O, "pre_feedforward_layernorm", 1.0),
+    "gemma3": llama_like(GQA_O, "pre_feedforward_layernorm", 1.0),
+    # One fused weight each; the rows of gate_up that feed down_proj come last.
+    "phi3": [
+        Group(("self_attn.qkv_proj",), "input_layernorm", 0.0),
+        GQA_O,
+        Group(("mlp.gate_up_proj",), "post_attention_layernorm", 0.0),
+        Group(("mlp.down_proj",), "mlp.gate_up_proj"),
+    ],
+    # Norms come after attention and MLP: nothing produces the inputs of q, k, v alone.
+    "olmo2": [Group(QKV), GQA_O, Group(GATE_UP), DOWN],
+}
+
+
+def groups_of(model):
+    """Groups of every block, found in one forward of the real model."""
+    found = []
+    for block in model.model.layers:
+        calls = []
+        handle = block.register_forward_pre_hook(lambda _, a, k: calls.append((a, k)), with_kwargs=True)
+        model(torch.arange(1, 25)[None], use_cache=False)
+        handle.remove()
+        (args, kwargs), state = calls[0], {n: t.clone() for n, t in block.state_dict().items()}
+        found.append(find_groups(block, lambda h, b=block, a=args, k=kwargs: b(h, *a[1:], **k), args[0]))
+        assert all(torch.equal(state[n], t) for n, t in block.state_dict().items()), "observing changed a weight"
+    return found
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_groups_and_producers_are_observed_in_every_block(name):
+    assert groups_of(tiny_model(name)) == [EXPECTED[name]] * 3
+
+
+def test_a_group_with_one_odd_sized_linear_is_left_in_float_as_a_whole():
+    block = tiny_model("llama-gqa", head_dim=8).model.layers[0]  # k and v have 16 rows, q has 32
+    kept, skipped = split_quantizable(block, EXPECTED["llama-gqa"])
+    assert [group.linears for group in kept] == [("self_attn.o_proj",), GATE_UP, ("mlp.down_proj",)]
+    assert set(skipped) == set(QKV)
+    assert "16x64" in skipped["self_attn.q_proj"]
+    assert "multiples of 32" in skipped["self_attn.q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("requested", "widths", "fitted"),
+    [
+        (128, {128, 4096}, 128),
+        (128, {576, 1536}, 64),
+        (128, {96, 64}, 32),
+        (64, {576}, 64),
+        (96, {96, 192}, 96),
+        (100, {64}, 64),
+        (-1, {33, 7}, -1),
+        (1024, {512}, 128),
+    ],
+)
+def test_group_size_is_the_largest_that_divides_every_layer(requested, widths, fitted):
+    assert fit_group_size(requested, widths) == fitted
+
+
+def test_group_size_that_divides_nothing_is_refused_with_the_widths():
+    with pytest.raises(RequestError, match="group size 48 does not divide .*80, 112"):
+        fit_group_size(48, {80, 112})

@@ -1,0 +1,84 @@
+import json
+
+import pytest
+import torch
+from tiny import save_tiny
+
+import llmq
+from llmq.config import QuantizeConfig
+from llmq.load import load
+from llmq.pipeline import Run
+from llmq.writer import REPORT
+
+
+def run(model, text, output, **options):
+    defaults = {"calibration": str(text), "samples": 20, "sequence_length": 32, "group_size": 32}
+    return llmq.quantize(QuantizeConfig(model=str(model), output=output, **(defaults | options)))
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "gemma2", "phi3"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+def test_the_checkpoint_holds_what_the_blocks_computed_with(name, method, tmp_path, text_file, monkeypatch):
+    """bf16 source, biases, folded norms: every tensor in memory when a block is done comes back from disk."""
+    computed = {}
+    original = Run.quantize_block
+
+    def spy(self, block, show):
+        tensors = original(self, block, show)
+        computed.update({f"{block.name}.{n}": t.clone() for n, t in block.module.state_dict().items()})
+        return tensors
+
+    monkeypatch.setattr(Run, "quantize_block", spy)
+    source = save_tiny(tmp_path / "source", name, torch.bfloat16)
+    model = load(run(source, text_file, tmp_path / "out", method=method, bits=3), device="cpu")
+    state = model.state_dict()
+    for tensor_name, expected in computed.items():
+        module = model.get_submodule(tensor_name.rpartition(".")[0])
+        is_packed = tensor_name.endswith(".weight") and tensor_name not in state
+        found = module.dequantize() if is_packed else state[tensor_name]
+        assert torch.equal(found.float(), expected), tensor_name
+    assert len(computed) >= 18
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_methods_with_statistics_beat_rtn_on_held_out_tokens_on_average(bits, method, tmp_path, llama, text_file):
+    report = json.loads((run(llama, text_file, tmp_path / "out", method=method, bits=bits) / REPORT).read_text())
+    assert len(report["groups"]) == 3 * 4
+    ratios = [group["error"] / group["rtn_error"] for group in report["groups"]]
+    assert sum(ratios) / len(ratios) < 0.95
+
+
+def test_the_report_tells_the_whole_story(tmp_path, llama, text_file):
+    report = json.loads((run(llama, text_file, tmp_path / "out", group_size=128) / REPORT).read_text())
+    assert set(report["seconds"]) >= {"total", "forward", "statistics", "solve", "write"}
+    assert report["config"]["seed"] == 0
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["peak_memory_bytes"] > 1e8
+    assert {"where": "model", "note": "group size 128 does not divide every layer: using 32"} in report["fallbacks"]
+    for group in report["groups"]:
+        assert group["damping"] == 0.05
+        assert group["tokens"] == 18 * 32
+        assert 0 < group["error"] < 1
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+def test_the_same_request_gives_the_same_bytes(method, tmp_path, llama, text_file):
+    first, second = (run(llama, text_file, tmp_path / str(i), method=method) for i in (1, 2))
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+def test_another_seed_gives_other_codes(tmp_path, llama, text_file):
+    first, second = (run(llama, text_file, tmp_path / str(seed), seed=seed) for seed in (1, 2))
+    assert (first / "model.safetensors").read_bytes() != (second / "model.safetensors").read_bytes()
+
+
+def test_linears_that_cannot_be_packed_stay_in_float_and_are_listed(tmp_path, text_file):
+    source = save_tiny(tmp_path / "source", intermediate_size=80)
+    output = run(source, text_file, tmp_path / "out")
+    ignored = json.loads((output / "config.json").read_text())["quantization_config"]["ignore"]
+    expected = [f"model.layers.{i}.mlp.{name}" for i in range(3) for name in ("gate_proj", "up_proj", "down_proj")]
+    assert ignored == [*expected, "lm_head"]
+    fallbacks = json.loads((output / REPORT).read_text())["fallbacks"]
+    assert any("80x64" in entry["note"] for entry in fallbacks)
+    assert load(output, device="cpu").model.layers[0].mlp.up_proj.weight.shape == (80, 64)

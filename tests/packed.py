@@ -1,0 +1,61 @@
+"""Packed weights and checkpoints for tests, and the dense models they must behave like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llmq
+from llmq.load import Checkpoint
+from llmq.source import ModelSource
+from llmq.weight import QuantizedWeight
+
+
+def random_weight(
+    rows: int,
+    columns: int,
+    groups: int = 1,
+    bits: int = 4,
+    symmetric: bool = True,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+) -> QuantizedWeight:
+    """Random codes with scales of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randint(0, 2**bits, (rows, columns), generator=generator).to(torch.uint8)
+    magnitude = 0.01 + 0.1 * torch.rand(rows, groups, generator=generator)
+    sign = torch.randint(0, 2, (rows, groups), generator=generator) * 2 - 1
+    if symmetric:
+        zero = torch.full((rows, groups), 2 ** (bits - 1), dtype=torch.uint8)
+    else:
+        zero = torch.randint(0, 2**bits, (rows, groups), generator=generator).to(torch.uint8)
+    return QuantizedWeight(q, (magnitude * sign).to(dtype), zero, bits)
+
+
+def pack(source: Path | str, output: Path, **options: Any) -> Path:
+    """Quantize by rounding to nearest, which needs no calibration text; `options` go to QuantizeConfig."""
+    settings = {"method": "rtn", "format": "compressed-tensors", "device": "cpu", "group_size": 32} | options
+    return llmq.quantize(llmq.QuantizeConfig(model=str(source), output=output, **settings))
+
+
+@torch.no_grad()
+def dequantized_model(source: Path | str, directory: Path) -> Any:
+    """The source model in float32 whose quantized linears are dense, with the values the checkpoint stands for."""
+    model = ModelSource(str(source)).load_all(torch.device("cpu"), torch.float32)
+    checkpoint = Checkpoint(directory)
+    assert checkpoint.linears
+    for name in checkpoint.linears:
+        model.get_submodule(name).weight.copy_(checkpoint.weight(name).dequantize())
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def some_tokens(batch: int = 2, length: int = 70, seed: int = 0) -> torch.Tensor:
+    """Ids for the tiny models. By default more than 64 of them, so that 4-bit linears compute in float32."""
+    return torch.randint(0, 384, (batch, length), generator=torch.Generator().manual_seed(seed))
