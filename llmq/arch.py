@@ -87,7 +87,17 @@ def _hooked(block: nn.Module, hook: Any) -> Iterator[None]:
             handle.remove()
 
 
-def split_quantizable(block: nn.Module, groups: list[Group]) -> tuple[list[Group], dict[str, str]]:
+def packable_widths(blocks: list[nn.Module]) -> set[int]:
+    """Input sizes of all linears in these blocks that can be packed."""
+    linears = [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
+    return {linear.in_features for linear in linears if _packable(linear)}
+
+
+def _packable(linear: nn.Linear) -> bool:
+    return linear.in_features % _MULTIPLE == 0 and linear.out_features % _MULTIPLE == 0
+
+
+def split_packable(block: nn.Module, groups: list[Group]) -> tuple[list[Group], dict[str, str]]:
     """Groups that can be packed, and the linears left in float with the reason.
 
     A group is skipped as a whole: engines fuse q/k/v and gate/up and then need one scheme for all of them.
@@ -95,11 +105,10 @@ def split_quantizable(block: nn.Module, groups: list[Group]) -> tuple[list[Group
     kept: list[Group] = []
     skipped: dict[str, str] = {}
     for group in groups:
-        shapes = {name: tuple(linear_of(block, name).weight.shape) for name in group.linears}
-        odd = {name: shape for name, shape in shapes.items() if shape[0] % _MULTIPLE or shape[1] % _MULTIPLE}
+        odd = [name for name in group.linears if not _packable(linear_of(block, name))]
         if odd:
-            name, shape = next(iter(odd.items()))
-            reason = f"{name} is {shape[0]}x{shape[1]}; packed weights need multiples of {_MULTIPLE}"
+            rows, columns = linear_of(block, odd[0]).weight.shape
+            reason = f"{odd[0]} is {rows}x{columns}; packed weights need multiples of {_MULTIPLE}"
             skipped.update(dict.fromkeys(group.linears, reason))
         else:
             kept.append(group)

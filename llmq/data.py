@@ -128,7 +128,7 @@ def _pydoc(_evaluation: bool) -> Iterator[str]:
 
 
 def _pytopics(_evaluation: bool) -> Iterator[str]:
-    """The language reference behind Python's `help()`: a text that shares nothing with `pydoc`."""
+    """The language reference behind Python's `help()`: a text that shares next to nothing with `pydoc`."""
     from pydoc_data.topics import topics
 
     yield from (topics[name] for name in sorted(topics))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 # Positions scored at a time: a slice of logits of this many tokens by 128k words is 128 MB in float32.
 _POSITIONS = 256
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 Logits = Callable[[int, Tensor], Tensor]
 
@@ -32,7 +34,9 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll / self.tokens)
+        """exp of the mean; infinite where a broken model exceeds what a float holds."""
+        mean = self.nll / self.tokens
+        return math.inf if mean > _LARGEST_EXPONENT else math.exp(mean)
 
     @property
     def kl(self) -> float | None:
@@ -69,7 +73,8 @@ def score(
             if expected is not None:
                 q = expected[at:stop].to(p.device).float().log_softmax(-1)
                 kl += float(kl_div(p, q, reduction="sum", log_target=True))
-        bar.set_postfix_str(f"perplexity {math.exp(nll / ((i + 1) * (len(chunk) - 1))):.3f}", refresh=False)
+        so_far = Evaluation(nll, (i + 1) * (len(chunk) - 1))
+        bar.set_postfix_str(f"perplexity {so_far.perplexity:.3f}", refresh=False)
     return Evaluation(nll, chunks.shape[0] * (chunks.shape[1] - 1), None if reference is None else kl)
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from llmq.algorithms import ALGORITHMS
 from llmq.algorithms.problem import Problem, Solution, relative_error, round_to_nearest
-from llmq.arch import Group, find_groups, fit_group_size, linear_of, split_quantizable
+from llmq.arch import Group, find_groups, fit_group_size, linear_of, packable_widths, split_packable
 from llmq.clock import Clock
 from llmq.config import Grid, QuantizeConfig
 from llmq.data import Tokens, calibration_tokens
@@ -73,15 +73,14 @@ class Run:
         self.algorithm = ALGORITHMS[config.method]
         self.format = FORMATS["compressed-tensors" if config.format == "auto" else config.format]
         self.report = Report(config)
-        self.grid = config.grid
+        self.grid = self._fitted_grid()
         # float32 scales would double the cost of a group for digits the codes make no use of.
         self.scale_dtype = torch.float16 if source.dtype == torch.float32 else source.dtype
 
     def quantize_block(self, block: Block, show: Callable[[str], None]) -> dict[str, Tensor]:
         """Put the quantized values into the block; returns all of its tensors for the checkpoint."""
-        groups, skipped = split_quantizable(block.module, find_groups(block.module, block.run, block.hidden[0][:1]))
+        groups, skipped = split_packable(block.module, find_groups(block.module, block.run, block.hidden[0][:1]))
         self.report.note(block.name, [f"left in float: {reason}" for reason in dict.fromkeys(skipped.values())])
-        self._settle_grid(block, groups)
         problems = self._problems(block, groups)
         changed: set[str] = set()
         with self.clock("solve"):
@@ -109,18 +108,18 @@ class Run:
         ignore = [name for name in linears if name not in quantized]
         return self.format.hf_config(self.grid.bits, self.grid.group_size, self.grid.symmetric, ignore)
 
-    def _settle_grid(self, block: Block, groups: list[Group]) -> None:
-        """On the first block, fit the group size to the layers; blocks after it are shaped alike."""
-        if not groups:
-            reasons = "; ".join(entry["note"] for entry in self.report.notes)
-            raise RequestError(f"no linear of {block.name} can be packed: {reasons}")
-        widths = {linear_of(block.module, group.linears[0]).in_features for group in groups}
-        fitted = fit_group_size(self.grid.group_size, widths)
-        if fitted != self.grid.group_size:
-            self.report.note(
-                "model", [f"group size {self.grid.group_size} does not divide every layer: using {fitted}"]
-            )
-            self.grid = Grid(self.grid.bits, fitted, self.grid.symmetric)
+    def _fitted_grid(self) -> Grid:
+        """The requested grid with a group size that divides every layer, known from the shapes alone."""
+        blocks = [self.source.skeleton.get_submodule(name) for name in self.source.block_names]
+        widths = packable_widths(blocks)
+        if not widths:
+            raise RequestError("no linear of this model can be packed: none has both sides in multiples of 32")
+        requested = self.config.grid
+        fitted = fit_group_size(requested.group_size, widths)
+        if fitted != requested.group_size:
+            note = f"group size {requested.group_size} does not divide every layer: using {fitted}"
+            self.report.note("model", [note])
+        return Grid(requested.bits, fitted, requested.symmetric)
 
     def _problems(self, block: Block, groups: list[Group]) -> list[Problem]:
         """One rounding problem per group, with the statistics the method needs."""

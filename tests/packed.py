@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import llmq
 from llmq.load import Checkpoint
@@ -41,13 +43,13 @@ def pack(source: Path | str, output: Path, **options: Any) -> Path:
 
 
 @torch.no_grad()
-def dequantized_model(source: Path | str, directory: Path) -> Any:
-    """The source model in float32 whose quantized linears are dense, with the values the checkpoint stands for."""
+def dequantized_model(source: Path | str, directory: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The source model in float32 with dense linears of the values the checkpoint stands for, computed in `dtype`."""
     model = ModelSource(str(source)).load_all(torch.device("cpu"), torch.float32)
     checkpoint = Checkpoint(directory)
     assert checkpoint.linears
     for name in checkpoint.linears:
-        model.get_submodule(name).weight.copy_(checkpoint.weight(name).dequantize())
+        model.get_submodule(name).weight.copy_(checkpoint.weight(name).dequantize(dtype))
     return model
 
 
@@ -59,3 +61,10 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def some_tokens(batch: int = 2, length: int = 70, seed: int = 0) -> torch.Tensor:
     """Ids for the tiny models. By default more than 64 of them, so that 4-bit linears compute in float32."""
     return torch.randint(0, 384, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Let `change` alter the tensors of a one-shard directory in place."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

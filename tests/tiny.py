@@ -1,4 +1,4 @@
-"""Tiny random models of real architectures, and a tokenizer, so that tests run the real loading code in milliseconds."""
+"""Tiny random models of real architectures, and a tokenizer: tests run the real loading code in milliseconds."""
 
 from __future__ import annotations
 

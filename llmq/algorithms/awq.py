@@ -53,7 +53,8 @@ def transform(block: Block, groups: list[Group], problems: list[Problem], settin
     applied: dict[str, Tensor] = {}
     for group, problem in zip(groups, problems, strict=True):
         if group.producer is not None:
-            applied[group.linears[0]] = _fold(module, group, search_scales(problem, settings.ratios), problem.scale_dtype)
+            s = search_scales(problem, settings.ratios)
+            applied[group.linears[0]] = _fold(module, group, s, problem.scale_dtype)
     drift = float((block.run(sample) - expected).norm() / expected.norm())
     if not drift <= _SAME_FUNCTION[expected.dtype]:
         module.load_state_dict(before)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_model
 
-from llmq.arch import Group, find_groups, fit_group_size, split_quantizable
+from llmq.arch import Group, find_groups, fit_group_size, split_packable
 from llmq.errors import RequestError
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -43,7 +43,7 @@ def groups_of(model):
     found = []
     for block in model.model.layers:
         calls = []
-        handle = block.register_forward_pre_hook(lambda _, a, k: calls.append((a, k)), with_kwargs=True)
+        handle = block.register_forward_pre_hook(lambda _, a, k, to=calls: to.append((a, k)), with_kwargs=True)
         model(torch.arange(1, 25)[None], use_cache=False)
         handle.remove()
         (args, kwargs), state = calls[0], {n: t.clone() for n, t in block.state_dict().items()}
@@ -60,7 +60,7 @@ def test_groups_and_producers_are_observed_in_every_block(name):
 
 def test_a_group_with_one_odd_sized_linear_is_left_in_float_as_a_whole():
     block = tiny_model("llama-gqa", head_dim=8).model.layers[0]  # k and v have 16 rows, q has 32
-    kept, skipped = split_quantizable(block, EXPECTED["llama-gqa"])
+    kept, skipped = split_packable(block, EXPECTED["llama-gqa"])
     assert [group.linears for group in kept] == [("self_attn.o_proj",), GATE_UP, ("mlp.down_proj",)]
     assert set(skipped) == set(QKV)
     assert "16x64" in skipped["self_attn.q_proj"]
@@ -85,5 +85,5 @@ def test_group_size_is_the_largest_that_divides_every_layer(requested, widths, f
 
 
 def test_group_size_that_divides_nothing_is_refused_with_the_widths():
-    with pytest.raises(RequestError, match="group size 48 does not divide .*80, 112"):
+    with pytest.raises(RequestError, match=r"group size 48 does not divide .*80, 112"):
         fit_group_size(48, {80, 112})

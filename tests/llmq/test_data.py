@@ -182,11 +182,11 @@ def write_broken(path):
     return path
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["latin.txt", "cut.jsonl", "other.jsonl", "null.jsonl", "list.jsonl"]
-    + ["bytes.parquet", "column.parquet", "null.parquet"],
-)
+BROKEN = ["latin.txt", "cut.jsonl", "other.jsonl", "null.jsonl", "list.jsonl"]
+BROKEN += ["bytes.parquet", "column.parquet", "null.parquet"]
+
+
+@pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_file_is_a_work_error_that_names_it(name, tmp_path):
     with pytest.raises(WorkError, match=f"{name} cannot be read as text"):
         read_text(str(write_broken(tmp_path / name)))
@@ -198,17 +198,23 @@ def test_documents_are_read_only_until_there_is_enough(tmp_path):
     assert read_text(str(tmp_path / "t.jsonl"), enough_characters=30) == "\n\n".join(["a" * 10] * 3)
 
 
-def test_pydoc_is_long_enough_stable_and_shares_no_paragraph_with_pytopics():
+def test_pydoc_is_long_enough_and_shares_next_to_nothing_with_pytopics():
     pydoc, topics = read_text("pydoc"), read_text("pytopics")
     assert len(pydoc) >= 300_000
     assert len(topics) >= 300_000
-    assert read_text("pydoc") == pydoc
     in_pydoc, in_topics = (
         {" ".join(paragraph.split()) for paragraph in text.split("\n\n") if len(paragraph) > 80}
         for text in (pydoc, topics)
     )
     assert min(len(in_pydoc), len(in_topics)) > 500
-    assert not in_pydoc & in_topics
+    # pdb's help and the reference's page on the debugger have a paragraph in common
+    assert sum(map(len, in_pydoc & in_topics)) < len(topics) / 1000
+
+
+def test_the_beginning_of_pydoc_is_the_same_each_time():
+    first, second = (read_text("pydoc", enough_characters=50_000) for _ in range(2))
+    assert 50_000 <= len(first) < 100_000
+    assert first == second
 
 
 @pytest.mark.parametrize(
