@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, RequestError
 
 Positional = tyro.conf.Positional
 _Config = TypeVar("_Config")
@@ -19,7 +22,7 @@ def run(config: type[_Config] | Callable[..., _Config], work: Callable[[_Config]
     """Parse the command line into `config`, do the work, exit: 0 done, 1 the work failed, 2 the request was wrong."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
     try:
-        work(tyro.cli(config))
+        work(_parse(config))
     except LlmqError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -27,3 +30,24 @@ def run(config: type[_Config] | Callable[..., _Config], work: Callable[[_Config]
         print("\nerror: interrupted; nothing that looks like a finished checkpoint was left behind", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
+
+
+def _parse(config: type[_Config] | Callable[..., _Config]) -> _Config:
+    """tyro explains a wrong command line in a box of many lines; keep its words and drop the box."""
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(config, prog=_program())
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        words = " ".join(line.strip("╭╮╰╯─│ ") for line in box.getvalue().splitlines())
+        what = " ".join(words.partition("For full helptext")[0].split())
+        for title in ("Value error ", "Missing argument ", "Unrecognized options "):
+            what = what.removeprefix(title)
+        raise RequestError(f"{what}\n--help lists every option") from None
+
+
+def _program() -> str:
+    path = Path(sys.argv[0])
+    return f"python -m llmq.{path.stem}" if path.parent.name == "llmq" else sys.argv[0]

@@ -22,9 +22,9 @@ def locate(spec: str, trust_remote_code: bool = False) -> Path:
     if spec == "demo":
         return _demo()
     path = Path(spec).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if (spec and path.is_dir()) or (path.is_file() and path.suffix == ".gguf"):
         return path
-    if path.exists():
+    if spec and path.exists():
         raise RequestError(f"{path} is neither a model directory nor a .gguf file")
     if not _HUB_ID.fullmatch(spec) or spec.endswith(".gguf"):
         raise RequestError(f"no such model: {spec!r} is not a directory, a .gguf file, a hub id (org/name) or `demo`")
@@ -45,7 +45,7 @@ def _download(repo: str, trust_remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -56,7 +56,7 @@ def _download(repo: str, trust_remote_code: bool) -> Path:
         return Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=_UNWANTED))
     except GatedRepoError:
         raise RequestError(f"{repo} is gated: accept its licence on the hub and log in with `hf auth login`") from None
-    except (RepositoryNotFoundError, RevisionNotFoundError):
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
         raise RequestError(
             f"no such model: {repo!r} is neither a local directory nor a public hub repository"
         ) from None
@@ -64,6 +64,6 @@ def _download(repo: str, trust_remote_code: bool) -> Path:
         raise WorkError(
             f"{repo} is not in the local cache and the hub cannot be reached; check the connection"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a connection that breaks off raises the HTTP client's own error, not the hub's
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise WorkError(f"downloading {repo} failed ({reason}); run the same command again to go on") from None

@@ -121,7 +121,9 @@ def _place_packed(model: Any, checkpoint: Checkpoint, device: torch.device) -> N
             )
         bias = None if linear.bias is None else checkpoint.files.read(f"{name}.bias")
         if bias is not None and (tuple(bias.shape) != (linear.out_features,) or not bias.is_floating_point()):
-            raise CheckpointError(f"{name}.bias: {bias.dtype} {tuple(bias.shape)} fits no {linear.out_features} outputs")
+            raise CheckpointError(
+                f"{name}.bias: {bias.dtype} {tuple(bias.shape)} fits no {linear.out_features} outputs"
+            )
         model.set_submodule(name, PackedLinear(weight, bias).to(device))
 
 

@@ -51,8 +51,10 @@ class Report:
 
     def to_json(self, clock: Clock) -> dict[str, Any]:
         """Everything, ready for json.dump. Seconds are split by phase; `error` is measured on held-out tokens."""
+        import llmq  # not at the top: the package imports this module
+
         return {
-            "llmq": _version("llmq"),
+            "llmq": llmq.__version__,
             "command": shlex.join(sys.argv),
             "config": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self.config).items()},
             "versions": {name: _version(name) for name in ("torch", "transformers", "safetensors")},

@@ -1,6 +1,6 @@
-"""`make demo`: quantize the real demo model in three ways, compare each with the original, let the best one talk.
+"""`make demo`: quantize the real demo model in three ways, compare each with the original, let the last one talk.
 
-SmolLM2-135M-Instruct, calibrated on Python's docstrings (`pydoc`), evaluated on Python's language reference (`pytopics`).
+SmolLM2-135M-Instruct, calibrated on Python's docstrings (`pydoc`), evaluated on its language reference (`pytopics`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import llmq
 from llmq.cli import run
 from llmq.data import evaluation_chunks, read_text
 from llmq.errors import WorkError
-from llmq.evaluate import Logits, evaluate, logits_of, remembered, score
+from llmq.evaluate import evaluate, logits_of, remembered, score
 from llmq.load import load_any
 
 METHODS = ("rtn", "awq", "gptq")
@@ -44,19 +44,17 @@ def demo(config: DemoConfig) -> None:
     chunks = evaluation_chunks(tokenizer, read_text("pytopics"), 1024, config.chunks)
     original = remembered(logits_of(model), chunks)
     del model
-    table = [f"{'':<10} {'perplexity':>11} {'KL to original':>15}", f"{'original':<10} {_perplexity(original, chunks):>11}"]
+    table = [f"{'':<10} {'perplexity':>11} {'KL to original':>15}"]
+    table += [f"{'original':<10} {score(original, chunks).perplexity:>11.3f}"]
     for method in METHODS:
         output = config.output / f"{method}-{config.bits}bit"
         shutil.rmtree(output, ignore_errors=True)
         _quantize(method, output, config)
         result = evaluate(llmq.load(output), chunks, original)
         table.append(f"{method:<10} {result.perplexity:>11.3f} {result.kl:>15.4f}")
-    print(f"\n{config.bits} bit, measured on {config.chunks} chunks of 1024 tokens of pytopics:\n" + "\n".join(table) + "\n")
+    print(f"\n{config.bits} bit, measured on {config.chunks} chunks of 1024 tokens of pytopics:")
+    print("\n".join(table) + "\n")
     _llmq("generate", "--model", str(output), "--prompt", "What is the capital of France?")
-
-
-def _perplexity(logits: Logits, chunks: torch.Tensor) -> str:
-    return f"{score(logits, chunks).perplexity:.3f}"
 
 
 def _quantize(method: str, output: Path, config: DemoConfig) -> None:

@@ -42,10 +42,15 @@ def pack(source: Path | str, output: Path, **options: Any) -> Path:
     return llmq.quantize(llmq.QuantizeConfig(model=str(source), output=output, **settings))
 
 
-@torch.no_grad()
 def dequantized_model(source: Path | str, directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The source model in float32 with dense linears of the values the checkpoint stands for, computed in `dtype`."""
     model = ModelSource(str(source)).load_all(torch.device("cpu"), torch.float32)
+    return put_dequantized(model, directory, dtype)
+
+
+@torch.no_grad()
+def put_dequantized(model: Any, directory: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Overwrite the linears of a dense model that the checkpoint packs; returns the model."""
     checkpoint = Checkpoint(directory)
     assert checkpoint.linears
     for name in checkpoint.linears:

@@ -49,7 +49,7 @@ def decode(name: str, tensors: dict[str, Tensor], scheme: dict[str, Any]) -> Qua
     bits = scheme["num_bits"]
     try:
         packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"]
-        shape = tensors[f"{name}.weight_shape"].tolist()
+        shape: Any = tensors[f"{name}.weight_shape"].tolist()
         zeros = None if scheme["symmetric"] else tensors[f"{name}.weight_zero_point"]
     except KeyError as error:
         raise CheckpointError(f"{name}: {error.args[0]} is missing") from None

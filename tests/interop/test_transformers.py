@@ -43,6 +43,10 @@ def opened(directory, **options):
     return model.eval()
 
 
+def is_linear(module):
+    return isinstance(module, nn.Linear)
+
+
 def assert_opens_exactly(source, directory):
     model, expected = opened(directory), logits(dequantized_model(source, directory), IDS)
     assert torch.equal(logits(model, IDS), expected)
@@ -73,6 +77,7 @@ def test_one_scale_per_row_opens_exactly(sources, tmp_path, bits):
     assert_opens_exactly(sources("llama-gqa"), pack(sources("llama-gqa"), tmp_path / "p", bits=bits, group_size=-1))
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize("bits", BITS)
 def test_asymmetric_weights_open_exactly_when_dequantized_on_loading(sources, tmp_path, bits):
     directory = pack(sources("qwen2"), tmp_path / "packed", bits=bits, symmetric=False)
@@ -120,10 +125,6 @@ def test_linears_that_cannot_be_packed_stay_in_float_and_are_listed(tmp_path, na
     assert len(kept) >= 3  # at least down_proj of every block
     assert all(torch.equal(stored[n], original[n]) for n in kept)
     assert {f"{n}.weight_packed" for n in linears if n not in odd} == {n for n in stored if n.endswith("_packed")}
-
-
-def is_linear(module):
-    return isinstance(module, nn.Linear)
 
 
 def test_tied_embeddings_are_stored_once_and_stay_tied(sources, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from packed import logits, some_tokens
 from tiny import tiny_model
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy, kl_div, one_hot
 
 from llmq import evaluate as module
 from llmq.evaluate import Evaluation, evaluate, logits_of, remembered
@@ -45,7 +45,7 @@ def log_probabilities(model):
 
 
 def test_perplexity_is_that_of_cross_entropy_on_whole_chunks(model):
-    nll = F.cross_entropy(log_probabilities(model).flatten(0, 1), CHUNKS[:, 1:].flatten(), reduction="sum")
+    nll = cross_entropy(log_probabilities(model).flatten(0, 1), CHUNKS[:, 1:].flatten(), reduction="sum")
     result = evaluate(model, CHUNKS)
     assert result.nll == pytest.approx(float(nll), rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(float(nll) / TARGETS), rel=1e-6)
@@ -69,9 +69,9 @@ def test_every_token_of_a_chunk_but_the_first_is_a_target(model, chunks, length)
 
 def test_each_token_is_predicted_from_the_position_before_it():
     chunk = some_tokens(1, 300)
-    right = 40 * F.one_hot(chunk[0].roll(-1), 384).float()
+    right = 40 * one_hot(chunk[0].roll(-1), 384).float()
     assert evaluate(Fixed(right), chunk).perplexity == pytest.approx(1, abs=1e-6)
-    late = 40 * F.one_hot(chunk[0], 384).float()
+    late = 40 * one_hot(chunk[0], 384).float()
     assert evaluate(Fixed(late), chunk).perplexity > 1e6
 
 
@@ -96,8 +96,8 @@ def test_kl_of_a_model_with_itself_is_zero(model):
 
 def test_kl_is_the_divergence_of_the_model_from_the_reference(model, other):
     p, q = log_probabilities(model), log_probabilities(other)
-    expected = float(F.kl_div(p, q, reduction="sum", log_target=True)) / TARGETS
-    backwards = float(F.kl_div(q, p, reduction="sum", log_target=True)) / TARGETS
+    expected = float(kl_div(p, q, reduction="sum", log_target=True)) / TARGETS
+    backwards = float(kl_div(q, p, reduction="sum", log_target=True)) / TARGETS
     result = evaluate(model, CHUNKS, logits_of(other))
     assert expected > 0.1
     assert result.kl == pytest.approx(expected, rel=1e-5)
@@ -112,7 +112,7 @@ def test_kl_sees_a_small_difference(model):
         return logits_of(model)(i, chunk) + tilt
 
     q = (logits(model, CHUNKS)[:, :-1].double() + tilt).log_softmax(-1)
-    expected = float(F.kl_div(log_probabilities(model), q, reduction="sum", log_target=True)) / TARGETS
+    expected = float(kl_div(log_probabilities(model), q, reduction="sum", log_target=True)) / TARGETS
     assert 1e-6 < expected < 1e-4
     assert evaluate(model, CHUNKS, nearby).kl == pytest.approx(expected, rel=1e-2)
 
@@ -133,7 +133,7 @@ def test_remembered_logits_give_the_figures_of_the_live_reference(model, other):
 
 def test_half_precision_logits_are_scored_in_float32(model):
     rounded = logits(model, CHUNKS[:1])[0].bfloat16()
-    expected = F.cross_entropy(rounded[:-1].double(), CHUNKS[0, 1:], reduction="sum")
+    expected = cross_entropy(rounded[:-1].double(), CHUNKS[0, 1:], reduction="sum")
     assert evaluate(Fixed(rounded), CHUNKS[:1]).nll == pytest.approx(float(expected), rel=1e-6)
 
 

@@ -67,7 +67,9 @@ def test_every_linear_of_the_blocks_holds_packed_bytes_and_no_dense_weight(check
         grids = linear.out_features * linear.in_features // 32 * 3  # a float16 scale and a zero point per group
         assert list(linear.parameters()) == []
         assert sum(buffer.nbytes for buffer in linear.buffers()) == weights * bits // 8 + grids
-        assert all(buffer.shape != (linear.out_features, linear.in_features) or bits == 8 for buffer in linear.buffers())
+        assert all(
+            buffer.shape != (linear.out_features, linear.in_features) or bits == 8 for buffer in linear.buffers()
+        )
 
 
 def test_packed_linears_dequantize_to_what_the_file_says(checkpoints):
@@ -128,7 +130,9 @@ def test_linears_that_cannot_be_packed_stay_as_they_were(tmp_path):
     assert {name.rpartition(".")[2] for name in packed_linears(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     stored = load_file(source / "model.safetensors")
     for name in ("gate_proj", "up_proj", "down_proj"):
-        assert torch.equal(model.model.layers[2].mlp.get_submodule(name).weight, stored[f"model.layers.2.mlp.{name}.weight"])
+        assert torch.equal(
+            model.model.layers[2].mlp.get_submodule(name).weight, stored[f"model.layers.2.mlp.{name}.weight"]
+        )
     assert torch.equal(logits(model, some_tokens()), logits(dequantized_model(source, directory), some_tokens()))
 
 

@@ -1,0 +1,88 @@
+"""The real demo model, SmolLM2-135M-Instruct: quantized, opened by transformers, and asked a question."""
+
+import copy
+import time
+
+import pytest
+import torch
+from packed import logits, pack, put_dequantized
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import llmq
+from llmq.hub import locate
+from llmq.linear import PackedLinear
+from llmq.source import ModelSource
+
+pytestmark = pytest.mark.demo
+
+PARIS = (
+    "Paris is the capital and largest city of France. It stands on the Seine in the north of the country, and has been "
+    "one of the great centres of finance, diplomacy, trade, fashion and science of Europe since the seventeenth "
+    "century. Its museums, above all the Louvre, are among the most visited in the world. Around eleven million people "
+    "live in the region, which produces close to a third of the wealth of the whole country. The city was founded by a "
+    "Celtic people, the Parisii, in the third century before our era, and grew into the largest town of Western Europe "
+    "in the Middle Ages. Two thousand years later it still is one, and the one that travellers most often mean to see."
+)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """(directory of the packed demo model, seconds of computing it took)."""
+    started = time.process_time()  # not by the wall clock: other tests may run beside
+    directory = pack("demo", tmp_path_factory.mktemp("demo") / "packed", bits=4, group_size=64)
+    return directory, time.process_time() - started
+
+
+@pytest.fixture(scope="module")
+def original():
+    """The demo model in float32, as llmq reads it."""
+    return ModelSource("demo").load_all(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def ids(demo):
+    encoded = AutoTokenizer.from_pretrained(demo[0])(PARIS, return_tensors="pt")["input_ids"]
+    assert encoded.shape[1] >= 128
+    return encoded
+
+
+def test_rounding_the_demo_model_takes_less_than_a_minute(demo):
+    assert demo[1] < 60
+
+
+def test_the_source_reads_the_weights_that_transformers_own_gguf_loader_reads(original, ids):
+    path = locate("demo")
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    expected = logits(theirs, ids)
+    ours = logits(original, ids)
+    # Not to the bit: the source keeps float16, where transformers dequantizes to float32.
+    assert float((ours - expected).norm() / expected.norm()) < 2e-3
+
+
+def test_transformers_and_llmq_compute_exactly_what_the_dequantized_model_does(demo, original, ids):
+    directory, _ = demo
+    expected = logits(put_dequantized(copy.deepcopy(original), directory), ids)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    assert torch.equal(logits(theirs, ids), expected)
+    del theirs
+    ours = llmq.load(directory, "cpu")
+    assert sum(isinstance(module, PackedLinear) for module in ours.modules()) == 30 * 7
+    assert torch.equal(logits(ours, ids), expected)
+
+
+def test_the_packed_model_knows_the_capital_of_france(demo):
+    directory, _ = demo
+    model, tokenizer = llmq.load(directory, "cpu"), AutoTokenizer.from_pretrained(directory)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=16, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+
+
+def test_packing_takes_a_quarter_of_the_blocks_memory(demo):
+    model = llmq.load(demo[0], "cpu")
+    linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    dense = sum(2 * linear.in_features * linear.out_features for linear in linears)
+    packed = sum(buffer.nbytes for linear in linears for buffer in linear.buffers())
+    # 4 bits, a float16 scale and a byte of zero point for 64 weights, against 16 bits each.
+    assert packed / dense == (4 + 24 / 64) / 16
