@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -124,7 +124,11 @@ class GgufFile:
         processor = hf_gguf.TENSOR_PROCESSORS.get(architecture, hf_gguf.TensorProcessor)
         self.path = path
         self._processor = processor(config=config.to_dict())
-        self._gguf_name = {hf: gguf for gguf, hf in hf_gguf.get_gguf_hf_weights_map(skeleton, self._processor).items()}
+        # Asked for a whole model, transformers maps the names of every submodule anew: seconds for nothing on most.
+        names = hf_gguf.get_gguf_hf_weights_map(cast(Any, _Leaf(skeleton)), self._processor)
+        if len(names) < len(skeleton.state_dict()):
+            names = hf_gguf.get_gguf_hf_weights_map(cast(Any, skeleton), self._processor)
+        self._gguf_name = {hf: gguf for gguf, hf in names.items()}
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def names(self) -> set[str]:
@@ -139,3 +143,13 @@ class GgufFile:
         weights = dequantize(stored.data, stored.tensor_type)
         # float16: the block scales of a GGUF file are float16 themselves, so float32 would only double the copy.
         return torch.tensor(self._processor.process(weights, stored.name).weights, dtype=torch.float16)
+
+
+class _Leaf:
+    """A model that owns up to its parameters, but not to its submodules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.config, self.state_dict = model.config, model.state_dict
+
+    def named_children(self) -> list[tuple[str, nn.Module]]:
+        return []
