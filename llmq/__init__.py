@@ -5,10 +5,10 @@ model = llmq.load("demo-4bit")
 """
 
 # Eager on purpose: `llmq.load` and `llmq.quantize` must mean these functions, not the modules of the same names.
-from llmq.config import QuantizeConfig
+from llmq.config import VERSION, QuantizeConfig
 from llmq.load import load
 from llmq.pipeline import quantize
 from llmq.weight import QuantizedWeight
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["QuantizeConfig", "QuantizedWeight", "load", "quantize"]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from llmq.errors import RequestError
 
+VERSION = "0.1.0"
+
 BITS = (2, 3, 4, 8)
 METHODS = ("gptq", "awq", "rtn")
 FORMATS = ("auto", "compressed-tensors")

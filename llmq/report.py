@@ -12,7 +12,7 @@ from typing import Any
 
 from llmq.algorithms.problem import Solution
 from llmq.clock import Clock
-from llmq.config import QuantizeConfig
+from llmq.config import VERSION, QuantizeConfig
 from llmq.memory import peak_memory
 from llmq.statistics import InputStatistics
 
@@ -51,10 +51,8 @@ class Report:
 
     def to_json(self, clock: Clock) -> dict[str, Any]:
         """Everything, ready for json.dump. Seconds are split by phase; `error` is measured on held-out tokens."""
-        import llmq  # not at the top: the package imports this module
-
         return {
-            "llmq": llmq.__version__,
+            "llmq": VERSION,
             "command": shlex.join(sys.argv),
             "config": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self.config).items()},
             "versions": {name: _version(name) for name in ("torch", "transformers", "safetensors")},
