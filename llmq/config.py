@@ -23,6 +23,8 @@ class Gptq:
     """Added to the diagonal of H, as a fraction of its mean. 0.05 generalises better than the paper's 0.01."""
     block_size: int = 128
     """Columns per lazy update. Changes speed, never the result."""
+    grid_steps: int = 16
+    """Widths tried for each group's grid, from its full range down to 0.4 of it; 1 keeps the full range."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,8 @@ class QuantizeConfig:
         _one_of("device", self.device, DEVICES)
         if not 0 < self.gptq.damping < 1:
             raise RequestError(f"gptq damping must lie between 0 and 1; got {self.gptq.damping}")
-        if self.gptq.block_size < 1:
-            raise RequestError(f"gptq block size must be at least 1; got {self.gptq.block_size}")
+        if self.gptq.block_size < 1 or self.gptq.grid_steps < 1:
+            raise RequestError("gptq block size and grid steps must be at least 1")
         if self.awq.ratios < 1 or not 0 <= self.awq.clip_steps <= 20:
             raise RequestError("awq needs at least 1 ratio and 0 to 20 clip steps")
         if self.format == "auto" and not self.symmetric:

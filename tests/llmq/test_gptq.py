@@ -4,11 +4,13 @@ import pytest
 import torch
 from problems import correlated_inputs, loss, make_problem
 
+from llmq import grid
 from llmq.algorithms import gptq, rtn
 from llmq.config import Gptq, Grid
 from llmq.errors import WorkError
 
 SETTINGS = Gptq()
+FULL_RANGE = Gptq(grid_steps=1)
 
 
 def same(a, b):
@@ -40,7 +42,7 @@ def naive_gptq(problem, damping):
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 16), (3, 32), (4, 64), (8, 32)])
 def test_agrees_code_for_code_with_a_naive_implementation_in_float64(bits, group_size, symmetric):
     problem = make_problem(correlated_inputs(), bits=bits, group_size=group_size, symmetric=symmetric)
-    assert torch.equal(gptq.solve(problem, SETTINGS).q, naive_gptq(problem, SETTINGS.damping))
+    assert torch.equal(gptq.solve(problem, FULL_RANGE).q, naive_gptq(problem, FULL_RANGE.damping))
 
 
 @pytest.mark.parametrize("group_size", [16, 64, 192])
@@ -64,7 +66,22 @@ def test_stacked_linears_give_what_they_give_alone():
 def test_diagonal_hessian_gives_round_to_nearest(symmetric):
     problem = make_problem(correlated_inputs(), symmetric=symmetric)
     problem.statistics.H = torch.diag(torch.rand(64, dtype=torch.float64) + 0.1)
-    assert same(gptq.solve(problem, SETTINGS), rtn.solve(problem))
+    assert same(gptq.solve(problem, FULL_RANGE), rtn.solve(problem))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_searched_grids_lower_the_weighted_error_of_each_row_and_then_that_of_the_layer(bits, symmetric):
+    problem = make_problem(correlated_inputs(), bits=bits, symmetric=symmetric)
+    W, D = problem.W[:, :32], torch.rand(32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    errors = []
+    for steps in (1, 16):
+        scale, zero = gptq._best_grid(problem, W, D, steps)
+        q = grid.quantize(W, scale[:, None], zero[:, None], bits)
+        errors.append((W - grid.dequantize(q, scale[:, None], zero[:, None], W.dtype)).square() @ D)
+    assert (errors[1] <= errors[0]).all()
+    assert (errors[1] < errors[0]).sum() > 12
+    assert loss(problem, gptq.solve(problem, SETTINGS)) < loss(problem, gptq.solve(problem, FULL_RANGE))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -97,7 +114,7 @@ def test_dead_channels_are_rounded_to_nearest_and_reported():
     X[:, [3, 40]] = 0
     problem = make_problem(X)
     before = problem.statistics.H.clone()
-    solution = gptq.solve(problem, SETTINGS)
+    solution = gptq.solve(problem, FULL_RANGE)
     W_hat = solution.dequantize(32)
     steps = solution.scale.abs().repeat_interleave(32, dim=1)
     assert ((problem.W - W_hat).abs()[:, [3, 40]] <= 1.001 * steps[:, [3, 40]]).all()
@@ -108,7 +125,7 @@ def test_dead_channels_are_rounded_to_nearest_and_reported():
 def test_no_activations_at_all_still_gives_round_to_nearest():
     problem = make_problem(correlated_inputs())
     problem.statistics.H = torch.zeros(64, 64, dtype=torch.float64)
-    assert torch.equal(gptq.solve(problem, SETTINGS).q, rtn.solve(problem).q)
+    assert torch.equal(gptq.solve(problem, FULL_RANGE).q, rtn.solve(problem).q)
 
 
 def test_float64_rescues_what_float32_cannot_factorise():
