@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,8 +54,11 @@ def evaluate_command(config: EvalConfig) -> None:
         reference = logits_of(load_any(config.reference, device, dtype, config.trust_remote_code)[0])
     result = evaluate(model, chunks, reference, progress=True)
     if config.json:
-        print(json.dumps({"model": config.model, "text": config.text, "chunks": len(chunks), "tokens": result.tokens,
-                          "perplexity": result.perplexity, "kl": result.kl}))  # fmt: skip
+        figures = {"perplexity": result.perplexity, "kl": result.kl}
+        # JSON knows no infinity: a model that is that broken has no figure.
+        finite = {k: v if v is not None and math.isfinite(v) else None for k, v in figures.items()}
+        about = {"model": config.model, "text": config.text, "chunks": len(chunks), "tokens": result.tokens}
+        print(json.dumps(about | finite))
     else:
         print(f"perplexity {result.perplexity:.4f}   ({len(chunks)} chunks of {config.sequence_length} tokens)")
         if result.kl is not None:

@@ -1,0 +1,55 @@
+"""Perplexity of a checkpoint as plain transformers loads it: the independent check of what `python -m llmq.eval` says.
+
+llmq only cuts the text and sums the likelihoods here; the format's own package (compressed-tensors) unpacks the weights.
+
+    python scripts/eval_perplexity.py --model demo-4bit --text test.txt --limit 20
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmq.cli import run
+from llmq.data import evaluation_chunks, read_text
+from llmq.errors import RequestError
+from llmq.evaluate import evaluate
+from llmq.pipeline import pick_device
+
+
+@dataclass(frozen=True)
+class PerplexityConfig:
+    """Non-overlapping chunks of one long text, each token predicted from those before it in its chunk."""
+
+    model: str
+    """A directory or hub id that transformers can open."""
+    text: str = "wikitext2"
+    """wikitext2, c4, pile (downloaded), pydoc, pytopics (offline), or a .txt/.jsonl/.parquet file."""
+    sequence_length: int = 2048
+    """Tokens per chunk."""
+    limit: int | None = None
+    """Stop after this many chunks."""
+    device: str = "auto"
+    """auto (cuda when present), cpu or cuda."""
+
+
+def eval_perplexity(config: PerplexityConfig) -> None:
+    """Load, evaluate, print."""
+    device = pick_device(config.device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model, dtype=torch.float32 if device.type == "cpu" else "auto"
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise RequestError(f"transformers cannot open {config.model}: {str(error).splitlines()[0]}") from None
+    text = read_text(config.text, evaluation=True)
+    chunks = evaluation_chunks(tokenizer, text, config.sequence_length, config.limit)
+    result = evaluate(model.to(device).eval(), chunks, progress=True)
+    print(f"perplexity {result.perplexity:.4f}   ({len(chunks)} chunks of {config.sequence_length} tokens)")
+
+
+if __name__ == "__main__":
+    run(PerplexityConfig, eval_perplexity)
