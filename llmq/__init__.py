@@ -4,7 +4,8 @@ llmq.quantize(llmq.QuantizeConfig(model="demo", output=Path("demo-4bit")))
 model = llmq.load("demo-4bit")
 """
 
-# Eager on purpose: `llmq.load` and `llmq.quantize` must mean these functions, not the modules of the same names.
+# Eager on purpose: `llmq.load` and `llmq.quantize` mean these functions. (The program llmq/quantize.py is started with
+# python -m; it is not meant to be imported.)
 from llmq.config import VERSION, QuantizeConfig
 from llmq.load import load
 from llmq.pipeline import quantize

@@ -61,6 +61,9 @@ def find_groups(
 
     with _hooked(block, seen):
         run(hidden)
+    names = [name for linears in inputs.values() for name in linears]
+    if len(names) != len(set(names)):
+        raise RequestError("a linear of this model runs on several inputs in one forward; llmq cannot quantize that")
     groups = []
     for key, linears in inputs.items():
         norm = produced.get(key)
@@ -112,6 +115,9 @@ def split_packable(block: nn.Module, groups: list[Group]) -> tuple[list[Group], 
             skipped.update(dict.fromkeys(group.linears, reason))
         else:
             kept.append(group)
+    seen = {name for group in groups for name in group.linears}
+    idle = [name for name, module in block.named_modules() if isinstance(module, nn.Linear) and name not in seen]
+    skipped.update(dict.fromkeys(idle, "it did not run on the first calibration sequence"))
     return kept, skipped
 
 
@@ -155,7 +161,7 @@ def _norm_offset(norm: nn.Module, hidden: Tensor) -> float | None:
     try:
         for offset in (0.0, 1.0):
             weight.data = torch.full_like(kept, -offset)
-            output = norm(hidden[:, :1])
+            output = norm(hidden[:, :1].to(weight))
             if bool((output - (0 if bias is None else bias)).abs().max() == 0):
                 return offset
         return None

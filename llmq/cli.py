@@ -7,12 +7,12 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
 
 from llmq.errors import LlmqError, RequestError
+from llmq.report import program
 
 Positional = tyro.conf.Positional
 _Config = TypeVar("_Config")
@@ -27,7 +27,7 @@ def run(config: type[_Config] | Callable[..., _Config], work: Callable[[_Config]
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("\nerror: interrupted; nothing that looks like a finished checkpoint was left behind", file=sys.stderr)
+        print("\nerror: interrupted before it was done", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
 
@@ -37,7 +37,7 @@ def _parse(config: type[_Config] | Callable[..., _Config]) -> _Config:
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            return tyro.cli(config, prog=_program())
+            return tyro.cli(config, prog=program())
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -46,8 +46,3 @@ def _parse(config: type[_Config] | Callable[..., _Config]) -> _Config:
         for title in ("Value error ", "Missing argument ", "Unrecognized options "):
             what = what.removeprefix(title)
         raise RequestError(f"{what}\n--help lists every option") from None
-
-
-def _program() -> str:
-    path = Path(sys.argv[0])
-    return f"python -m llmq.{path.stem}" if path.parent.name == "llmq" else sys.argv[0]

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 class Clock:
     """Seconds by phase. Phases may nest: the inner one's time is not counted in the outer one."""
@@ -17,11 +19,13 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        _wait_for_gpu()
         started = time.perf_counter()
         self._inner.append(0.0)
         try:
             yield
         finally:
+            _wait_for_gpu()
             elapsed = time.perf_counter() - started
             own = elapsed - self._inner.pop()
             self._inner[-1] += elapsed
@@ -31,3 +35,9 @@ class Clock:
     def total(self) -> float:
         """Seconds since the clock was made."""
         return time.perf_counter() - self._started
+
+
+def _wait_for_gpu() -> None:
+    """GPU work is only queued by the call that asks for it; without waiting, the next phase would be charged."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

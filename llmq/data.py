@@ -52,6 +52,8 @@ def calibration_tokens(tokenizer: Any, settings: Calibration) -> Tokens:
     starts = torch.arange(settings.samples) * stretch + jitter
     windows = torch.stack([torch.cat([bos, tokens[start : start + length]]) for start in starts.tolist()])
     held_out = torch.arange(settings.samples) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+    if not held_out.any():
+        held_out[1:][-1:] = True  # the last of a few; a single sample must serve both ends
     return Tokens(windows[~held_out], windows[held_out])
 
 
@@ -69,6 +71,13 @@ def evaluation_chunks(
             f"the text has {len(tokens)} tokens, less than one chunk of {length}; lower --sequence-length"
         )
     return tokens[: chunks * length].view(chunks, length)[:limit]
+
+
+def check_context(config: Any, sequence_length: int) -> None:
+    """Raise RequestError if the model was not made for sequences this long."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise RequestError(f"sequence length {sequence_length} exceeds the model's context of {longest} tokens")
 
 
 def tokenize(tokenizer: Any, text: str) -> Int64[Tensor, "tokens"]:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from llmq.cli import run
-from llmq.data import evaluation_chunks, read_text
+from llmq.data import check_context, evaluation_chunks, read_text
 from llmq.errors import RequestError
 from llmq.evaluate import evaluate, logits_of
 from llmq.load import load_any
-from llmq.pipeline import pick_device
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,19 @@ class EvalConfig:
 
 def evaluate_command(config: EvalConfig) -> None:
     """Evaluate and print."""
-    text = read_text(config.text, evaluation=True)
-    device = pick_device(config.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model, tokenizer = load_any(config.model, device, dtype, config.trust_remote_code)
+    # Some data sets are far larger than any limit asks for.
+    enough = {} if config.limit is None else {"enough_characters": 12 * config.limit * config.sequence_length}
+    text = read_text(config.text, evaluation=True, **enough)
+    model, tokenizer = load_any(config.model, config.device, config.trust_remote_code)
+    check_context(model.config, config.sequence_length)
     chunks = evaluation_chunks(tokenizer, text, config.sequence_length, config.limit)
     reference = None
     if config.reference is not None:
-        reference = logits_of(load_any(config.reference, device, dtype, config.trust_remote_code)[0])
+        original, its_tokenizer = load_any(config.reference, config.device, config.trust_remote_code)
+        theirs = evaluation_chunks(its_tokenizer, text, config.sequence_length, 1)
+        if not torch.equal(theirs, chunks[:1]) or original.config.vocab_size != model.config.vocab_size:
+            raise RequestError(f"{config.reference} and {config.model} have different vocabularies: no KL between them")
+        reference = logits_of(original)
     result = evaluate(model, chunks, reference, progress=True)
     if config.json:
         figures = {"perplexity": result.perplexity, "kl": result.kl}

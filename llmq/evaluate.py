@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn.functional import kl_div, nll_loss
+from torch.nn.functional import nll_loss
 from tqdm import tqdm
 
 # Positions scored at a time: a slice of logits of this many tokens by 128k words is 128 MB in float32.
@@ -72,7 +72,8 @@ def score(
             nll += float(nll_loss(p, chunk[at + 1 : stop + 1].to(p.device), reduction="sum"))
             if expected is not None:
                 q = expected[at:stop].to(p.device).float().log_softmax(-1)
-                kl += float(kl_div(p, q, reduction="sum", log_target=True))
+                # A word the reference rules out (-inf) adds nothing; one that only the model rules out adds infinity.
+                kl += float(torch.where(q.isneginf(), 0.0, q.exp() * (q - p)).sum())
         so_far = Evaluation(nll, (i + 1) * (len(chunk) - 1))
         bar.set_postfix_str(f"perplexity {so_far.perplexity:.3f}", refresh=False)
     return Evaluation(nll, chunks.shape[0] * (chunks.shape[1] - 1), None if reference is None else kl)

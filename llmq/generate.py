@@ -12,7 +12,6 @@ import torch
 from llmq.cli import run
 from llmq.errors import RequestError
 from llmq.load import load_any
-from llmq.pipeline import pick_device
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,8 @@ class GenerateConfig:
     """Use the chat template; --no-chat continues the bare prompt."""
     device: str = "auto"
     """auto (cuda when present), cpu or cuda."""
+    trust_remote_code: bool = False
+    """Run modelling code that ships with the model. Only for sources you trust."""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -45,9 +46,8 @@ def generate_command(config: GenerateConfig) -> None:
     """Load, generate, print; tokens per second on stderr."""
     from transformers import TextStreamer
 
-    device = pick_device(config.device)
-    model, tokenizer = load_any(config.model, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
-    inputs = encode_prompt(tokenizer, config.prompt, config.chat).to(device)
+    model, tokenizer = load_any(config.model, config.device, config.trust_remote_code)
+    inputs = encode_prompt(tokenizer, config.prompt, config.chat).to(model.device)
     torch.manual_seed(config.seed)
     sampling: dict[str, Any] = {"do_sample": config.temperature > 0}
     if config.temperature > 0:

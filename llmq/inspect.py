@@ -13,7 +13,7 @@ from llmq.load import Checkpoint
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Show format, bits, group size and bytes of every packed layer; reads headers only."""
+    """Show format, bits, group size and bytes of every packed layer; every layer is decoded once and checked."""
 
     directory: Annotated[Path, Positional]
     """The checkpoint."""
@@ -27,7 +27,7 @@ def describe(directory: Path) -> dict[str, Any]:
     sizes = {name: checkpoint.files.nbytes(name) for name in checkpoint.files.names()}
     layers = []
     for name in checkpoint.linears:
-        rows, columns = (int(n) for n in checkpoint.files.read(f"{name}.weight_shape"))
+        rows, columns = checkpoint.weight(name).q.shape
         groups = checkpoint.files.shape(f"{name}.weight_scale")[1]
         size = sum(sizes.get(f"{name}.{part}", 0) for part in checkpoint.format.PARTS)
         layers.append({"name": name, "out": rows, "in": columns, "group_size": columns // groups, "bytes": size})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from llmq_kernels import PackedWeight, cpu_int4, dequantize, matmul, pack
@@ -38,6 +40,14 @@ class PackedLinear(nn.Module):
         self.scale: Tensor
         self.zero: Tensor
         self._int4: cpu_int4.CpuInt4Weight | None = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        """Moves and casts keep the scales exact: codes were rounded against these very values."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.scale.device)
+        self._int4 = None
+        return self
 
     @property
     def packed(self) -> PackedWeight:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer
 
-from llmq.config import DEVICES
-from llmq.errors import CheckpointError, RequestError
+from llmq.device import pick_device
+from llmq.errors import CheckpointError
 from llmq.formats import FORMATS
+from llmq.hub import locate
 from llmq.linear import PackedLinear
-from llmq.source import ModelSource, build_skeleton, move_buffers, tied_aliases
+from llmq.source import ModelSource, build_skeleton, move_buffers, read_generation_config, tied_aliases
 from llmq.tensor_files import SafetensorsDirectory
 from llmq.weight import QuantizedWeight
 
@@ -53,54 +54,68 @@ class Checkpoint:
 
 
 @torch.no_grad()
-def load(directory: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> Any:
+def load(
+    directory: str | Path, device: str = "auto", dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> Any:
     """The checkpoint as a transformers model, ready for inference: `.generate` works.
 
     Args:
         device: auto (cuda when present), cpu, cuda or cuda:N.
         dtype: of activations and unquantized weights; by default float32 on a CPU and the checkpoint's own on a GPU.
+        trust_remote_code: run modelling code that ships with the checkpoint.
 
     Raises CheckpointError for anything missing, left over or inconsistent: a model with a single wrong tensor would
     still talk, only worse.
     """
-    if device.partition(":")[0] not in DEVICES:
-        raise RequestError(f"device must be one of {', '.join(DEVICES)}; got {device!r}")
-    cuda = torch.cuda.is_available()
-    target = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
+    target = pick_device(device)
     checkpoint = Checkpoint(Path(directory))
-    config = _model_config(checkpoint.directory)
+    config = _model_config(checkpoint.directory, trust_remote_code)
     delattr(config, "quantization_config")  # or transformers would look for the format's own package
     if dtype is None:
-        dtype = torch.float32 if target.type == "cpu" else torch_dtype(config.dtype)
-    model = build_skeleton(config)
+        dtype = torch.float32 if target.type == "cpu" else _torch_dtype(config.dtype)
+    model = build_skeleton(config, trust_remote_code)
     _place_packed(model, checkpoint, target)
     _place_rest(model, checkpoint, target, dtype)
     model.config.dtype = dtype
-    if (checkpoint.directory / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+    read_generation_config(model, checkpoint.directory)
     return model.eval()
 
 
-def torch_dtype(name: Any) -> torch.dtype:
+def load_any(spec: str, device: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer) of a packed checkpoint or of an original model, whichever `spec` is.
+
+    float32 on a CPU, the dtype of the files on a GPU.
+    """
+    path = locate(spec, trust_remote_code)
+    if _is_packed(path):
+        return load(path, device, trust_remote_code=trust_remote_code), _tokenizer(path, trust_remote_code)
+    source, target = ModelSource(spec, trust_remote_code), pick_device(device)
+    return source.load_all(target, torch.float32 if target.type == "cpu" else source.dtype), source.tokenizer
+
+
+def _is_packed(path: Path) -> bool:
+    try:
+        return bool(json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config"))
+    except (OSError, ValueError, AttributeError):  # not a packed checkpoint; what it is, ModelSource will say
+        return False
+
+
+def _torch_dtype(name: Any) -> torch.dtype:
     """What config.json calls a dtype; float16 where it says nothing."""
     found = getattr(torch, name, None) if isinstance(name, str) else name
     return found if isinstance(found, torch.dtype) else torch.float16
 
 
-def load_any(spec: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """(model, tokenizer) of a packed checkpoint or of an original model, whichever `spec` is."""
-    path = Path(spec).expanduser()
-    if (path / "config.json").exists() and '"quantization_config"' in (path / "config.json").read_text(
-        encoding="utf-8"
-    ):
-        return load(path, device=str(device), dtype=dtype), AutoTokenizer.from_pretrained(path)
-    source = ModelSource(spec, trust_remote_code)
-    return source.load_all(device, dtype), source.tokenizer
-
-
-def _model_config(directory: Path) -> Any:
+def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
     try:
-        return AutoConfig.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a dozen tokenizer classes, each with its own way to fail
+        raise CheckpointError(f"{path} holds no readable tokenizer ({type(error).__name__})") from None
+
+
+def _model_config(directory: Path, trust_remote_code: bool) -> Any:
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # config classes check their own fields and raise what they like
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise CheckpointError(f"{directory}: config.json describes no model transformers knows: {reason}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from llmq.algorithms.problem import Problem, Solution, relative_error, round_to_
 from llmq.arch import Group, find_groups, fit_group_size, linear_of, packable_widths, split_packable
 from llmq.clock import Clock
 from llmq.config import Grid, QuantizeConfig
-from llmq.data import Tokens, calibration_tokens
-from llmq.errors import RequestError
+from llmq.data import Tokens, calibration_tokens, check_context
+from llmq.device import pick_device
+from llmq.errors import RequestError, WorkError
 from llmq.formats import FORMATS
 from llmq.report import Report
 from llmq.source import ModelSource
@@ -55,9 +55,11 @@ def quantize(config: QuantizeConfig, progress: bool = False) -> Path:
         blocks = stream(source, tokens, device, compute_dtype(source, device), clock)
         bar = tqdm(blocks, "blocks", total=len(source.block_names), disable=not progress, unit="block")
         for block in bar:
-            tensors = run.quantize_block(block, lambda text: bar.set_postfix_str(text, refresh=False))
+            tensors = run.quantize_block(block, lambda text: bar.set_postfix_str(text))
             with clock("write"):
                 writer.put(tensors)
+        with clock("write"):
+            writer.flush()
         with clock("write"):
             writer.finish(source, source.dtype, run.hf_config(), run.report.to_json(clock))
     if progress:
@@ -80,7 +82,7 @@ class Run:
     def quantize_block(self, block: Block, show: Callable[[str], None]) -> dict[str, Tensor]:
         """Put the quantized values into the block; returns all of its tensors for the checkpoint."""
         groups, skipped = split_packable(block.module, find_groups(block.module, block.run, block.hidden[0][:1]))
-        self.report.note(block.name, [f"left in float: {reason}" for reason in dict.fromkeys(skipped.values())])
+        self.report.note(block.name, [f"{name} left in float: {reason}" for name, reason in skipped.items()])
         problems = self._problems(block, groups)
         changed: set[str] = set()
         with self.clock("solve"):
@@ -103,6 +105,8 @@ class Run:
 
     def hf_config(self) -> dict[str, Any]:
         """The quantization_config, listing every linear that stays in float."""
+        if not self.report.groups:
+            raise WorkError("no linear of this model could be packed: " + self.report.notes[-1]["note"])
         quantized = {f"{e['block']}.{name}" for e in self.report.groups for name in e["linears"]}
         linears = (n for n, m in self.source.skeleton.named_modules() if isinstance(m, torch.nn.Linear))
         ignore = [name for name in linears if name not in quantized]
@@ -170,16 +174,9 @@ def _loss(problem: Problem, solution: Solution) -> float:
     return relative_error(problem.W, solution.dequantize(problem.grid.group_size), H)
 
 
-def pick_device(name: str) -> torch.device:
-    """auto is cuda where there is one. Raises RequestError for a cuda that is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RequestError("device cuda was asked for, but torch sees no CUDA GPU; use --device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def compute_dtype(source: ModelSource, device: torch.device) -> torch.dtype:
-    """float32 on CPUs, where half precision is slow and inexact; the model's own dtype on GPUs."""
-    return torch.float32 if device.type == "cpu" else source.dtype
+    """float32, in which nothing overflows; bfloat16 where the model and the device are made for it."""
+    return torch.bfloat16 if device.type == "cuda" and source.dtype == torch.bfloat16 else torch.float32
 
 
 def _tokens(source: ModelSource, config: QuantizeConfig) -> Tokens:
@@ -187,8 +184,5 @@ def _tokens(source: ModelSource, config: QuantizeConfig) -> Tokens:
         # Only to see which linears share an input; the values do not matter.
         few = torch.arange(16)[None] % source.config.get_text_config().vocab_size
         return Tokens(few, few[:0])
-    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.sequence_length > longest:
-        raise RequestError(f"sequence length {config.sequence_length} exceeds the model's context of {longest} tokens")
-    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+    check_context(source.config, config.sequence_length)
     return calibration_tokens(source.tokenizer, config.calibration_settings)

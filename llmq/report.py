@@ -53,7 +53,7 @@ class Report:
         """Everything, ready for json.dump. Seconds are split by phase; `error` is measured on held-out tokens."""
         return {
             "llmq": VERSION,
-            "command": shlex.join(sys.argv),
+            "command": " ".join([program(), shlex.join(sys.argv[1:])]),
             "config": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self.config).items()},
             "versions": {name: _version(name) for name in ("torch", "transformers", "safetensors")},
             "machine": {"system": platform.platform(), "python": platform.python_version()},
@@ -82,6 +82,12 @@ class Report:
         phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in clock.seconds.items())
         say(f"{clock.total:.1f} s ({phases}); peak memory {peak_memory() / 1e9:.2f} GB")
         say(f"wrote {output}")
+
+
+def program() -> str:
+    """How a user starts the running program: `python -m llmq.quantize`, `llmq quantize`, `scripts/demo.py`."""
+    path = Path(sys.argv[0])
+    return f"python -m llmq.{path.stem}" if path.parent.name == "llmq" else sys.argv[0]
 
 
 def _version(package: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llmq.errors import CheckpointError, RequestError, WorkError
 from llmq.hub import locate
@@ -38,7 +38,7 @@ class ModelSource:
         self.files: TensorFiles = GgufFile(path, self.skeleton) if self.is_gguf else SafetensorsDirectory(path)
         self.block_names = find_blocks(self.skeleton)
         for name in self.block_names:  # all of them: some mixtures begin with a few dense blocks
-            _refuse_fused_experts(self.skeleton.get_submodule(name))
+            _refuse_other_layers(self.skeleton.get_submodule(name))
         _refuse_missing(self.tensor_names, self.files, path)
 
     @cached_property
@@ -49,8 +49,10 @@ class ModelSource:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype most weights are stored in, which the quantized checkpoint keeps."""
-        return self.files.read(next(n for n in self.tensor_names if n.startswith(self.block_names[0]))).dtype
+        """The dtype the linears are stored in, which the quantized checkpoint keeps."""
+        block = self.skeleton.get_submodule(self.block_names[0])
+        linear = next(name for name, module in block.named_modules() if isinstance(module, nn.Linear))
+        return self.files.read(f"{self.block_names[0]}.{linear}.weight").dtype
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -89,6 +91,7 @@ class ModelSource:
         """The whole model in memory, ready to run: the reference that a quantized one is compared with."""
         self.load(self.tensor_names, device, dtype)
         self.skeleton.tie_weights()
+        read_generation_config(self.skeleton, self.directory)
         return move_buffers(self.skeleton, device).eval()
 
     def _assign(self, tensors: dict[str, Tensor]) -> None:
@@ -113,7 +116,8 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     """The model with parameters on the meta device and real buffers (rotary frequencies are computed, not stored)."""
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            # float32: buffers are real, and must not be rounded to the dtype of the weights (Gemma's embedding scale).
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise RequestError(f"not a causal language model: {_reason(error)}") from None
     except Exception as error:  # what modelling code does with a config it cannot build, any architecture its own way
@@ -128,7 +132,7 @@ def find_blocks(model: Any) -> list[str]:
     Raises RequestError if there is no such list, or more than one.
     """
     decoder = model.get_decoder()
-    depth = model.config.get_text_config().num_hidden_layers
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
     lists = [name for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if len(lists) != 1 or depth == 0:
         raise RequestError(
@@ -144,6 +148,12 @@ def tied_aliases(model: Any) -> set[str]:
     if not model.config.get_text_config().tie_word_embeddings:
         return set()
     return set(model._tied_weights_keys or ())
+
+
+def read_generation_config(model: Any, directory: Path) -> None:
+    """Give the model the end tokens and sampling defaults that its directory holds, if it holds any."""
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
 
 
 def move_buffers(model: Any, device: torch.device) -> Any:
@@ -168,12 +178,13 @@ def _refuse_quantized(config: Any, path: Path) -> None:
         raise RequestError(f"{path} is quantized already ({method}); start from the original weights")
 
 
-def _refuse_fused_experts(block: nn.Module) -> None:
+def _refuse_other_layers(block: nn.Module) -> None:
     for name, parameter in block.named_parameters():
         if parameter.ndim > 2:
+            kind = "fused {}-D expert parameter" if "expert" in name else "{}-D parameter"
             raise RequestError(
-                f"{name} is a fused {parameter.ndim}-D expert parameter; llmq quantizes nn.Linear weights only, so "
-                "mixture-of-experts models of this kind are not supported yet"
+                f"{name} is a {kind.format(parameter.ndim)}; llmq quantizes nn.Linear weights only, "
+                "so models of this kind are not supported yet"
             )
     if not any(isinstance(module, nn.Linear) for module in block.modules()):
         raise RequestError(f"{type(block).__name__} holds no nn.Linear: there is nothing llmq can quantize")

@@ -87,13 +87,21 @@ def record_block_inputs(
     """
     decoder = source.skeleton.get_decoder()
     blocks = [source.skeleton.get_submodule(name) for name in source.block_names]
-    inside = {id(parameter) for parameter in decoder.parameters()}
-    names = [n for n in source.outer_names() if id(source.skeleton.get_parameter(n)) in inside]
+    inside = {id(tensor) for tensor in decoder.state_dict(keep_vars=True).values()}
+    outer = source.skeleton.state_dict(keep_vars=True)
+    names = [name for name in source.outer_names() if id(outer[name]) in inside]
     source.load(names, device, dtype)
     move_buffers(source.skeleton, device)
     with _recorders(blocks) as calls:
         decoder(input_ids=tokens.train[:1].to(device), use_cache=False)
         arguments = [(args, kwargs) for _, args, kwargs in calls]
+        calls.clear()
+        decoder(input_ids=tokens.train[:1].flip(1).to(device), use_cache=False)
+        again = [(args, kwargs) for _, args, kwargs in calls]
+        if not _same([(args, list(kwargs.items())) for args, kwargs in arguments],
+                     [(args, list(kwargs.items())) for args, kwargs in again]):  # fmt: skip
+            raise RequestError(f"the blocks of {type(decoder).__name__} take arguments that depend on the tokens; "
+                               "llmq cannot stream it")  # fmt: skip
         hidden = []
         for batch in _micro_batches(tokens.train) + _micro_batches(tokens.held_out):
             calls.clear()
@@ -124,6 +132,17 @@ def _recorders(blocks: list[nn.Module]) -> Iterator[list[tuple[Tensor, tuple[Any
     finally:
         for block in blocks:
             del block.forward
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two recordings agree. An empty dictionary is a state that blocks will share: never the same."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.shape == b.shape and bool((a == b).all())
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return bool(a) and isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return a is b or bool(a == b)
 
 
 def _micro_batches(tokens: Int64[Tensor, "samples length"]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from llmq.errors import CheckpointError, RequestError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_HOW = "convert it once with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
 
 
 @runtime_checkable  # the tests check annotations as they run
@@ -57,7 +58,7 @@ class SafetensorsDirectory:
         try:
             with _open(self._shard_of[name]) as file:
                 return file.get_tensor(name)
-        except (SafetensorError, RuntimeError) as error:
+        except (SafetensorError, RuntimeError, OSError) as error:
             raise CheckpointError(f"{self.directory}: tensor {name} cannot be read ({error})") from None
 
     def shape(self, name: str) -> list[int]:
@@ -90,10 +91,11 @@ def _names_by_shard(directory: Path) -> Mapping[str, set[str] | None]:
         return {SINGLE: None}
     if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
         raise RequestError(
-            f"{directory} holds pickle weights (.bin), which can run code when opened; llmq reads safetensors.\n"
-            "Convert once with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+            f"{directory} holds pickle weights (.bin), which can run code when opened; llmq reads safetensors.\n" + _HOW
         )
-    raise RequestError(f"{directory} holds neither {SINGLE} nor {INDEX}; is it a model directory?")
+    raise RequestError(
+        f"{directory} holds neither {SINGLE} nor {INDEX}; if the model comes as .bin files only:\n" + _HOW
+    )
 
 
 def _open(path: Path) -> Any:

@@ -80,11 +80,21 @@ class Writer:
         """Take tensors that belong together (those of one module never straddle two shards)."""
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self._pending and self._pending_bytes + size > self._shard_bytes:
-            self._write_shard()
+            self.flush()
         # A copy on the CPU of our own: safetensors wants contiguous tensors that share no memory.
         self._pending.update({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
         self._pending_bytes += size
         self._total_bytes += size
+
+    def flush(self) -> None:
+        """Write what still waits for its shard."""
+        if self._pending:
+            path = self._partial(len(self._shards))
+            save_file(self._pending, path, metadata={"format": "pt"})
+            path.chmod(0o666 & ~_umask())  # safetensors makes files only their owner can read
+            _sync(path)
+            self._shards.append(sorted(self._pending))
+            self._pending, self._pending_bytes = {}, 0
 
     def finish(
         self,
@@ -94,7 +104,7 @@ class Writer:
         report: dict[str, Any] | None = None,
     ) -> None:
         """Name the shards, copy the tokenizer, write the report and, last of all, config.json."""
-        self._write_shard()
+        self.flush()
         weight_map: dict[str, str] = {}
         for i, names in enumerate(self._shards):
             final = SINGLE if len(self._shards) == 1 else f"model-{i + 1:05}-of-{len(self._shards):05}.safetensors"
@@ -106,21 +116,13 @@ class Writer:
         self._copy_companions(source)
         if report is not None:
             self._write_json(REPORT, report)
+        _sync(self.directory)
         self._write_json("config.json", _config(source, dtype, quantization_config))
 
     def _clear(self) -> None:
         for pattern in _OURS:
             for file in self.directory.glob(pattern):
                 file.unlink(missing_ok=True)
-
-    def _write_shard(self) -> None:
-        if self._pending:
-            path = self._partial(len(self._shards))
-            save_file(self._pending, path, metadata={"format": "pt"})
-            path.chmod(0o666 & ~_umask())  # safetensors makes files only their owner can read
-            _sync(path)
-            self._shards.append(sorted(self._pending))
-            self._pending, self._pending_bytes = {}, 0
 
     def _partial(self, index: int) -> Path:
         return self.directory / f"shard-{index:05}.partial"
@@ -170,8 +172,11 @@ def _umask() -> int:
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _explained(error: Exception, directory: Path) -> WorkError:

@@ -23,7 +23,7 @@ import torch
 import llmq
 from llmq.cli import run
 from llmq.data import evaluation_chunks, read_text
-from llmq.errors import WorkError
+from llmq.errors import RequestError, WorkError
 from llmq.evaluate import Logits, evaluate, logits_of, remembered, score
 from llmq.load import load_any
 from llmq.writer import REPORT
@@ -56,8 +56,8 @@ class CompareConfig:
 
 def compare(config: CompareConfig) -> None:
     """Do the missing rows, then print the table in Markdown."""
-    rows = _finished(config.results)
-    model, tokenizer = load_any(config.model, torch.device("cpu"), torch.float32)
+    rows = _finished(config)
+    model, tokenizer = load_any(config.model, "cpu")
     chunks = evaluation_chunks(tokenizer, read_text(config.text, evaluation=True), config.chunk, config.limit)
     reference = remembered(logits_of(model), chunks)
     del model
@@ -85,14 +85,31 @@ def _row(config: CompareConfig, key: tuple[int, str, str], chunks: torch.Tensor,
             raise WorkError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
         report = json.loads((output / REPORT).read_text())
         result = evaluate(llmq.load(output, device="cpu"), chunks, reference)
-    row = {"bits": bits, "grid": grid, "method": method, "perplexity": result.perplexity, "kl": result.kl}
+    row = {
+        "settings": _settings(config),
+        "bits": bits,
+        "grid": grid,
+        "method": method,
+        "perplexity": result.perplexity,
+        "kl": result.kl,
+    }
     return row | {"seconds": report["seconds"], "peak_memory_bytes": report["peak_memory_bytes"]}
 
 
-def _finished(path: Path) -> dict[tuple[int, str, str], dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = (json.loads(line) for line in lines)
+def _finished(config: CompareConfig) -> dict[tuple[int, str, str], dict[str, Any]]:
+    """Rows of earlier calls. Raises RequestError if they were made with other settings."""
+    lines = config.results.read_text().splitlines() if config.results.exists() else []
+    rows = [json.loads(line) for line in lines]
+    if any(row["settings"] != _settings(config) for row in rows):
+        raise RequestError(f"{config.results} holds rows made with other settings; name another file with --results")
     return {(row["bits"], row["grid"], row["method"]): row for row in rows}
+
+
+def _settings(config: CompareConfig) -> dict[str, Any]:
+    """What all rows of one table have in common."""
+    common = ("group_size", "samples", "sequence_length", "chunk", "limit")
+    files = {name: Path(getattr(config, name)).name for name in ("model", "calibration", "text")}
+    return files | {name: getattr(config, name) for name in common}
 
 
 def _table(config: CompareConfig, original: float, rows: dict[tuple[int, str, str], dict[str, Any]]) -> Iterator[str]:

@@ -11,8 +11,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 import llmq
 from llmq.cli import run
 from llmq.data import evaluation_chunks, read_text
@@ -40,7 +38,7 @@ class DemoConfig:
 def demo(config: DemoConfig) -> None:
     """Run the README's commands, then print one table."""
     print("SmolLM2-135M-Instruct: loading and evaluating the original")
-    model, tokenizer = load_any("demo", torch.device("cpu"), torch.float32)
+    model, tokenizer = load_any("demo", "cpu")
     chunks = evaluation_chunks(tokenizer, read_text("pytopics"), 1024, config.chunks)
     original = remembered(logits_of(model), chunks)
     del model

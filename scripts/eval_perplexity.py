@@ -1,6 +1,6 @@
 """Perplexity of a checkpoint as plain transformers loads it: the independent check of what `python -m llmq.eval` says.
 
-llmq only cuts the text and sums the likelihoods here; the format's own package (compressed-tensors) unpacks the weights.
+llmq only cuts the text and sums the likelihoods here; the format's own package unpacks the weights.
 
     python scripts/eval_perplexity.py --model demo-4bit --text test.txt --limit 20
 """
@@ -8,15 +8,16 @@ llmq only cuts the text and sums the likelihoods here; the format's own package 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmq.cli import run
 from llmq.data import evaluation_chunks, read_text
+from llmq.device import pick_device
 from llmq.errors import RequestError
 from llmq.evaluate import evaluate
-from llmq.pipeline import pick_device
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def eval_perplexity(config: PerplexityConfig) -> None:
     device = pick_device(config.device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             config.model, dtype=torch.float32 if device.type == "cpu" else "auto"
         )
     except (OSError, ValueError, ImportError) as error:

@@ -62,7 +62,9 @@ def test_transformers_and_llmq_agree_on_the_perplexity_of_a_checkpoint(llama, te
 def test_the_comparison_prints_a_row_for_each_method_and_keeps_finished_ones(llama, text_file, tmp_path, resumed):
     results = tmp_path / "rows.jsonl"
     if resumed:
-        row = {"bits": 4, "grid": "symmetric", "method": "rtn", "perplexity": 123.0, "kl": 1.0}
+        settings = {"model": llama.name, "calibration": "text.txt", "text": "text.txt", "group_size": 32}
+        settings |= {"samples": 64, "sequence_length": 512, "chunk": 128, "limit": 2}
+        row = {"settings": settings, "bits": 4, "grid": "symmetric", "method": "rtn", "perplexity": 123.0, "kl": 1.0}
         row |= {"seconds": {"total": 1.0, "forward": 1.0}, "peak_memory_bytes": 10**9}
         results.write_text(json.dumps(row) + "\n")
     options = ["--model", llama, "--calibration", text_file, "--text", text_file, "--results", results]

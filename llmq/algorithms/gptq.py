@@ -151,16 +151,14 @@ def _best_grid(
     problem: Problem, W: Float[Tensor, "out size"], D: Float[Tensor, "size"], steps: int
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero of each row's group, the width chosen among `steps` to minimise Σ_k D_k (w_k - ŵ_k)²."""
-    scale, zero = problem.grid_of(W)
-    least = torch.full(scale.shape, torch.inf, dtype=W.dtype, device=W.device)
-    for step in range(steps if steps > 1 else 0):
-        s, z = problem.grid_of(W, 1 - (1 - _NARROWEST) * step / (steps - 1))
-        q = grid.quantize(W, s[:, None], z[:, None], problem.grid.bits)
-        error = (W - grid.dequantize(q, s[:, None], z[:, None], W.dtype)).square() @ D
-        better = error < least
-        least = torch.where(better, error, least)
-        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
-    return scale, zero
+    grids = [problem.grid_of(W, shrink) for shrink in torch.linspace(1, _NARROWEST, steps).tolist()]
+    errors = []
+    for scale, zero in grids:
+        q = grid.quantize(W, scale[:, None], zero[:, None], problem.grid.bits)
+        errors.append((W - grid.dequantize(q, scale[:, None], zero[:, None], W.dtype)).square() @ D)
+    best = torch.stack(errors).argmin(0, keepdim=True)
+    scales, zeros = (torch.stack(parts).gather(0, best)[0] for parts in zip(*grids, strict=True))
+    return scales, zeros
 
 
 def _aligned_block_size(requested: int, group_size: int, columns: int) -> int:

@@ -96,17 +96,21 @@ def scheme_of(config: dict[str, Any]) -> dict[str, Any]:
 
     Raises CheckpointError for what llmq does not read: other formats, several groups, activation quantization.
     """
-    groups = list((config.get("config_groups") or {}).values())
-    if config.get("format") != "pack-quantized" or len(groups) != 1 or groups[0].get("targets") != ["Linear"]:
+    groups = config.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, dict) else []
+    group: Any = groups[0] if len(groups) == 1 and isinstance(groups[0], dict) else {}
+    if config.get("format") != "pack-quantized" or group.get("targets") != ["Linear"]:
         raise CheckpointError(
             "of compressed-tensors only pack-quantized with one group for all Linear layers is read; "
             f"found format {config.get('format')!r} with {len(groups)} groups"
         )
-    weights = groups[0].get("weights") or {}
+    weights: Any = group.get("weights")
+    if not isinstance(weights, dict):
+        raise CheckpointError("the compressed-tensors group has no weights scheme")
     size = weights.get("group_size")
     fits = weights.get("type") == "int" and weights.get("num_bits") in BITS and "symmetric" in weights
     fits = fits and (size is None or (isinstance(size, int) and (size == -1 or size >= 1)))
-    if not fits or groups[0].get("input_activations") is not None or weights.get("actorder") == "group":
+    if not fits or group.get("input_activations") is not None or weights.get("actorder") == "group":
         raise CheckpointError(f"unsupported compressed-tensors scheme: {weights}")
     return weights
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_model
+from torch import nn
 
 from llmq.arch import Group, find_groups, fit_group_size, split_packable
 from llmq.errors import RequestError
@@ -87,3 +88,17 @@ def test_group_size_is_the_largest_that_divides_every_layer(requested, widths, f
 def test_group_size_that_divides_nothing_is_refused_with_the_widths():
     with pytest.raises(RequestError, match=r"group size 48 does not divide .*80, 112"):
         fit_group_size(48, {80, 112})
+
+
+def test_linears_that_did_not_run_are_left_in_float_with_the_reason():
+    block = nn.ModuleDict({"used": nn.Linear(32, 32), "idle": nn.Linear(32, 32)})
+    groups = find_groups(block, lambda hidden: block["used"](hidden), torch.ones(1, 2, 32))
+    kept, skipped = split_packable(block, groups)
+    assert [group.linears for group in kept] == [("used",)]
+    assert "did not run" in skipped["idle"]
+
+
+def test_a_linear_with_two_inputs_in_one_forward_is_refused():
+    block = nn.ModuleDict({"twice": nn.Linear(32, 32)})
+    with pytest.raises(RequestError, match="several inputs"):
+        find_groups(block, lambda hidden: block["twice"](block["twice"](hidden)), torch.ones(1, 2, 32))

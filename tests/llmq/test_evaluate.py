@@ -10,7 +10,7 @@ from tiny import tiny_model
 from torch.nn.functional import cross_entropy, kl_div, one_hot
 
 from llmq import evaluate as module
-from llmq.evaluate import Evaluation, evaluate, logits_of, remembered
+from llmq.evaluate import Evaluation, evaluate, logits_of, remembered, score
 
 CHUNKS = some_tokens(3, 71)
 TARGETS = 3 * 70
@@ -153,3 +153,14 @@ def test_progress_goes_to_stderr_and_only_on_request(model, capsys):
     assert out == ""
     assert f"perplexity {perplexity:.3f}" in err
     assert "3/3" in err
+
+
+def test_words_ruled_out_by_both_models_add_nothing_to_the_divergence():
+    """-inf logits: what padding of the vocabulary or a masked word looks like."""
+    chunks = torch.zeros(1, 3, dtype=torch.int64)
+    p, q = torch.tensor([[1.0, 2.0, 0.5]] * 3), torch.tensor([[1.5, 0.0, 0.0]] * 3)
+    masked = [torch.cat([logits, torch.full((3, 1), -torch.inf)], dim=1) for logits in (p, q)]
+    whole = score(lambda *_: p, chunks, lambda *_: q).kl
+    assert whole > 0
+    ruled_out = score(lambda *_: masked[0], chunks, lambda *_: masked[1]).kl
+    assert abs(ruled_out / whole - 1) < 1e-6  # float32 sums over rows of another length

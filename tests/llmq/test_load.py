@@ -163,7 +163,7 @@ def test_the_models_own_generation_settings_are_kept(tmp_path, llama, checkpoint
 
 def test_load_any_opens_packed_and_original_models_with_their_tokenizer(llama, checkpoints):
     for spec, packed in ((llama, 0), (checkpoints(4), 21)):
-        model, tokenizer = load_any(str(spec), torch.device("cpu"), torch.float32)
+        model, tokenizer = load_any(str(spec), "cpu")
         assert len(packed_linears(model)) == packed
         assert tokenizer.decode(tokenizer("a word")["input_ids"]) == "a word"
 
@@ -172,3 +172,12 @@ def test_load_any_opens_packed_and_original_models_with_their_tokenizer(llama, c
 def test_unknown_devices_are_refused(checkpoints, device):
     with pytest.raises(RequestError, match="device must be one of auto, cpu, cuda"):
         llmq.load(checkpoints(4), device)
+
+
+@torch.no_grad()
+def test_casting_the_model_leaves_the_scales_as_they_were_stored(llama, tmp_path):
+    model = llmq.load(pack(llama, tmp_path / "packed"), device="cpu")
+    before = {n: m.dequantize() for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+    model.to(torch.bfloat16).to(torch.float32)
+    assert len(before) == 21
+    assert all(torch.equal(before[n], model.get_submodule(n).dequantize()) for n in before)

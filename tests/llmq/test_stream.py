@@ -89,3 +89,26 @@ def test_a_model_that_skips_blocks_is_refused(llama):
     source.skeleton.get_decoder = lambda decoder=source.skeleton.model: Skips(decoder)
     with pytest.raises(RequestError, match="does not run its blocks one after the other"):
         next(stream(source, tokens(), CPU, torch.float32, Clock()))
+
+
+@pytest.mark.parametrize("argument", ["depends on the tokens", "shared between blocks"])
+def test_a_model_whose_blocks_take_other_arguments_for_other_tokens_is_refused(llama, argument):
+    source = ModelSource(str(llama))
+
+    class Peeks(nn.Module):
+        """Passes its blocks something that cannot be recorded once and replayed for every sample."""
+
+        def __init__(self, decoder):
+            super().__init__()
+            self.inner = decoder
+
+        def forward(self, input_ids, use_cache):
+            hidden = self.inner.embed_tokens(input_ids)
+            extra = hidden * 2 if argument == "depends on the tokens" else {}
+            for block in self.inner.layers:
+                hidden = block(hidden, extra=extra)
+            return hidden
+
+    source.skeleton.get_decoder = lambda decoder=source.skeleton.model: Peeks(decoder)
+    with pytest.raises(RequestError, match="arguments that depend on the tokens"):
+        next(stream(source, tokens(), CPU, torch.float32, Clock()))

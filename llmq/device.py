@@ -1,0 +1,22 @@
+"""Where to compute."""
+
+import torch
+
+from llmq.errors import RequestError
+
+
+def pick_device(name: str) -> torch.device:
+    """auto (cuda where there is one), cpu, cuda or cuda:N.
+
+    Raises RequestError for any other name, and for a GPU that is not there.
+    """
+    kind, _, index = name.partition(":")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if kind not in ("auto", "cuda") or (index and not (kind == "cuda" and index.isdigit())) or name.endswith(":"):
+        raise RequestError(f"device must be one of auto, cpu, cuda, cuda:N; got {name!r}")
+    if int(index or 0) >= torch.cuda.device_count():
+        raise RequestError(
+            f"device {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA GPUs; use cpu"
+        )
+    return torch.device("cuda", int(index)) if index else torch.device("cuda")
