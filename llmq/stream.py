@@ -93,20 +93,19 @@ def record_block_inputs(
     source.load(names, device, dtype)
     move_buffers(source.skeleton, device)
     with _recorders(blocks) as calls:
-        decoder(input_ids=tokens.train[:1].to(device), use_cache=False)
-        arguments = [(args, kwargs) for _, args, kwargs in calls]
-        calls.clear()
-        decoder(input_ids=tokens.train[:1].flip(1).to(device), use_cache=False)
-        again = [(args, kwargs) for _, args, kwargs in calls]
-        if not _same([(args, list(kwargs.items())) for args, kwargs in arguments],
-                     [(args, list(kwargs.items())) for args, kwargs in again]):  # fmt: skip
-            raise RequestError(f"the blocks of {type(decoder).__name__} take arguments that depend on the tokens; "
-                               "llmq cannot stream it")  # fmt: skip
-        hidden = []
-        for batch in _micro_batches(tokens.train) + _micro_batches(tokens.held_out):
+
+        def recorded(ids: Tensor) -> list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:
             calls.clear()
-            decoder(input_ids=batch.to(device), use_cache=False)
-            hidden.append(calls[0][0].cpu())
+            decoder(input_ids=ids.to(device), use_cache=False)
+            return list(calls)
+
+        one, other = recorded(tokens.train[:1]), recorded(tokens.train[:1].flip(1))
+        arguments = [(args, kwargs) for _, args, kwargs in one]
+        if not _same(*([(args, list(kwargs.items())) for _, args, kwargs in each] for each in (one, other))):
+            name = type(decoder).__name__
+            raise RequestError(f"the blocks of {name} take arguments that depend on the tokens; llmq cannot stream it")
+        batches = _micro_batches(tokens.train) + _micro_batches(tokens.held_out)
+        hidden = [recorded(batch)[0][0].cpu() for batch in batches]
     source.free(names)
     if len(arguments) != len(blocks) or calls[-1][0].shape != calls[0][0].shape:
         raise RequestError(
