@@ -8,6 +8,7 @@ _COMMANDS = {
     "eval": "perplexity of a model, KL to its original",
     "generate": "let a checkpoint continue a prompt",
     "inspect": "what is in a checkpoint, layer by layer",
+    "tune": "find the fastest kernels for a model's layers on this GPU",
 }
 
 

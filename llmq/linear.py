@@ -1,12 +1,13 @@
-"""A linear layer that keeps its weight packed. The only file that knows the kernels."""
+"""A linear layer that keeps its weight packed. It and `llmq.tune` alone know the kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from llmq_kernels import PackedWeight, cpu_int4, dequantize, matmul, pack
+from llmq_kernels import PackedWeight, cpu_int4, dequantize, new_counters, pack, packed_linear, reference, stack
 from torch import Tensor, nn
 
 from llmq.weight import QuantizedWeight
@@ -20,52 +21,72 @@ class PackedLinear(nn.Module):
     """y = x Wᵀ + b with W = scale * (codes - zero), never stored dense.
 
     Args:
-        weight: codes and grids of the layer.
+        packed: the weight as the kernels want it.
         bias: [out] or None.
     """
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
+    def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
-        if weight.group_of is not None:
-            raise ValueError("act-order weights must have their columns sorted before they are packed")
-        packed = pack(weight.q, weight.scale, weight.zero, weight.bits)
-        self.bits, self.in_features, self.out_features = packed.bits, packed.in_features, packed.out_features
-        self._planes = len(packed.planes)
-        for i, plane in enumerate(packed.planes):
-            self.register_buffer(f"plane{i}", plane)
-        self.register_buffer("scale", packed.scale)
-        self.register_buffer("zero", packed.zero)
+        self.bits, self.group_size, self.symmetric = packed.bits, packed.group_size, packed.symmetric
+        self.in_features, self.out_features = packed.in_features, packed.out_features
+        self._arrays = len(packed.words)
+        for i, words in enumerate(packed.words):
+            self.register_buffer(f"words{i}", words)
+        self.register_buffer("grid", packed.grid)
+        self.register_buffer("permutation", packed.permutation)
         self.register_buffer("bias", bias)
+        self.register_buffer("counters", new_counters(packed.device), persistent=False)
+        self.grid: Tensor
+        self.permutation: Tensor | None
         self.bias: Tensor | None
-        self.scale: Tensor
-        self.zero: Tensor
+        self.counters: Tensor
         self._int4: cpu_int4.CpuInt4Weight | None = None
 
+    @classmethod
+    def from_codes(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> PackedLinear:
+        """Lay out the codes and grids of a layer."""
+        return cls(pack(weight.q, weight.scale, weight.zero, weight.bits, weight.group_of), bias)
+
+    @classmethod
+    def stack(cls, linears: Sequence[PackedLinear]) -> PackedLinear | None:
+        """One layer with the rows of several, or None if they do not fit together."""
+        packed = stack([linear.packed for linear in linears])
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        if packed is None or len(biases) not in (0, len(linears)):
+            return None
+        return cls(packed, torch.cat(biases) if biases else None)
+
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
-        """Moves and casts keep the scales exact: codes were rounded against these very values."""
-        scale = self.scale
+        """What a device needs beside the weight is made anew after a move."""
         super()._apply(fn, recurse)
-        self.scale = scale.to(self.scale.device)
+        self.counters = new_counters(self.grid.device)
         self._int4 = None
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._int4 = None
 
     @property
     def packed(self) -> PackedWeight:
         """The buffers as the kernels take them."""
-        planes = tuple(self.get_buffer(f"plane{i}") for i in range(self._planes))
-        return PackedWeight(planes, self.scale, self.zero, self.bits, self.in_features)
+        words = tuple(self.get_buffer(f"words{i}") for i in range(self._arrays))
+        return PackedWeight(
+            words, self.grid, self.bits, self.group_size, self.in_features, self.symmetric, self.permutation
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """The dense weight, for checks and for export."""
         return dequantize(self.packed, dtype)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        weight = self.packed
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if x.numel() <= _INT4_TOKENS * self.in_features and x.device.type == "cpu" and cpu_int4.supports(self.packed):
+        if x.device.type == "cpu" and x.numel() <= _INT4_TOKENS * self.in_features and cpu_int4.supports(weight):
             if self._int4 is None:  # made at the first decode: evaluation never needs it
-                self._int4 = cpu_int4.prepare(self.packed)
-            return cpu_int4.matmul(x, self._int4, bias)
-        return matmul(x, self.packed, bias)
+                self._int4 = cpu_int4.prepare(weight)
+            return cpu_int4.matmul(reference.permuted(x, weight), self._int4, bias)
+        return packed_linear(x, weight, bias, self.counters)
 
     def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, bits={self.bits}, group={self.packed.group_size}"
+        return f"in={self.in_features}, out={self.out_features}, bits={self.bits}, group={self.group_size}"

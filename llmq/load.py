@@ -15,6 +15,7 @@ from llmq.errors import CheckpointError
 from llmq.formats import FORMATS
 from llmq.hub import locate
 from llmq.linear import PackedLinear
+from llmq.merge import merge_linears
 from llmq.source import ModelSource, build_skeleton, move_buffers, read_generation_config, tied_aliases
 from llmq.tensor_files import SafetensorsDirectory
 from llmq.weight import QuantizedWeight
@@ -55,7 +56,11 @@ class Checkpoint:
 
 @torch.no_grad()
 def load(
-    directory: str | Path, device: str = "auto", dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    directory: str | Path,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    merge: bool = False,
 ) -> Any:
     """The checkpoint as a transformers model, ready for inference: `.generate` works.
 
@@ -63,6 +68,7 @@ def load(
         device: auto (cuda when present), cpu, cuda or cuda:N.
         dtype: of activations and unquantized weights; by default float32 on a CPU and the checkpoint's own on a GPU.
         trust_remote_code: run modelling code that ships with the checkpoint.
+        merge: run q, k, v and gate, up as one matmul each, where their bits and groups agree: fewer, larger launches.
 
     Raises CheckpointError for anything missing, left over or inconsistent: a model with a single wrong tensor would
     still talk, only worse.
@@ -78,6 +84,8 @@ def load(
     _place_rest(model, checkpoint, target, dtype)
     model.config.dtype = dtype
     read_generation_config(model, checkpoint.directory)
+    if merge:
+        merge_linears(model)
     return model.eval()
 
 
@@ -87,13 +95,14 @@ def load_any(spec: str, device: str = "auto", trust_remote_code: bool = False) -
     float32 on a CPU, the dtype of the files on a GPU.
     """
     path = locate(spec, trust_remote_code)
-    if _is_packed(path):
+    if is_packed(path):
         return load(path, device, trust_remote_code=trust_remote_code), _tokenizer(path, trust_remote_code)
     source, target = ModelSource(spec, trust_remote_code), pick_device(device)
     return source.load_all(target, torch.float32 if target.type == "cpu" else source.dtype), source.tokenizer
 
 
-def _is_packed(path: Path) -> bool:
+def is_packed(path: Path) -> bool:
+    """Whether the directory is a quantized checkpoint."""
     try:
         return bool(json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config"))
     except (OSError, ValueError, AttributeError):  # not a packed checkpoint; what it is, ModelSource will say
@@ -139,7 +148,7 @@ def _place_packed(model: Any, checkpoint: Checkpoint, device: torch.device) -> N
             raise CheckpointError(
                 f"{name}.bias: {bias.dtype} {tuple(bias.shape)} fits no {linear.out_features} outputs"
             )
-        model.set_submodule(name, PackedLinear(weight, bias).to(device))
+        model.set_submodule(name, PackedLinear.from_codes(weight, bias).to(device))
 
 
 def _place_rest(model: Any, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:

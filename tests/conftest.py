@@ -11,6 +11,15 @@ import torch
 from tiny import save_tiny, some_text
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leaves out, before anything counts them, tests for another process (the interpreter's) or machine (a GPU's)."""
+    interpreted = bool(os.environ.get("TRITON_INTERPRET"))
+    here = {"interpret": interpreted, "gpu": torch.cuda.is_available() and not interpreted}
+    elsewhere = [item for item in items if any(item.get_closest_marker(name) and not here[name] for name in here)]
+    config.hook.pytest_deselected(items=elsewhere)
+    items[:] = [item for item in items if item not in elsewhere]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)

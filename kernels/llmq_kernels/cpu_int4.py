@@ -29,16 +29,20 @@ class CpuInt4Weight:
 
 def supports(weight: PackedWeight) -> bool:
     """Whether the layer has a shape this path accepts."""
-    on_cpu = weight.scale.device.type == "cpu"
-    return on_cpu and weight.bits == 4 and weight.group_size in _GROUPS and weight.out_features % 16 == 0
+    return (
+        weight.device.type == "cpu"
+        and weight.bits == 4
+        and weight.group_size in _GROUPS
+        and weight.out_features % 16 == 0
+    )
 
 
 def prepare(weight: PackedWeight) -> CpuInt4Weight:
     """Rearrange for this CPU; `supports` must hold."""
     codes = unpack(weight).to(torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    scale = weight.scale.float()
-    offset = (8 - weight.zero.float()) * scale
+    scale = weight.scale()
+    offset = (8 - weight.zero().float()) * scale
     pairs = torch.stack([scale, offset], dim=-1).transpose(0, 1).contiguous().to(torch.bfloat16)
     return CpuInt4Weight(packed, pairs, weight.group_size)
 
@@ -46,8 +50,8 @@ def prepare(weight: PackedWeight) -> CpuInt4Weight:
 def matmul(
     x: Float[Tensor, "*batch in"], weight: CpuInt4Weight, bias: Tensor | None = None
 ) -> Float[Tensor, "*batch out"]:
-    """x @ Wᵀ + bias, computed in bf16 and returned in x's dtype."""
+    """x @ Wᵀ + bias, computed in bf16 and returned in x's dtype; x has its features in the packed order."""
     flat = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, weight.packed, weight.group_size, weight.scale_offset)
-    y = y.to(x.dtype).view(*x.shape[:-1], -1)
+    y = y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
     return y if bias is None else y + bias

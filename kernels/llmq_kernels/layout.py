@@ -1,80 +1,183 @@
-"""How codes lie in memory at inference: planes of bytes, cheap to take apart with whole-tensor shifts.
+"""How a weight lies in memory at inference: planes of 16-bit words, and one 32-bit (scale, zero) word per group.
 
-A plane of `width` bits holds 8/width codes per byte, `stride` columns apart, so that unpacking writes long runs:
+Codes. A word holds one code of each of several planes; a plane is `plane` consecutive inputs of one row, and all planes
+that share the words of `plane` columns make a block. 4 bit, plane 64, so a block is 256 inputs:
 
-    width 4:   byte c of a row  =  code[c]  |  code[c + stride] << 4            stride = ceil(in / 2)
+                    bits 15..12     11..8         7..4         3..0
+    word c     =  code[192 + c]  code[128 + c]  code[64 + c]  code[c]         c = 0..63, then the next block
 
-3-bit codes are a 2-bit plane and a 1-bit plane: exactly 3 bits per weight.
+Two neighbouring words are one 32-bit register, and the same nibble of both is one fp16 pair: `and`, `or` and `fma` turn
+it into two exact halves of a tensor-core operand. Codes of other layouts need shuffles or conversions here.
+
+3-bit codes are their low two bits in 2-bit words and their top bit in 1-bit words (`top_bit` says where): exactly three
+bits per weight. A plane never straddles two groups, so groups of 16 and 32 have planes of 16 and 32.
+
+Grid. A symmetric weight stores the float32 scale, whose zero point is 2**(bits-1). Otherwise the low 8 bits of the
+float32 scale are the zero point: exact for float16 and bfloat16 scales; a float32 scale keeps 16 significant bits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int16, Int32, Int64, UInt8
 from torch import Tensor
 
-PLANE_WIDTHS = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+WIDTHS = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+"""Bits per word field, low bits of the code first."""
+_ZERO_MASK = 0xFF
+
+
+def top_bit(plane: int) -> int:
+    """Where the 1-bit words keep the top bit of 3-bit plane 0..15: spread so that four shifts serve all sixteen."""
+    return plane // 8 * 8 + plane % 4 * 2 + plane % 8 // 4
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """w = scale * (code - zero), codes in planes. All tensors on one device."""
+    """w[n, k] = scale[n, group] * (code[n, k] - zero[n, group]). All tensors on one device."""
 
-    planes: tuple[UInt8[Tensor, "out _"], ...]
-    """[out, ceil(in * width / 8)] for each width of PLANE_WIDTHS[bits], low bits of the code first."""
-    scale: Float[Tensor, "out groups"]
-    zero: UInt8[Tensor, "out groups"]
+    words: tuple[Int16[Tensor, "out _"], ...]
+    """One array for each of WIDTHS[bits], [out, padded inputs * width / 16]."""
+    grid: Int32[Tensor, "groups out"]
     bits: int
+    group_size: int
     in_features: int
+    symmetric: bool
+    permutation: Int64[Tensor, "in"] | None = None
+    """Column i of the codes belongs to input permutation[i]: act-order checkpoints, sorted by group."""
 
     @property
     def out_features(self) -> int:
-        return self.scale.shape[0]
+        return self.grid.shape[1]
 
     @property
-    def group_size(self) -> int:
-        return self.in_features // self.scale.shape[1]
+    def plane(self) -> int:
+        return plane_of(self.group_size, self.in_features)
+
+    @property
+    def device(self) -> torch.device:
+        return self.grid.device
+
+    def scale(self) -> Float[Tensor, "out groups"]:
+        """float32 scales."""
+        bits = self.grid if self.symmetric else self.grid & ~_ZERO_MASK
+        return bits.view(torch.float32).T
+
+    def zero(self) -> UInt8[Tensor, "out groups"]:
+        """Zero points in code units."""
+        if self.symmetric:
+            return torch.full_like(self.grid.T, 2 ** (self.bits - 1), dtype=torch.uint8)
+        return (self.grid.T & _ZERO_MASK).to(torch.uint8)
+
+
+def plane_of(group_size: int, in_features: int) -> int:
+    """Inputs per plane: 64, or as many as a smaller group has. Groups the kernels do not take get 64 as well."""
+    whole_row = group_size == in_features
+    return group_size if group_size in (16, 32) and not whole_row else 64
+
+
+def block_of(bits: int, plane: int) -> int:
+    """Inputs per block of words; rows are padded to whole blocks."""
+    return plane * 16 // WIDTHS[bits][-1]
 
 
 def pack(
-    codes: UInt8[Tensor, "out in"], scale: Float[Tensor, "out groups"], zero: UInt8[Tensor, "out groups"], bits: int
+    codes: UInt8[Tensor, "out in"],
+    scale: Float[Tensor, "out groups"],
+    zero: UInt8[Tensor, "out groups"],
+    bits: int,
+    group_of: Int32[Tensor, "in"] | None = None,
 ) -> PackedWeight:
-    """Lay out plain codes. Raises ValueError for bits other than 2, 3, 4, 8 or groups that do not divide the inputs."""
-    if bits not in PLANE_WIDTHS:
-        raise ValueError(f"bits must be one of {sorted(PLANE_WIDTHS)}; got {bits}")
-    if codes.shape[1] % scale.shape[1]:
-        raise ValueError(f"{scale.shape[1]} groups do not divide {codes.shape[1]} inputs")
-    planes, shift = [], 0
-    for width in PLANE_WIDTHS[bits]:
-        planes.append(_pack_plane((codes >> shift) & (2**width - 1), width))
+    """Lay out plain codes.
+
+    Args:
+        group_of: the group of every input, where groups are not contiguous; groups must have equal sizes.
+
+    Raises ValueError for bits other than 2, 3, 4, 8, or groups that do not divide the inputs.
+    """
+    (rows, columns), groups = codes.shape, scale.shape[1]
+    if bits not in WIDTHS:
+        raise ValueError(f"bits must be one of {sorted(WIDTHS)}; got {bits}")
+    if columns % groups:
+        raise ValueError(f"{groups} groups do not divide {columns} inputs")
+    size = columns // groups
+    permutation = None if group_of is None else _sort_groups(group_of, size)
+    if permutation is not None:
+        codes = codes[:, permutation]
+    symmetric = bool((zero == 2 ** (bits - 1)).all())
+    plane = plane_of(size, columns)
+    block = block_of(bits, plane)
+    # Padding decodes to a zero weight only where the zero point agrees; the kernels never let padded inputs in.
+    blocks = torch.nn.functional.pad(codes, (0, -columns % block)).view(rows, -1, block)
+    words, shift = [], 0
+    for width in WIDTHS[bits]:
+        fields = (blocks >> shift & (2**width - 1)).to(torch.int32)
+        words.append(_pack_words(fields, width, plane, bits))
         shift += width
-    return PackedWeight(tuple(planes), scale, zero, bits, codes.shape[1])
+    return PackedWeight(tuple(words), _pack_grid(scale, zero, symmetric), bits, size, columns, symmetric, permutation)
 
 
 def unpack(weight: PackedWeight, start: int = 0, stop: int | None = None) -> UInt8[Tensor, "rows in"]:
-    """The codes of rows start to stop."""
+    """The codes of rows start to stop, columns as they lie: sorted, if the weight has a permutation."""
     codes, shift = None, 0
-    for width, plane in zip(PLANE_WIDTHS[weight.bits], weight.planes, strict=True):
-        part = _unpack_plane(plane[start:stop], width, weight.in_features)
-        codes = part if codes is None else codes | (part << shift)
+    for width, words in zip(WIDTHS[weight.bits], weight.words, strict=True):
+        part = _unpack_words(words[start:stop], width, weight.plane, weight.bits)
+        codes = part if codes is None else codes | part << shift
         shift += width
     assert codes is not None
-    return codes
+    return codes[:, : weight.in_features]
 
 
-def _pack_plane(codes: Tensor, width: int) -> Tensor:
-    per_byte = 8 // width
-    stride = -(-codes.shape[1] // per_byte)
-    padded = torch.nn.functional.pad(codes, (0, stride * per_byte - codes.shape[1]))
-    plane = torch.zeros(len(codes), stride, dtype=torch.uint8, device=codes.device)
-    for i, part in enumerate(padded.split(stride, dim=1)):
-        plane |= part << (i * width)
-    return plane
+def stack(weights: Sequence[PackedWeight]) -> PackedWeight | None:
+    """The rows of several weights in one, or None unless bits, groups, inputs and their order agree."""
+    first = weights[0]
+    kinds = {(w.bits, w.group_size, w.in_features, w.symmetric, w.device, w.permutation is None) for w in weights}
+    if len(kinds) > 1:
+        return None
+    if first.permutation is not None:
+        for other in weights[1:]:
+            if other.permutation is None or not torch.equal(first.permutation, other.permutation):
+                return None
+    words = tuple(torch.cat(arrays) for arrays in zip(*(w.words for w in weights), strict=True))
+    return replace(first, words=words, grid=torch.cat([w.grid for w in weights], dim=1))
 
 
-def _unpack_plane(plane: Tensor, width: int, columns: int) -> Tensor:
-    mask = 2**width - 1
-    parts = [(plane >> shift) & mask for shift in range(0, 8, width)]
-    return torch.cat(parts, dim=1)[:, :columns]
+def _sort_groups(group_of: Tensor, size: int) -> Tensor:
+    order = torch.argsort(group_of, stable=True)
+    expected = torch.arange(len(group_of), dtype=group_of.dtype, device=group_of.device) // size
+    if not torch.equal(group_of[order], expected):
+        raise ValueError(f"every group must have {size} inputs to be sorted into place")
+    return order
+
+
+def _pack_grid(scale: Tensor, zero: Tensor, symmetric: bool) -> Tensor:
+    bits = scale.T.contiguous().to(torch.float32).view(torch.int32)
+    if symmetric:
+        return bits
+    half = (_ZERO_MASK >> 1) + (bits >> 8 & 1)  # round to nearest, ties to even; no carry out of a float's exponent
+    return (bits + half & ~_ZERO_MASK) | zero.T.to(torch.int32)
+
+
+def _shifts(width: int, bits: int) -> list[int]:
+    """Bit of the field of every plane in its word."""
+    return [top_bit(p) if bits == 3 and width == 1 else p * width for p in range(16 // width)]
+
+
+def _pack_words(fields: Tensor, width: int, plane: int, bits: int) -> Tensor:
+    rows = len(fields)
+    shifts = _shifts(width, bits)
+    planes = fields.view(rows, -1, len(shifts), plane)  # 2-bit words of a 3-bit weight: two sets of planes per block
+    words = planes[:, :, 0] << shifts[0]
+    for p, shift in enumerate(shifts[1:], 1):
+        words |= planes[:, :, p] << shift
+    return words.flatten(1).to(torch.int16)
+
+
+def _unpack_words(words: Tensor, width: int, plane: int, bits: int) -> Tensor:
+    sets = words.unflatten(1, (-1, 1, plane))
+    return torch.cat([(sets >> shift & 2**width - 1).to(torch.uint8) for shift in _shifts(width, bits)], dim=2).flatten(
+        1
+    )

@@ -1,19 +1,17 @@
 """torch's int4 path for CPUs: when it applies, and that its result is the reference's up to bf16 rounding."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from llmq_kernels import cpu_int4, dequantize, matmul, pack
+import weights
+from llmq_kernels import PackedWeight, cpu_int4, dequantize, matmul, pack
 from llmq_kernels.layout import unpack
+from llmq_kernels.reference import permuted
 
 
-def some_weight(out=32, inputs=96, groups=3, bits=4, symmetric=True, dtype=torch.float16):
-    generator = torch.Generator().manual_seed(out + inputs)
-    codes = torch.randint(0, 2**bits, (out, inputs), generator=generator).to(torch.uint8)
-    scale = ((torch.rand(out, groups, generator=generator) - 0.5) / 8).to(dtype)
-    zero = torch.full((out, groups), 2 ** (bits - 1), dtype=torch.uint8)
-    if not symmetric:
-        zero = torch.randint(0, 2**bits, (out, groups), generator=generator).to(torch.uint8)
-    return pack(codes, scale, zero, bits)
+def some_weight(out=32, inputs=96, groups=3, bits=4, symmetric=True):
+    return weights.some_weight(out, inputs, groups, bits, symmetric)[0]
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
@@ -34,8 +32,9 @@ def test_it_leaves_every_other_weight_to_the_reference(refused):
 
 def test_it_leaves_weights_on_other_devices_alone():
     weight = some_weight()
-    meta = pack(torch.zeros(32, 96, dtype=torch.uint8), weight.scale.to("meta"), weight.zero.to("meta"), 4)
-    assert not cpu_int4.supports(meta)
+    words, grid = tuple(words.to("meta") for words in weight.words), weight.grid.to("meta")
+    assert cpu_int4.supports(PackedWeight(weight.words, weight.grid, 4, 32, 96, True))
+    assert not cpu_int4.supports(PackedWeight(words, grid, 4, 32, 96, True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -54,7 +53,7 @@ def test_the_result_is_the_references_up_to_bf16_rounding(tokens, out, group_siz
 def bf16_rounding(x, weight):
     """What rounding x, scale, offset and the result to bf16 (2**-9 each) can change in an output."""
     dense = dequantize(weight, torch.float64).abs()
-    offset = ((weight.zero.double() - 8) * weight.scale.double()).abs().repeat_interleave(weight.group_size, dim=1)
+    offset = ((weight.zero().double() - 8) * weight.scale().double()).abs().repeat_interleave(weight.group_size, dim=1)
     # x and y carry one rounding each; w = (code - 8) * scale + offset carries two, of terms that may both exceed w.
     return 1.01 * 2**-9 * x.abs() @ (3 * dense + 2 * offset).T
 
@@ -62,7 +61,7 @@ def bf16_rounding(x, weight):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_integers_that_bf16_holds_come_out_exact(symmetric):
     weight = some_weight(48, 64, 2, symmetric=symmetric)
-    weight = pack(unpack(weight), weight.scale.sign() * 2, weight.zero, 4)
+    weight = pack(unpack(weight), weight.scale().sign() * 2, weight.zero(), 4)
     x = torch.eye(64)  # picks single weights: nothing is summed
     y = cpu_int4.matmul(x, cpu_int4.prepare(weight), bias=torch.arange(48.0))
     assert torch.equal(y, dequantize(weight, torch.float32).T + torch.arange(48.0))
@@ -75,3 +74,17 @@ def test_leading_dimensions_of_the_input_are_kept():
     assert y.shape == (2, 3, 32)
     assert torch.equal(y.flatten(0, 1), cpu_int4.matmul(x.flatten(0, 1), weight))
     assert cpu_int4.matmul(x[0, 0], weight).shape == (32,)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_an_act_order_weight_takes_its_inputs_in_the_packed_order(symmetric):
+    weight = some_weight(48, 128, 4, symmetric=symmetric)
+    plain = pack(unpack(weight), weight.scale().sign() * 2, weight.zero(), 4)
+    weight = replace(plain, permutation=torch.randperm(128, generator=torch.Generator().manual_seed(0)))
+    y = cpu_int4.matmul(permuted(torch.eye(128), weight), cpu_int4.prepare(weight))  # picks single weights
+    assert torch.equal(y, dequantize(weight, torch.float32).T)
+
+
+def test_no_tokens_give_no_results():
+    y = cpu_int4.matmul(torch.zeros(2, 0, 96), cpu_int4.prepare(some_weight()), bias=torch.ones(32))
+    assert y.shape == (2, 0, 32)

@@ -5,28 +5,13 @@ import itertools
 import pytest
 import torch
 from llmq_kernels import dequantize, matmul, pack, reference
-from llmq_kernels.layout import PLANE_WIDTHS, unpack
+from llmq_kernels.layout import unpack
+from weights import BITS, shuffled_groups, some_weight
 
-BITS = sorted(PLANE_WIDTHS)
 # (out, in, groups): one of everything, primes, odd sizes in groups, and a layer with a tail
-SHAPES = [(1, 1, 1), (13, 37, 1), (7, 33, 11), (31, 96, 3), (17, 129, 43)]
+SHAPES = [(1, 1, 1), (13, 37, 1), (7, 33, 11), (31, 96, 3), (17, 129, 43), (9, 160, 10), (5, 576, 9)]
 # Relative to the sum of magnitudes |x| @ |W|: one rounding of W, of each product and of the result in the dtype.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1.5e-3, torch.bfloat16: 8e-3}
-
-
-def some_weight(out, inputs, groups, bits, symmetric=True, dtype=torch.float16, seed=0):
-    """(PackedWeight, its dense value in float64 by the formula)."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 2**bits, (out, inputs), generator=generator).to(torch.uint8)
-    scale = ((torch.rand(out, groups, generator=generator) - 0.5) / 2**bits).to(dtype)
-    scale[0, 0] = -scale[0, 0].abs()  # negative scales are ordinary ones
-    zero = torch.full((out, groups), 2 ** (bits - 1), dtype=torch.uint8)
-    if not symmetric:
-        zero = torch.randint(0, 2**bits, (out, groups), generator=generator).to(torch.uint8)
-    size = inputs // groups
-    spread = (part.double().repeat_interleave(size, dim=1) for part in (scale, zero))
-    dense = next(spread) * (codes.double() - next(spread))
-    return pack(codes, scale, zero, bits), dense
 
 
 def assert_close(y, x, dense, bias=None):
@@ -42,16 +27,20 @@ def assert_close(y, x, dense, bias=None):
 @pytest.mark.parametrize(("out", "inputs", "groups"), SHAPES)
 def test_dequantize_is_the_formula_exactly(out, inputs, groups, bits, symmetric):
     weight, dense = some_weight(out, inputs, groups, bits, symmetric)
-    assert bool((weight.scale < 0).any())
+    assert bool((weight.scale() < 0).any())
     assert torch.equal(dequantize(weight, torch.float64), dense)
     assert torch.equal(dequantize(weight, torch.float32).double(), dense)
     assert torch.equal(dequantize(weight, torch.float16), dense.to(torch.float16))
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 1), (5, 12), (12, 40), (0, 13)])
-def test_dequantize_gives_any_slice_of_rows(start, stop):
-    weight, dense = some_weight(13, 36, 4, 3, symmetric=False)
-    assert torch.equal(dequantize(weight, torch.float64, start, stop), dense[start:stop])
+@pytest.mark.parametrize(("bits", "symmetric"), itertools.product(BITS, [True, False]))
+@pytest.mark.parametrize(("inputs", "groups"), [(37, 1), (96, 3), (129, 43), (160, 10)])
+def test_act_order_weights_have_their_columns_in_the_order_of_the_inputs(inputs, groups, bits, symmetric):
+    weight, dense = some_weight(31, inputs, groups, bits, symmetric, group_of=shuffled_groups(inputs, groups))
+    assert torch.equal(dequantize(weight, torch.float64), dense)
+    x = torch.randn(3, inputs, generator=torch.Generator().manual_seed(0))
+    assert_close(matmul(x, weight), x, dense)
+    assert torch.equal(reference.permuted(x, weight), x[:, weight.permutation])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -88,7 +77,7 @@ def test_leading_dimensions_of_the_input_are_kept():
 def test_rows_in_chunks_give_what_all_rows_at_once_give(monkeypatch, bits, chunk):
     # Integers: sums are exact, so that the order in which the matmul adds cannot hide or fake a difference.
     weight, _ = some_weight(31, 96, 3, bits, symmetric=False)
-    weight = pack(unpack(weight), weight.scale.sign(), weight.zero, bits)
+    weight = pack(unpack(weight), weight.scale().sign(), weight.zero(), bits)
     generator = torch.Generator().manual_seed(2)
     x, bias = torch.randint(-9, 9, (7, 96), generator=generator).float(), torch.arange(31.0)
     whole = matmul(x, weight, bias)
@@ -100,7 +89,12 @@ def test_rows_in_chunks_give_what_all_rows_at_once_give(monkeypatch, bits, chunk
 def test_matmul_changes_neither_its_input_nor_the_weight():
     weight, _ = some_weight(7, 33, 11, 3, symmetric=False)
     x = torch.ones(2, 33)
-    before = [t.clone() for t in (*weight.planes, weight.scale, weight.zero)]
+    before = [tensor.clone() for tensor in (*weight.words, weight.grid)]
     matmul(x, weight)
     assert torch.equal(x, torch.ones(2, 33))
-    assert all(torch.equal(a, b) for a, b in zip(before, (*weight.planes, weight.scale, weight.zero), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, (*weight.words, weight.grid), strict=True))
+
+
+def test_no_tokens_give_no_results():
+    weight, _ = some_weight(7, 33, 11, 3)
+    assert matmul(torch.zeros(2, 0, 33), weight, torch.ones(7)).shape == (2, 0, 7)

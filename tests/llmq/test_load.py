@@ -56,20 +56,19 @@ def test_few_tokens_take_the_int4_path_and_agree_up_to_bf16_rounding(llama, chec
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), CASES)
-def test_every_linear_of_the_blocks_holds_packed_bytes_and_no_dense_weight(checkpoints, bits, symmetric):
+def test_every_linear_of_the_blocks_holds_packed_words_and_no_dense_weight(checkpoints, bits, symmetric):
     model = llmq.load(checkpoints(bits, symmetric), "cpu")
     logits(model, some_tokens(1, 3))
+    block = {2: 256, 3: 512, 4: 128, 8: 64}[bits]  # for groups of 32
     linears = packed_linears(model)
     assert len(linears) == 3 * 7
     assert [name for name, module in model.named_modules() if isinstance(module, nn.Linear)] == ["lm_head"]
     for linear in linears.values():
-        weights = linear.out_features * linear.in_features
-        grids = linear.out_features * linear.in_features // 32 * 3  # a float16 scale and a zero point per group
+        padded = -(-linear.in_features // block) * block  # rows are padded to whole blocks
+        row = padded * bits // 8 + linear.in_features // 32 * 4  # a group has a word of scale and zero point
         assert list(linear.parameters()) == []
-        assert sum(buffer.nbytes for buffer in linear.buffers()) == weights * bits // 8 + grids
-        assert all(
-            buffer.shape != (linear.out_features, linear.in_features) or bits == 8 for buffer in linear.buffers()
-        )
+        assert sum(buffer.nbytes for buffer in linear.buffers()) == linear.out_features * row
+        assert not any(buffer.is_floating_point() for buffer in linear.buffers())
 
 
 def test_packed_linears_dequantize_to_what_the_file_says(checkpoints):
@@ -139,7 +138,7 @@ def test_linears_that_cannot_be_packed_stay_as_they_were(tmp_path):
 def test_one_group_per_row_loads_too(tmp_path, llama):
     directory = pack(llama, tmp_path / "packed", bits=8, group_size=-1)
     model = llmq.load(directory, "cpu")
-    assert {linear.scale.shape[1] for linear in packed_linears(model).values()} == {1}
+    assert {linear.grid.shape[0] for linear in packed_linears(model).values()} == {1}
     assert torch.equal(logits(model, some_tokens()), logits(dequantized_model(llama, directory), some_tokens()))
 
 

@@ -1,0 +1,190 @@
+"""Which tile for which problem: a pure function, so that every answer it can give is compiled and checked in the tests.
+
+A measured table for this very GPU wins, then one for its architecture, then the rule below. Nothing is timed at first
+use: `python -m llmq.tune` measures, when asked, and writes a table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llmq_kernels.layout import block_of, plane_of
+
+# Programs per multiprocessor that the rule splits K for: enough 16-byte copies in flight to cover memory latency
+# (4 x 3 stages x 8 KB of words, where an H200 needs about 30 KB), few enough that the sums stay small beside the words.
+_PROGRAMS_PER_SM = 4
+_MIN_BLOCKS_PER_SPLIT = 2
+# Tokens that a step multiplies, of all planes: the compiler unrolls the planes and loads ahead. With twice as many,
+# some kernels for sm_80 spill.
+_TOKENS_PER_WARP = 2048
+_DEQUANTIZE_ABOVE = 256
+M_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+COUNTERS = 4096
+"""Tiles a split launch may have: each needs a counter of its layer."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What choosing needs to know of a GPU."""
+
+    name: str
+    arch: int
+    """Compute capability, 90 for 9.0."""
+    multiprocessors: int
+    shared_bytes: int
+    """Shared memory one block may ask for."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """y[M, N] = x[M, K] Wᵀ with `bits` codes in groups; dtype is float16 or bfloat16."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    dtype: str
+    M: int
+    N: int
+    K: int
+
+    @property
+    def plane(self) -> int:
+        return plane_of(self.group_size, self.K)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.K // block_of(self.bits, self.plane))
+
+    @property
+    def planes(self) -> int:
+        return block_of(self.bits, self.plane) // self.plane
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How packed_matmul cuts a problem up. None in its place: dequantize first, then multiply."""
+
+    BM: int
+    BN: int
+    warps: int
+    stages: int
+    splits: int = 1
+    chunk: int = 64
+    """Word columns per step; a divisor of the plane."""
+    fold: bool = False
+    """Scale weights instead of sums."""
+    pdl: bool = False
+    """Start while the previous kernel ends (sm_90)."""
+
+
+def choose(device: Device, problem: Problem, tables: Sequence[dict[str, Any]] = ()) -> Tile | None:
+    """The tile for a problem, or None where dequantizing first is better. Earlier tables win."""
+    for table in tables:
+        row = _nearest(table["rows"], problem)
+        if row is not None:
+            return None if row["tile"] is None else _fitted(Tile(**row["tile"]), problem)
+    return rule(device, problem)
+
+
+def rule(device: Device, problem: Problem) -> Tile | None:
+    """The analytic choice. Not measured on any GPU yet: tile sizes are those that compile without spills and fit."""
+    if problem.M > _DEQUANTIZE_ABOVE:
+        return None
+    # Sixteen planes and a tall tile do not go into registers together.
+    BM = min(32 if problem.bits == 3 else 64, max(8, 1 << math.ceil(math.log2(problem.M))))
+    BN, warps = (128, 8) if BM == 64 else (64, 4)
+    # For sm_80 the compiler spills a few registers of sixteen whole planes at a time, and of three stages.
+    older = device.arch < 90
+    chunk = problem.plane // 2 if older and problem.bits == 3 and problem.plane > 16 else problem.plane
+    while problem.planes * chunk * BM > _TOKENS_PER_WARP * warps and chunk > 16:
+        chunk //= 2
+
+    def shared(stages: int) -> int:
+        return shared_bytes(problem, BM, BN, stages - 1, chunk, device.arch)
+
+    places = min(_PROGRAMS_PER_SM, 64 // BM)  # tall tiles have no registers for more
+    stages = 2 if older and BM == 8 else 3
+    while stages > 2 and _resident(device, shared(stages)) < places:
+        stages -= 1
+    while chunk > 16 and shared(stages) > device.shared_bytes:
+        chunk //= 2
+    tiles = math.ceil(problem.N / BN) * math.ceil(problem.M / BM)
+    wanted = min(places, _resident(device, shared(stages))) * device.multiprocessors // tiles
+    splits = max(1, min(wanted, problem.blocks // _MIN_BLOCKS_PER_SPLIT))
+    return _fitted(Tile(BM, BN, warps, stages, splits, chunk), problem)
+
+
+def shared_bytes(problem: Problem, BM: int, BN: int, buffers: int, chunk: int | None = None, arch: int = 90) -> int:
+    """Shared memory of a tile, at most.
+
+    Args:
+        buffers: the pipeline's, one less than its stages.
+        chunk: word columns per step; whole planes unless told.
+        arch: on sm_90 tokens have one buffer more for the tensor cores to read from.
+    """
+    chunk = chunk or problem.plane
+    words = BN * chunk * 2 * (3 if problem.bits == 3 else 1)
+    tokens = problem.planes * chunk * BM * 2
+    groups = 0 if problem.group_size >= problem.K else max(1, problem.planes * problem.plane // problem.group_size)
+    scales = groups * BN * 4 * (1 if problem.symmetric else 2)  # one copy to scale sums, one to subtract zero points
+    sums = BN * BM * 4  # turned around before they are stored, in the memory that the pipeline had
+    return max(buffers * (words + tokens + scales) + (tokens if arch >= 90 and BM >= 16 else 0), sums)
+
+
+def _resident(device: Device, shared: int) -> int:
+    """Programs a multiprocessor has shared memory for: it keeps 1 KiB for itself with each, and has that once more."""
+    return (device.shared_bytes + 1024) // (shared + 1024)
+
+
+def _fitted(tile: Tile, problem: Problem) -> Tile:
+    """The tile with a split that has counters and leaves no program without work, and a chunk that the plane has."""
+    tiles = math.ceil(problem.N / tile.BN) * math.ceil(problem.M / tile.BM)
+    per_split = math.ceil(problem.blocks / (tile.splits if tiles <= COUNTERS else 1))
+    return replace(tile, splits=math.ceil(problem.blocks / per_split), chunk=min(tile.chunk, problem.plane))
+
+
+def _nearest(rows: Sequence[dict[str, Any]], problem: Problem) -> dict[str, Any] | None:
+    """The row of the same kind whose N and K are within a factor of two or so."""
+    bucket = next((m for m in M_BUCKETS if problem.M <= m), M_BUCKETS[-1])
+    group = problem.group_size if problem.group_size < problem.K else -1
+    kind = (problem.bits, group, problem.symmetric, problem.dtype, bucket)
+    near = [row for row in rows if tuple(row[key] for key in ("bits", "group", "symmetric", "dtype", "M")) == kind]
+
+    def distance(row: dict[str, Any]) -> float:
+        return max(abs(math.log2(row["N"] / problem.N)), abs(math.log2(row["K"] / problem.K)))
+
+    best = min(near, key=distance, default=None)
+    return best if best is not None and distance(best) <= 1.25 else None
+
+
+def slug(name: str) -> str:
+    """A GPU's name as a file name: 'NVIDIA H200' -> 'nvidia-h200'."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+@cache
+def tables_for(name: str, arch: int) -> tuple[dict[str, Any], ...]:
+    """Tables that apply to a GPU, best first: tuned here, shipped for this GPU, shipped for its architecture."""
+    shipped = Path(__file__).parent / "tuned"
+    paths = (user_table(name), shipped / f"{slug(name)}.json", shipped / f"sm_{arch}.json")
+    return tuple(json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file())
+
+
+def user_table(name: str) -> Path:
+    """Where `llmq tune` keeps what it measured. The name carries what a tile's speed depends on."""
+    return Path.home() / ".cache" / "llmq" / "tuned" / f"{slug(name)}-{_versions()}.json"
+
+
+@cache
+def _versions() -> str:
+    import hashlib
+    from importlib.metadata import version
+
+    sources = (Path(__file__).with_name(stem + ".py").read_bytes() for stem in ("layout", "planes", "packed_matmul"))
+    return f"triton{version('triton')}-{hashlib.sha256(b''.join(sources)).hexdigest()[:8]}"

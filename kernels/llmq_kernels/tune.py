@@ -1,0 +1,204 @@
+"""Finding the fastest tile of each problem, and the table of them that `choose` reads.
+
+What runs and times a tile is handed in (`trial.Trial` on a GPU), so that everything here is tested without one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llmq_kernels.choose import COUNTERS, M_BUCKETS, Device, Problem, Tile, rule, shared_bytes
+
+TimeOf = Callable[[Problem, "Tile | None"], float]
+
+_MOST = 20
+_WITH_PDL = 6
+"""So many of the first tiles are tried with programmatic dependent launch as well."""
+_FIELDS = ("bits", "group", "symmetric", "dtype", "M", "N", "K", "tile", "us")
+
+
+class Family(NamedTuple):
+    """Tiles that differ in their splits of K only."""
+
+    BN: int
+    warps: int
+    stages: int
+    chunk: int
+    fold: bool
+    loads: tuple[int, ...]
+    """Programs per multiprocessor to split K for."""
+
+
+# By BM. At 4 bit, groups of 128, float16 and bfloat16 (triton 3.6.0 and 3.7.1), all of these compile for sm_90 without
+# serialized wgmma, and, but for 12 bytes in one of them, without spills. Taller and wider ones, BM=128 BN=128 with 4
+# warps, BM=128 BN=256 and BM=256, spill up to 960 bytes.
+_FAMILIES = {
+    8: (
+        Family(64, 4, 3, 64, False, (2, 4, 8)),
+        Family(64, 4, 4, 64, False, (2, 4, 8)),
+        Family(128, 8, 3, 64, False, (1, 2, 4)),
+        Family(128, 4, 3, 64, False, (2, 4)),
+        Family(32, 2, 4, 64, False, (4, 8)),
+    ),
+    16: (
+        Family(64, 4, 3, 64, False, (2, 4, 8)),
+        Family(64, 4, 4, 64, False, (2, 4, 8)),
+        Family(128, 4, 3, 32, False, (1, 2, 4)),
+        Family(128, 8, 3, 64, False, (1, 2, 4)),
+    ),
+    32: (
+        Family(64, 4, 3, 64, False, (1, 2, 4)),
+        Family(64, 4, 4, 32, False, (1, 2, 4)),
+        Family(128, 8, 3, 64, False, (1, 2, 4)),
+        Family(128, 4, 3, 32, False, (1, 2, 4)),
+    ),
+    64: (
+        Family(64, 4, 3, 32, False, (1, 2, 4)),
+        Family(64, 4, 3, 32, True, (1, 2)),
+        Family(128, 8, 3, 64, False, (1, 2)),
+        Family(128, 8, 3, 32, False, (1, 2)),
+        Family(128, 8, 3, 32, True, (1, 2)),
+        Family(128, 4, 3, 32, True, (1, 2)),
+        Family(256, 8, 3, 32, True, (1, 2)),
+    ),
+    128: (
+        Family(128, 8, 3, 32, True, (1, 2)),
+        Family(128, 8, 4, 32, True, (1, 2)),
+        Family(128, 8, 3, 16, True, (1, 2)),
+        Family(64, 4, 3, 32, True, (1, 2)),
+    ),
+}
+
+
+def candidates(device: Device, problem: Problem) -> list[Tile | None]:
+    """Up to 20 tiles worth timing, the rule's own first. None stands for dequantizing first."""
+    tiles = list(dict.fromkeys([rule(device, problem), *_of_families(device, problem)]))
+    if device.arch == 90 and problem.M <= 32:  # where the start of a launch is a good part of it
+        split = [tile for tile in tiles if tile is not None][:_WITH_PDL]
+        tiles = [*split, *(replace(tile, pdl=True) for tile in split), *tiles[_WITH_PDL:]]
+    if problem.M >= 64 and None not in tiles:
+        tiles.insert(1, None)
+    return tiles[:_MOST]
+
+
+def _of_families(device: Device, problem: Problem) -> Iterator[Tile]:
+    heights = [next(BM for BM in _FAMILIES if min(problem.M, 64) <= BM)]
+    if problem.M > 64:
+        heights.insert(0, 128)
+    for BM in heights:
+        for family in _FAMILIES[BM]:
+            if problem.M > 64 and family.BN == 64 and not family.fold:
+                continue  # every few rows would read all the tokens again
+            chunk = min(family.chunk, problem.plane)
+            while chunk > 16 and not _fits(device, problem, BM, family, chunk):
+                chunk //= 2
+            if _fits(device, problem, BM, family, chunk):
+                for load in family.loads:
+                    splits = _splits(device, problem, BM, family.BN, load)
+                    yield Tile(BM, family.BN, family.warps, family.stages, splits, chunk, family.fold)
+
+
+def _fits(device: Device, problem: Problem, BM: int, family: Family, chunk: int) -> bool:
+    shared = shared_bytes(problem, BM, family.BN, family.stages - 1, chunk, device.arch)
+    return shared <= device.shared_bytes
+
+
+def _splits(device: Device, problem: Problem, BM: int, BN: int, load: int) -> int:
+    """Splits of K for about `load` programs per multiprocessor, each with two blocks or more and none idle."""
+    tiles = math.ceil(problem.N / BN) * math.ceil(problem.M / BM)
+    wanted = load * device.multiprocessors // tiles if tiles <= COUNTERS else 1
+    splits = max(1, min(wanted, problem.blocks // 2))
+    return math.ceil(problem.blocks / math.ceil(problem.blocks / splits))
+
+
+def tune(
+    device: Device, problems: Iterable[Problem], time_of: TimeOf, enough: Callable[[], bool] = lambda: False
+) -> list[dict[str, Any]]:
+    """The fastest tile of each problem, as rows of a table.
+
+    Args:
+        time_of: seconds a tile takes; raises what it likes for one that does not compile, run or compute the same.
+        enough: asked before each problem; once it says so, the rest is left out.
+
+    A row also tells what the rule's tile takes (`rule_us`), what was `tried`, and what was `skipped` and why.
+    Raises RuntimeError if not one tile works for a problem: then something else is wrong.
+    """
+    rows = []
+    for problem in problems:
+        if enough():
+            break
+        rows.append(_best(candidates(device, problem), problem, time_of))
+    return rows
+
+
+def _best(tiles: Sequence[Tile | None], problem: Problem, time_of: TimeOf) -> dict[str, Any]:
+    took: dict[Tile | None, float] = {}
+    skipped = []
+    for tile in tiles:
+        try:
+            took[tile] = round(1e6 * time_of(problem, tile), 3)
+        except Exception as error:  # the compiler, the driver and the check each fail in their own way
+            skipped.append({"tile": _plain(tile), "why": f"{type(error).__name__}: {error}"[:200]})
+    if not took:
+        raise RuntimeError(f"no tile works for {problem}: {skipped[0]['why']}")
+    best = min(took, key=lambda tile: took[tile])
+    return {
+        "bits": problem.bits,
+        "group": problem.group_size if problem.group_size < problem.K else -1,
+        "symmetric": problem.symmetric,
+        "dtype": problem.dtype,
+        "M": bucket_of(problem.M),
+        "N": problem.N,
+        "K": problem.K,
+        "tile": _plain(best),
+        "us": took[best],
+        "rule_us": took.get(tiles[0]),
+        "tried": [{"tile": _plain(tile), "us": us} for tile, us in took.items()],
+        "skipped": skipped,
+    }
+
+
+def _plain(tile: Tile | None) -> dict[str, Any] | None:
+    return None if tile is None else asdict(tile)
+
+
+def tunable(problem: Problem) -> bool:
+    """Whether there is a kernel for it, as the operator decides: other problems are left to torch."""
+    whole, size = problem.group_size == problem.K, problem.group_size
+    return problem.dtype in ("float16", "bfloat16") and (whole or (size >= 16 and size & (size - 1) == 0))
+
+
+def bucket_of(M: int) -> int:
+    """The number of tokens under which a table files M."""
+    return next((bucket for bucket in M_BUCKETS if bucket >= M), M_BUCKETS[-1])
+
+
+def merged(path: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the table at `path`, if one is there, with these in place of its rows for the same problems."""
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return list({tuple(row[key] for key in _FIELDS[:7]): row for row in [*old, *rows]}.values())
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or not a table: it will be replaced
+        return list(rows)
+
+
+def write_table(path: Path, device: Device, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a table where `choose.tables_for` looks, whole or not at all."""
+    head = {"gpu": device.name, "arch": device.arch}
+    head |= {"triton": version("triton"), "date": datetime.date.today().isoformat()}
+    lines = ",\n".join(json.dumps({key: row[key] for key in _FIELDS}) for row in rows)  # one line each, for diffs
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(f'{json.dumps(head)[:-1]}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,225 @@
+"""Compiling a launch of the kernels for a GPU that is not here, and reading what became of it.
+
+What is compiled is what would be launched: the launching code itself runs, on tensors without data. Triton's wheel
+brings ptxas and the disassembler; no CUDA toolkit is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from llmq_kernels import dequantize_matmul, packed_matmul
+from llmq_kernels.choose import Device, Problem, Tile, shared_bytes
+from llmq_kernels.layout import WIDTHS, PackedWeight, block_of, plane_of
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_POINTERS = {"torch.float16": "*fp16", "torch.bfloat16": "*bf16", "torch.float32": "*fp32"} | {
+    "torch.int16": "*i16",
+    "torch.int32": "*i32",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: of packed_matmul with a tile, of dequantize_rows without one."""
+
+    device: Device
+    problem: Problem
+    tile: Tile | None
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its arguments as Triton specializes on them, and the compiler's options."""
+
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constexprs: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
+    """Pointers and numbers that 16 divides."""
+    options: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the compiler made of a case. MMA, copies, loads and conversions are counted over the whole program."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    bits: int
+    group: int
+    symmetric: bool
+    even_k: bool
+    bias: bool
+    split: bool
+    pdl: bool
+    BM: int
+    BN: int
+    chunk: int
+    warps: int
+    stages: int
+    per_weight: float
+    """Instructions a thread issues for each weight: in the loop over K, or in the whole of dequantize_kernel."""
+    registers: int
+    spill: int
+    stack: int
+    shared: int
+    estimate: int
+    """What choose.shared_bytes expects."""
+    i2f: int
+    copies16: int
+    """Asynchronous copies of 16 bytes to shared memory, LDGSTS.128 or UTMALDG."""
+    stores16: int
+    hmma: int
+    hgmma: int
+    serialized: bool
+    """Whether ptxas had to wait after every wgmma (its remarks C75xx)."""
+    local_in_loop: int
+
+
+def launch_of(case: Case) -> Launch:
+    """What the launching code hands to Triton."""
+    wanted, calls = case.problem, []
+    x = torch.empty(wanted.M, wanted.K, dtype=getattr(torch, wanted.dtype), device="meta")
+    weight = _weight(wanted)
+    module = packed_matmul if case.tile else dequantize_matmul
+    name = "packed_matmul_kernel" if case.tile else "dequantize_kernel"
+    kernel, recorder = getattr(module, name), mock.MagicMock()
+    recorder.__getitem__.return_value = lambda *args, **kwargs: calls.append((args, kwargs))
+    with mock.patch.object(module, name, recorder), mock.patch.object(module, "uses_asm", return_value=True):
+        if case.tile:
+            bias = x.new_empty(wanted.N) if case.bias else None
+            packed_matmul.packed_matmul(x, weight, bias, weight.grid.new_empty(4096), case.tile)
+        else:
+            dequantize_matmul.dequantize_rows(weight, x.new_empty(128, wanted.K + -wanted.K % 8)[:, : wanted.K], 64)
+    ((args, kwargs),) = calls
+    return _specialized(kernel, args, kwargs)
+
+
+def _weight(wanted: Problem) -> PackedWeight:
+    plane = plane_of(wanted.group_size, wanted.K)
+    padded = wanted.blocks * block_of(wanted.bits, plane)
+    words = (torch.empty(wanted.N, padded * w // 16, dtype=torch.int16, device="meta") for w in WIDTHS[wanted.bits])
+    grid = torch.empty(wanted.K // wanted.group_size, wanted.N, dtype=torch.int32, device="meta")
+    return PackedWeight(tuple(words), grid, wanted.bits, wanted.group_size, wanted.K, wanted.symmetric)
+
+
+def _specialized(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    """As Triton does at a launch: allocations are aligned, and a number may be 1, divisible by 16, or neither."""
+    signature, constexprs, aligned = {}, {}, []
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    for param in kernel.params:
+        value = values.pop(param.name)
+        if isinstance(value, torch.Tensor):
+            signature[param.name] = _POINTERS[str(value.dtype)]
+            aligned.append(param.name)
+        elif param.is_constexpr or (value == 1 and not param.do_not_specialize):
+            signature[param.name], constexprs[param.name] = "constexpr", value
+        else:
+            signature[param.name] = "i32"
+            if value % 16 == 0 and not param.do_not_specialize:
+                aligned.append(param.name)
+    sets = tuple(signature.items()), tuple(constexprs.items()), tuple(aligned), tuple(values.items())
+    return Launch(kernel, *sets)
+
+
+def compiled(launch: Launch, arch: int) -> tuple[Any, str]:
+    """The compiled kernel, and what ptxas said."""
+    names = launch.kernel.arg_names
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
+    source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constexprs), attrs)
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):  # Triton prints the log of the very run of ptxas that made the binary
+        binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+    return binary, log.getvalue()
+
+
+def disassembled(cubin: bytes) -> str:
+    """What cuobjdump prints. Triton's own `asm["sass"]` stops at 64 KiB of code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def instructions(sass: str) -> dict[int, str]:
+    """The program by address, without the padding after it."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?) ?;", sass)
+    return {int(address, 16): text for address, text in lines if text != "NOP"}
+
+
+def hot_loop(program: dict[int, str]) -> list[str]:
+    """The loop over K: the longest backward jump over tensor-core instructions."""
+    best: list[str] = []
+    for end, text in program.items():
+        jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < end:
+            body = [line for address, line in program.items() if int(jump[1], 16) <= address <= end]
+            if len(body) > len(best) and any("MMA" in line for line in body):
+                best = body
+    return best
+
+
+def row_of(case: Case, launch: Launch, shared: int, log: str, sass: str) -> Row:
+    const, options, program = dict(launch.constexprs), dict(launch.options), instructions(sass)
+    body = hot_loop(program) if case.tile else list(program.values())
+    chunk, warps = const.get("CHUNK", const["PLANE"]), options.get("num_warps", 4)
+    weights = case.problem.planes * chunk * const["BN"] / (32 * warps)
+    registers = re.search(r"Used (\d+) registers", log)
+    stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert registers, log
+    assert stack, log
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, sass))
+
+    stages, BM = options.get("num_stages", 0), const.get("BM", 0)
+    return Row(
+        kernel=launch.kernel.fn.__name__.removesuffix("_kernel"), arch=case.device.arch, dtype=case.problem.dtype,
+        bits=const["BITS"], group=const["GROUP"] or -1, symmetric=const["SYMMETRIC"], even_k=const["EVEN_K"],
+        bias=const.get("HAS_BIAS", False), split=const.get("SPLIT", False), pdl=const.get("PDL", False),
+        BM=BM, BN=const["BN"], chunk=chunk, warps=warps, stages=stages, per_weight=round(len(body) / weights, 2),
+        registers=int(registers[1]), spill=int(stack[2]) + int(stack[3]), stack=int(stack[1]),
+        shared=shared,
+        estimate=shared_bytes(case.problem, BM, const["BN"], stages - 1, chunk, case.device.arch) if case.tile else 0,
+        i2f=count(r"\bI2F"), copies16=count(r"LDGSTS\S*\.128|\bUTMALDG"), stores16=count(r"\bSTG\S*\.128"),
+        hmma=count(r"\bHMMA"), hgmma=count(r"\bHGMMA"), serialized=bool(re.search(r"\(C75\d\d\)", log)),
+        local_in_loop=sum("LDL" in line or "STL" in line for line in body),
+    )  # fmt: skip
+
+
+def inspect(cases: Iterable[Case], sass: Path | None = None) -> Iterator[Row]:
+    """Compile every different launch among the calls."""
+    knobs.compilation.always_compile = True  # a cached binary has no log
+    knobs.nvidia.dump_ptxas_log = True
+    seen = set()
+    with tempfile.TemporaryDirectory() as cache:
+        knobs.cache.dir = cache
+        for case in cases:
+            launch = launch_of(case)
+            if (case.device.arch, launch) in seen:
+                continue
+            seen.add((case.device.arch, launch))
+            binary, log = compiled(launch, case.device.arch)
+            text = disassembled(binary.asm["cubin"])
+            row = row_of(case, launch, binary.metadata.shared, log, text)
+            if sass:
+                values = (str(value) for value in list(asdict(row).values())[:14])
+                (sass / ("-".join(values) + ".sass")).write_text(text, encoding="utf-8")
+            yield row

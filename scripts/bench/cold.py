@@ -1,0 +1,130 @@
+"""Compiling: how long first calls of kernels take, cold and from Triton's cache; and compiling ahead, side by side."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from llmq_kernels.choose import COUNTERS, Problem, Tile, rule
+from llmq_kernels.layout import WIDTHS, PackedWeight, block_of, plane_of
+from llmq_kernels.trial import multiply
+
+from bench import pool
+from bench.machine import the_machine
+from bench.session import Session, Task
+
+Call = tuple[Problem, "Tile | None"]
+
+
+class Job(NamedTuple):
+    """Calls to make once each, in one process."""
+
+    toy: bool
+    cache: str | None
+    """Triton's cache directory, if not the usual one."""
+    calls: tuple[Call, ...]
+
+
+def launch(job: Job) -> list[tuple[float, str | None]]:
+    """(seconds, what went wrong) of each call."""
+    if job.cache:
+        os.environ["TRITON_CACHE_DIR"] = job.cache
+    machine = the_machine(job.toy)
+    torch.zeros(1, device=machine.where)  # a new process's GPU context is not the kernels' affair
+    outcomes = []
+    for problem, tile in job.calls:
+        x = torch.zeros(problem.M, problem.K, dtype=getattr(torch, problem.dtype), device=machine.where)
+        weight = _empty_weight(problem, machine.where)
+        counters = torch.zeros(COUNTERS, dtype=torch.int32, device=machine.where)
+        machine.synchronize()
+        start, wrong = time.perf_counter(), None
+        try:
+            multiply(x, weight, tile, counters)
+            machine.synchronize()
+        except Exception as error:  # an impossible tile, say: whoever asked decides what it means
+            wrong = f"{type(error).__name__}: {error}"[:200]
+        outcomes.append((time.perf_counter() - start, wrong))
+    return outcomes
+
+
+def _empty_weight(problem: Problem, where: torch.device) -> PackedWeight:
+    padded = problem.blocks * block_of(problem.bits, plane_of(problem.group_size, problem.K))
+    words = (torch.zeros(problem.N, padded * w // 16, dtype=torch.int16, device=where) for w in WIDTHS[problem.bits])
+    grid = torch.zeros(problem.K // problem.group_size, problem.N, dtype=torch.int32, device=where)
+    return PackedWeight(tuple(words), grid, problem.bits, problem.group_size, problem.K, problem.symmetric)
+
+
+def tasks(session: Session) -> Iterator[Task]:
+    """Time the first calls of a model's layers with the rule's tiles."""
+    yield Task("compile", ("rule",), lambda: _cold_start(session), seconds=60)
+
+
+def _cold_start(session: Session) -> dict[str, Any]:
+    plan, machine = session.plan, session.machine
+    tokens = sorted({*plan.first, *plan.later}, key=lambda M: (M > 256, M))
+    problems = [
+        Problem(4, plan.group, True, plan.dtype, M, N, K) for N, K in plan.shapes[:3] for M in tokens if M <= 512
+    ]
+    calls = _once_each([(problem, rule(machine.device, problem)) for problem in problems])
+    with tempfile.TemporaryDirectory() as cache:
+        # One process even for a toy, so that the way there is tried out too.
+        workers = machine.workers or 1
+        jobs = [Job(machine.toy, cache, tuple(calls[i::workers])) for i in range(min(workers, len(calls)))]
+        start = time.perf_counter()
+        outcomes = [outcome for _, result in pool.run(launch, jobs, workers, 60) for outcome in _checked(result)]
+        wall = time.perf_counter() - start
+        binaries = len(list(Path(cache).rglob("*.cubin")))
+        again = Job(machine.toy, None if machine.toy else cache, tuple(calls))
+        ((_, warm),) = pool.run(launch, [again], min(1, machine.workers), 60)
+    wrong = [what for _, what in outcomes if what]
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} of the rule's tiles do not run, such as: {wrong[0]}")
+    return {
+        "binaries": binaries,
+        "workers": workers,
+        "cold_wall": round(wall, 2),
+        "cold_in_all": round(sum(seconds for seconds, _ in outcomes), 2),
+        "cold_slowest": round(max(seconds for seconds, _ in outcomes), 2),
+        "warm_in_all": round(sum(seconds for seconds, _ in _checked(warm)), 2),
+    }
+
+
+def _checked(result: Any) -> list[tuple[float, str | None]]:
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def ahead(session: Session, calls: Sequence[Call], seconds: float) -> None:
+    """Compile calls into Triton's cache with many processes, so that what is done next need not wait."""
+    machine, calls = session.machine, _once_each(calls)
+    if machine.workers == 0 or not calls:
+        return
+    jobs = [Job(machine.toy, None, tuple(calls[i :: machine.workers])) for i in range(machine.workers)]
+    start = time.perf_counter()
+    results = list(pool.run(launch, [job for job in jobs if job.calls], machine.workers, seconds))
+    late = sum(isinstance(result, Exception) for _, result in results)
+    took = time.perf_counter() - start
+    session.say(
+        f"compiled {len(calls)} kernels in {took:.1f}s" + (f"; {late} processes did not finish" if late else "")
+    )
+
+
+def _once_each(calls: Iterable[Call]) -> list[Call]:
+    """Calls that need a binary of their own, as Triton tells them apart: by what is 1 and what 16 divides."""
+    kinds: dict[Any, Call] = {}
+    for problem, tile in calls:
+        sizes = [problem.N, problem.K, problem.blocks]
+        if tile is not None:
+            sizes += [-(-problem.blocks // tile.splits), tile.splits > 1]
+            shape = (tile.BM, tile.BN, tile.warps, tile.stages, tile.chunk, tile.fold, tile.pdl)
+        else:
+            shape = None
+        kind = (problem.bits, problem.group_size, problem.symmetric, problem.dtype, shape)
+        kinds.setdefault((*kind, *((size == 1, size % 16 == 0) for size in sizes)), (problem, tile))
+    return list(kinds.values())

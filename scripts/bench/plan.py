@@ -1,0 +1,110 @@
+"""What a benchmark measures: the full programme for a GPU, and a toy one that runs the same code in the interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Shape = tuple[int, int]
+"""(N, K): outputs and inputs of a linear layer."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which problems are compared with float64 before anything is timed."""
+
+    bits: tuple[int, ...]
+    groups: tuple[int, ...]
+    """Inputs per group, -1 for a whole row."""
+    dtypes: tuple[str, ...]
+    tokens: tuple[int, ...]
+    outputs: int
+    """Odd, so that the last tile of rows is not full."""
+    inputs: int
+    """About: for each group an odd number of groups, which fills no whole number of blocks."""
+    even: Shape
+    """A shape that fills blocks, checked with one token."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A LLaMA: sizes of the model whose decode step is timed."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vocabulary: int
+    context: int
+    replays: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A programme. `first` and `later` are numbers of tokens: the first are the ones that have bars."""
+
+    shapes: tuple[Shape, ...]
+    dtype: str
+    group: int
+    first: tuple[int, ...]
+    later: tuple[int, ...]
+    widths: tuple[int, ...]
+    """Bits besides 4, at one token, for shapes of `wide` weights or more."""
+    wide: int
+    rotation: float
+    """Bytes of weights to go through before the first comes up again."""
+    replays: int
+    read_bytes: int
+    square: int
+    """Side of the matrices whose product measures the tensor cores."""
+    nodes: int
+    """Launches in a graph that measures the interval between them."""
+    grid: Grid
+    decoder: Decoder
+    tinygemm_up_to: int
+    """More tokens than this take it many times as long as cuBLAS: it reads all weights again for every 16."""
+
+
+FULL = Plan(
+    shapes=((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192), (8192, 28672)),
+    dtype="bfloat16",
+    group=128,
+    first=(1, 16, 64, 128),
+    later=(256, 1024, 4096, 8, 32, 2, 4, 512),
+    widths=(2, 3, 8),
+    wide=8192 * 8192,
+    rotation=200e6,
+    replays=20,
+    read_bytes=4 << 30,
+    square=8192,
+    nodes=200,
+    grid=Grid(
+        bits=(3, 4, 2, 8),  # 3-bit kernels take longest to compile
+        groups=(16, 32, 64, 128, 256, -1),
+        dtypes=("bfloat16", "float16"),
+        tokens=(1, 2, 3, 8, 16, 33, 100, 300),
+        outputs=203,
+        inputs=1000,
+        even=(256, 2048),
+    ),
+    decoder=Decoder(4096, 11008, 32, 32, 32000, 128, 100),
+    tinygemm_up_to=512,
+)
+
+# bfloat16 is wrong in the interpreter, so that our own kernels run in float16 there.
+TOY = Plan(
+    shapes=((48, 128),),
+    dtype="float16",
+    group=64,
+    first=(1,),
+    later=(64,),
+    widths=(3,),
+    wide=0,
+    rotation=1,
+    replays=2,
+    read_bytes=1 << 16,
+    square=64,
+    nodes=3,
+    grid=Grid(bits=(4, 3), groups=(32, -1), dtypes=("float16",), tokens=(3,), outputs=17, inputs=100, even=(16, 512)),
+    decoder=Decoder(64, 128, 3, 4, 128, 8, 2),
+    tinygemm_up_to=64,
+)

@@ -1,0 +1,190 @@
+"""The table at the end: what was measured, against peers and against the bars."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from bench import bars
+from bench.plan import Shape
+from bench.session import Session
+
+Row = dict[str, Any]
+_COLUMNS = {"cublas_bf16": "x bf16", "cublas_fp16": "x fp16", "tinygemm": "x tiny", "gemlite": "x geml"}
+_COLUMNS |= {"dequantize": "x deq"}
+_SHOWN = 12
+
+
+class Times:
+    """Timing rows by what they are of."""
+
+    def __init__(self, session: Session) -> None:
+        self.plan = session.plan
+        read = session.results.get("ceiling", "read")
+        self.read_rate: float | None = read["rate"] if read else None
+        self._rows = {tuple(row["key"]): row for row in session.results.of("time")}
+
+    def get(self, path: str, M: int, shape: Shape, bits: int = 4, dtype: str | None = None) -> Row | None:
+        if path == "gemlite":  # its table or its own tuning, whichever is faster
+            both = [self._rows.get((p, bits, dtype or self.plan.dtype, M, *shape)) for p in ("gemlite", "gemlite_h100")]
+            return min((row for row in both if row), key=lambda row: row["us"], default=None)
+        return self._rows.get((path, bits, dtype or self.plan.dtype, M, *shape))
+
+    def speedup(self, over: str, M: int, shape: Shape, bits: int = 4, dtype: str | None = None) -> float | None:
+        """How many times as fast ours is as a path at 4 bit (dense weights know no bits)."""
+        ours, theirs = self.get("llmq", M, shape, bits, dtype), self.get(over, M, shape)
+        return theirs["us"] / ours["us"] if ours and theirs else None
+
+    def fraction(self, M: int, shape: Shape) -> float | None:
+        """The part of our time that reading the bytes takes at the measured bandwidth."""
+        ours = self.get("llmq", M, shape)
+        return ours["bytes"] / self.read_rate / (1e-6 * ours["us"]) if ours and self.read_rate else None
+
+    def mean(self, values: Iterable[float | None]) -> float | None:
+        """Geometric mean of what there is."""
+        logs = [math.log(value) for value in values if value]
+        return math.exp(sum(logs) / len(logs)) if logs else None
+
+
+def table(session: Session) -> Iterator[str]:
+    """Lines of text."""
+    times, results = Times(session), session.results
+    toy = " — A TOY RUN: NOTHING HERE IS A MEASUREMENT" if session.machine.toy else ""
+    yield f"{session.machine.device.name}{toy}"
+    yield from _ceilings(session)
+    yield f"4 bit, group {times.plan.group}, {times.plan.dtype}; x: times as fast as; twice: spread of two timings"
+    for shape in session.plan.shapes:
+        yield from _shape(times, shape)
+    yield from _means(times)
+    yield from _widths(times)
+    yield from _tuned(results.of("tune"))
+    yield from _decoder(session)
+    correct = results.of("correct")
+    if correct:
+        equal, twins = sum(row["twin_equal"] for row in correct), sum(row["twins"] for row in correct)
+        worst = max(row["error"] for row in correct)
+        cases, wrong = sum(row["cases"] for row in correct), sum(len(row["wrong"]) for row in correct)
+        yield f"correctness: {cases} cases, {wrong} wrong, largest error {worst:.1e}"
+        yield f"PTX and its twin: the same sums, bit for bit, in {equal} of {twins} kinds"
+    yield from _few("note", session.notes)
+    yield from _few("FAILED", session.failures)
+
+
+def _few(what: str, lines: list[str]) -> Iterator[str]:
+    """What fits below a table; all of it is on stderr and in the results."""
+    yield from (f"{what}: {line}"[:180] for line in lines[:_SHOWN])
+    if len(lines) > _SHOWN:
+        yield f"{what}: … and {len(lines) - _SHOWN} more"
+
+
+def _ceilings(session: Session) -> Iterator[str]:
+    rows = {row["key"][0]: row for row in session.results.of("ceiling")}
+    parts = [f"{name} {rows[name]['rate'] / 1e12:.2f} TB/s" for name in ("read", "copy") if name in rows]
+    if "matmul" in rows:
+        parts.append(f"bf16 matmul {rows['matmul']['rate'] / 1e12:.0f} TFLOP/s")
+    if "interval" in rows:
+        parts.append(f"a launch every {rows['interval']['us']:.2f} us")
+    if "interval_pdl" in rows:
+        parts.append(f"{rows['interval_pdl']['us']:.2f} us with dependent launch")
+    yield "; ".join(parts)
+    compiled = session.results.get("compile", "rule")
+    if compiled:
+        yield (
+            f"compile: {compiled['binaries']} binaries in {compiled['cold_wall']:.1f} s by {compiled['workers']} "
+            f"processes ({compiled['cold_in_all']:.1f} s one by one, slowest {compiled['cold_slowest']:.1f}), "
+            f"from the cache {compiled['warm_in_all']:.2f} s"
+        )
+
+
+def _shape(times: Times, shape: Shape) -> Iterator[str]:
+    yield ""
+    names = " ".join(f"{name:>6}" for name in ("of R", *_COLUMNS.values()))
+    yield f"{'M':>5} {'us':>8} {'twice':>6} {names}  tile, bars: N x K = {shape[0]} x {shape[1]}"
+    for M in sorted({*times.plan.first, *times.plan.later}):
+        row = times.get("llmq", M, shape)
+        if row is None:
+            continue
+        peers = [times.speedup(path, M, shape) for path in _COLUMNS]
+        numbers = " ".join(f"{_times(value):>6}" for value in (times.fraction(M, shape), *peers))
+        spread = abs(row["twice"][0] / row["twice"][1] - 1)
+        verdicts = _verdict("", peers[0], bars.SPEEDUP.get(M, {}).get(shape))
+        if M == 1:
+            verdicts += _verdict("of R ", times.fraction(M, shape), bars.FRACTION.get(shape))
+        yield f"{M:>5} {row['us']:>8.2f} {spread:>6.1%} {numbers}  {tile_name(row['tile'])}{verdicts}"
+
+
+def tile_name(tile: Row | None) -> str:
+    """64x8w4s3/8: BN x BM, warps, stages, splits; c: columns per step, f: folded, p: dependent launch."""
+    if tile is None:
+        return "dequantize"
+    flags = ("f" if tile["fold"] else "") + ("p" if tile["pdl"] else "")
+    return f"{tile['BN']}x{tile['BM']}w{tile['warps']}s{tile['stages']}c{tile['chunk']}{flags}/{tile['splits']}"
+
+
+def _verdict(name: str, value: float | None, bar: bars.Bar | None) -> str:
+    """Empty where there is nothing to compare."""
+    if value is None or bar is None:
+        return ""
+    word = "stretch" if value >= bar[1] else "must" if value >= bar[0] else "BELOW"
+    return f"  {name}{word} ({bar[0]:g}/{bar[1]:g})"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _means(times: Times) -> Iterator[str]:
+    yield ""
+    yield "geometric means over the shapes, ours times as fast as"
+    for M in sorted({*times.plan.first, *times.plan.later}):
+        parts = []
+        for path in _COLUMNS:
+            values = [times.speedup(path, M, shape) for shape in times.plan.shapes]
+            mean, count = times.mean(values), sum(value is not None for value in values)
+            if mean is not None:
+                some = "" if count == len(values) else f" ({count} shapes)"
+                parts.append(f"{path} {mean:.2f}{some}{_verdict('', mean, bars.PEERS.get(path, {}).get(M))}")
+        if parts:
+            yield f"{M:>5}  " + ", ".join(parts)
+
+
+def _widths(times: Times) -> Iterator[str]:
+    for bits in times.plan.widths:
+        for shape in times.plan.shapes:
+            speedup = times.speedup("cublas_bf16", 1, shape, bits)
+            if speedup is not None:
+                verdict = _verdict("", speedup, bars.WIDTHS.get(bits))
+                yield f"{bits} bit, M=1, {shape[0]} x {shape[1]}: {speedup:.2f} x bf16{verdict}"
+    for M in times.plan.first:
+        values = [times.speedup("cublas_fp16", M, shape, dtype="float16") for shape in times.plan.shapes]
+        mean = times.mean(values)
+        if mean is not None:
+            yield f"float16, M={M}: {mean:.2f} x cublas_fp16 (geometric mean)"
+
+
+def _tuned(rows: list[Row]) -> Iterator[str]:
+    gains = [row["rule_us"] / row["us"] for row in rows if row["rule_us"]]
+    skipped = [skip for row in rows for skip in row["skipped"]]
+    if gains:
+        mean = math.exp(sum(map(math.log, gains)) / len(gains))
+        yield f"tuning: {len(rows)} problems, {mean:.2f} x the rule on average, at most {max(gains):.2f}"
+    for why in list(dict.fromkeys(skip["why"] for skip in skipped))[:4]:
+        count = sum(skip["why"] == why for skip in skipped)
+        yield f"tuning: {count} tiles skipped, such as {tile_name(skipped[0]['tile'])}: {why}"
+
+
+def _decoder(session: Session) -> Iterator[str]:
+    rows = {tuple(row["key"][:2]): row for row in session.results.of("decode")}
+    for how in ("eager", "compiled"):
+        for kind in ("packed", "dense"):
+            row = rows.get((kind, how))
+            if row:
+                speed = row["tokens_per_second"]
+                bar = _verdict("", speed, bars.TOKENS_PER_SECOND) if kind == "packed" else ""
+                size = f"{row['us'] / 1e3:.3f} ms, {row['bytes'] / 1e9:.2f} GB"
+                yield f"decoder, {how}, {kind}: {speed:.1f} tokens/s, {size}{bar}"
+        if {("packed", how), ("dense", how)} <= rows.keys():
+            ratio = rows["dense", how]["us"] / rows["packed", how]["us"]
+            verdict = _verdict("", ratio, bars.TIMES_BF16)
+            yield f"decoder, {how}: {ratio:.2f} times as fast as {session.plan.dtype}{verdict}"

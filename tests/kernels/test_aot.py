@@ -1,0 +1,94 @@
+"""What the compiler makes of every kind of launch, for GPUs that are not here.
+
+In a process of its own: Triton's interpreter, which other tests need, replaces the kernels when it is switched on.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
+# What an H200's memory allows for each weight it delivers, at 1.98 GHz and 4.4 TB/s. At most, for up to 8 tokens:
+BUDGET = {2: 2.1, 3: 3.1, 4: 4.0, 8: 7.8}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(ROOT / "kernels")
+    command = [sys.executable, str(ROOT / "scripts" / "inspect_kernels.py"), "--json"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    for row in rows:
+        print(" ".join(f"{key}={value}" for key, value in row.items()))
+    return rows
+
+
+def matmuls(rows, **kind):
+    found = [r for r in rows if r["kernel"] == "packed_matmul" and all(r[key] == value for key, value in kind.items())]
+    assert found, kind
+    return found
+
+
+def test_the_cover_has_every_arch_width_dtype_and_kernel(rows):
+    kinds = {(row["kernel"], row["arch"], row["bits"], row["dtype"]) for row in rows}
+    for kernel in ("packed_matmul", "dequantize"):
+        for arch in (80, 90):
+            for dtype in ("float16", "bfloat16"):
+                assert {bits for bits in BUDGET if (kernel, arch, bits, dtype) in kinds} == set(BUDGET)
+        assert (kernel, 89) in {kind[:2] for kind in kinds}
+    assert {row["group"] for row in matmuls(rows, arch=90)} == {-1, 16, 32, 64, 128, 256}
+    assert {row["BM"] for row in matmuls(rows, arch=90, bits=4)} == {8, 16, 32, 64}
+    assert {row["pdl"] for row in matmuls(rows, arch=90)} == {True, False}
+
+
+def test_nothing_spills_and_nothing_lives_on_the_stack(rows):
+    assert [row for row in rows if row["spill"] or row["stack"] or row["local_in_loop"]] == []
+
+
+def test_shared_memory_fits_and_is_what_the_rule_counted_on(rows):
+    assert [row for row in rows if row["shared"] > SHARED[row["arch"]]] == []
+    assert [row for row in matmuls(rows) if row["shared"] > row["estimate"]] == []
+
+
+def test_no_integer_is_converted_to_a_float(rows):
+    assert [row for row in rows if row["i2f"]] == []
+
+
+def test_weights_come_by_asynchronous_copies_of_16_bytes_and_leave_by_stores_of_16(rows):
+    assert [row for row in matmuls(rows) if not row["copies16"]] == []
+    assert [row for row in rows if row["kernel"] == "dequantize" and row["even_k"] and not row["stores16"]] == []
+
+
+def test_tensor_cores_multiply_and_hoppers_own_ones_where_tiles_are_tall_enough(rows):
+    for row in matmuls(rows):
+        if row["arch"] == 90 and row["BM"] >= 16:
+            assert (row["hgmma"] > 0, row["hmma"]) == (True, 0), row
+        else:
+            assert row["hmma"] > 0, row
+    assert [row for row in rows if row["serialized"]] == []
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_4_bit_weight_costs_at_most_two_and_a_fifth_instructions(rows, arch):
+    kind = {"arch": arch, "bits": 4, "group": 128, "symmetric": True, "dtype": "float16", "BM": 8, "even_k": True}
+    assert all(1 < row["per_weight"] <= 2.2 for row in matmuls(rows, **kind))
+
+
+def test_every_width_stays_within_what_an_h200s_memory_allows(rows):
+    for row in matmuls(rows, arch=90, BM=8):
+        if row["group"] == -1 or row["group"] >= 64:
+            assert 1 < row["per_weight"] <= BUDGET[row["bits"]], row
+
+
+def test_taller_tiles_and_other_groups_cost_no_more_than_they_do_now(rows):
+    for row in matmuls(rows, arch=90, bits=4):
+        most = {16: 3.0, 32: 3.2, 64: 3.6}.get(row["BM"], {16: 5.8, 32: 3.3}.get(row["group"], 2.6))
+        assert row["per_weight"] <= most, row
+    assert all(row["per_weight"] <= 9.5 for row in rows if row["kernel"] == "dequantize")
