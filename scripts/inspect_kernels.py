@@ -5,7 +5,7 @@ launched: the launching code itself runs, on tensors without data, for tiles tha
 
     python scripts/inspect_kernels.py                          # a cover in about a minute: what the tests check
     python scripts/inspect_kernels.py --all --arch 90          # every configuration the rule can return: an hour
-    python scripts/inspect_kernels.py --only bits=4 M=1 --sass /tmp/sass
+    python scripts/inspect_kernels.py --only bits=4 M=1 --sass sass
 """
 
 from __future__ import annotations
