@@ -67,6 +67,10 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._int4 = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the int4 copy: its layout depends on this very CPU."""
+        return self.__dict__ | {"_int4": None}
+
     @property
     def packed(self) -> PackedWeight:
         """The buffers as the kernels take them."""
@@ -82,10 +86,13 @@ class PackedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         weight = self.packed
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if x.device.type == "cpu" and x.numel() <= _INT4_TOKENS * self.in_features and cpu_int4.supports(weight):
+        few = x.device.type == "cpu" and x.numel() <= _INT4_TOKENS * self.in_features and cpu_int4.supports(weight)
+        if few and not (x.requires_grad and torch.is_grad_enabled()):  # torch's operator has no gradient
             if self._int4 is None:  # made at the first decode: evaluation never needs it
                 self._int4 = cpu_int4.prepare(weight)
             return cpu_int4.matmul(reference.permuted(x, weight), self._int4, bias)
+        if self.counters.device != x.device:  # left behind where buffers were moved one by one
+            self.counters = new_counters(x.device)
         return packed_linear(x, weight, bias, self.counters)
 
     def extra_repr(self) -> str:

@@ -42,17 +42,18 @@ class MergedLinear(nn.Module):
     def __init__(self, whole: PackedLinear, sizes: list[int]) -> None:
         super().__init__()
         self.whole, self.sizes = whole, sizes
-        self._input: Tensor | None = None
-        self._outputs: list[Tensor | None] = []
+        self._held: tuple[Tensor | None, list[Tensor | None]] = None, []
 
     def part(self, x: Tensor, i: int) -> Tensor:
         """Output i for x: computed at the first request for x, let go of at the last."""
-        if self._input is not x or self._outputs[i] is None:
-            self._input, self._outputs = x, list(self.whole(x).split(self.sizes, dim=-1))
-        y, self._outputs[i] = self._outputs[i], None
+        held, outputs = self._held  # together: another thread may be running the same layer
+        if held is not x or outputs[i] is None:
+            outputs: list[Tensor | None] = list(self.whole(x).split(self.sizes, dim=-1))
+            self._held = x, outputs
+        y, outputs[i] = outputs[i], None
         assert y is not None
-        if all(output is None for output in self._outputs):
-            self._input = None
+        if all(output is None for output in outputs):
+            self._held = None, []
         return y
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from llmq_kernels.choose import Problem, user_table
-from llmq_kernels.tune import merged, tunable, tune, write_table
+from llmq_kernels.tune import merged, tune, write_table
 
 from llmq.arch import fit_group_size, packable_widths
 from llmq.cli import run
@@ -75,7 +75,7 @@ def at_all_sizes(problems: Iterable[Problem]) -> list[Problem]:
     Raises RequestError if there are none.
     """
     problems = list(problems)
-    kept = [problem for problem in problems if tunable(problem)]
+    kept = [problem for problem in problems if problem.has_kernel]
     if not kept:
         kinds = ", ".join(sorted({f"groups of {p.group_size} in {p.dtype}" for p in problems})) or "no packed layer"
         raise RequestError(

@@ -76,11 +76,14 @@ def cover(device: Device) -> Iterator[Case]:
         yield Case(device, problem(bits, 128, bits == 3, dtype, 1), None)
     if few:
         return
+    for bits in (2, 3, 8):
+        yield by_rule(device, problem(bits, 128, bits == 2, "float16", 16))
     for group in (group for group in GROUPS if group != 128):
         yield by_rule(device, problem(4, group, True, "float16", 1))
     odd = uneven(problem(4, -1, False, "float16", 1, 50257))  # 16 divides nothing
     yield by_rule(device, odd, bias=True)
     yield by_rule(device, uneven(problem(4, 128, True, "bfloat16", 64, WHOLE_N)), bias=True)
+    yield by_rule(device, uneven(problem(4, 64, False, "bfloat16", 32)))
     if device.arch >= 90:
         case = by_rule(device, problem(4, 128, True, "float16", 1))
         assert case.tile is not None
@@ -92,7 +95,7 @@ def tuned_cases(folder: Path) -> Iterator[Case]:
     for path in sorted(folder.glob("*.json")):
         table = json.loads(path.read_text(encoding="utf-8"))
         arch = int(table.get("arch") or path.stem.removeprefix("sm_"))
-        device = next(device for device in DEVICES if device.arch == arch)
+        device = next((device for device in DEVICES if device.arch == arch), DEVICES[-1])
         for row in table["rows"]:
             if row["tile"] is not None:
                 size = row["K"] if row["group"] == -1 else row["group"]

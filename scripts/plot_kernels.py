@@ -8,15 +8,14 @@ Needs matplotlib (the extra `plots`). Writes speedup.png and roofline.png.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.machine import INTERPRETER
+from bench.results import Row, finished, rows_in
 
-Row = dict[str, Any]
 Line = list[tuple[float, float]]
 
 # Name, colour, width of the line: ours stands out.
@@ -34,17 +33,13 @@ def load(path: Path, toy: bool) -> list[Row]:
 
     Raises ValueError if there are none, or if they are of the interpreter and no toy is wanted.
     """
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if "failed" not in row and row["kind"] in ("ceiling", "time")]
-    ours = [row for row in rows if row["kernels"]]
+    rows = rows_in(path.read_text(encoding="utf-8"))
+    ours = [row for row in rows if row["kind"] == "time" and row.get("kernels") and "failed" not in row]
     if not ours:
         raise ValueError(f"{path} holds no timings of llmq's kernels")
-    latest = {name: ours[-1][name] for name in ("device", "torch", "triton")}
-    if latest["device"] == INTERPRETER and not toy:
+    if ours[-1]["device"] == INTERPRETER and not toy:
         raise ValueError(f"{path} is a toy run in Triton's interpreter: nothing in it is a measurement")
-    here = [row for row in rows if all(row[name] == value for name, value in latest.items())]
-    here = [row for row in here if row["kernels"] in (None, ours[-1]["kernels"])]
-    return list({(row["kind"], *row["key"]): row for row in here}.values())
+    return list(finished(rows, ours[-1]).values())
 
 
 def series(rows: Sequence[Row], path: str, shape: tuple[int, int]) -> dict[int, Row]:

@@ -19,6 +19,7 @@ from llmq_kernels.layout import block_of, plane_of
 # Programs per multiprocessor that the rule splits K for: enough 16-byte copies in flight to cover memory latency
 # (4 x 3 stages x 8 KB of words, where an H200 needs about 30 KB), few enough that the sums stay small beside the words.
 _PROGRAMS_PER_SM = 4
+_REGISTERS_PER_SM = 65536
 _MIN_BLOCKS_PER_SPLIT = 2
 # Tokens that a step multiplies, of all planes: the compiler unrolls the planes and loads ahead. With twice as many,
 # some kernels for sm_80 spill.
@@ -65,6 +66,12 @@ class Problem:
     def planes(self) -> int:
         return block_of(self.bits, self.plane) // self.plane
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether planes never straddle groups (a power of two from 16 on, or the whole row), in a 16-bit dtype."""
+        whole, size = self.group_size == self.K, self.group_size
+        return self.dtype in ("float16", "bfloat16") and (whole or (size >= 16 and size & (size - 1) == 0))
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -81,6 +88,10 @@ class Tile:
     """Scale weights instead of sums."""
     pdl: bool = False
     """Start while the previous kernel ends (sm_90)."""
+    registers: int | None = None
+    """Most that a thread may have. Told nothing, the compiler aims at round numbers: it takes more than the programs to be
+    resident leave it, or spills a value. Told 128, it needs 1.95 instead of 2.05 instructions per 4-bit weight. But tall
+    tiles, told 255, load so far ahead that they spill."""
 
 
 def choose(device: Device, problem: Problem, tables: Sequence[dict[str, Any]] = ()) -> Tile | None:
@@ -96,8 +107,9 @@ def rule(device: Device, problem: Problem) -> Tile | None:
     """The analytic choice. Not measured on any GPU yet: tile sizes are those that compile without spills and fit."""
     if problem.M > _DEQUANTIZE_ABOVE:
         return None
-    # Sixteen planes and a tall tile do not go into registers together.
-    BM = min(32 if problem.bits == 3 else 64, max(8, 1 << math.ceil(math.log2(problem.M))))
+    # Sixteen planes and a tall tile do not go into registers together, nor do as many groups.
+    tallest = (64 if problem.plane > 16 else 16) if problem.bits != 3 else (16 if problem.plane > 16 else 8)
+    BM = min(tallest, max(8, 1 << math.ceil(math.log2(problem.M))))
     BN, warps = (128, 8) if BM == 64 else (64, 4)
     # For sm_80 the compiler spills a few registers of sixteen whole planes at a time, and of three stages.
     older = device.arch < 90
@@ -108,16 +120,27 @@ def rule(device: Device, problem: Problem) -> Tile | None:
     def shared(stages: int) -> int:
         return shared_bytes(problem, BM, BN, stages - 1, chunk, device.arch)
 
-    places = min(_PROGRAMS_PER_SM, 64 // BM)  # tall tiles have no registers for more
+    places = 2 if problem.bits == 3 else {8: _PROGRAMS_PER_SM, 16: 3, 32: 2, 64: 1}[BM]  # by their registers
     stages = 2 if older and BM == 8 else 3
     while stages > 2 and _resident(device, shared(stages)) < places:
         stages -= 1
     while chunk > 16 and shared(stages) > device.shared_bytes:
         chunk //= 2
-    tiles = math.ceil(problem.N / BN) * math.ceil(problem.M / BM)
-    wanted = min(places, _resident(device, shared(stages))) * device.multiprocessors // tiles
-    splits = max(1, min(wanted, problem.blocks // _MIN_BLOCKS_PER_SPLIT))
-    return _fitted(Tile(BM, BN, warps, stages, splits, chunk), problem)
+    programs = min(places, _resident(device, shared(stages)))
+    tile = Tile(BM, BN, warps, stages, chunk=chunk, registers=registers_for(BM, warps, places))
+    return split(tile, device, problem, programs)
+
+
+def split(tile: Tile, device: Device, problem: Problem, programs: int) -> Tile:
+    """The tile with K split for about so many programs per multiprocessor, each with two blocks or more."""
+    tiles = math.ceil(problem.N / tile.BN) * math.ceil(problem.M / tile.BM)
+    wanted = programs * device.multiprocessors // tiles
+    return _fitted(replace(tile, splits=max(1, min(wanted, problem.blocks // _MIN_BLOCKS_PER_SPLIT))), problem)
+
+
+def registers_for(BM: int, warps: int, programs: int) -> int | None:
+    """What a thread may have if so many programs shall be resident on a multiprocessor."""
+    return min(255, _REGISTERS_PER_SM // (32 * warps * programs) // 8 * 8) if BM <= 16 else None
 
 
 def shared_bytes(problem: Problem, BM: int, BN: int, buffers: int, chunk: int | None = None, arch: int = 90) -> int:
@@ -151,7 +174,7 @@ def _fitted(tile: Tile, problem: Problem) -> Tile:
 
 def _nearest(rows: Sequence[dict[str, Any]], problem: Problem) -> dict[str, Any] | None:
     """The row of the same kind whose N and K are within a factor of two or so."""
-    bucket = next((m for m in M_BUCKETS if problem.M <= m), M_BUCKETS[-1])
+    bucket = bucket_of(problem.M)
     group = problem.group_size if problem.group_size < problem.K else -1
     kind = (problem.bits, group, problem.symmetric, problem.dtype, bucket)
     near = [row for row in rows if tuple(row[key] for key in ("bits", "group", "symmetric", "dtype", "M")) == kind]
@@ -161,6 +184,11 @@ def _nearest(rows: Sequence[dict[str, Any]], problem: Problem) -> dict[str, Any]
 
     best = min(near, key=distance, default=None)
     return best if best is not None and distance(best) <= 1.25 else None
+
+
+def bucket_of(M: int) -> int:
+    """The number of tokens under which a table files M."""
+    return next((bucket for bucket in M_BUCKETS if bucket >= M), M_BUCKETS[-1])
 
 
 def slug(name: str) -> str:

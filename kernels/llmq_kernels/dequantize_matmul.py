@@ -20,6 +20,8 @@ from llmq_kernels.packed_matmul import grid_word, group_of, uses_asm
 from llmq_kernels.planes import plane_values
 
 _SCRATCH_BYTES = 20 << 20  # a third of an H200's L2, not measured yet
+# But as many rows as give each multiprocessor one of the library's tiles, 128 x 128 of y: not measured either.
+_LEAST_OUTPUTS = 132 * 128 * 128
 _BN = 64
 
 
@@ -72,7 +74,7 @@ def dequantize_matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> T
     """y [M, N] for x [M, K], columns in the weight's order."""
     (M, K), N = x.shape, weight.out_features
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    rows = min(N, max(_BN, _SCRATCH_BYTES // (2 * K) // _BN * _BN))
+    rows = min(N, max(_SCRATCH_BYTES // (2 * K), _LEAST_OUTPUTS // M) // _BN * _BN or _BN)
     scratch = torch.empty(rows, -(-K // 8) * 8, dtype=x.dtype, device=x.device)
     for first in range(0, N, rows):
         W = scratch[: min(rows, N - first), :K]

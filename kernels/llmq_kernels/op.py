@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,15 +12,15 @@ from llmq_kernels import reference
 from llmq_kernels.choose import COUNTERS, Device, Problem, Tile, choose, tables_for
 from llmq_kernels.layout import PackedWeight
 
-_KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+_OLDEST_ARCH = 80  # asynchronous copies and bfloat16 arithmetic began there
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, counters: Tensor) -> Tensor:
     """x @ Wᵀ + bias: [*batch, out] for x [*batch, in].
 
     Args:
-        counters: `new_counters` of the weight's device, kept by the layer. A layer must not run twice at the same time
-            in captured CUDA graphs; eager calls may, on as many streams as they like.
+        counters: `new_counters` of the weight's device, kept by the layer. Eager calls may run at once on as many
+            streams as they like; a captured CUDA graph must not replay while anything else runs its layers.
     """
     return _packed_linear(
         reference.permuted(x, weight), list(weight.words), weight.grid, bias, counters,
@@ -28,8 +29,8 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, counters
 
 
 def new_counters(device: torch.device | str) -> Tensor:
-    """What a layer keeps between calls: zeros, and zeros again after every call."""
-    return torch.zeros(COUNTERS if torch.device(device).type == "cuda" else 0, dtype=torch.int32, device=device)
+    """What a layer keeps between calls: zeros, and zeros again after every call (for GPUs)."""
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 
 @torch.library.custom_op(
@@ -49,10 +50,14 @@ def _packed_linear(
     symmetric: bool,
 ) -> Tensor:
     weight = PackedWeight(tuple(words), grid, bits, group_size, x.shape[-1], symmetric)
-    if not x.is_cuda or x.dtype not in _KERNEL_DTYPES or not has_kernel(weight):
+    rows = x.reshape(-1, x.shape[-1])
+    problem = problem_of(rows, weight)
+    if not x.is_cuda or not problem.has_kernel or describe(x.device).arch < _OLDEST_ARCH:
         return reference.matmul(x, weight, bias)
+    if len(rows) == 0:
+        return x.new_empty(*x.shape[:-1], weight.out_features)
     with torch.cuda.device(x.device):
-        y = _on_gpu(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias, counters)
+        y = _on_gpu(rows.contiguous(), weight, bias, counters, problem)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -61,24 +66,34 @@ def _(x: Tensor, _words: list[Tensor], grid: Tensor, *_: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], grid.shape[1])
 
 
-def has_kernel(weight: PackedWeight) -> bool:
-    """Whether the groups are such that planes never straddle them: a power of two from 16 on, or the whole row."""
-    size = weight.group_size
-    return size == weight.in_features or (size >= 16 and size & (size - 1) == 0)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    x, words, grid, _bias, _counters, bits, group_size, symmetric = inputs
+    ctx.save_for_backward(grid, *words)
+    ctx.layout = bits, group_size, x.shape[-1], symmetric
 
 
-def _on_gpu(x: Tensor, weight: PackedWeight, bias: Tensor | None, counters: Tensor) -> Tensor:
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    """Of x alone: the weight is frozen, but what lies below it (LoRA, soft prompts) may learn."""
+    grid, *words = ctx.saved_tensors
+    dx = dy @ reference.dequantize(PackedWeight(tuple(words), grid, *ctx.layout), dy.dtype)
+    return dx, [None] * len(words), *[None] * 6
+
+
+_packed_linear.register_autograd(_backward, setup_context=_keep)
+
+
+def problem_of(x: Tensor, weight: PackedWeight) -> Problem:
+    """x [M, K] times the weight, as `choose` wants to know it."""
+    dtype = str(x.dtype).removeprefix("torch.")
+    sizes = len(x), weight.out_features, weight.in_features
+    return Problem(weight.bits, weight.group_size, weight.symmetric, dtype, *sizes)
+
+
+def _on_gpu(x: Tensor, weight: PackedWeight, bias: Tensor | None, counters: Tensor, problem: Problem) -> Tensor:
     from llmq_kernels.dequantize_matmul import dequantize_matmul  # Triton is imported where it runs, not before
     from llmq_kernels.packed_matmul import packed_matmul
 
-    device = describe(x.device)
-    dtype = str(x.dtype).removeprefix("torch.")
-    problem = Problem(
-        weight.bits, weight.group_size, weight.symmetric, dtype, len(x), weight.out_features, weight.in_features
-    )
-    if len(x) == 0:
-        return x.new_empty(0, weight.out_features)
-    tile = _tile(device, problem)
+    tile = _tile(describe(x.device), problem)
     if tile is None:
         return dequantize_matmul(x, weight, bias)
     return packed_matmul(x, weight, bias, _own(counters), tile)

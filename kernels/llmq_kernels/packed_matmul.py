@@ -143,6 +143,8 @@ def packed_matmul(
     split = tile.splits > 1
     partial = torch.empty(tile.splits, M, N, dtype=torch.float32, device=x.device) if split else counters
     options = {"launch_pdl": True} if tile.pdl else {}
+    if tile.registers is not None:
+        options["maxnreg"] = tile.registers
     packed_matmul_kernel[(triton.cdiv(N, tile.BN), tile.splits, triton.cdiv(M, tile.BM))](
         x, words, tops, weight.grid, bias if bias is not None else x, y, partial, counters,
         M, N, K, words.shape[1], tops.shape[1], blocks, triton.cdiv(blocks, tile.splits),

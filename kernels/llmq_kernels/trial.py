@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from llmq_kernels import reference
-from llmq_kernels.choose import COUNTERS, Problem, Tile
+from llmq_kernels.choose import Problem, Tile
 from llmq_kernels.dequantize_matmul import dequantize_matmul
 from llmq_kernels.layout import PackedWeight, pack
+from llmq_kernels.op import new_counters
 from llmq_kernels.packed_matmul import packed_matmul
 
 ROTATION = 200e6
@@ -44,7 +45,7 @@ class Trial:
 
     def __init__(self, where: torch.device, timer: Timer, rotation: float = ROTATION) -> None:
         self._where, self._timer, self._rotation = where, timer, rotation
-        self._counters = torch.zeros(COUNTERS, dtype=torch.int32, device=where)
+        self._counters = new_counters(where)
         self._data = lru_cache(maxsize=1)(self._make)  # problems come one after another, each with all its tiles
 
     def __call__(self, problem: Problem, tile: Tile | None) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -15,11 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmq_kernels.choose import COUNTERS, M_BUCKETS, Device, Problem, Tile, rule, shared_bytes
+from llmq_kernels.choose import Device, Problem, Tile, bucket_of, registers_for, rule, shared_bytes, split
 
 TimeOf = Callable[[Problem, "Tile | None"], float]
 
 _MOST = 20
+_WARPS_PER_SM = 16  # that registers are kept for: 128 each
 _WITH_PDL = 6
 """So many of the first tiles are tried with programmatic dependent launch as well."""
 _FIELDS = ("bits", "group", "symmetric", "dtype", "M", "N", "K", "tile", "us")
@@ -102,21 +102,15 @@ def _of_families(device: Device, problem: Problem) -> Iterator[Tile]:
                 chunk //= 2
             if _fits(device, problem, BM, family, chunk):
                 for load in family.loads:
-                    splits = _splits(device, problem, BM, family.BN, load)
-                    yield Tile(BM, family.BN, family.warps, family.stages, splits, chunk, family.fold)
+                    registers = registers_for(BM, family.warps, min(load, _WARPS_PER_SM // family.warps))
+                    sizes = BM, family.BN, family.warps, family.stages
+                    tile = Tile(*sizes, chunk=chunk, fold=family.fold, registers=registers)
+                    yield split(tile, device, problem, load)
 
 
 def _fits(device: Device, problem: Problem, BM: int, family: Family, chunk: int) -> bool:
     shared = shared_bytes(problem, BM, family.BN, family.stages - 1, chunk, device.arch)
     return shared <= device.shared_bytes
-
-
-def _splits(device: Device, problem: Problem, BM: int, BN: int, load: int) -> int:
-    """Splits of K for about `load` programs per multiprocessor, each with two blocks or more and none idle."""
-    tiles = math.ceil(problem.N / BN) * math.ceil(problem.M / BM)
-    wanted = load * device.multiprocessors // tiles if tiles <= COUNTERS else 1
-    splits = max(1, min(wanted, problem.blocks // 2))
-    return math.ceil(problem.blocks / math.ceil(problem.blocks / splits))
 
 
 def tune(
@@ -168,17 +162,6 @@ def _best(tiles: Sequence[Tile | None], problem: Problem, time_of: TimeOf) -> di
 
 def _plain(tile: Tile | None) -> dict[str, Any] | None:
     return None if tile is None else asdict(tile)
-
-
-def tunable(problem: Problem) -> bool:
-    """Whether there is a kernel for it, as the operator decides: other problems are left to torch."""
-    whole, size = problem.group_size == problem.K, problem.group_size
-    return problem.dtype in ("float16", "bfloat16") and (whole or (size >= 16 and size & (size - 1) == 0))
-
-
-def bucket_of(M: int) -> int:
-    """The number of tokens under which a table files M."""
-    return next((bucket for bucket in M_BUCKETS if bucket >= M), M_BUCKETS[-1])
 
 
 def merged(path: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,15 +117,12 @@ def ahead(session: Session, calls: Sequence[Call], seconds: float) -> None:
 
 
 def _once_each(calls: Iterable[Call]) -> list[Call]:
-    """Calls that need a binary of their own, as Triton tells them apart: by what is 1 and what 16 divides."""
+    """Calls that need a binary of their own: of sizes, Triton tells apart which are 1 and which 16 divides."""
     kinds: dict[Any, Call] = {}
     for problem, tile in calls:
-        sizes = [problem.N, problem.K, problem.blocks]
-        if tile is not None:
-            sizes += [-(-problem.blocks // tile.splits), tile.splits > 1]
-            shape = (tile.BM, tile.BN, tile.warps, tile.stages, tile.chunk, tile.fold, tile.pdl)
-        else:
-            shape = None
-        kind = (problem.bits, problem.group_size, problem.symmetric, problem.dtype, shape)
-        kinds.setdefault((*kind, *((size == 1, size % 16 == 0) for size in sizes)), (problem, tile))
+        kind = (problem.bits, problem.group_size, problem.symmetric, problem.dtype)
+        sizes = [(size == 1, size % 16 == 0) for size in (problem.N, problem.K)]
+        even = problem.K % block_of(problem.bits, problem.plane) == 0
+        shape = tile and replace(tile, splits=min(2, tile.splits))  # into how many is not in the binary
+        kinds.setdefault((*kind, *sizes, even, shape), (problem, tile))
     return list(kinds.values())

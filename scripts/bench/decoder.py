@@ -1,12 +1,15 @@
 """End to end: decode steps of a LLaMA with random weights, packed and in 16 bit, in the same harness.
 
 transformers' own layers, with q, k, v and gate, up merged, a static cache, and a whole step in one CUDA graph: with and
-without torch.compile to fuse what stands between the matmuls. Both models are the same function up to rounding.
+without torch.compile to fuse what stands between the matmuls; and ungraphed, each launch when Python gets to it. Both
+models are the same function up to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -17,7 +20,7 @@ from llmq_kernels.trial import random_codes
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from bench.machine import timed
+from bench.machine import time_plainly, timed
 from bench.plan import Decoder, Plan
 from bench.session import Session, Task
 
@@ -120,21 +123,19 @@ class Step:
 
 
 def tasks(session: Session) -> Iterator[Task]:
-    """Packed and 16 bit, without and with torch.compile."""
-    for compiled in (False, True):
+    """Packed and 16 bit: in a graph without and with torch.compile, and without both."""
+    for how in ("eager", "compiled", "ungraphed"):
         for kind in ("packed", "dense"):
-            how = "compiled" if compiled else "eager"
-            yield Task(
-                "decode",
-                (kind, how, session.plan.dtype),
-                lambda kind=kind, compiled=compiled: _decode(session, kind, compiled),
-                seconds=75 if compiled else 25,
-            )
+            work = partial(_decode, session, kind, how)
+            seconds = 75 if how == "compiled" else 25
+            yield Task("decode", (kind, how, session.plan.dtype), work, seconds=seconds)
 
 
 @torch.no_grad()
-def _decode(session: Session, kind: str, compiled: bool) -> dict[str, Any]:
+def _decode(session: Session, kind: str, how: str) -> dict[str, Any]:
     machine, sizes = session.machine, session.plan.decoder
+    if how == "ungraphed":
+        machine = replace(machine, timer=time_plainly)
     tables = ({"rows": session.results.of("tune")}, *tables_for(machine.device.name, machine.device.arch))
     with mock.patch.object(op, "tables_for", return_value=tables):  # the tiles that this call found
         model, apart = _models(session)[kind], session.cache["models apart"]
@@ -142,7 +143,7 @@ def _decode(session: Session, kind: str, compiled: bool) -> dict[str, Any]:
             raise RuntimeError(f"the packed model and its 16-bit copy differ by {apart:.2g} in their logits")
         for layer in model.model.layers:
             layer._compiled_call_impl = None
-            if compiled:
+            if how == "compiled":
                 layer.compile(backend=machine.compiler, dynamic=False)
         step = Step(model, sizes, machine.where)
         for _ in range(3):

@@ -170,21 +170,22 @@ def _tuned(rows: list[Row]) -> Iterator[str]:
         mean = math.exp(sum(map(math.log, gains)) / len(gains))
         yield f"tuning: {len(rows)} problems, {mean:.2f} x the rule on average, at most {max(gains):.2f}"
     for why in list(dict.fromkeys(skip["why"] for skip in skipped))[:4]:
-        count = sum(skip["why"] == why for skip in skipped)
-        yield f"tuning: {count} tiles skipped, such as {tile_name(skipped[0]['tile'])}: {why}"
+        tiles = [skip["tile"] for skip in skipped if skip["why"] == why]
+        yield f"tuning: {len(tiles)} tiles skipped, such as {tile_name(tiles[0])}: {why}"
 
 
 def _decoder(session: Session) -> Iterator[str]:
     rows = {tuple(row["key"][:2]): row for row in session.results.of("decode")}
-    for how in ("eager", "compiled"):
+    for how in ("eager", "compiled", "ungraphed"):
+        graphed = how != "ungraphed"  # as the bars are
         for kind in ("packed", "dense"):
             row = rows.get((kind, how))
             if row:
                 speed = row["tokens_per_second"]
-                bar = _verdict("", speed, bars.TOKENS_PER_SECOND) if kind == "packed" else ""
+                bar = _verdict("", speed, bars.TOKENS_PER_SECOND) if graphed and kind == "packed" else ""
                 size = f"{row['us'] / 1e3:.3f} ms, {row['bytes'] / 1e9:.2f} GB"
                 yield f"decoder, {how}, {kind}: {speed:.1f} tokens/s, {size}{bar}"
         if {("packed", how), ("dense", how)} <= rows.keys():
             ratio = rows["dense", how]["us"] / rows["packed", how]["us"]
-            verdict = _verdict("", ratio, bars.TIMES_BF16)
+            verdict = _verdict("", ratio, bars.TIMES_BF16 if graphed else None)
             yield f"decoder, {how}: {ratio:.2f} times as fast as {session.plan.dtype}{verdict}"

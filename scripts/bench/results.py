@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import llmq_kernels
 
 Key = tuple[Any, ...]
+Row = dict[str, Any]
 # What these do changes no number a benchmark keeps.
-_ASIDE = ("__init__.py", "cpu_int4.py", "trial.py", "tune.py")
+_ASIDE = ("__init__.py", "cpu_int4.py")
 
 
 def kernels_hash() -> str:
@@ -23,46 +25,61 @@ def kernels_hash() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 
+def rows_in(text: str) -> list[Row]:
+    """The rows of a file, but for what a killed process left half written."""
+    return [row for line in text.splitlines() if "kind" in (row := _parsed(line))]
+
+
+def finished(rows: Iterable[Row], setting: Row) -> dict[Key, Row]:
+    """By kind and key, rows whose latest attempt neither failed nor found anything wrong.
+
+    Args:
+        setting: their device, torch, triton and kernels; rows that depend on no kernels of ours have None there.
+    """
+
+    def is_here(row: Row) -> bool:
+        same = all(row.get(name) == setting[name] for name in ("device", "torch", "triton"))
+        return same and row.get("kernels") in (None, setting["kernels"])
+
+    latest = {(row["kind"], *row["key"]): row for row in rows if is_here(row)}
+    return {key: row for key, row in latest.items() if "failed" not in row and not row.get("wrong")}
+
+
 class Results:
     """Rows of this GPU, these versions and these kernels; rows of others stay in the file and are not looked at."""
 
     def __init__(self, path: Path, gpu: str, again: tuple[str, ...] = ()) -> None:
         self._path = path
         self._setting = {"device": gpu, "torch": version("torch"), "triton": version("triton")}
-        self._kernels = kernels_hash()
-        self._rows: dict[Key, dict[str, Any]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            row = _parsed(line)
-            if self._counts(row) and row["kind"] not in again:
-                self._rows[(row["kind"], *row["key"])] = row
-
-    def _counts(self, row: dict[str, Any]) -> bool:
-        here = all(row.get(name) == value for name, value in self._setting.items())
-        return here and row.get("kernels") in (None, self._kernels) and "failed" not in row
+        self._setting["kernels"] = kernels_hash()
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        self._rows = finished((row for row in rows_in(text) if row["kind"] not in again), self._setting)
+        self._start = "\n" if text and not text.endswith("\n") else ""  # or a line half written would take the next row
 
     def has(self, kind: str, key: Key) -> bool:
         return (kind, *key) in self._rows
 
-    def get(self, kind: str, *key: Any) -> dict[str, Any] | None:
+    def get(self, kind: str, *key: Any) -> Row | None:
         return self._rows.get((kind, *key))
 
-    def of(self, kind: str) -> list[dict[str, Any]]:
+    def of(self, kind: str) -> list[Row]:
         """Rows of a kind, oldest first."""
         return [row for row in self._rows.values() if row["kind"] == kind]
 
-    def add(self, kind: str, key: Key, values: dict[str, Any], ours: bool = True) -> None:
-        """Keep a row. `ours`: it depends on our kernels. One with a `failed` is written but does not count."""
-        row = {"kind": kind, "key": list(key), **values, **self._setting, "kernels": self._kernels if ours else None}
+    def add(self, kind: str, key: Key, values: Row, ours: bool = True) -> None:
+        """Keep a row. `ours`: it depends on our kernels. One with a `failed` is written only."""
+        row = {"kind": kind, "key": list(key), **values, **self._setting}
+        row["kernels"] = self._setting["kernels"] if ours else None
         row["time"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         if "failed" not in row:
             self._rows[(kind, *key)] = row
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(self._start + json.dumps(row) + "\n")
+        self._start = ""
 
 
-def _parsed(line: str) -> dict[str, Any]:
-    """A row; nothing for a line that a killed process left half written."""
+def _parsed(line: str) -> Row:
     try:
         row = json.loads(line)
     except ValueError:

@@ -41,7 +41,7 @@ class Session:
     notes: list[str] = field(default_factory=list)
     """What a reader of the table should know besides."""
     cache: dict[Any, Any] = field(default_factory=dict)
-    """Weights and models, kept between tasks."""
+    """Weights and models, kept between tasks: remaking takes time, and all the layers of a full plan about 20 GB."""
     broken: bool = False
 
     def left(self) -> float:

@@ -44,7 +44,7 @@ def test_the_cover_has_every_arch_width_dtype_and_kernel(rows):
                 assert {bits for bits in BUDGET if (kernel, arch, bits, dtype) in kinds} == set(BUDGET)
         assert (kernel, 89) in {kind[:2] for kind in kinds}
     assert {row["group"] for row in matmuls(rows, arch=90)} == {-1, 16, 32, 64, 128, 256}
-    assert {row["BM"] for row in matmuls(rows, arch=90, bits=4)} == {8, 16, 32, 64}
+    assert {row["BM"] for row in matmuls(rows, arch=90, bits=4)} >= {8, 16, 32, 64}
     assert {row["pdl"] for row in matmuls(rows, arch=90)} == {True, False}
 
 
@@ -62,7 +62,7 @@ def test_no_integer_is_converted_to_a_float(rows):
 
 
 def test_weights_come_by_asynchronous_copies_of_16_bytes_and_leave_by_stores_of_16(rows):
-    assert [row for row in matmuls(rows) if not row["copies16"]] == []
+    assert [row for row in matmuls(rows) if not row["copies16"] or (row["even_k"] and row["copies8"])] == []
     assert [row for row in rows if row["kernel"] == "dequantize" and row["even_k"] and not row["stores16"]] == []
 
 
@@ -89,6 +89,6 @@ def test_every_width_stays_within_what_an_h200s_memory_allows(rows):
 
 def test_taller_tiles_and_other_groups_cost_no_more_than_they_do_now(rows):
     for row in matmuls(rows, arch=90, bits=4):
-        most = {16: 3.0, 32: 3.2, 64: 3.6}.get(row["BM"], {16: 5.8, 32: 3.3}.get(row["group"], 2.6))
+        most = {16: 3.0, 32: 3.2, 64: 3.6, 128: 4.0}.get(row["BM"], {16: 5.8, 32: 3.3}.get(row["group"], 2.6))
         assert row["per_weight"] <= most, row
     assert all(row["per_weight"] <= 9.5 for row in rows if row["kernel"] == "dequantize")

@@ -7,10 +7,19 @@ from dataclasses import asdict, replace
 
 import pytest
 from llmq_kernels import choose as choosing
-from llmq_kernels.choose import COUNTERS, Device, Problem, Tile, choose, rule, shared_bytes, tables_for, user_table
-from llmq_kernels.op import has_kernel
-from llmq_kernels.tune import bucket_of, candidates, merged, tunable, tune, write_table
-from weights import some_weight
+from llmq_kernels.choose import (
+    COUNTERS,
+    Device,
+    Problem,
+    Tile,
+    bucket_of,
+    choose,
+    rule,
+    shared_bytes,
+    tables_for,
+    user_table,
+)
+from llmq_kernels.tune import candidates, merged, tune, write_table
 
 H200 = Device("NVIDIA H200", 90, 132, 227 << 10)
 A100 = Device("NVIDIA A100-SXM4-80GB", 80, 108, 163 << 10)
@@ -180,11 +189,3 @@ def test_new_rows_replace_those_for_the_same_problem_and_leave_the_others(tmp_pa
     assert [(row["M"], row["us"]) for row in kept] == [(8, 0.5), (16, second["us"])]
     path.write_text("{broken")
     assert merged(path, [faster]) == [faster]
-
-
-@pytest.mark.parametrize(("group", "K"), [(16, 480), (128, 640), (48, 480), (480, 480), (8, 64), (37, 37)])
-def test_what_can_be_tuned_is_what_has_a_kernel(group, K):
-    weight, _ = some_weight(4, K, K // group, 4)
-    problem = Problem(4, group, True, "float16", 1, 4, K)
-    assert tunable(problem) == has_kernel(weight)
-    assert not tunable(replace(problem, dtype="float32"))
