@@ -89,8 +89,8 @@ class Tile:
     pdl: bool = False
     """Start while the previous kernel ends (sm_90)."""
     registers: int | None = None
-    """Most that a thread may have. Told nothing, the compiler aims at round numbers: it takes more than the programs to be
-    resident leave it, or spills a value. Told 128, it needs 1.95 instead of 2.05 instructions per 4-bit weight. But tall
+    """Most that a thread may have. Told nothing, the compiler aims at round numbers: it takes more than the resident
+    programs have, or spills a value. Told 128, it needs 1.95 instead of 2.05 instructions per 4-bit weight. But tall
     tiles, told 255, load so far ahead that they spill."""
 
 
