@@ -111,9 +111,9 @@ def rule(device: Device, problem: Problem) -> Tile | None:
     tallest = (64 if problem.plane > 16 else 16) if problem.bits != 3 else (16 if problem.plane > 16 else 8)
     BM = min(tallest, max(8, 1 << math.ceil(math.log2(problem.M))))
     BN, warps = (128, 8) if BM == 64 else (64, 4)
-    # For sm_80 the compiler spills a few registers of sixteen whole planes at a time, and of three stages.
+    # Sixteen whole planes at a time spill a few registers, and so do three stages for sm_80.
     older = device.arch < 90
-    chunk = problem.plane // 2 if older and problem.bits == 3 and problem.plane > 16 else problem.plane
+    chunk = problem.plane // 2 if problem.bits == 3 and problem.plane > 16 else problem.plane
     while problem.planes * chunk * BM > _TOKENS_PER_WARP * warps and chunk > 16:
         chunk //= 2
 
