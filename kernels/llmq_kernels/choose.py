@@ -114,7 +114,8 @@ def rule(device: Device, problem: Problem) -> Tile | None:
     # Sixteen whole planes at a time spill a few registers, and so do three stages for sm_80.
     older = device.arch < 90
     chunk = problem.plane // 2 if problem.bits == 3 and problem.plane > 16 else problem.plane
-    while problem.planes * chunk * BM > _TOKENS_PER_WARP * warps and chunk > 16:
+    most = _TOKENS_PER_WARP * warps // (2 if older and BM == 64 else 1)
+    while problem.planes * chunk * BM > most and chunk > 16:
         chunk //= 2
 
     def shared(stages: int) -> int:
