@@ -84,8 +84,6 @@ class Row:
     i2f: int
     copies16: int
     """Asynchronous copies of 16 bytes to shared memory, LDGSTS.128 or UTMALDG."""
-    copies8: int
-    """The same of 8 bytes, which the memory system likes half as well."""
     stores16: int
     hmma: int
     hgmma: int
@@ -201,7 +199,7 @@ def row_of(case: Case, launch: Launch, shared: int, log: str, sass: str) -> Row:
         shared=shared,
         estimate=shared_bytes(case.problem, BM, const["BN"], stages - 1, chunk, case.device.arch) if case.tile else 0,
         i2f=count(r"\bI2F"), copies16=count(r"LDGSTS\S*\.128|\bUTMALDG"),
-        copies8=count(r"LDGSTS\S*\.64"), stores16=count(r"\bSTG\S*\.128"),
+        stores16=count(r"\bSTG\S*\.128"),
         hmma=count(r"\bHMMA"), hgmma=count(r"\bHGMMA"), serialized=bool(re.search(r"\(C75\d\d\)", log)),
         local_in_loop=sum("LDL" in line or "STL" in line for line in body),
     )  # fmt: skip

@@ -90,8 +90,8 @@ class Tile:
     """Start while the previous kernel ends (sm_90)."""
     registers: int | None = None
     """Most that a thread may have. Told nothing, the compiler aims at round numbers: it takes more than the resident
-    programs have, or spills a value. Told 128, it needs 1.95 instead of 2.05 instructions per 4-bit weight. But tall
-    tiles, told 255, load so far ahead that they spill."""
+    programs have, or spills a value. Told 128, it needs 1.95 instead of 2.05 instructions per 4-bit weight. But told
+    255, it loads so far ahead for tall tiles and whole planes of 3 bit that they spill."""
 
 
 def choose(device: Device, problem: Problem, tables: Sequence[dict[str, Any]] = ()) -> Tile | None:
@@ -111,9 +111,12 @@ def rule(device: Device, problem: Problem) -> Tile | None:
     tallest = (64 if problem.plane > 16 else 16) if problem.bits != 3 else (16 if problem.plane > 16 else 8)
     BM = min(tallest, max(8, 1 << math.ceil(math.log2(problem.M))))
     BN, warps = (128, 8) if BM == 64 else (64, 4)
-    # Sixteen whole planes at a time spill a few registers, and so do three stages for sm_80.
+    # Sixteen whole planes at a time spill a few registers for sm_80 or a K that does not fill them, and so do three
+    # stages for sm_80.
     older = device.arch < 90
-    chunk = problem.plane // 2 if problem.bits == 3 and problem.plane > 16 else problem.plane
+    uneven = problem.K % block_of(problem.bits, problem.plane) > 0
+    half = problem.bits == 3 and problem.plane > 16 and (older or uneven)
+    chunk = problem.plane // 2 if half else problem.plane
     most = _TOKENS_PER_WARP * warps // (2 if older and BM == 64 else 1)
     while problem.planes * chunk * BM > most and chunk > 16:
         chunk //= 2
@@ -128,7 +131,8 @@ def rule(device: Device, problem: Problem) -> Tile | None:
     while chunk > 16 and shared(stages) > device.shared_bytes:
         chunk //= 2
     programs = min(places, _resident(device, shared(stages)))
-    tile = Tile(BM, BN, warps, stages, chunk=chunk, registers=registers_for(BM, warps, places))
+    registers = None if problem.bits == 3 and chunk == 64 else registers_for(BM, warps, places)
+    tile = Tile(BM, BN, warps, stages, chunk=chunk, registers=registers)
     return split(tile, device, problem, programs)
 
 

