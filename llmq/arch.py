@@ -36,6 +36,9 @@ class Group:
     """The module whose output can absorb a scale per channel: a norm, or a linear whose last rows feed this group."""
     norm_offset: float | None = None
     """A norm producer multiplies by weight + offset (Gemma stores weight - 1). None: the producer is a linear."""
+    residual: str | None = None
+    """The output is added to what enters the module of this name ("" is the block): the residual stream at that point.
+    None where it is not added to anything, or not right away."""
 
 
 def find_groups(
@@ -49,18 +52,22 @@ def find_groups(
     """
     inputs: dict[tuple[object, ...], list[str]] = {}
     produced: dict[tuple[object, ...], str] = {}
+    residuals: dict[str, Tensor] = {"": hidden.to(next(block.parameters()).device)}
+    outputs: dict[str, Tensor] = {}
     alive: list[Tensor] = []  # keeps storages from being reused, which would make two tensors look like one
 
     def seen(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if isinstance(module, nn.Linear) and args:
             inputs.setdefault(_identity(args[0]), []).append(name)
             alive.append(args[0])
+            outputs[name] = output
         elif isinstance(output, Tensor) and _is_norm(module):
             produced[_identity(output)] = name
             alive.append(output)
+            residuals[name] = args[0]
 
     with _hooked(block, seen):
-        run(hidden)
+        end = run(hidden)
     names = [name for linears in inputs.values() for name in linears]
     if len(names) != len(set(names)):
         raise RequestError("a linear of this model runs on several inputs in one forward; llmq cannot quantize that")
@@ -68,11 +75,21 @@ def find_groups(
     for key, linears in inputs.items():
         norm = produced.get(key)
         offset = _norm_offset(block.get_submodule(norm), hidden) if norm is not None else None
-        if offset is not None:
-            groups.append(Group(tuple(linears), norm, offset))
-        else:
-            groups.append(Group(tuple(linears), _declared_producer(block, linears)))
+        producer = norm if offset is not None else _declared_producer(block, linears)
+        residual = _residual_of(outputs[linears[0]], residuals, end) if len(linears) == 1 else None
+        groups.append(Group(tuple(linears), producer, offset, residual))
     return groups
+
+
+def _residual_of(output: Tensor, residuals: dict[str, Tensor], end: Tensor) -> str | None:
+    """The name of the residual that `output` is added to, to give another one or what leaves the block."""
+    sums = [*residuals.values(), end]
+    for name, residual in residuals.items():
+        if residual.shape == output.shape:
+            total = residual + output
+            if any(total.shape == seen.shape and torch.equal(total, seen) for seen in sums):
+                return name
+    return None
 
 
 @contextmanager

@@ -10,7 +10,10 @@ from llmq.errors import RequestError
 VERSION = "0.1.0"
 
 BITS = (2, 3, 4, 8)
-METHODS = ("gptq", "awq", "rtn")
+METHODS = ("gptq", "awq", "awq+gptq", "rtn")
+GRIDS = ("auto", "minmax", "mse", "hessian")
+ORDERS = ("group", "static", "natural")
+EFFORTS = ("fast", "normal", "best")
 FORMATS = ("auto", "compressed-tensors")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -23,8 +26,11 @@ class Gptq:
     """Added to the diagonal of H, as a fraction of its mean. 0.05 generalises better than the paper's 0.01."""
     block_size: int = 128
     """Columns per lazy update. Changes speed, never the result."""
-    grid_steps: int = 16
-    """Widths tried for each group's grid, from its full range down to 0.4 of it; 1 keeps the full range."""
+    order: str = "group"
+    """In which columns are rounded: group (groups by importance, columns within them likewise), static (all columns by
+    importance, grids fixed beforehand) or natural."""
+    passes: int = 2
+    """Times that every column is looked at again once all are rounded (coordinate descent)."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,11 @@ class Grid:
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
+    search: str = "auto"
+    """Which of the possible grids a group gets; see QuantizeConfig.grid."""
 
     def __post_init__(self) -> None:
+        _one_of("grid", self.search, GRIDS)
         if self.bits not in BITS:
             raise RequestError(f"bits must be one of {_listed(BITS)}; got {self.bits}")
         if self.group_size != -1 and self.group_size < 1:
@@ -77,13 +86,19 @@ class QuantizeConfig:
     output: Path
     """Directory for the packed checkpoint. Must be new or empty unless --overwrite is given."""
     method: str = "gptq"
-    """gptq (best), awq (for activation outliers) or rtn (needs no calibration text, seconds)."""
+    """gptq (best), awq (for activation outliers), awq+gptq or rtn (needs no calibration text, seconds)."""
     bits: int = 4
     """Bits per weight: 2, 3, 4 or 8."""
     group_size: int = 128
     """Consecutive inputs that share one scale; -1 for a whole row. Lowered to 64 or 32 where 128 does not divide."""
     symmetric: bool = True
     """A fixed zero point in the middle of the codes. --no-symmetric stores a zero point per group."""
+    grid: str = "auto"
+    """Each group's grid: minmax spans its weights, mse has the least error, hessian the least error weighted by what it
+    does to the layer's output. auto: hessian where there is calibration text, else mse."""
+    effort: str = "normal"
+    """How much is tried. fast: each layer reproduces its own outputs. normal: each layer makes up for the errors of
+    those before it, as far as held-out text agrees. best: more of the search, twice the time."""
     format: str = "auto"
     """Checkpoint format: auto or compressed-tensors (read by transformers, vLLM and SGLang)."""
     calibration: str = Calibration.text
@@ -106,11 +121,15 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         _one_of("format", self.format, FORMATS)
+        _one_of("effort", self.effort, EFFORTS)
         _one_of("device", self.device, DEVICES)
         if not 0 < self.gptq.damping < 1:
             raise RequestError(f"gptq damping must lie between 0 and 1; got {self.gptq.damping}")
-        if self.gptq.block_size < 1 or self.gptq.grid_steps < 1:
-            raise RequestError("gptq block size and grid steps must be at least 1")
+        if self.gptq.block_size < 1:
+            raise RequestError(f"gptq block size must be at least 1; got {self.gptq.block_size}")
+        if self.gptq.passes < 0:
+            raise RequestError(f"gptq passes must not be negative; got {self.gptq.passes}")
+        _one_of("gptq order", self.gptq.order, ORDERS)
         if self.awq.ratios < 1 or not 0 <= self.awq.clip_steps <= 20:
             raise RequestError("awq needs at least 1 ratio and 0 to 20 clip steps")
         if self.format == "auto" and not self.symmetric:
@@ -120,11 +139,11 @@ class QuantizeConfig:
                 "Pass --format compressed-tensors to write it anyway, or keep the symmetric default."
             )
         # The nested views validate themselves.
-        _ = self.grid, self.calibration_settings
+        _ = self.grid_settings, self.calibration_settings
 
     @property
-    def grid(self) -> Grid:
-        return Grid(self.bits, self.group_size, self.symmetric)
+    def grid_settings(self) -> Grid:
+        return Grid(self.bits, self.group_size, self.symmetric, self.grid)
 
     @property
     def calibration_settings(self) -> Calibration:

@@ -5,6 +5,14 @@ import torch
 from llmq.errors import RequestError
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16 products, which make a forward 2 to 4 times as fast."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, but nothing public names them
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
 def pick_device(name: str) -> torch.device:
     """auto (cuda where there is one), cpu, cuda or cuda:N.
 

@@ -19,6 +19,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+_WIDTHS = tuple(1 - 0.6 * i / 7 for i in range(1, 8))
+_LEAST_SQUARES = 3
+
 
 def choose_scale_zero(
     W: Float[Tensor, "*groups group_size"],
@@ -48,6 +51,47 @@ def choose_scale_zero(
     scale = _storable((high - low) / (2**bits - 1), dtype)
     zero = (-low / scale.to(W.dtype)).round().clamp(0, 2**bits - 1)
     return scale, zero.to(torch.uint8)
+
+
+def search_scale_zero(
+    W: Float[Tensor, "*groups group_size"],
+    importance: Float[Tensor, "*#groups group_size"],
+    bits: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+    power: float = 2.0,
+) -> tuple[Float[Tensor, "*groups"], UInt8[Tensor, "*groups"]]:
+    """The grid of each group with the least Σ_k importance_k |w_k - ŵ_k|^power found, never worse than the whole range.
+
+    Eight widths are tried, from the whole range down to 0.4 of it (2-bit grids are best far inside it, wider ones stop
+    near 0.8); for asymmetric 2 and 3 bit the neighbouring zero points too; the best grid is then improved by least
+    squares, the scale that suits the codes, then codes that suit the scale: three such steps after eight widths find
+    better grids than 32 widths do.
+    """
+
+    def error(scale: Tensor, zero: Tensor) -> Tensor:
+        q = quantize(W, scale[..., None], zero[..., None], bits)
+        E = W - dequantize(q, scale[..., None], zero[..., None], W.dtype)
+        return ((E.square() if power == 2 else E.abs().pow(power)) * importance).sum(-1)
+
+    def better(best: tuple[Tensor, ...], scale: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
+        found = error(scale, zero), scale, zero
+        wins = found[0] < best[0]
+        return tuple(torch.where(wins, new, old) for new, old in zip(found, best, strict=True))
+
+    whole = choose_scale_zero(W, bits, symmetric, dtype)
+    best: tuple[Tensor, ...] = error(*whole), *whole
+    for width in _WIDTHS:
+        best = better(best, *choose_scale_zero(W, bits, symmetric, dtype, width))
+    for shift in (-1, 1) if not symmetric and bits <= 3 else ():
+        zero = (best[2].to(torch.int16) + shift).clamp(0, 2**bits - 1).to(torch.uint8)
+        best = better(best, best[1], zero)
+    for _ in range(_LEAST_SQUARES):
+        _, scale, zero = best
+        codes = quantize(W, scale[..., None], zero[..., None], bits).to(W.dtype) - zero[..., None].to(W.dtype)
+        fitted = (W * codes * importance).sum(-1) / (codes.square() * importance).sum(-1)
+        best = better(best, _storable(fitted, dtype), zero)  # 0/0 is not better
+    return best[1], best[2]
 
 
 def _storable(step: Float[Tensor, "*groups"], dtype: torch.dtype) -> Float[Tensor, "*groups"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llmq.algorithms import ALGORITHMS
+from llmq.algorithms.match import match
 from llmq.algorithms.problem import Problem, Solution, relative_error, round_to_nearest
 from llmq.arch import Group, find_groups, fit_group_size, linear_of, packable_widths, split_packable
 from llmq.clock import Clock
 from llmq.config import Grid, QuantizeConfig
 from llmq.data import Tokens, calibration_tokens, check_context
-from llmq.device import pick_device
+from llmq.device import multiplies_bfloat16, pick_device
 from llmq.errors import RequestError, WorkError
 from llmq.formats import FORMATS
 from llmq.report import Report
 from llmq.source import ModelSource
 from llmq.statistics import collect_statistics
-from llmq.stream import Block, stream
+from llmq.stream import Block, Compute, stream
 from llmq.weight import QuantizedWeight
 from llmq.writer import Writer, check_output
 
@@ -52,7 +54,7 @@ def quantize(config: QuantizeConfig, progress: bool = False) -> Path:
         with clock("write"):
             for name in source.outer_names():
                 writer.put({name: source.read(name)})
-        blocks = stream(source, tokens, device, compute_dtype(source, device), clock)
+        blocks = stream(source, tokens, compute_for(source, device), clock, keep_original=run.matching)
         bar = tqdm(blocks, "blocks", total=len(source.block_names), disable=not progress, unit="block")
         for block in bar:
             tensors = run.quantize_block(block, lambda text: bar.set_postfix_str(text))
@@ -78,30 +80,51 @@ class Run:
         self.grid = self._fitted_grid()
         # float32 scales would double the cost of a group for digits the codes make no use of.
         self.scale_dtype = torch.float16 if source.dtype == torch.float32 else source.dtype
+        self.matching = self.algorithm.needs_statistics(config) and config.effort != "fast"
 
     def quantize_block(self, block: Block, show: Callable[[str], None]) -> dict[str, Tensor]:
         """Put the quantized values into the block; returns all of its tensors for the checkpoint."""
         groups, skipped = split_packable(block.module, find_groups(block.module, block.run, block.hidden[0][:1]))
         self.report.note(block.name, [f"{name} left in float: {reason}" for name, reason in skipped.items()])
-        problems = self._problems(block, groups)
-        changed: set[str] = set()
-        with self.clock("solve"):
-            baselines = [_loss(problem, round_to_nearest(problem)) for problem in problems]
-            if self.algorithm.transform is not None:
-                changed, notes = self.algorithm.transform(block, groups, problems, self.config)
-                self.report.note(block.name, notes)
+        if block.drift is not None:
+            self.report.drifts[block.name] = block.drift
+        changed = self._transform(block, groups)
         packed: dict[str, Tensor] = {}
-        for group, problem, baseline in zip(groups, problems, baselines, strict=True):
-            with self.clock("solve"):
-                solution = self.algorithm.solve(problem, self.config)
-                loss = _loss(problem, solution)
-                weights = self._put_back(block, group, problem, solution)
-            self.report.add_group(block.name, group.linears, (loss, baseline), solution, problem.statistics)
-            show(f"{group.linears[-1]} loss {loss:.2e}")
-            with self.clock("write"):
-                for name, weight in weights.items():
-                    packed |= self.format.encode(f"{block.name}.{name}", weight, self.grid.symmetric)
+        stages = [[group] for group in groups] if self.matching else [groups]
+        for stage in stages:
+            problems = self._problems(block, stage, last=stage is stages[-1])
+            for group, problem in zip(stage, problems, strict=True):
+                packed |= self._quantize_group(block, group, problem, show)
         return packed | self._remaining(block, groups, changed)
+
+    def _transform(self, block: Block, groups: list[Group]) -> set[str]:
+        """Let the method change the block before anything is rounded; returns the other tensors that changed."""
+        if self.algorithm.transform is None:
+            return set()
+        problems = self._problems(block, groups, last=False)
+        with self.clock("solve"):
+            changed, notes = self.algorithm.transform(block, groups, problems, self.config)
+        self.report.note(block.name, notes)
+        return changed
+
+    def _quantize_group(
+        self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]
+    ) -> dict[str, Tensor]:
+        """Round the linears of one group; returns their tensors for the checkpoint."""
+        with self.clock("solve"):
+            matched = match(problem)
+            problem.W = matched.W
+            baseline = _loss(problem, round_to_nearest(problem))
+            solution = replace(self.algorithm.solve(problem, self.config), matched=matched.step)
+            loss = _loss(problem, solution)
+            weights = self._put_back(block, group, problem, solution)
+        self.report.add_group(block.name, group.linears, (loss, baseline), solution, problem.statistics)
+        show(f"{group.linears[-1]} loss {loss:.2e}")
+        packed: dict[str, Tensor] = {}
+        with self.clock("write"):
+            for name, weight in weights.items():
+                packed |= self.format.encode(f"{block.name}.{name}", weight, self.grid.symmetric)
+        return packed
 
     def hf_config(self) -> dict[str, Any]:
         """The quantization_config, listing every linear that stays in float."""
@@ -118,17 +141,17 @@ class Run:
         widths = packable_widths(blocks)
         if not widths:
             raise RequestError("no linear of this model can be packed: none has both sides in multiples of 32")
-        requested = self.config.grid
+        requested = self.config.grid_settings
         fitted = fit_group_size(requested.group_size, widths)
         if fitted != requested.group_size:
             note = f"group size {requested.group_size} does not divide every layer: using {fitted}"
             self.report.note("model", [note])
-        return Grid(requested.bits, fitted, requested.symmetric)
+        return replace(requested, group_size=fitted)
 
-    def _problems(self, block: Block, groups: list[Group]) -> list[Problem]:
+    def _problems(self, block: Block, groups: list[Group], last: bool) -> list[Problem]:
         """One rounding problem per group, with the statistics the method needs."""
-        if self.algorithm.needs_statistics:
-            statistics = collect_statistics(block, groups, self.clock)
+        if self.algorithm.needs_statistics(self.config):
+            statistics = collect_statistics(block, groups, self.clock, last)
         else:
             statistics = [None] * len(groups)
         problems = []
@@ -140,19 +163,18 @@ class Run:
                 for name, linear in zip(group.linears, linears, strict=True)
             ]
             size = W.shape[1] if self.grid.group_size == -1 else self.grid.group_size
-            grid = Grid(self.grid.bits, size, self.grid.symmetric)
+            grid = replace(self.grid, group_size=size)
             problems.append(Problem(W, stats, grid, self.scale_dtype, torch.cat(clippable)))
         return problems
 
     def _put_back(self, block: Block, group: Group, problem: Problem, solution: Solution) -> dict[str, QuantizedWeight]:
         """The block computes with the quantized weights from here on; returns them by linear."""
-        linears = {name: linear_of(block.module, name) for name in group.linears}
-        rows = [linear.out_features for linear in linears.values()]
+        rows = [linear_of(block.module, name).out_features for name in group.linears]
         parts = (solution.q, solution.scale, solution.zero)
         weights: dict[str, QuantizedWeight] = {}
-        for (name, linear), q, scale, zero in zip(linears.items(), *(part.split(rows) for part in parts), strict=True):
+        for name, q, scale, zero in zip(group.linears, *(part.split(rows) for part in parts), strict=True):
             weights[name] = QuantizedWeight(q, scale, zero, problem.grid.bits)
-            linear.weight.data = weights[name].dequantize().to(linear.weight.dtype)
+            block.replace_weight(name, weights[name].dequantize())
         return weights
 
     def _remaining(self, block: Block, groups: list[Group], changed: set[str]) -> dict[str, Tensor]:
@@ -174,13 +196,18 @@ def _loss(problem: Problem, solution: Solution) -> float:
     return relative_error(problem.W, solution.dequantize(problem.grid.group_size), H)
 
 
-def compute_dtype(source: ModelSource, device: torch.device) -> torch.dtype:
-    """float32, in which nothing overflows; bfloat16 where the model and the device are made for it."""
-    return torch.bfloat16 if device.type == "cuda" and source.dtype == torch.bfloat16 else torch.float32
+def compute_for(source: ModelSource, device: torch.device) -> Compute:
+    """float32, in which nothing overflows, but products in bfloat16 where the device is made for them.
+
+    bfloat16 models stay bfloat16 on a GPU, whose memory is dear.
+    """
+    precision = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+    dtype = torch.bfloat16 if device.type == "cuda" and source.dtype == torch.bfloat16 else torch.float32
+    return Compute(device, dtype, precision)
 
 
 def _tokens(source: ModelSource, config: QuantizeConfig) -> Tokens:
-    if not ALGORITHMS[config.method].needs_statistics:
+    if not ALGORITHMS[config.method].needs_statistics(config):
         # Only to see which linears share an input; the values do not matter.
         few = torch.arange(16)[None] % source.config.get_text_config().vocab_size
         return Tokens(few, few[:0])

@@ -26,6 +26,8 @@ class Report:
         self.config = config
         self.groups: list[dict[str, Any]] = []
         self.notes: list[dict[str, str]] = []
+        self.drifts: dict[str, float] = {}
+        """Share of the hidden states entering each block that differs from the original model, on held-out tokens."""
 
     def note(self, where: str, notes: list[str]) -> None:
         """Record fallbacks: anything done otherwise than asked."""
@@ -41,7 +43,7 @@ class Report:
     ) -> None:
         """Record one group. `errors`: relative output error of the method and of plain rounding to nearest."""
         entry: dict[str, Any] = {"block": block, "linears": list(linears), "error": errors[0], "rtn_error": errors[1]}
-        entry["damping"] = solution.damping
+        entry |= {"damping": solution.damping, "matched": solution.matched}
         if statistics is not None:
             entry |= {"tokens": statistics.tokens, "dropped_rows": statistics.dropped}
             if statistics.dropped:
@@ -60,6 +62,7 @@ class Report:
             "seconds": {"total": clock.total, **clock.seconds},
             "peak_memory_bytes": peak_memory(),
             "fallbacks": self.notes,
+            "drifts": self.drifts,
             "groups": self.groups,
         }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -30,59 +32,130 @@ class InputStatistics:
     tokens: int
     dropped: int
     """Token rows left out because they held NaN or infinity."""
+    C: Float[Tensor, "in in"] | None = None
+    """ΔXᵀX / tokens with ΔX = X_original - X: how the original model's inputs to this layer differ from these."""
+    C_val: Float[Tensor, "in in"] | None = None
+    """The same over held-out tokens."""
+    R: Float[Tensor, "out in"] | None = None
+    """ΔRᵀX / tokens, where the output is added to the residual stream and that differs by ΔR from the original one."""
+    R_val: Float[Tensor, "out in"] | None = None
+    """The same over held-out tokens."""
 
 
-def collect_statistics(block: Block, groups: list[Group], clock: Clock) -> list[InputStatistics]:
-    """Run the block over all its micro-batches and gather the statistics of every group's input."""
-    firsts = [linear_of(block.module, group.linears[0]) for group in groups]
-    sums: dict[nn.Module, _Sums] = {first: _Sums(first.in_features, block.device) for first in firsts}
-    held_out = False
+def collect_statistics(block: Block, groups: list[Group], clock: Clock, last: bool = True) -> list[InputStatistics]:
+    """Run the block over all micro-batches and gather the statistics of the groups' inputs.
 
-    def note(first: nn.Module, args: tuple[Tensor]) -> None:
+    Args:
+        groups: those whose inputs are wanted; the block runs up to the last one of them.
+        last: the block will not run on the original model's hidden states again; its outputs take their place.
+    """
+    sums = [_Sums(group, block) for group in groups]
+    names = {name for group in groups for name in (group.linears[0], group.residual) if name}
+    for i, micro_batch in enumerate(block.hidden):
+        originals: dict[str, Tensor] = {}
+        if block.original is not None:
+            originals[""] = block.original[i]
+            with clock("forward"), block.as_original(), _inputs(block, names, originals, stop=not last):
+                output = block.run(block.original[i])
+                if last:
+                    block.original[i] = output.cpu()
+        inputs = {"": micro_batch}
+        with clock("forward"), _inputs(block, names, inputs, stop=True):
+            block.run(micro_batch)
         with clock("statistics"):
-            sums[first].add(args[0], held_out)
+            for each in sums:
+                each.add(inputs, originals, held_out=i >= block.held_out_from)
+    with clock("statistics"):
+        return [each.finish() for each in sums]
 
-    handles = [first.register_forward_pre_hook(note) for first in firsts]
+
+class _EnoughError(Exception):
+    """Every input has been seen: what follows in the block need not run."""
+
+
+@contextmanager
+def _inputs(block: Block, names: set[str], inputs: dict[str, Tensor], stop: bool) -> Iterator[None]:
+    """Keep the inputs of the modules of these names; with `stop`, leave out what follows the last one of them."""
+
+    modules = {block.module.get_submodule(name): name for name in names}
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs[modules[module]] = args[0]
+        if stop and names <= inputs.keys():
+            raise _EnoughError
+
+    handles = [module.register_forward_pre_hook(hook) for module in modules]
     try:
-        for i, micro_batch in enumerate(block.hidden):
-            held_out = i >= block.held_out_from
-            with clock("forward"):
-                block.run(micro_batch)
+        with suppress(_EnoughError):
+            yield
     finally:
         for handle in handles:
             handle.remove()
-    with clock("statistics"):
-        return [sums[first].finish() for first in firsts]
 
 
 class _Sums:
-    """Running sums over token rows; only the lower triangles are filled until `finish`."""
+    """Running sums over token rows; only the lower triangle of H is filled until `finish`."""
 
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.H = torch.zeros(width, width, device=device)
-        self.H_val = torch.zeros(width, width, device=device)
-        self.abs = torch.zeros(width, device=device)
+    def __init__(self, group: Group, block: Block) -> None:
+        self.first, self.residual = group.linears[0], group.residual
+        self.paired, self.precision = block.original is not None, block.compute.precision
         self.tokens = self.tokens_val = self.dropped = 0
+        out, width = linear_of(block.module, self.first).weight.shape
+        shapes: dict[str, tuple[int, ...]] = {"H": (width, width), "H_val": (width, width), "abs": (width,)}
+        if self.paired:
+            shapes |= {"C": (width, width), "C_val": (width, width)}
+        if self.paired and self.residual is not None:
+            shapes |= {"R": (out, width), "R_val": (out, width)}
+        self.sums = {name: torch.zeros(shape, device=block.compute.device) for name, shape in shapes.items()}
 
-    def add(self, x: Tensor, held_out: bool) -> None:
-        X = x.flatten(0, -2).float()
-        # One reduction finds the rare bad batch: a sum is finite only if every term is.
-        if not bool(torch.isfinite(X.sum())):
-            finite = torch.isfinite(X).all(1)
-            self.dropped += int((~finite).sum())
-            X = X[finite]
+    def add(self, inputs: dict[str, Tensor], originals: dict[str, Tensor], held_out: bool) -> None:
+        """Inputs of the block's modules by name, in this model and, where it runs along, in the original one."""
+        X, dX, dR = self._rows(inputs, originals)
+        kind = "_val" if held_out else ""
+        _add_lower(self.sums["H" + kind], X)
         if held_out:
             self.tokens_val += len(X)
-            _add_lower(self.H_val, X)
         else:
             self.tokens += len(X)
-            self.abs += X.abs().sum(0)
-            _add_lower(self.H, X)
+            self.sums["abs"] += X.abs().sum(0)
+        if dX is not None:
+            self.sums["C" + kind] += self._product(dX, X)
+        if dR is not None:
+            self.sums["R" + kind] += self._product(dR, X)
+
+    def _rows(
+        self, inputs: dict[str, Tensor], originals: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """X, X_original - X, R_original - R, one row per token, without the rows of tokens that are not finite."""
+        X = inputs[self.first].flatten(0, -2).float()
+
+        def difference(name: str | None) -> Tensor | None:
+            if not self.paired or name is None:
+                return None
+            return (originals[name].to(X.device).float() - inputs[name].to(X.device).float()).flatten(0, -2)
+
+        dX, dR = difference(self.first), difference(self.residual)
+        known = [each for each in (X, dX, dR) if each is not None]
+        # One reduction finds the rare bad batch: a sum is finite only if every term is.
+        if all(bool(torch.isfinite(each.sum())) for each in known):
+            return X, dX, dR
+        finite = torch.stack([torch.isfinite(each).all(1) for each in known]).all(0)
+        self.dropped += int((~finite).sum())
+        return X[finite], None if dX is None else dX[finite], None if dR is None else dR[finite]
+
+    def _product(self, A: Tensor, B: Tensor) -> Tensor:
+        """AᵀB of differences, in which rounding is nothing beside the noise of what is averaged."""
+        return (A.T.to(self.precision) @ B.to(self.precision)).float()
 
     def finish(self) -> InputStatistics:
-        H = _mirrored(self.H, self.tokens)
-        H_val = _mirrored(self.H_val, self.tokens_val) if self.tokens_val else H
-        return InputStatistics(H, H_val, self.abs / max(1, self.tokens), self.tokens, self.dropped)
+        means = {
+            name: each / max(1, self.tokens_val if name.endswith("_val") else self.tokens)
+            for name, each in self.sums.items()
+        }
+        H = _mirrored(means["H"])
+        H_val = _mirrored(means["H_val"]) if self.tokens_val else H
+        differences = {name: means.get(name) for name in ("C", "C_val", "R", "R_val")}
+        return InputStatistics(H, H_val, means["abs"], self.tokens, self.dropped, **differences)
 
 
 def _add_lower(H: Tensor, X: Tensor) -> None:
@@ -91,6 +164,6 @@ def _add_lower(H: Tensor, X: Tensor) -> None:
         H[start:stop, :stop].addmm_(X[:, start:stop].T, X[:, :stop])
 
 
-def _mirrored(lower: Tensor, tokens: int) -> Tensor:
+def _mirrored(lower: Tensor) -> Tensor:
     # Within a strip the square on the diagonal is full already, hence tril first.
-    return (lower.tril() + lower.tril(-1).T) / max(1, tokens)
+    return lower.tril() + lower.tril(-1).T

@@ -11,18 +11,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from llmq.arch import linear_of
 from llmq.clock import Clock
 from llmq.data import Tokens
 from llmq.errors import RequestError
 from llmq.memory import release_memory
 from llmq.source import ModelSource, move_buffers
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in what to compute."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    """Of weights and hidden states."""
+    precision: torch.dtype = torch.float32
+    """Of the factors of matmuls inside the blocks."""
+
 
 _TOKENS_PER_RUN = 4096  # a few thousand tokens keep matmuls busy; more only costs memory
 
@@ -39,33 +52,74 @@ class Block:
     """Index of the first held-out micro-batch in `hidden`."""
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     """What else the model passes to this very block: mask, rotary embedding, …"""
-    device: torch.device
+    compute: Compute
+    original: list[Tensor] | None = None
+    """The same micro-batches as they enter this block in the original model, where that is asked for. Whoever runs the
+    block on them leaves its outputs here."""
+    _replaced: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def drift(self) -> float | None:
+        """Share of what enters that differs from the original model on held-out tokens; None where it is not known."""
+        if self.original is None:
+            return None
+        lost = whole = 0.0
+        for hidden, original in zip(
+            self.hidden[self.held_out_from :], self.original[self.held_out_from :], strict=True
+        ):
+            lost += float((hidden - original).float().square().sum())
+            whole += float(original.float().square().sum())
+        return lost / whole
 
     @torch.no_grad()
     def run(self, hidden: Float[Tensor, "batch tokens features"]) -> Float[Tensor, "batch tokens features"]:
         """The block's output for one micro-batch, on the block's device."""
         args, kwargs = self.arguments
-        output = self.module(hidden.to(self.device), *args, **kwargs)
+        device, precision = self.compute.device, self.compute.precision
+        with torch.autocast(device.type, precision, enabled=precision != hidden.dtype):
+            output = self.module(hidden.to(device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def replace_weight(self, name: str, W: Float[Tensor, "out in"]) -> None:
+        """The linear of that name computes with W from here on."""
+        linear = linear_of(self.module, name)
+        if self.original is not None:
+            self._replaced.setdefault(name, linear.weight.data)
+        linear.weight.data = W.to(linear.weight.dtype)
+
+    @contextmanager
+    def as_original(self) -> Iterator[None]:
+        """Inside, the block computes with the weights that were replaced."""
+        now = {name: linear_of(self.module, name).weight.data for name in self._replaced}
+        for name, W in self._replaced.items():
+            linear_of(self.module, name).weight.data = W
+        try:
+            yield
+        finally:
+            for name, W in now.items():
+                linear_of(self.module, name).weight.data = W
 
 
 def stream(
-    source: ModelSource, tokens: Tokens, device: torch.device, dtype: torch.dtype, clock: Clock
+    source: ModelSource, tokens: Tokens, compute: Compute, clock: Clock, keep_original: bool = False
 ) -> Iterator[Block]:
     """Yield each block in order. What the caller leaves in its weights decides what the next block sees.
 
     Args:
         tokens: calibration sequences; they may be few and short for methods that need no statistics.
-        dtype: compute dtype of weights and hidden states.
+        keep_original: blocks come with the original model's hidden states too, if there are held-out samples to tell
+            by how far to follow them.
     """
     with clock("forward"):
-        hidden, arguments = record_block_inputs(source, tokens, device, dtype)
+        hidden, arguments = record_block_inputs(source, tokens, compute)
     held_out_from = len(_micro_batches(tokens.train))
+    original = list(hidden) if keep_original and held_out_from < len(hidden) else None
     for name, block_arguments in zip(source.block_names, arguments, strict=True):
         names = source.block_tensor_names(name)
         with clock("read"):
-            source.load(names, device, dtype)
-        block = Block(name, source.skeleton.get_submodule(name), hidden, held_out_from, block_arguments, device)
+            source.load(names, compute.device, compute.dtype)
+        module = source.skeleton.get_submodule(name)
+        block = Block(name, module, hidden, held_out_from, block_arguments, compute, original)
         yield block
         if name != source.block_names[-1]:
             with clock("forward"):
@@ -77,7 +131,7 @@ def stream(
 
 @torch.no_grad()
 def record_block_inputs(
-    source: ModelSource, tokens: Tokens, device: torch.device, dtype: torch.dtype
+    source: ModelSource, tokens: Tokens, compute: Compute
 ) -> tuple[list[Tensor], list[tuple[tuple[Any, ...], dict[str, Any]]]]:
     """Hidden states entering the first block, and the other arguments of every block.
 
@@ -90,13 +144,13 @@ def record_block_inputs(
     inside = {id(tensor) for tensor in decoder.state_dict(keep_vars=True).values()}
     outer = source.skeleton.state_dict(keep_vars=True)
     names = [name for name in source.outer_names() if id(outer[name]) in inside]
-    source.load(names, device, dtype)
-    move_buffers(source.skeleton, device)
+    source.load(names, compute.device, compute.dtype)
+    move_buffers(source.skeleton, compute.device)
     with _recorders(blocks) as calls:
 
         def recorded(ids: Tensor) -> list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:
             calls.clear()
-            decoder(input_ids=ids.to(device), use_cache=False)
+            decoder(input_ids=ids.to(compute.device), use_cache=False)
             return list(calls)
 
         one, other = recorded(tokens.train[:1]), recorded(tokens.train[:1].flip(1))

@@ -111,14 +111,13 @@ def _shown(problems: list[Problem]) -> Iterator[Problem]:
 
 def tune_command(config: TuneConfig) -> None:
     """Tune, write the table, and say what it brought."""
-    grid = config.grid
     if not torch.cuda.is_available():
         raise WorkError("there is no CUDA GPU here: nothing to tune on a CPU, whose matmuls have no tiles to choose")
     path = locate(config.model, config.trust_remote_code)
     if is_packed(path):
         problems = packed_problems(Checkpoint(path))
     else:
-        problems = original_problems(ModelSource(config.model, config.trust_remote_code), grid)
+        problems = original_problems(ModelSource(config.model, config.trust_remote_code), config.grid)
     problems = at_all_sizes(problems)
     table, rows = tune_here(problems, config.seconds)
     for row in rows:

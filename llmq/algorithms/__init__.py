@@ -22,14 +22,22 @@ class Algorithm:
 
     solve: Callable[[Problem, QuantizeConfig], Solution]
     transform: Transform | None = None
-    needs_statistics: bool = True
+    needs_statistics: Callable[[QuantizeConfig], bool] = lambda _: True
+
+
+def _gptq(problem: Problem, config: QuantizeConfig) -> Solution:
+    return gptq.solve(problem, config.gptq)
+
+
+def _awq_transform(
+    block: Block, groups: list[Group], problems: list[Problem], config: QuantizeConfig
+) -> tuple[set[str], list[str]]:
+    return awq.transform(block, groups, problems, config.awq)
 
 
 ALGORITHMS = {
-    "rtn": Algorithm(lambda problem, _: rtn.solve(problem), needs_statistics=False),
-    "gptq": Algorithm(lambda problem, config: gptq.solve(problem, config.gptq)),
-    "awq": Algorithm(
-        lambda problem, config: awq.solve(problem, config.awq),
-        transform=lambda block, groups, problems, config: awq.transform(block, groups, problems, config.awq),
-    ),
+    "rtn": Algorithm(lambda problem, _: rtn.solve(problem), needs_statistics=lambda config: config.grid == "hessian"),
+    "gptq": Algorithm(_gptq),
+    "awq": Algorithm(lambda problem, config: awq.solve(problem, config.awq), _awq_transform),
+    "awq+gptq": Algorithm(_gptq, _awq_transform),
 }

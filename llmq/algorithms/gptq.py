@@ -18,11 +18,13 @@ What deviates from the paper, and why:
     column loop per input. Rows do not interact: the result is that of separate runs.
   * U comes from one Cholesky factorisation: with the reversal P, U = P · chol(P H P)⁻¹ · P. The paper's chol(inv(H))
     costs twice as much and has a second place to fail.
-  * Group-aware order (arXiv 2505.14638): whole groups, and columns within a group, are visited by falling diag(H).
-    Groups stay whole, so nothing about the order has to be stored.
-  * A group's grid is fitted when the loop reaches it, to the weights as updated so far, in-block updates included. Of
-    several widths it takes the one with the least rounding error, each column weighted by D_k = 1 / U_kk²: what an
-    error there still costs after all later columns have compensated for it (arXiv 2602.02126 weights by H itself).
+  * Order: `group` (arXiv 2505.14638) visits whole groups, and the columns within a group, by falling diag(H); `static`
+    visits all columns by falling diag(H), on grids fixed beforehand; `natural` goes from left to right. Groups of the
+    checkpoint stay what they are, so nothing about the order has to be stored.
+  * A group's grid is fitted when the loop reaches it, to the weights as updated so far, in-block updates included: the
+    one with the least rounding error, each column weighted by D_k = 1 / U_kk², which is what an error there still costs
+    after all later columns have compensated for it (arXiv 2602.02126 weights by H itself).
+  * Afterwards every column is looked at again a few times (descent.py).
   * Columns that never saw an activation keep their weight and are rounded to nearest (the paper sets them to 0): a
     calibration text that misses a channel is no proof that others will.
   * Damping 0.05 instead of 0.01: worse on the calibration tokens, better on held-out ones.
@@ -33,21 +35,18 @@ What deviates from the paper, and why:
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from llmq import grid
-from llmq.algorithms.problem import Problem, Solution
+from llmq.algorithms.descent import descend
+from llmq.algorithms.problem import Problem, Solution, damped
 from llmq.config import Gptq
 from llmq.errors import WorkError
 
 # Multiples of the requested damping, tried in order when H is not numerically positive definite.
 _DAMPING_LADDER = (1, 2, 5, 10, 100)
-# 2-bit grids are best far inside the range of the weights; wider ones stop near 0.8.
-_NARROWEST = 0.4
 
 
 def solve(problem: Problem, settings: Gptq) -> Solution:
@@ -57,16 +56,13 @@ def solve(problem: Problem, settings: Gptq) -> Solution:
     """
     assert problem.statistics is not None, "gptq needs input statistics"
     H, dead = _without_dead_columns(problem.statistics.H)
-    group_size = problem.grid.group_size
-    order = group_aware_order(H.diagonal(), group_size)
+    order = visiting_order(settings.order, H.diagonal(), problem.grid.group_size)
     U, damping, fallbacks = factorise(H[order][:, order], settings.damping)
     if dead:
         fallbacks.append(f"{dead} input channels never active: rounded to nearest")
-    block_size = _aligned_block_size(settings.block_size, group_size, len(H))
-    q, scale, zero = _round_columns(problem, order, U, replace(settings, block_size=block_size))
-    inverse = torch.argsort(order)
-    group_inverse = inverse[::group_size] // group_size
-    return Solution(q[:, inverse], scale[:, group_inverse], zero[:, group_inverse], damping, fallbacks)
+    q, scale, zero = _round_columns(problem, order, U, settings)
+    solution = Solution(q[:, torch.argsort(order)], scale, zero, damping, fallbacks)
+    return descend(problem, solution, damped(H, damping), settings.passes) if settings.passes else solution
 
 
 def _without_dead_columns(H: Tensor) -> tuple[Tensor, int]:
@@ -80,8 +76,12 @@ def _without_dead_columns(H: Tensor) -> tuple[Tensor, int]:
     return H + torch.diag(dead.to(H.dtype) * (average or 1.0)), count
 
 
-def group_aware_order(diagonal: Float[Tensor, "columns"], group_size: int) -> Int64[Tensor, "columns"]:
-    """Groups by falling largest diag(H), columns within each group likewise; groups stay contiguous."""
+def visiting_order(kind: str, diagonal: Float[Tensor, "columns"], group_size: int) -> Int64[Tensor, "columns"]:
+    """The columns in the order they are rounded: `group`, `static` or `natural`."""
+    if kind == "natural":
+        return torch.arange(len(diagonal), device=diagonal.device)
+    if kind == "static":
+        return torch.argsort(diagonal, descending=True, stable=True)
     groups = diagonal.view(-1, group_size)
     within = torch.argsort(groups, dim=1, descending=True, stable=True)
     between = torch.argsort(groups.amax(1), descending=True, stable=True)
@@ -106,9 +106,8 @@ def factorise(H: Float[Tensor, "n n"], damping: float) -> tuple[Float[Tensor, "n
 
 
 def _upper_factor_of_inverse(H: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
-    damped = H.to(torch.promote_types(dtype, H.dtype))
-    damped = damped + damping * damped.diagonal().mean() * torch.eye(len(H), dtype=damped.dtype, device=H.device)
-    L, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    A = damped(H.to(torch.promote_types(dtype, H.dtype)), damping)
+    L, failed = torch.linalg.cholesky_ex(A.flip(0, 1))
     if bool(failed):
         return None
     identity = torch.eye(len(H), dtype=L.dtype, device=L.device)
@@ -119,46 +118,36 @@ def _upper_factor_of_inverse(H: Tensor, damping: float, dtype: torch.dtype) -> T
 def _round_columns(
     problem: Problem, order: Int64[Tensor, "in"], U: Float[Tensor, "in in"], settings: Gptq
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The column loop over W, columns in visiting order: codes [out, in], scale and zero [out, groups]."""
-    group_size, block_size, columns = problem.grid.group_size, settings.block_size, len(order)
+    """The column loop over W: codes [out, in] with columns in visiting order; scale and zero [out, groups]."""
+    size, columns, static = problem.grid.group_size, len(order), settings.order == "static"
+    block_size = settings.block_size if static else _aligned_block_size(settings.block_size, size, columns)
     D = U.diagonal() ** -2
     # Transposed, a column of W is a contiguous row: the loop below touches nothing else.
     Wt = problem.W.T[order]
     Q = torch.empty(Wt.shape, dtype=torch.uint8, device=Wt.device)
-    scales: list[Tensor] = []
-    zeros: list[Tensor] = []
-    scale = zero = torch.empty(0)
+    group_of = (order // size).tolist()
+    grids: dict[int, tuple[Tensor, Tensor]] = {}
+    if static:
+        importance = D[torch.argsort(order)].view(-1, size)
+        scale, zero = problem.searched_grid(problem.groups(), importance)
+        grids = {group: (scale[:, group], zero[:, group]) for group in range(columns // size)}
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
         Wb = Wt[start:stop].clone()
         Err = torch.empty_like(Wb)
         for i in range(stop - start):
             column = start + i
-            if column % group_size == 0:
-                fresh = (Wb[i : i + group_size] if i + group_size <= len(Wb) else Wt[column : column + group_size]).T
-                scale, zero = _best_grid(problem, fresh, D[column : column + group_size], settings.grid_steps)
-                scales.append(scale)
-                zeros.append(zero)
+            if not static and column % size == 0:
+                fresh = (Wb[i : i + size] if i + size <= len(Wb) else Wt[column : column + size]).T
+                grids[group_of[column]] = problem.searched_grid(fresh, D[column : column + size])
+            scale, zero = grids[group_of[column]]
             q = grid.quantize(Wb[i], scale, zero, problem.grid.bits)
             Q[column] = q
             Err[i] = (Wb[i] - grid.dequantize(q, scale, zero, Wt.dtype)) / U[column, column]
             Wb[i + 1 :].addr_(U[column, column + 1 : stop], Err[i], alpha=-1)
         Wt[stop:].addmm_(U[start:stop, stop:].T, Err, alpha=-1)
+    scales, zeros = zip(*(grids[group] for group in range(columns // size)), strict=True)
     return Q.T.contiguous(), torch.stack(scales, 1), torch.stack(zeros, 1)
-
-
-def _best_grid(
-    problem: Problem, W: Float[Tensor, "out size"], D: Float[Tensor, "size"], steps: int
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero of each row's group, the width chosen among `steps` to minimise Σ_k D_k (w_k - ŵ_k)²."""
-    grids = [problem.grid_of(W, shrink) for shrink in torch.linspace(1, _NARROWEST, steps).tolist()]
-    errors = []
-    for scale, zero in grids:
-        q = grid.quantize(W, scale[:, None], zero[:, None], problem.grid.bits)
-        errors.append((W - grid.dequantize(q, scale[:, None], zero[:, None], W.dtype)).square() @ D)
-    best = torch.stack(errors).argmin(0, keepdim=True)
-    scales, zeros = (torch.stack(parts).gather(0, best)[0] for parts in zip(*grids, strict=True))
-    return scales, zeros
 
 
 def _aligned_block_size(requested: int, group_size: int, columns: int) -> int:

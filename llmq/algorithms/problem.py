@@ -34,6 +34,25 @@ class Problem:
         """Scale and zero that span each group of weights; see grid.choose_scale_zero."""
         return grid.choose_scale_zero(W, self.grid.bits, self.grid.symmetric, self.scale_dtype, shrink)
 
+    def searched_grid(
+        self, W: Float[Tensor, "*groups size"], importance: Float[Tensor, "*#groups size"] | None
+    ) -> tuple[Float[Tensor, "*groups"], UInt8[Tensor, "*groups"]]:
+        """Scale and zero of each group of weights as the grid's `search` asks for them.
+
+        Args:
+            importance: what an error in each column costs; None where nothing is known of the inputs.
+        """
+        search = self.grid.search
+        if search == "auto":
+            search = "mse" if importance is None else "hessian"
+        if search == "minmax":
+            return self.grid_of(W)
+        if search == "mse":
+            ones = torch.ones_like(W[..., :1]).expand_as(W)
+            return grid.search_scale_zero(W, ones, self.grid.bits, self.grid.symmetric, self.scale_dtype, power=2.4)
+        assert importance is not None, "a grid weighted by the Hessian needs input statistics"
+        return grid.search_scale_zero(W, importance, self.grid.bits, self.grid.symmetric, self.scale_dtype)
+
     def groups(self) -> Float[Tensor, "out groups size"]:
         return grid.group_view(self.W, self.grid.group_size)
 
@@ -48,6 +67,8 @@ class Solution:
     damping: float | None = None
     """Fraction of mean(diag H) that was added to the diagonal."""
     fallbacks: list[str] = field(default_factory=list)
+    matched: float | None = None
+    """How far the weights went towards the original model's outputs before they were rounded, 0 to 1."""
 
     def dequantize(self, group_size: int) -> Float[Tensor, "out in"]:
         codes = grid.group_view(self.q, group_size)
@@ -66,6 +87,11 @@ def quantize_groups(
     """Codes, scales and zeros of weights already laid out in groups."""
     scale, zero = problem.grid_of(W, shrink)
     return grid.quantize(W, scale[..., None], zero[..., None], problem.grid.bits), scale, zero
+
+
+def damped(H: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
+    """H with a fraction of its mean diagonal added to the diagonal; H itself is shared and stays."""
+    return H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
 
 
 def relative_error(W: Tensor, W_hat: Tensor, H: Tensor | None) -> float:

@@ -4,13 +4,12 @@ import pytest
 import torch
 from problems import correlated_inputs, loss, make_problem
 
-from llmq import grid
 from llmq.algorithms import gptq, rtn
-from llmq.config import Gptq, Grid
+from llmq.config import ORDERS, Gptq, Grid
 from llmq.errors import WorkError
 
 SETTINGS = Gptq()
-FULL_RANGE = Gptq(grid_steps=1)
+ONE_PASS = Gptq(passes=0)  # the paper's
 
 
 def same(a, b):
@@ -41,16 +40,18 @@ def naive_gptq(problem, damping):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 16), (3, 32), (4, 64), (8, 32)])
 def test_agrees_code_for_code_with_a_naive_implementation_in_float64(bits, group_size, symmetric):
-    problem = make_problem(correlated_inputs(), bits=bits, group_size=group_size, symmetric=symmetric)
-    assert torch.equal(gptq.solve(problem, FULL_RANGE).q, naive_gptq(problem, FULL_RANGE.damping))
+    sizes = {"bits": bits, "group_size": group_size}
+    problem = make_problem(correlated_inputs(), **sizes, symmetric=symmetric, search="minmax")
+    assert torch.equal(gptq.solve(problem, ONE_PASS).q, naive_gptq(problem, ONE_PASS.damping))
 
 
 @pytest.mark.parametrize("group_size", [16, 64, 192])
-def test_block_size_changes_nothing(group_size):
+@pytest.mark.parametrize("order", ORDERS)
+def test_block_size_changes_nothing(order, group_size):
     problem = make_problem(correlated_inputs(width=192), group_size=group_size)
-    whole = gptq.solve(problem, Gptq(block_size=192))
+    whole = gptq.solve(problem, Gptq(block_size=192, order=order))
     for block_size in (1, 7, 64, 128):
-        assert torch.equal(gptq.solve(problem, Gptq(block_size=block_size)).q, whole.q)
+        assert same(gptq.solve(problem, Gptq(block_size=block_size, order=order)), whole)
 
 
 def test_stacked_linears_give_what_they_give_alone():
@@ -63,25 +64,23 @@ def test_stacked_linears_give_what_they_give_alone():
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_diagonal_hessian_gives_round_to_nearest(symmetric):
-    problem = make_problem(correlated_inputs(), symmetric=symmetric)
+@pytest.mark.parametrize("search", ["minmax", "mse"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_diagonal_hessian_gives_round_to_nearest_in_any_order(order, search, symmetric):
+    problem = make_problem(correlated_inputs(), symmetric=symmetric, search=search)
     problem.statistics.H = torch.diag(torch.rand(64, dtype=torch.float64) + 0.1)
-    assert same(gptq.solve(problem, FULL_RANGE), rtn.solve(problem))
+    assert same(gptq.solve(problem, replace(SETTINGS, order=order)), rtn.solve(problem))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_searched_grids_lower_the_weighted_error_of_each_row_and_then_that_of_the_layer(bits, symmetric):
-    problem = make_problem(correlated_inputs(), bits=bits, symmetric=symmetric)
-    W, D = problem.W[:, :32], torch.rand(32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    errors = []
-    for steps in (1, 16):
-        scale, zero = gptq._best_grid(problem, W, D, steps)
-        q = grid.quantize(W, scale[:, None], zero[:, None], bits)
-        errors.append((W - grid.dequantize(q, scale[:, None], zero[:, None], W.dtype)).square() @ D)
-    assert (errors[1] <= errors[0]).all()
-    assert (errors[1] < errors[0]).sum() > 12
-    assert loss(problem, gptq.solve(problem, SETTINGS)) < loss(problem, gptq.solve(problem, FULL_RANGE))
+@pytest.mark.parametrize("order", ORDERS)
+def test_grids_weighted_by_what_errors_cost_beat_the_others(order, bits, symmetric):
+    settings, errors = replace(SETTINGS, order=order), {}
+    for search in ("minmax", "mse", "hessian"):
+        problem = make_problem(correlated_inputs(outliers=3), rows=96, bits=bits, symmetric=symmetric, search=search)
+        errors[search] = loss(problem, gptq.solve(problem, settings))
+    assert errors["hessian"] < 0.98 * min(errors["mse"], errors["minmax"])
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -102,19 +101,21 @@ def test_factor_of_the_inverse_needs_one_cholesky():
     assert (damping, fallbacks) == (0.05, [])
 
 
-def test_group_aware_order_keeps_groups_whole_and_visits_the_loudest_first():
+def test_orders_visit_the_loudest_first_and_the_group_aware_one_keeps_groups_whole():
     diagonal = torch.tensor([1.0, 5, 2, 2, 9, 0, 3, 3])
-    assert gptq.group_aware_order(diagonal, 4).tolist() == [4, 6, 7, 5, 1, 2, 3, 0]
-    assert gptq.group_aware_order(diagonal, 8).tolist() == [4, 1, 6, 7, 2, 3, 0, 5]
-    assert gptq.group_aware_order(diagonal, 1).tolist() == [4, 1, 6, 7, 2, 3, 0, 5]
+    assert gptq.visiting_order("group", diagonal, 4).tolist() == [4, 6, 7, 5, 1, 2, 3, 0]
+    assert gptq.visiting_order("group", diagonal, 8).tolist() == [4, 1, 6, 7, 2, 3, 0, 5]
+    assert gptq.visiting_order("group", diagonal, 1).tolist() == [4, 1, 6, 7, 2, 3, 0, 5]
+    assert gptq.visiting_order("static", diagonal, 4).tolist() == [4, 1, 6, 7, 2, 3, 0, 5]
+    assert gptq.visiting_order("natural", diagonal, 4).tolist() == list(range(8))
 
 
 def test_dead_channels_are_rounded_to_nearest_and_reported():
     X = correlated_inputs()
     X[:, [3, 40]] = 0
-    problem = make_problem(X)
+    problem = make_problem(X, search="minmax")
     before = problem.statistics.H.clone()
-    solution = gptq.solve(problem, FULL_RANGE)
+    solution = gptq.solve(problem, SETTINGS)
     W_hat = solution.dequantize(32)
     steps = solution.scale.abs().repeat_interleave(32, dim=1)
     assert ((problem.W - W_hat).abs()[:, [3, 40]] <= 1.001 * steps[:, [3, 40]]).all()
@@ -123,9 +124,9 @@ def test_dead_channels_are_rounded_to_nearest_and_reported():
 
 
 def test_no_activations_at_all_still_gives_round_to_nearest():
-    problem = make_problem(correlated_inputs())
+    problem = make_problem(correlated_inputs(), search="mse")
     problem.statistics.H = torch.zeros(64, 64, dtype=torch.float64)
-    assert torch.equal(gptq.solve(problem, FULL_RANGE).q, rtn.solve(problem).q)
+    assert torch.equal(gptq.solve(problem, SETTINGS).q, rtn.solve(problem).q)
 
 
 def test_float64_rescues_what_float32_cannot_factorise():

@@ -110,3 +110,50 @@ def test_any_weights_give_codes_in_range_and_finite_values(values, bits, symmetr
     assert torch.isfinite(scale).all()
     assert torch.isfinite(W_hat).all()
     assert ((W - W_hat).abs() <= 1.02 * scale.float().abs()[:, None] + 1e-6 * W.abs().max()).all()
+
+
+def error_of(W, importance, power, bits, scale, zero):
+    q = grid.quantize(W, scale[..., None], zero[..., None], bits)
+    E = (W - grid.dequantize(q, scale[..., None], zero[..., None], W.dtype)).abs()
+    return (E.pow(power) * importance).sum(-1)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("power", [2.0, 2.4])
+def test_a_searched_grid_is_never_worse_than_the_whole_range_and_often_better(power, symmetric, bits):
+    W = weights(rows=200)
+    importance = torch.rand(32, generator=torch.Generator().manual_seed(1))
+    whole = grid.choose_scale_zero(W, bits, symmetric, torch.float16)
+    found = grid.search_scale_zero(W, importance, bits, symmetric, torch.float16, power)
+    before, after = (error_of(W, importance, power, bits, *each) for each in (whole, found))
+    assert (after <= before).all()
+    assert (after < before).float().mean() > (0.9 if bits < 8 else 0.3)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_weights_on_a_grid_with_one_unimportant_outlier_are_found_exactly(bits, symmetric):
+    q = torch.arange(32).remainder(2**bits).to(torch.uint8)
+    zero = torch.tensor([2 ** (bits - 1)], dtype=torch.uint8)
+    W = grid.dequantize(q, torch.tensor([0.25]), zero, torch.float32)[None]
+    W[0, 5] *= 1.2
+    importance = torch.ones(32)
+    importance[5] = 0
+    scale, zero = grid.search_scale_zero(W, importance, bits, symmetric, torch.float32)
+    assert scale.abs().item() == pytest.approx(0.25, rel=1e-6)
+    assert error_of(W, importance, 2, bits, scale, zero).item() < 1e-10
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_do_not_know_of_each_other(symmetric):
+    W = weights(rows=17)
+    importance = torch.rand(17, 32, generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(17, generator=torch.Generator().manual_seed(2))
+    for bits in (2, 4):
+        scale, zero = grid.search_scale_zero(W, importance, bits, symmetric, torch.float16)
+        shuffled = grid.search_scale_zero(W[order], importance[order], bits, symmetric, torch.float16)
+        assert torch.equal(shuffled[0], scale[order])
+        assert torch.equal(shuffled[1], zero[order])
+        alone = grid.search_scale_zero(W[3], importance[3], bits, symmetric, torch.float16)
+        assert torch.equal(alone[0], scale[3])

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from problems import correlated_inputs, make_problem
 
@@ -14,11 +15,24 @@ def test_every_weight_goes_to_the_nearest_point_of_its_group():
     assert torch.allclose((problem.W - solution.dequantize(16)).abs(), nearest, atol=1e-6)
 
 
-def test_needs_no_statistics():
-    problem = make_problem(correlated_inputs())
-    with_statistics = rtn.solve(problem).q
-    problem.statistics = None
-    assert torch.equal(rtn.solve(problem).q, with_statistics)
+def test_needs_no_statistics_unless_the_grid_does():
+    plain, weighted = (make_problem(correlated_inputs(), search=search) for search in ("mse", "hessian"))
+    with_statistics = rtn.solve(plain).q
+    plain.statistics = None
+    assert torch.equal(rtn.solve(plain).q, with_statistics)
+    assert not torch.equal(rtn.solve(weighted).q, with_statistics)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_each_search_is_best_in_what_it_looks_for(bits, symmetric):
+    X, errors = correlated_inputs(outliers=4), {}
+    for search in ("minmax", "mse", "hessian"):
+        problem = make_problem(X, rows=64, bits=bits, symmetric=symmetric, search=search)
+        E = (problem.W - rtn.solve(problem).dequantize(32)).abs()
+        errors[search] = float(E.pow(2.4).sum()), float(E.square().sum(0) @ problem.statistics.H.diagonal())
+    assert errors["mse"][0] < min(errors["minmax"][0], errors["hessian"][0])
+    assert errors["hessian"][1] < min(errors["minmax"][1], errors["mse"][1])
 
 
 def test_relative_error_is_the_lost_share_of_the_output_energy():
