@@ -58,7 +58,7 @@ def transform(block: Block, groups: list[Group], problems: list[Problem], settin
         before = [{name: tensor.clone() for name, tensor in module.state_dict().items()} for module in touched]
         s = _fold(block.module, group, search_scales(problem, settings.ratios), problem.scale_dtype)
         drift = _drift(block, sample, expected)
-        if not drift <= _SAME_FUNCTION[expected.dtype]:
+        if not drift <= _SAME_FUNCTION[block.compute.precision]:
             for module, state in zip(touched, before, strict=True):
                 module.load_state_dict(state)
             notes.append(f"AWQ fold into {group.producer} undone: the block's function changed by {drift:.1e}")

@@ -8,13 +8,15 @@ from llmq.errors import RequestError
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-MHA_O = Group(("self_attn.o_proj",), "self_attn.v_proj")
-GQA_O = Group(("self_attn.o_proj",))
-DOWN = Group(("mlp.down_proj",), "mlp.up_proj")
+MHA_O = Group(("self_attn.o_proj",), "self_attn.v_proj", residual="")
+GQA_O = Group(("self_attn.o_proj",), residual="")
+DOWN = Group(("mlp.down_proj",), "mlp.up_proj", residual="post_attention_layernorm")
+# Gemma-2 and Olmo-2 normalise an output before it is added.
+O_ALONE, DOWN_ALONE = Group(("self_attn.o_proj",)), Group(("mlp.down_proj",), "mlp.up_proj")
 
 
-def llama_like(o_proj, mlp_norm="post_attention_layernorm", offset=0.0):
-    return [Group(QKV, "input_layernorm", offset), o_proj, Group(GATE_UP, mlp_norm, offset), DOWN]
+def llama_like(o_proj, down=DOWN, mlp_norm="post_attention_layernorm", offset=0.0):
+    return [Group(QKV, "input_layernorm", offset), o_proj, Group(GATE_UP, mlp_norm, offset), down]
 
 
 EXPECTED = {
@@ -25,17 +27,17 @@ EXPECTED = {
     "qwen3": llama_like(GQA_O),
     "granite": llama_like(GQA_O),
     # The norm multiplies by 1 + w, and the norm before the MLP has another name.
-    "gemma2": llama_like(GQA_O, "pre_feedforward_layernorm", 1.0),
-    "gemma3": llama_like(GQA_O, "pre_feedforward_layernorm", 1.0),
+    "gemma2": llama_like(O_ALONE, DOWN_ALONE, "pre_feedforward_layernorm", 1.0),
+    "gemma3": llama_like(O_ALONE, DOWN_ALONE, "pre_feedforward_layernorm", 1.0),
     # One fused weight each; the rows of gate_up that feed down_proj come last.
     "phi3": [
         Group(("self_attn.qkv_proj",), "input_layernorm", 0.0),
         GQA_O,
         Group(("mlp.gate_up_proj",), "post_attention_layernorm", 0.0),
-        Group(("mlp.down_proj",), "mlp.gate_up_proj"),
+        Group(("mlp.down_proj",), "mlp.gate_up_proj", residual="post_attention_layernorm"),
     ],
     # Norms come after attention and MLP: nothing produces the inputs of q, k, v alone.
-    "olmo2": [Group(QKV), GQA_O, Group(GATE_UP), DOWN],
+    "olmo2": [Group(QKV), O_ALONE, Group(GATE_UP), DOWN_ALONE],
 }
 
 

@@ -4,15 +4,15 @@ from problems import correlated_inputs, loss, make_problem
 from tiny import save_tiny
 
 from llmq import grid
-from llmq.algorithms import awq, rtn
-from llmq.algorithms.problem import Problem
+from llmq.algorithms import awq
+from llmq.algorithms.problem import Problem, round_to_nearest
 from llmq.arch import find_groups, linear_of
 from llmq.clock import Clock
 from llmq.config import Awq, Grid
 from llmq.data import Tokens
 from llmq.source import ModelSource
 from llmq.statistics import collect_statistics
-from llmq.stream import stream
+from llmq.stream import Compute, stream
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def scaled_loss(problem, s):
 def test_with_outlier_channels_the_scaled_error_is_strictly_below_rtn(bits, symmetric):
     problem = make_problem(correlated_inputs(outliers=6), bits=bits, symmetric=symmetric)
     s = awq.search_scales(problem, 20)
-    assert scaled_loss(problem, s) < 0.8 * loss(problem, rtn.solve(problem))
+    assert scaled_loss(problem, s) < 0.8 * loss(problem, round_to_nearest(problem))
     assert s[:6].min() > s[6:].max()  # loud channels get the finer grid
 
 
@@ -46,14 +46,14 @@ def test_the_search_takes_the_best_of_its_ratios():
 def test_ratio_zero_alone_is_rtn():
     problem = make_problem(correlated_inputs(outliers=6))
     assert torch.equal(awq.search_scales(problem, 1), torch.ones(64, dtype=torch.float64))
-    assert torch.equal(awq.solve(problem, Awq(clip_steps=0)).q, rtn.solve(problem).q)
-    assert torch.equal(awq.solve(problem, Awq(clip_steps=1)).q, rtn.solve(problem).q)
+    assert torch.equal(awq.solve(problem, Awq(clip_steps=0)).q, round_to_nearest(problem).q)
+    assert torch.equal(awq.solve(problem, Awq(clip_steps=1)).q, round_to_nearest(problem).q)
 
 
 def test_clipping_lowers_the_error_of_each_group_and_spares_queries_and_keys():
     problem = make_problem(correlated_inputs(), bits=2)
     problem.clippable[:5] = False
-    clipped, plain = awq.solve(problem, Awq()), rtn.solve(problem)
+    clipped, plain = awq.solve(problem, Awq()), round_to_nearest(problem)
     H = problem.statistics.H
     for start in (0, 32):
         H_gg = H[start : start + 32, start : start + 32]
@@ -71,7 +71,7 @@ def test_clipping_lowers_the_error_of_each_group_and_spares_queries_and_keys():
 def first_block(directory, dtype=torch.float32):
     ids = torch.randint(2, 300, (20, 64), generator=torch.Generator().manual_seed(0))
     source = ModelSource(str(directory))
-    block = next(stream(source, Tokens(ids[:-2], ids[-2:]), CPU, dtype, Clock()))
+    block = next(stream(source, Tokens(ids[:-2], ids[-2:]), Compute(CPU, dtype, dtype), Clock()))
     block.module.requires_grad_(False)
     groups = find_groups(block.module, block.run, block.hidden[0][:1])
     problems = []

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from llmq.clock import Clock
 from llmq.data import Tokens
 from llmq.source import ModelSource
-from llmq.stream import stream
+from llmq.stream import Compute, stream
 from llmq.tensor_files import SafetensorsDirectory
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def test_streaming_holds_the_weights_of_one_block_at_a_time(name, tmp_path):
     source = ModelSource(str(save_tiny(tmp_path, name)))
     ids = torch.arange(40).view(2, 20)
     seen = []
-    for block in stream(source, Tokens(ids, ids[:0]), CPU, torch.float32, Clock()):
+    for block in stream(source, Tokens(ids, ids[:0]), Compute(CPU), Clock()):
         assert loaded_names(source) == set(source.block_tensor_names(block.name))
         seen.append(block.name)
     assert seen == [f"model.layers.{i}" for i in range(3)]

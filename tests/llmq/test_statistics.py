@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from llmq.arch import Group
+from llmq.arch import Group, find_groups
 from llmq.clock import Clock
 from llmq.statistics import collect_statistics
-from llmq.stream import Block
+from llmq.stream import Block, Compute
 
 
 class TwoLinears(nn.Module):
@@ -21,7 +21,7 @@ class TwoLinears(nn.Module):
 
 def block_of(hidden, held_out_from, width=64, inner=320):
     torch.manual_seed(0)
-    return Block("block", TwoLinears(width, inner), hidden, held_out_from, ((), {}), torch.device("cpu"))
+    return Block("block", TwoLinears(width, inner), hidden, held_out_from, ((), {}), Compute(torch.device("cpu")))
 
 
 def hidden_states(batches=3, width=64):
@@ -85,3 +85,62 @@ def test_time_is_split_into_forward_and_statistics():
     assert set(clock.seconds) == {"forward", "statistics"}
     assert clock.seconds["forward"] > 0
     assert clock.seconds["forward"] + clock.seconds["statistics"] <= clock.total
+
+
+class Residual(nn.Module):
+    """hidden + b(relu(a(norm(hidden)))), as decoder blocks have it."""
+
+    def __init__(self, width, inner):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.a, self.b = nn.Linear(width, inner, bias=False), nn.Linear(inner, width, bias=False)
+
+    def forward(self, hidden):
+        return hidden + self.b(self.a(self.norm(hidden)).relu())
+
+
+def paired_block():
+    torch.manual_seed(0)
+    hidden = hidden_states()
+    original = [h + 0.1 * torch.randn_like(h) for h in hidden]
+    return Block("block", Residual(64, 96), hidden, 2, ((), {}), Compute(torch.device("cpu")), list(original)), original
+
+
+@torch.no_grad()
+def test_differences_from_the_original_model_are_those_of_all_tokens_at_once():
+    block, original = paired_block()
+    groups = find_groups(block.module, block.run, block.hidden[0])
+    assert groups == [Group(("a",), "norm", 0.0), Group(("b",), residual="")]
+    b_in = lambda h: block.module.a(block.module.norm(h)).relu()  # noqa: E731
+    outputs = [block.run(h) for h in original]
+    stats = collect_statistics(block, groups, Clock())[1]
+    for rows, C, R in ((slice(0, 2), stats.C, stats.R), (slice(2, 3), stats.C_val, stats.R_val)):
+        X, dX = (torch.cat(each[rows]).flatten(0, 1) for each in (
+            [b_in(h) for h in block.hidden], [b_in(o) - b_in(h) for o, h in zip(original, block.hidden, strict=True)]
+        ))  # fmt: skip
+        dR = torch.cat([o - h for o, h in zip(original, block.hidden, strict=True)][rows]).flatten(0, 1)
+        torch.testing.assert_close(C, dX.T @ X / len(X), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(R, dR.T @ X / len(X), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(out, expected) for out, expected in zip(block.original, outputs, strict=True))
+
+
+@torch.no_grad()
+def test_the_original_model_keeps_its_weights_when_the_block_gets_others():
+    block, original = paired_block()
+    groups = find_groups(block.module, block.run, block.hidden[0])
+    outputs = [block.run(h) for h in original]
+    collect_statistics(block, groups[:1], Clock(), last=False)
+    assert all(torch.equal(out, before) for out, before in zip(block.original, original, strict=True))
+    block.replace_weight("a", torch.zeros(96, 64))
+    stats = collect_statistics(block, groups[1:], Clock())[0]
+    assert not stats.H.any()  # b's input in this model
+    assert all(torch.equal(out, expected) for out, expected in zip(block.original, outputs, strict=True))
+    assert not block.module.a.weight.any()
+
+
+def test_a_block_runs_no_further_than_the_last_input_that_is_wanted():
+    block = block_of(hidden_states(), 2)
+    calls = []
+    block.module.b.register_forward_hook(lambda *_: calls.append("b"))
+    collect_statistics(block, GROUPS, Clock())
+    assert calls == []

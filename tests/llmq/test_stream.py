@@ -7,9 +7,9 @@ from llmq.clock import Clock
 from llmq.data import Tokens
 from llmq.errors import RequestError
 from llmq.source import ModelSource
-from llmq.stream import stream
+from llmq.stream import Compute, stream
 
-CPU = torch.device("cpu")
+CPU = Compute(torch.device("cpu"))
 
 
 def tokens(samples=5, length=24):
@@ -38,7 +38,7 @@ def test_each_block_sees_what_it_sees_in_the_model_quantized_so_far(name, tmp_pa
     source = ModelSource(str(save_tiny(tmp_path, name)))
     whole = tiny_model(name)
     ids = tokens()
-    for i, block in enumerate(stream(source, ids, CPU, torch.float32, Clock())):
+    for i, block in enumerate(stream(source, ids, CPU, Clock())):
         for batch, hidden in zip((ids.train, ids.held_out), block.hidden, strict=True):
             assert torch.equal(hidden, inputs_of_block(whole, i, batch))
         coarsely_rounded(block.module)
@@ -50,7 +50,7 @@ def test_each_block_sees_what_it_sees_in_the_model_quantized_so_far(name, tmp_pa
 def test_blocks_get_their_own_arguments(tmp_path):
     # Gemma-2 alternates sliding and full attention: with 24 tokens and a window of 8 the masks differ.
     source = ModelSource(str(save_tiny(tmp_path, "gemma2")))
-    masks = [b.arguments[1]["attention_mask"] for b in stream(source, tokens(), CPU, torch.float32, Clock())]
+    masks = [b.arguments[1]["attention_mask"] for b in stream(source, tokens(), CPU, Clock())]
     assert masks[0] is not None
     assert masks[1] is None or not torch.equal(masks[0], masks[1])
     assert torch.equal(masks[0], masks[2])
@@ -59,7 +59,7 @@ def test_blocks_get_their_own_arguments(tmp_path):
 @torch.no_grad()
 def test_only_one_block_is_in_memory_at_a_time(llama):
     source = ModelSource(str(llama))
-    for block in stream(source, tokens(), CPU, torch.float32, Clock()):
+    for block in stream(source, tokens(), CPU, Clock()):
         real = {name for name, p in source.skeleton.named_parameters() if p.device.type != "meta"}
         assert real == set(source.block_tensor_names(block.name))
     assert all(p.device.type == "meta" for p in source.skeleton.parameters())
@@ -68,7 +68,7 @@ def test_only_one_block_is_in_memory_at_a_time(llama):
 def test_held_out_samples_are_micro_batches_of_their_own(llama):
     source = ModelSource(str(llama))
     many = Tokens(torch.full((41, 200), 5), torch.full((3, 200), 6))
-    block = next(stream(source, many, CPU, torch.float32, Clock()))
+    block = next(stream(source, many, CPU, Clock()))
     assert [len(h) for h in block.hidden] == [20, 20, 1, 3]
     assert block.held_out_from == 3
 
@@ -88,7 +88,7 @@ def test_a_model_that_skips_blocks_is_refused(llama):
 
     source.skeleton.get_decoder = lambda decoder=source.skeleton.model: Skips(decoder)
     with pytest.raises(RequestError, match="does not run its blocks one after the other"):
-        next(stream(source, tokens(), CPU, torch.float32, Clock()))
+        next(stream(source, tokens(), CPU, Clock()))
 
 
 @pytest.mark.parametrize("argument", ["depends on the tokens", "shared between blocks"])
@@ -111,4 +111,4 @@ def test_a_model_whose_blocks_take_other_arguments_for_other_tokens_is_refused(l
 
     source.skeleton.get_decoder = lambda decoder=source.skeleton.model: Peeks(decoder)
     with pytest.raises(RequestError, match="arguments that depend on the tokens"):
-        next(stream(source, tokens(), CPU, torch.float32, Clock()))
+        next(stream(source, tokens(), CPU, Clock()))
