@@ -15,6 +15,7 @@ from llmq.algorithms import ALGORITHMS
 from llmq.algorithms.match import match
 from llmq.algorithms.problem import Problem, Solution, relative_error, round_to_nearest
 from llmq.arch import Group, find_groups, fit_group_size, linear_of, packable_widths, split_packable
+from llmq.block import Block, Compute
 from llmq.clock import Clock
 from llmq.config import Grid, QuantizeConfig
 from llmq.data import Tokens, calibration_tokens, check_context
@@ -24,7 +25,7 @@ from llmq.formats import FORMATS
 from llmq.report import Report
 from llmq.source import ModelSource
 from llmq.statistics import collect_statistics
-from llmq.stream import Block, Compute, stream
+from llmq.stream import stream
 from llmq.weight import QuantizedWeight
 from llmq.writer import Writer, check_output
 
@@ -89,6 +90,7 @@ class Run:
         if block.drift is not None:
             self.report.drifts[block.name] = block.drift
         changed = self._transform(block, groups)
+        block.expect(groups)
         packed: dict[str, Tensor] = {}
         stages = [[group] for group in groups] if self.matching else [groups]
         for stage in stages:

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llmq.arch import Group, linear_of
+from llmq.block import Block
 from llmq.clock import Clock
-from llmq.stream import Block
 
 # Only the lower triangle of XᵀX is computed, in strips of this many columns: a third less arithmetic at 1536 columns
 # and still wide enough for full matmul speed (2-core AVX2 machine, 2026-11: 256 and 512 alike, 128 a tenth slower).
@@ -55,13 +55,13 @@ def collect_statistics(block: Block, groups: list[Group], clock: Clock, last: bo
         originals: dict[str, Tensor] = {}
         if block.original is not None:
             originals[""] = block.original[i]
-            with clock("forward"), block.as_original(), _inputs(block, names, originals, stop=not last):
-                output = block.run(block.original[i])
+            with clock("forward"), _inputs(block, names, originals, stop=not last):
+                output = block.run_batch(i, original=True)
                 if last:
                     block.original[i] = output.cpu()
         inputs = {"": micro_batch}
         with clock("forward"), _inputs(block, names, inputs, stop=True):
-            block.run(micro_batch)
+            block.run_batch(i)
         with clock("statistics"):
             for each in sums:
                 each.add(inputs, originals, held_out=i >= block.held_out_from)

@@ -11,93 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor, nn
 
-from llmq.arch import linear_of
+from llmq.block import Block, Compute
 from llmq.clock import Clock
 from llmq.data import Tokens
 from llmq.errors import RequestError
 from llmq.memory import release_memory
 from llmq.source import ModelSource, move_buffers
 
-
-@dataclass(frozen=True)
-class Compute:
-    """Where and in what to compute."""
-
-    device: torch.device
-    dtype: torch.dtype = torch.float32
-    """Of weights and hidden states."""
-    precision: torch.dtype = torch.float32
-    """Of the factors of matmuls inside the blocks."""
-
-
 _TOKENS_PER_RUN = 4096  # a few thousand tokens keep matmuls busy; more only costs memory
-
-
-@dataclass
-class Block:
-    """One decoder block with its weights loaded, and the hidden states that enter it."""
-
-    name: str
-    module: nn.Module
-    hidden: list[Tensor]
-    """Micro-batches [samples, tokens, features] on the CPU, the held-out ones last."""
-    held_out_from: int
-    """Index of the first held-out micro-batch in `hidden`."""
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]
-    """What else the model passes to this very block: mask, rotary embedding, …"""
-    compute: Compute
-    original: list[Tensor] | None = None
-    """The same micro-batches as they enter this block in the original model, where that is asked for. Whoever runs the
-    block on them leaves its outputs here."""
-    _replaced: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def drift(self) -> float | None:
-        """Share of what enters that differs from the original model on held-out tokens; None where it is not known."""
-        if self.original is None:
-            return None
-        lost = whole = 0.0
-        for hidden, original in zip(
-            self.hidden[self.held_out_from :], self.original[self.held_out_from :], strict=True
-        ):
-            lost += float((hidden - original).float().square().sum())
-            whole += float(original.float().square().sum())
-        return lost / whole
-
-    @torch.no_grad()
-    def run(self, hidden: Float[Tensor, "batch tokens features"]) -> Float[Tensor, "batch tokens features"]:
-        """The block's output for one micro-batch, on the block's device."""
-        args, kwargs = self.arguments
-        device, precision = self.compute.device, self.compute.precision
-        with torch.autocast(device.type, precision, enabled=precision != hidden.dtype):
-            output = self.module(hidden.to(device), *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-    def replace_weight(self, name: str, W: Float[Tensor, "out in"]) -> None:
-        """The linear of that name computes with W from here on."""
-        linear = linear_of(self.module, name)
-        if self.original is not None:
-            self._replaced.setdefault(name, linear.weight.data)
-        linear.weight.data = W.to(linear.weight.dtype)
-
-    @contextmanager
-    def as_original(self) -> Iterator[None]:
-        """Inside, the block computes with the weights that were replaced."""
-        now = {name: linear_of(self.module, name).weight.data for name in self._replaced}
-        for name, W in self._replaced.items():
-            linear_of(self.module, name).weight.data = W
-        try:
-            yield
-        finally:
-            for name, W in now.items():
-                linear_of(self.module, name).weight.data = W
 
 
 def stream(
@@ -123,8 +50,8 @@ def stream(
         yield block
         if name != source.block_names[-1]:
             with clock("forward"):
-                for i, micro_batch in enumerate(hidden):
-                    hidden[i] = block.run(micro_batch).cpu()
+                for i in range(len(hidden)):
+                    hidden[i] = block.run_batch(i).cpu()
         source.free(names)
         release_memory()
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from llmq.algorithms import awq, gptq, rtn
 from llmq.algorithms.problem import Problem, Solution
 from llmq.arch import Group
+from llmq.block import Block
 from llmq.config import QuantizeConfig
-from llmq.stream import Block
 
 # Changes the block and its problems in place, without changing what the block computes, before the problems are solved.
 # Returns the names of the other tensors of the block that changed, and fallbacks.

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from llmq.algorithms.problem import Problem, damped
 
-_DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
+_DAMPINGS = (0.01, 0.05, 0.25)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from llmq import grid
 from llmq.algorithms import awq
 from llmq.algorithms.problem import Problem, round_to_nearest
 from llmq.arch import find_groups, linear_of
+from llmq.block import Compute
 from llmq.clock import Clock
 from llmq.config import Awq, Grid
 from llmq.data import Tokens
 from llmq.source import ModelSource
 from llmq.statistics import collect_statistics
-from llmq.stream import Compute, stream
+from llmq.stream import stream
 
 CPU = torch.device("cpu")
 

@@ -5,10 +5,11 @@ import torch
 from tiny import save_tiny, tiny_model
 from transformers import AutoModelForCausalLM
 
+from llmq.block import Compute
 from llmq.clock import Clock
 from llmq.data import Tokens
 from llmq.source import ModelSource
-from llmq.stream import Compute, stream
+from llmq.stream import stream
 from llmq.tensor_files import SafetensorsDirectory
 
 CPU = torch.device("cpu")

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from llmq.arch import Group, find_groups
+from llmq.arch import Group, find_groups, linear_of
+from llmq.block import Block, Compute
 from llmq.clock import Clock
 from llmq.statistics import collect_statistics
-from llmq.stream import Block, Compute
 
 
 class TwoLinears(nn.Module):
@@ -144,3 +144,40 @@ def test_a_block_runs_no_further_than_the_last_input_that_is_wanted():
     block.module.b.register_forward_hook(lambda *_: calls.append("b"))
     collect_statistics(block, GROUPS, Clock())
     assert calls == []
+
+
+class Two(nn.Module):
+    """Two residual parts one after the other, as attention and MLP are."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Residual(64, 96), Residual(64, 96)
+
+    def forward(self, hidden):
+        return self.second(self.first(hidden))
+
+
+@torch.no_grad()
+def test_finished_parts_run_once_and_everything_is_as_if_they_ran_each_time():
+    results, runs = [], []
+    for remembers in (False, True):
+        torch.manual_seed(0)
+        hidden = hidden_states()
+        original = [h + 0.1 * torch.randn_like(h) for h in hidden]
+        block = Block("block", Two(), hidden, 2, ((), {}), Compute(torch.device("cpu")), original)
+        groups = find_groups(block.module, block.run, block.hidden[0])
+        if remembers:
+            block.expect(groups)
+        calls = []
+        block.module.first.a.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        stats = []
+        for group in groups:
+            stats += collect_statistics(block, [group], Clock(), last=group is groups[-1])
+            block.replace_weight(group.linears[0], linear_of(block.module, group.linears[0]).weight.round(decimals=1))
+        outputs = [block.run_batch(i) for i in range(3)]
+        results.append([*outputs, *block.original, *(part for each in stats for part in (each.H, each.C, each.H_val))])
+        runs.append(len(calls))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    # 2 streams of 3 batches: for b of `first`, then, in this model and the original one, for a and b of `second`, and
+    # once more at the end. Remembered: not again after they were finished.
+    assert runs == [2 * 3 * 3 + 3, 2 * 3 * 2]

@@ -3,11 +3,12 @@ import torch
 from tiny import save_tiny, tiny_model
 from torch import nn
 
+from llmq.block import Compute
 from llmq.clock import Clock
 from llmq.data import Tokens
 from llmq.errors import RequestError
 from llmq.source import ModelSource
-from llmq.stream import Compute, stream
+from llmq.stream import stream
 
 CPU = Compute(torch.device("cpu"))
 
