@@ -29,7 +29,7 @@ class Gptq:
     order: str = "group"
     """In which columns are rounded: group (groups by importance, columns within them likewise), static (all columns by
     importance, grids fixed beforehand) or natural."""
-    passes: int = 2
+    passes: int = 0
     """Times that every column is looked at again once all are rounded (coordinate descent)."""
 
 

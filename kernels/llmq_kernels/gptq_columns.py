@@ -1,0 +1,54 @@
+"""GPTQ's inner loop: round one group of columns, each error moved onto the group's later columns.
+
+One program has BR rows; rows do not interact. Its columns stay in registers from first to last:
+
+    W [rows, G]   .─────────────────────.
+               BR │ w_0 │ w_1 │ … │ w_G │   for i: q_i = round(w_i / scale + zero),  e_i = (w_i - ŵ_i) / U_ii
+                  '─────────────────────'          w_j -= e_i · U_ij  for j > i
+
+Grids come from outside, one per row, and so does what follows: the errors' way to all other columns is one matmul.
+"""
+# Triton's dialect, whose constants are of no type that a checker knows:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BR = 16
+_LARGEST_GROUP = 256  # columns that 16 rows have registers for
+
+
+@triton.jit
+def round_columns_kernel(
+    W, U, scale, zero, Q, Err, rows, most,
+    G: tl.constexpr, COLUMNS: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Program (BR rows). W [G, rows] is read; Q uint8 [G, rows] and Err [G, rows] are written. COLUMNS: G, padded."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    column = tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < G)[None, :]
+    at = column.to(tl.int64)[None, :] * rows + row[:, None]
+    w = tl.load(W + at, mask=inside, other=0.0)
+    s = tl.load(scale + row, mask=row < rows, other=1.0)
+    z = tl.load(zero + row, mask=row < rows, other=0.0)
+    codes = tl.zeros((BR, COLUMNS), dtype=tl.float32)
+    errors = tl.zeros((BR, COLUMNS), dtype=tl.float32)
+    for i in range(G):
+        here = (column == i)[None, :]
+        w_i = tl.sum(tl.where(here, w, 0.0), 1)
+        # Round half to even, as torch does: adding 1.5 · 2**23 leaves no room for a fraction.
+        q = tl.minimum(tl.maximum(tl.div_rn(w_i, s) + z, -1.0), most + 1.0)
+        q = (q + 12582912.0) - 12582912.0
+        q = tl.minimum(tl.maximum(q, 0.0), most)
+        u = tl.load(U + i * G + column, mask=(column < G) & (column >= i), other=0.0)
+        u_ii = tl.sum(tl.where(column == i, u, 0.0), 0)
+        e = tl.div_rn(w_i - s * (q - z), u_ii)
+        codes = tl.where(here, q[:, None], codes)
+        errors = tl.where(here, e[:, None], errors)
+        w = w - e[:, None] * tl.where(column > i, u, 0.0)[None, :]
+    tl.store(Q + at, codes.to(tl.uint8), mask=inside)
+    tl.store(Err + at, errors, mask=inside)
