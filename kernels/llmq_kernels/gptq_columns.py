@@ -1,4 +1,4 @@
-"""GPTQ's inner loop: round one group of columns, each error moved onto the group's later columns.
+"""GPTQ's inner loop: round a few columns, at most 128 or so, each error moved onto the later ones.
 
 One program has BR rows; rows do not interact. Its columns stay in registers from first to last:
 
@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 _BR = 16
-_LARGEST_GROUP = 256  # columns that 16 rows have registers for
 
 
 @triton.jit
@@ -52,3 +51,21 @@ def round_columns_kernel(
         w = w - e[:, None] * tl.where(column > i, u, 0.0)[None, :]
     tl.store(Q + at, codes.to(tl.uint8), mask=inside)
     tl.store(Err + at, errors, mask=inside)
+
+
+def round_columns(W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes uint8 and errors float32, [G, rows], of columns that share their grids.
+
+    Args:
+        W: [G, rows] float32, transposed weights.
+        U: [G, G] float32, upper triangular.
+        scale, zero: [rows], of any dtype.
+    """
+    G, rows = W.shape
+    W = W.contiguous()
+    Q, Err = torch.empty_like(W, dtype=torch.uint8), torch.empty_like(W)
+    round_columns_kernel[(triton.cdiv(rows, _BR),)](
+        W, U.contiguous(), scale.float(), zero.float(), Q, Err, rows, 2**bits - 1,
+        G=G, COLUMNS=triton.next_power_of_2(G), BR=_BR, num_warps=4,
+    )  # fmt: skip
+    return Q, Err

@@ -6,12 +6,13 @@ Round one column after the other; after column i, move its rounding error onto t
 
     Err_i = (w_i - ŵ_i) / U_ii        W[:, i+1:] -= Err_i · U[i, i+1:]        H⁻¹ = Uᵀ U
 
-Columns wait for the updates of earlier blocks until their own block begins (the paper's lazy batch):
+Columns wait for the updates of earlier blocks until their own block begins (the paper's lazy batch), here in two steps:
 
-    columns       |------- block B1 -------|------- block B2 -------|  ...
-    groups        |---- G1 ---|---- G2 ----|---- G3 ---|---- G4 ----|  ...
-    in block B1     rank-1 updates inside the block only, on a copy that later groups of the block see
-    after block B1  one matmul carries all of its errors to every column on the right
+    columns         |------- block B1 -------|------- block B2 -------|  ...
+    groups          |---- G1 ---|---- G2 ----|---- G3 ---|---- G4 ----|  ...
+    in group G1       rank-1 updates inside the group only (columns.py)
+    after group G1                a matmul carries its errors to the rest of its block
+    after block B1                           a matmul carries all of its errors to every column on the right
 
 What deviates from the paper, and why:
   * H is shared by all linears with the same input and their rows are stacked, so there is one factorisation and one
@@ -35,18 +36,21 @@ What deviates from the paper, and why:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from llmq import grid
 from llmq.algorithms.descent import descend
 from llmq.algorithms.problem import Problem, Solution, damped
+from llmq.columns import round_columns
 from llmq.config import Gptq
 from llmq.errors import WorkError
 
 # Multiples of the requested damping, tried in order when H is not numerically positive definite.
 _DAMPING_LADDER = (1, 2, 5, 10, 100)
+_AT_ONCE = 128  # columns between which rank-1 updates go back and forth; more are left to matmuls
 
 
 def solve(problem: Problem, settings: Gptq) -> Solution:
@@ -120,38 +124,34 @@ def _round_columns(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The column loop over W: codes [out, in] with columns in visiting order; scale and zero [out, groups]."""
     size, columns, static = problem.grid.group_size, len(order), settings.order == "static"
-    block_size = settings.block_size if static else _aligned_block_size(settings.block_size, size, columns)
     D = U.diagonal() ** -2
-    # Transposed, a column of W is a contiguous row: the loop below touches nothing else.
+    # Transposed, a column of W is a contiguous row.
     Wt = problem.W.T[order]
     Q = torch.empty(Wt.shape, dtype=torch.uint8, device=Wt.device)
-    group_of = (order // size).tolist()
-    grids: dict[int, tuple[Tensor, Tensor]] = {}
+    scale = torch.empty(columns // size, Wt.shape[1], dtype=problem.scale_dtype, device=Wt.device)
+    zero = torch.empty(scale.shape, dtype=torch.uint8, device=Wt.device)
+    group_of = order // size
     if static:
-        importance = D[torch.argsort(order)].view(-1, size)
-        scale, zero = problem.searched_grid(problem.groups(), importance)
-        grids = {group: (scale[:, group], zero[:, group]) for group in range(columns // size)}
+        parts = problem.searched_grid(problem.groups(), D[torch.argsort(order)].view(-1, size))
+        scale, zero = (part.T.contiguous() for part in parts)
+    block_size = max(1, settings.block_size // size) * size
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
-        Wb = Wt[start:stop].clone()
-        Err = torch.empty_like(Wb)
-        for i in range(stop - start):
-            column = start + i
-            if not static and column % size == 0:
-                fresh = (Wb[i : i + size] if i + size <= len(Wb) else Wt[column : column + size]).T
-                grids[group_of[column]] = problem.searched_grid(fresh, D[column : column + size])
-            scale, zero = grids[group_of[column]]
-            q = grid.quantize(Wb[i], scale, zero, problem.grid.bits)
-            Q[column] = q
-            Err[i] = (Wb[i] - grid.dequantize(q, scale, zero, Wt.dtype)) / U[column, column]
-            Wb[i + 1 :].addr_(U[column, column + 1 : stop], Err[i], alpha=-1)
+        Err = torch.empty_like(Wt[start:stop])
+        for here in _within_groups(start, stop, size):
+            if not static and here.start % size == 0:
+                group = slice(here.start, here.start + size)
+                scale[group_of[here.start]], zero[group_of[here.start]] = problem.searched_grid(Wt[group].T, D[group])
+            groups = group_of[here] if static else group_of[here.start : here.start + 1]
+            Q[here], errors = round_columns(Wt[here], U[here, here], scale[groups], zero[groups], problem.grid.bits)
+            Err[here.start - start : here.stop - start] = errors
+            Wt[here.stop : stop].addmm_(U[here, here.stop : stop].T, errors, alpha=-1)
         Wt[stop:].addmm_(U[start:stop, stop:].T, Err, alpha=-1)
-    scales, zeros = zip(*(grids[group] for group in range(columns // size)), strict=True)
-    return Q.T.contiguous(), torch.stack(scales, 1), torch.stack(zeros, 1)
+    return Q.T.contiguous(), scale.T.contiguous(), zero.T.contiguous()
 
 
-def _aligned_block_size(requested: int, group_size: int, columns: int) -> int:
-    """Near the request, a multiple or divisor of the group size: a group is up to date when its first column is."""
-    if requested >= group_size:
-        return requested // group_size * group_size
-    return next(size for size in range(min(requested, columns), 0, -1) if group_size % size == 0)
+def _within_groups(start: int, stop: int, size: int) -> Iterator[slice]:
+    """Stretches of at most _AT_ONCE columns that do not straddle groups."""
+    for first in range(start, stop, size):
+        for at in range(first, first + size, _AT_ONCE):
+            yield slice(at, min(at + _AT_ONCE, first + size))

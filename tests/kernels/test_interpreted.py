@@ -12,7 +12,8 @@ HERE = Path(__file__).parent
 def test_the_kernels_pass_their_tests_in_tritons_interpreter():
     marked = re.compile(r"mark\.interpret\b|^from oracle\b", re.MULTILINE)  # or by the parameters of oracle.py
     files = [path for path in sorted(HERE.glob("test_*.py")) if marked.search(path.read_text())]
-    assert [path.stem for path in files] == ["test_dequantize_matmul", "test_op", "test_packed_matmul"]
+    stems = ["test_dequantize_matmul", "test_gptq_columns", "test_op", "test_packed_matmul"]
+    assert [path.stem for path in files] == stems
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-m", "interpret", "-p", "no:cacheprovider", *map(str, files)]
     done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, check=False)
