@@ -13,7 +13,7 @@ BITS = (2, 3, 4, 8)
 METHODS = ("gptq", "awq", "awq+gptq", "rtn")
 GRIDS = ("auto", "minmax", "mse", "hessian")
 ORDERS = ("group", "static", "natural")
-EFFORTS = ("fast", "normal", "best")
+EFFORTS = ("fast", "normal")
 FORMATS = ("auto", "compressed-tensors")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -97,8 +97,8 @@ class QuantizeConfig:
     """Each group's grid: minmax spans its weights, mse has the least error, hessian the least error weighted by what it
     does to the layer's output. auto: hessian where there is calibration text, else mse."""
     effort: str = "normal"
-    """How much is tried. fast: each layer reproduces its own outputs. normal: each layer makes up for the errors of
-    those before it, as far as held-out text agrees. best: more of the search, twice the time."""
+    """normal: each layer makes up for the errors of those before it, as far as held-out text agrees. fast: it only
+    reproduces its own outputs, in half the time."""
     format: str = "auto"
     """Checkpoint format: auto or compressed-tensors (read by transformers, vLLM and SGLang)."""
     calibration: str = Calibration.text
