@@ -95,7 +95,7 @@ class QuantizeConfig:
     """A fixed zero point in the middle of the codes. --no-symmetric stores a zero point per group."""
     grid: str = "auto"
     """Each group's grid: minmax spans its weights, mse has the least error, hessian the least error weighted by what it
-    does to the layer's output. auto: hessian where there is calibration text, else mse."""
+    does to the layer's output. auto: hessian where there is calibration text, else minmax."""
     effort: str = "normal"
     """normal: each layer makes up for the errors of those before it, as far as held-out text agrees. fast: it only
     reproduces its own outputs, in half the time."""

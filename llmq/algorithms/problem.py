@@ -44,7 +44,7 @@ class Problem:
         """
         search = self.grid.search
         if search == "auto":
-            search = "mse" if importance is None else "hessian"
+            search = "minmax" if importance is None else "hessian"
         if search == "minmax":
             return self.grid_of(W)
         if search == "mse":

@@ -1,7 +1,10 @@
 """Round to nearest: the baseline every other method must beat.
 
-Objective: |w - ŵ| for each weight, on the grid of its group that `--grid` asks for: `minmax` spans the group, `mse`
-(the default) has the least Σ |w - ŵ|^2.4, `hessian` the least Σ H_kk (w_k - ŵ_k)², which alone needs calibration text.
+Objective: |w - ŵ| for each weight, on the grid of its group that `--grid` asks for: `minmax` (default) spans it, `mse`
+has the least Σ |w - ŵ|^2.4, `hessian` the least Σ H_kk (w_k - ŵ_k)², which alone needs calibration text.
+
+Without text the whole range is the better guess at 4 bit: on SmolLM2-135M, group 64, symmetric, `mse` raised the KL
+divergence from 0.546 to 0.583 with dithered weights and from 0.358 to 0.395 with the original ones (2026-11-23).
 """
 
 from llmq import grid
