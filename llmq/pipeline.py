@@ -87,27 +87,35 @@ class Run:
         """Put the quantized values into the block; returns all of its tensors for the checkpoint."""
         groups, skipped = split_packable(block.module, find_groups(block.module, block.run, block.hidden[0][:1]))
         self.report.note(block.name, [f"{name} left in float: {reason}" for name, reason in skipped.items()])
-        if block.drift is not None:
-            self.report.drifts[block.name] = block.drift
-        changed = self._transform(block, groups)
+        drift = block.drift
+        if drift is not None:
+            self.report.drifts[block.name] = drift
+        changed, transformed = self._transform(block, groups)
         block.expect(groups)
         packed: dict[str, Tensor] = {}
-        stages = [[group] for group in groups] if self.matching else [groups]
+        # Without groups there is still the original model's own way through the block.
+        stages = ([[group] for group in groups] or [[]]) if self.matching else [groups]
         for stage in stages:
-            problems = self._problems(block, stage, last=stage is stages[-1])
+            if transformed is None or self.matching:
+                problems = self._problems(block, stage, last=stage is stages[-1])
+            else:
+                problems = transformed
             for group, problem in zip(stage, problems, strict=True):
                 packed |= self._quantize_group(block, group, problem, show)
         return packed | self._remaining(block, groups, changed)
 
-    def _transform(self, block: Block, groups: list[Group]) -> set[str]:
-        """Let the method change the block before anything is rounded; returns the other tensors that changed."""
+    def _transform(self, block: Block, groups: list[Group]) -> tuple[set[str], list[Problem] | None]:
+        """Let the method change the block before anything is rounded.
+
+        Returns the other tensors that changed, and the problems as they are now, which know no original model.
+        """
         if self.algorithm.transform is None:
-            return set()
-        problems = self._problems(block, groups, last=False)
+            return set(), None
+        problems = self._problems(replace(block, original=None), groups, last=False)
         with self.clock("solve"):
             changed, notes = self.algorithm.transform(block, groups, problems, self.config)
         self.report.note(block.name, notes)
-        return changed
+        return changed, problems
 
     def _quantize_group(
         self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]

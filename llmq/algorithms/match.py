@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llmq.algorithms.problem import Problem, damped
+from llmq.algorithms.problem import Problem, damped, energy
 
 _DAMPINGS = (0.01, 0.05, 0.25)
 
@@ -38,15 +38,13 @@ class Match:
     W: Float[Tensor, "out in"]
     step: float
     """α: 0 keeps the original weights."""
-    gain: float
-    """Share of the held-out output difference that the step removes."""
 
 
 def match(problem: Problem) -> Match:
     """The weights of the problem moved towards the original model's outputs; itself where nothing is known of those."""
     stats, W = problem.statistics, problem.W
     if stats is None or stats.C is None or stats.C_val is None:
-        return Match(W, 0.0, 0.0)
+        return Match(W, 0.0)
     wanted, wanted_val = W @ stats.C, W @ stats.C_val  # TᵀX of the output difference T that there is to make up for
     if stats.R is not None and stats.R_val is not None:
         wanted, wanted_val = wanted + stats.R, wanted_val + stats.R_val
@@ -57,9 +55,9 @@ def match(problem: Problem) -> Match:
             continue
         P = torch.cholesky_solve(wanted.T, L).T
         # |T - X αPᵀ|² = |T|² - 2α⟨P, TᵀX⟩ + α²⟨P H, P⟩ on held-out tokens
-        along, energy = (float((P * M).sum(dtype=torch.float64)) for M in (wanted_val, P @ stats.H_val))
-        step = min(1.0, max(0.0, along / energy)) if energy > 0 else 0.0
-        gain = 2 * step * along - step**2 * energy
+        along, across = float((P * wanted_val).sum(dtype=torch.float64)), energy(P, stats.H_val)
+        step = min(1.0, max(0.0, along / across)) if across > 0 else 0.0
+        gain = 2 * step * along - step**2 * across
         if gain > best_gain:
             best, best_step, best_gain = P, step, gain
-    return Match(W + best_step * best, best_step, best_gain)
+    return Match(W + best_step * best, best_step)

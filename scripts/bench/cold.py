@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from llmq_kernels.choose import COUNTERS, Problem, Tile, rule
+from llmq_kernels import new_counters
+from llmq_kernels.choose import Problem, Tile, rule
 from llmq_kernels.layout import WIDTHS, PackedWeight, block_of, plane_of
 from llmq_kernels.trial import multiply
 
@@ -41,7 +42,7 @@ def launch(job: Job) -> list[tuple[float, str | None]]:
     for problem, tile in job.calls:
         x = torch.zeros(problem.M, problem.K, dtype=getattr(torch, problem.dtype), device=machine.where)
         weight = _empty_weight(problem, machine.where)
-        counters = torch.zeros(COUNTERS, dtype=torch.int32, device=machine.where)
+        counters = new_counters(machine.where)
         machine.synchronize()
         start, wrong = time.perf_counter(), None
         try:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from llmq_kernels import dequantize_matmul, packed_matmul
-from llmq_kernels.choose import COUNTERS, Problem, Tile, rule
+from llmq_kernels import dequantize_matmul, new_counters, packed_matmul
+from llmq_kernels.choose import Problem, Tile, rule
 from llmq_kernels.layout import PackedWeight, pack
 from llmq_kernels.trial import multiply, random_codes, random_tokens
 from llmq_kernels.tune import candidates
@@ -111,7 +111,7 @@ def _tiles(machine: Machine, problem: Problem) -> Iterator[tuple[Tile | None, bo
 
 def _repeated(x: Tensor, weight: PackedWeight, tile: Tile | None) -> Tensor:
     """The product, after several runs gave the same bits. Raises AssertionError if they do not."""
-    counters = torch.zeros(COUNTERS, dtype=torch.int32, device=x.device)
+    counters = new_counters(x.device)
     runs = []
     for _ in range(RUNS):
         y = torch.full((len(x), weight.out_features), float("nan"), dtype=x.dtype, device=x.device)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from llmq_kernels.choose import COUNTERS, Problem, Tile
+from llmq_kernels import new_counters
+from llmq_kernels.choose import Problem, Tile
 from llmq_kernels.layout import pack
 from llmq_kernels.trial import multiply, nbytes, random_codes, random_tokens, rotated
 from torch import Tensor
@@ -37,7 +38,7 @@ class Layer:
 
     def __init__(self, machine: Machine, problem: Problem, rotation: float) -> None:
         self.machine, self.problem, self._rotation = machine, problem, rotation
-        self._counters = torch.zeros(COUNTERS, dtype=torch.int32, device=machine.where)
+        self._counters = new_counters(machine.where)
         self._made: dict[Any, Products] = {}
 
     @cached_property

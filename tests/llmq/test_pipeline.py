@@ -5,6 +5,7 @@ import torch
 from tiny import save_tiny
 
 import llmq
+from llmq.arch import split_packable
 from llmq.config import METHODS, QuantizeConfig
 from llmq.load import load, load_any
 from llmq.pipeline import Run
@@ -47,6 +48,24 @@ def test_methods_with_statistics_beat_rtn_on_held_out_tokens_on_average(bits, me
     assert len(report["groups"]) == 3 * 4
     ratios = [group["error"] / group["rtn_error"] for group in report["groups"]]
     assert sum(ratios) / len(ratios) < 0.95
+
+
+def test_a_block_without_groups_still_takes_the_original_model_along(tmp_path, llama, text_file, monkeypatch):
+    """Or the next block would be held to what the original model has one block earlier."""
+    monkeypatch.setattr("llmq.pipeline.split_packable", skipping_the_first(split_packable))
+    output = run(llama, text_file, tmp_path / "out", bits=8)
+    drifts = json.loads((output / REPORT).read_text())["drifts"]
+    assert drifts["model.layers.1"] < 1e-9  # nothing was rounded before it
+
+
+def skipping_the_first(split):
+    calls = []
+
+    def skip(block, groups):
+        calls.append(block)
+        return split(block, groups) if len(calls) > 1 else ([], {})
+
+    return skip
 
 
 def test_the_report_tells_the_whole_story(tmp_path, llama, text_file):
