@@ -39,6 +39,17 @@ class Group:
     residual: str | None = None
     """The output is added to what enters the module of this name ("" is the block): the residual stream at that point.
     None where it is not added to anything, or not right away."""
+    ends: Part | None = None
+    """The part of the block that returns the output of this group's only linear."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A child of the block that ends with a linear: attention, the MLP."""
+
+    name: str
+    returns: int | None
+    """Length of the tuple whose first entry is the output, with None for the others; None if there is no tuple."""
 
 
 def find_groups(
@@ -54,6 +65,7 @@ def find_groups(
     produced: dict[tuple[object, ...], str] = {}
     residuals: dict[str, Tensor] = {"": hidden.to(next(block.parameters()).device)}
     outputs: dict[str, Tensor] = {}
+    parts: dict[tuple[str, object], Part] = {}
     alive: list[Tensor] = []  # keeps storages from being reused, which would make two tensors look like one
 
     def seen(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -65,6 +77,10 @@ def find_groups(
             produced[_identity(output)] = name
             alive.append(output)
             residuals[name] = args[0]
+        elif "." not in name:
+            first, *others = output if isinstance(output, tuple) else (output,)
+            if isinstance(first, Tensor) and all(other is None for other in others):
+                parts[name, _identity(first)] = Part(name, len(output) if isinstance(output, tuple) else None)
 
     with _hooked(block, seen):
         end = run(hidden)
@@ -76,8 +92,10 @@ def find_groups(
         norm = produced.get(key)
         offset = _norm_offset(block.get_submodule(norm), hidden) if norm is not None else None
         producer = norm if offset is not None else _declared_producer(block, linears)
-        residual = _residual_of(outputs[linears[0]], residuals, end) if len(linears) == 1 else None
-        groups.append(Group(tuple(linears), producer, offset, residual))
+        alone = len(linears) == 1
+        residual = _residual_of(outputs[linears[0]], residuals, end) if alone else None
+        ends = parts.get((linears[0].partition(".")[0], _identity(outputs[linears[0]]))) if alone else None
+        groups.append(Group(tuple(linears), producer, offset, residual, ends))
     return groups
 
 
@@ -161,7 +179,7 @@ def fit_group_size(requested: int, in_features: set[int]) -> int:
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor._version
 
 
 def _is_norm(module: nn.Module) -> bool:

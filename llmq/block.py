@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from llmq.arch import Group, linear_of
+from llmq.arch import Group, Part, linear_of
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,14 @@ class Block:
     """The same micro-batches as they enter this block in the original model, where that is asked for. Whoever runs the
     block on them leaves its outputs here."""
     _replaced: dict[str, Tensor] = field(default_factory=dict)
+    _expected: list[Group] = field(default_factory=list)
     _unfinished: set[str] = field(default_factory=set)
-    _parts: dict[str, set[str]] = field(default_factory=dict)
-    _outputs: dict[tuple[str, int, bool], Any] = field(default_factory=dict)
+    _parts: dict[str, Part] = field(default_factory=dict)
+    """By the name of the linear they end with."""
+    _entering: dict[tuple[str, int, bool], Tensor] = field(default_factory=dict)
+    """What enters such a linear, by its name, the micro-batch, and whether in the original model."""
+    _leaving: dict[tuple[str, int, bool], Tensor] = field(default_factory=dict)
+    """What leaves it, once its weight is final."""
 
     @property
     def drift(self) -> float | None:
@@ -63,52 +68,84 @@ class Block:
     @torch.no_grad()
     def run(self, hidden: Float[Tensor, "batch tokens features"]) -> Float[Tensor, "batch tokens features"]:
         """The block's output for one micro-batch, on the block's device."""
+        return self.run_with({}, hidden)
+
+    def run_with(
+        self, weights: dict[str, Tensor], hidden: Float[Tensor, "batch tokens features"]
+    ) -> Float[Tensor, "batch tokens features"]:
+        """The same with these tensors in place of the block's own, and with gradients where they are enabled."""
         args, kwargs = self.arguments
         device, precision = self.compute.device, self.compute.precision
         with torch.autocast(device.type, precision, enabled=precision != hidden.dtype):
-            output = self.module(hidden.to(device), *args, **kwargs)
+            output = torch.func.functional_call(self.module, weights, (hidden.to(device), *args), kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def expect(self, groups: list[Group]) -> None:
         """Tell which linears are going to be replaced, one group after another.
 
-        Between two groups the block runs again. A part of it whose linears are all replaced gives what it gave before:
-        its outputs are then remembered instead of computed, half of the arithmetic.
+        Between two groups the block runs again. Of a part that ends with a linear, what enters that linear is kept as
+        soon as the other linears are what they will be: the part then runs once, instead of once for each group.
         """
-        self._unfinished = {name for group in groups for name in group.linears}
-        watched = {group.residual for group in groups if group.residual}  # their inputs are wanted: they must run
-        for part, _ in self.module.named_children():
-            linears = {name for name in self._unfinished if name.startswith(part + ".")}
-            if linears and not any(name.startswith(part + ".") for name in watched):
-                self._parts[part] = linears
+        self._expected, self._unfinished = groups, {name for group in groups for name in group.linears}
+        inside = {group.residual for group in groups if group.residual}  # what enters these is wanted: they must run
+        for group in groups:
+            if group.ends and not any(name.startswith(group.ends.name + ".") for name in inside):
+                self._parts[group.linears[0]] = group.ends
 
     def run_batch(self, i: int, original: bool = False) -> Float[Tensor, "batch tokens features"]:
         """The block's output for micro-batch i of `hidden`, or of `original` with the weights of the original model."""
         hidden = self.hidden if self.original is None or not original else self.original
-        with self._as_original() if original else nullcontext(), self._remembering(i, original):
+        with self._as_original() if original else nullcontext(), self._keeping(i, original):
             return self.run(hidden[i])
 
     @contextmanager
-    def _remembering(self, i: int, original: bool) -> Iterator[None]:
-        """Parts that are finished run at most once for each micro-batch."""
-        finished = [part for part, linears in self._parts.items() if not linears & self._unfinished]
-        for part in finished:
-            module, key = self.module.get_submodule(part), (part, i, original)
+    def _keeping(self, i: int, original: bool) -> Iterator[None]:
+        """Parts whose last input is known are not run up to it again; of the others it is kept once it is final."""
+        handles: list[Any] = []
+        resumed = []
+        for name, part in self._parts.items():
+            key, linear = (name, i, original), linear_of(self.module, name)
+            others = {other for other in self._unfinished if other.startswith(part.name + ".")} - {name}
+            if key in self._entering or key in self._leaving:
+                self.module.get_submodule(part.name).forward = partial(self._resume, key, part)
+                resumed.append(part)
+            elif self._runs_again(original) and (original or (name in self._unfinished and not others)):
 
-            def remember(*args: Any, module: nn.Module = module, key: Any = key, **kwargs: Any) -> Any:
-                if key in self._outputs:
-                    return tree_map_only(Tensor, lambda kept: kept.to(self.compute.device), self._outputs[key])
-                output = type(module).forward(module, *args, **kwargs)
-                if self._unfinished:  # there will be another run
-                    self._outputs[key] = tree_map_only(Tensor, Tensor.cpu, output)
-                return output
+                def keep(_: nn.Module, args: tuple[Tensor, ...], key: Any = key) -> None:
+                    self._entering[key] = args[0].cpu()
 
-            module.forward = remember
+                handles.append(linear.register_forward_pre_hook(keep, prepend=True))
         try:
             yield
         finally:
-            for part in finished:
-                del self.module.get_submodule(part).forward
+            for handle in handles:
+                handle.remove()
+            for part in resumed:
+                del self.module.get_submodule(part.name).forward
+
+    def _resume(self, key: tuple[str, int, bool], part: Part, *_: Any, **__: Any) -> Any:
+        """What the part returns, from the kept input of its last linear; its output takes over once that is final."""
+        name, _i, original = key
+        if key in self._leaving:
+            output = self._leaving[key].to(self.compute.device)
+        else:
+            output = linear_of(self.module, name)(self._entering[key].to(self.compute.device))
+            if original or name not in self._unfinished:
+                del self._entering[key]
+                self._leaving[key] = output.cpu()
+        if not self._runs_again(original):
+            del self._leaving[key]
+        return output if part.returns is None else (output, *[None] * (part.returns - 1))
+
+    def _runs_again(self, original: bool) -> bool:
+        """The block runs once before each group is replaced, and in this model once more after the last."""
+        left = sum(not self._unfinished.isdisjoint(group.linears) for group in self._expected)
+        return left > (1 if original else 0)
+
+    def forget(self) -> None:
+        """Give up what was kept for further runs."""
+        self._entering.clear()
+        self._leaving.clear()
 
     def replace_weight(self, name: str, W: Float[Tensor, "out in"]) -> None:
         """The linear of that name computes with W from here on."""
@@ -116,7 +153,10 @@ class Block:
         if self.original is not None:
             self._replaced.setdefault(name, linear.weight.data)
         linear.weight.data = W.to(linear.weight.dtype)
-        self._unfinished.discard(name)
+        if name in self._unfinished:
+            self._unfinished.remove(name)
+        else:  # a second thought: what came of the first one is no longer true
+            self.forget()
 
     @contextmanager
     def _as_original(self) -> Iterator[None]:

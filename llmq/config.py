@@ -10,8 +10,8 @@ from llmq.errors import RequestError
 VERSION = "0.1.0"
 
 BITS = (2, 3, 4, 8)
-METHODS = ("gptq", "awq", "awq+gptq", "rtn")
-GRIDS = ("auto", "minmax", "mse", "hessian")
+METHODS = ("gptq", "awq", "awq+gptq", "tuned", "rtn")
+GRIDS = ("auto", "minmax", "mse", "hessian", "common")
 ORDERS = ("group", "static", "natural")
 EFFORTS = ("fast", "normal")
 FORMATS = ("auto", "compressed-tensors")
@@ -41,6 +41,20 @@ class Awq:
     """Exponents tried between 0 (no scaling) and 1 when searching the channel scales."""
     clip_steps: int = 10
     """Clipping levels tried per group between 1 and 0.5 of its range; 0 switches clipping off."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Settings of learned rounding."""
+
+    steps: int = 100
+    """Steps of training per block; 0 leaves the GPTQ solution."""
+    batch: int = 2
+    """Micro-batches of 1024 tokens per step."""
+    rate: float = 0.005
+    """Learning rate of the codes, in codes per step."""
+    scale_rate: float = 0.001
+    """Learning rate of the scales, relative to them."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,8 @@ class QuantizeConfig:
     output: Path
     """Directory for the packed checkpoint. Must be new or empty unless --overwrite is given."""
     method: str = "gptq"
-    """gptq (best), awq (for activation outliers), awq+gptq or rtn (needs no calibration text, seconds)."""
+    """gptq (best for its time), tuned (gptq, then training block by block: minutes to hours), awq (for activation
+    outliers), awq+gptq or rtn (needs no calibration text, seconds)."""
     bits: int = 4
     """Bits per weight: 2, 3, 4 or 8."""
     group_size: int = 128
@@ -95,14 +110,16 @@ class QuantizeConfig:
     """A fixed zero point in the middle of the codes. --no-symmetric stores a zero point per group."""
     grid: str = "auto"
     """Each group's grid: minmax spans its weights, mse has the least error, hessian the least error weighted by what it
-    does to the layer's output. auto: hessian where there is calibration text, else minmax."""
+    does to the layer's output. auto: hessian where there is calibration text, else minmax. common: what other tools
+    have, a symmetric scale of max/7.5 at 4 bit; to compare with."""
     effort: str = "normal"
     """normal: each layer makes up for the errors of those before it, as far as held-out text agrees. fast: it only
     reproduces its own outputs, in half the time."""
     format: str = "auto"
     """Checkpoint format: auto or compressed-tensors (read by transformers, vLLM and SGLang)."""
     calibration: str = Calibration.text
-    """Text to calibrate on: wikitext2, c4, pile (downloaded), pydoc, pytopics (offline), or a .txt/.jsonl/.parquet."""
+    """Text to calibrate on: wikitext2, c4, pile (downloaded), pydoc, pytopics (offline), a .txt/.jsonl/.parquet, or
+    self (the model writes it)."""
     samples: int = Calibration.samples
     """Number of calibration sequences; every tenth is held out to measure the error."""
     sequence_length: int = Calibration.sequence_length
@@ -117,6 +134,7 @@ class QuantizeConfig:
     """Run modelling code that ships with the model. Only for sources you trust."""
     gptq: Gptq = field(default_factory=Gptq)
     awq: Awq = field(default_factory=Awq)
+    tuned: Tuned = field(default_factory=Tuned)
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
@@ -132,6 +150,10 @@ class QuantizeConfig:
         _one_of("gptq order", self.gptq.order, ORDERS)
         if self.awq.ratios < 1 or not 0 <= self.awq.clip_steps <= 20:
             raise RequestError("awq needs at least 1 ratio and 0 to 20 clip steps")
+        if self.method == "tuned" and self.samples < 2:
+            raise RequestError(f"samples must be at least 2 for tuned, which holds some out; got {self.samples}")
+        if self.tuned.steps < 0 or self.tuned.batch < 1:
+            raise RequestError("tuned needs at least 0 steps and 1 micro-batch per step")
         if self.format == "auto" and not self.symmetric:
             raise RequestError(
                 "no automatic format for asymmetric grids: transformers opens asymmetric compressed-tensors only with "

@@ -31,6 +31,11 @@ class Tokens:
 
 
 def calibration_tokens(tokenizer: Any, settings: Calibration) -> Tokens:
+    """`windows` of the text that the settings name, some of them held out."""
+    return split(windows(tokenizer, settings))
+
+
+def windows(tokenizer: Any, settings: Calibration) -> Int64[Tensor, "samples length"]:
     """Windows spread evenly over the text: one at a seeded random place in each of `samples` equal stretches.
 
     If the tokenizer starts a text with a BOS token, so does every window: models react strongly to its absence.
@@ -50,11 +55,15 @@ def calibration_tokens(tokenizer: Any, settings: Calibration) -> Tokens:
     stretch = len(tokens) // settings.samples
     jitter = torch.randint(stretch - length + 1, (settings.samples,), generator=generator)
     starts = torch.arange(settings.samples) * stretch + jitter
-    windows = torch.stack([torch.cat([bos, tokens[start : start + length]]) for start in starts.tolist()])
-    held_out = torch.arange(settings.samples) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+    return torch.stack([torch.cat([bos, tokens[start : start + length]]) for start in starts.tolist()])
+
+
+def split(sequences: Int64[Tensor, "samples length"]) -> Tokens:
+    """Every tenth sequence is held out."""
+    held_out = torch.arange(len(sequences)) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
     if not held_out.any():
         held_out[1:][-1:] = True  # the last of a few; a single sample must serve both ends
-    return Tokens(windows[~held_out], windows[held_out])
+    return Tokens(sequences[~held_out], sequences[held_out])
 
 
 def evaluation_chunks(

@@ -44,13 +44,21 @@ def choose_scale_zero(
     if symmetric:
         largest = W.gather(-1, W.abs().argmax(-1, keepdim=True)).squeeze(-1)
         step = -largest * shrink / half
-        scale = _storable(step, dtype)
+        scale = storable(step, dtype)
         return scale, torch.full(scale.shape, half, dtype=torch.uint8, device=W.device)
     # The range must contain 0, or the zero point would not be a code.
     low, high = W.amin(-1).clamp(max=0) * shrink, W.amax(-1).clamp(min=0) * shrink
-    scale = _storable((high - low) / (2**bits - 1), dtype)
+    scale = storable((high - low) / (2**bits - 1), dtype)
     zero = (-low / scale.to(W.dtype)).round().clamp(0, 2**bits - 1)
     return scale, zero.to(torch.uint8)
+
+
+def common_scale_zero(
+    W: Float[Tensor, "*groups group_size"], bits: int, dtype: torch.dtype
+) -> tuple[Float[Tensor, "*groups"], UInt8[Tensor, "*groups"]]:
+    """The symmetric grid of other tools, with the range of both signs between the codes: max/7.5 at 4 bit."""
+    scale = storable(W.abs().amax(-1) * (2 / (2**bits - 1)), dtype)
+    return scale, torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8, device=W.device)
 
 
 def search_scale_zero(
@@ -90,11 +98,11 @@ def search_scale_zero(
         _, scale, zero = best
         codes = quantize(W, scale[..., None], zero[..., None], bits).to(W.dtype) - zero[..., None].to(W.dtype)
         fitted = (W * codes * importance).sum(-1) / (codes.square() * importance).sum(-1)
-        best = better(best, _storable(fitted, dtype), zero)  # 0/0 is not better
+        best = better(best, storable(fitted, dtype), zero)  # 0/0 is not better
     return best[1], best[2]
 
 
-def _storable(step: Float[Tensor, "*groups"], dtype: torch.dtype) -> Float[Tensor, "*groups"]:
+def storable(step: Float[Tensor, "*groups"], dtype: torch.dtype) -> Float[Tensor, "*groups"]:
     """Round to the storage dtype, keeping clear of 0 (an all-zero group) and of overflow.
 
     The floor is a subnormal with 5 significant bits left: codes are rounded against the stored value, so a coarse

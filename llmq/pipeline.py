@@ -18,11 +18,13 @@ from llmq.arch import Group, find_groups, fit_group_size, linear_of, packable_wi
 from llmq.block import Block, Compute
 from llmq.clock import Clock
 from llmq.config import Grid, QuantizeConfig
-from llmq.data import Tokens, calibration_tokens, check_context
+from llmq.data import Tokens, calibration_tokens, check_context, split
 from llmq.device import multiplies_bfloat16, pick_device
 from llmq.errors import RequestError, WorkError
 from llmq.formats import FORMATS
+from llmq.memory import release_memory
 from llmq.report import Report
+from llmq.sample import SELF, sample_sequences
 from llmq.source import ModelSource
 from llmq.statistics import collect_statistics
 from llmq.stream import stream
@@ -49,7 +51,9 @@ def quantize(config: QuantizeConfig, progress: bool = False) -> Path:
         if source.directory.resolve() == config.output.resolve():
             raise RequestError("the output directory is the model's own; choose another")
         device = pick_device(config.device)
-        tokens = _tokens(source, config)
+    with clock("sample" if config.calibration == SELF else "open"):
+        tokens = _tokens(source, config, device, progress)
+        release_memory()
     run = Run(config, source, device, clock)
     with torch.no_grad(), Writer(config.output, config.overwrite) as writer:
         with clock("write"):
@@ -81,7 +85,7 @@ class Run:
         self.grid = self._fitted_grid()
         # float32 scales would double the cost of a group for digits the codes make no use of.
         self.scale_dtype = torch.float16 if source.dtype == torch.float32 else source.dtype
-        self.matching = self.algorithm.needs_statistics(config) and config.effort != "fast"
+        self.matching = self.algorithm.needs_original(config)
 
     def quantize_block(self, block: Block, show: Callable[[str], None]) -> dict[str, Tensor]:
         """Put the quantized values into the block; returns all of its tensors for the checkpoint."""
@@ -92,7 +96,7 @@ class Run:
             self.report.drifts[block.name] = drift
         changed, transformed = self._transform(block, groups)
         block.expect(groups)
-        packed: dict[str, Tensor] = {}
+        solved: list[tuple[Problem, Solution]] = []
         # Without groups there is still the original model's own way through the block.
         stages = ([[group] for group in groups] or [[]]) if self.matching else [groups]
         for stage in stages:
@@ -101,7 +105,15 @@ class Run:
             else:
                 problems = transformed
             for group, problem in zip(stage, problems, strict=True):
-                packed |= self._quantize_group(block, group, problem, show)
+                solved.append((problem, self._solve(block, group, problem, show)))
+        if self.algorithm.refine is not None:
+            with self.clock("refine"):
+                solved = self._refine(block, groups, solved)
+        packed: dict[str, Tensor] = {}
+        with self.clock("write"):
+            for group, (problem, solution) in zip(groups, solved, strict=True):
+                for name, weight in _weights(block, group, problem, solution).items():
+                    packed |= self.format.encode(f"{block.name}.{name}", weight, self.grid.symmetric)
         return packed | self._remaining(block, groups, changed)
 
     def _transform(self, block: Block, groups: list[Group]) -> tuple[set[str], list[Problem] | None]:
@@ -117,24 +129,32 @@ class Run:
         self.report.note(block.name, notes)
         return changed, problems
 
-    def _quantize_group(
-        self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]
-    ) -> dict[str, Tensor]:
-        """Round the linears of one group; returns their tensors for the checkpoint."""
+    def _solve(self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]) -> Solution:
+        """Round the linears of one group, with whose quantized weights the block computes from here on."""
         with self.clock("solve"):
             matched = match(problem)
             problem.W = matched.W
             baseline = _loss(problem, round_to_nearest(problem))
             solution = replace(self.algorithm.solve(problem, self.config), matched=matched.step)
             loss = _loss(problem, solution)
-            weights = self._put_back(block, group, problem, solution)
-        self.report.add_group(block.name, group.linears, (loss, baseline), solution, problem.statistics)
+            _put_back(block, group, problem, solution)
+            self.report.add_group(block.name, group.linears, (loss, baseline), solution, problem.statistics)
+            problem.statistics = None
+            release_memory()
         show(f"{group.linears[-1]} loss {loss:.2e}")
-        packed: dict[str, Tensor] = {}
-        with self.clock("write"):
-            for name, weight in weights.items():
-                packed |= self.format.encode(f"{block.name}.{name}", weight, self.grid.symmetric)
-        return packed
+        return solution
+
+    def _refine(
+        self, block: Block, groups: list[Group], solved: list[tuple[Problem, Solution]]
+    ) -> list[tuple[Problem, Solution]]:
+        """Let the method improve on what it found for the groups, seen together."""
+        assert self.algorithm.refine is not None
+        problems, solutions = [problem for problem, _ in solved], [solution for _, solution in solved]
+        solutions, errors = self.algorithm.refine(block, groups, problems, solutions, self.config)
+        self.report.refined[block.name] = errors
+        for group, problem, solution in zip(groups, problems, solutions, strict=True):
+            _put_back(block, group, problem, solution)
+        return list(zip(problems, solutions, strict=True))
 
     def hf_config(self) -> dict[str, Any]:
         """The quantization_config, listing every linear that stays in float."""
@@ -177,16 +197,6 @@ class Run:
             problems.append(Problem(W, stats, grid, self.scale_dtype, torch.cat(clippable)))
         return problems
 
-    def _put_back(self, block: Block, group: Group, problem: Problem, solution: Solution) -> dict[str, QuantizedWeight]:
-        """The block computes with the quantized weights from here on; returns them by linear."""
-        rows = [linear_of(block.module, name).out_features for name in group.linears]
-        parts = (solution.q, solution.scale, solution.zero)
-        weights: dict[str, QuantizedWeight] = {}
-        for name, q, scale, zero in zip(group.linears, *(part.split(rows) for part in parts), strict=True):
-            weights[name] = QuantizedWeight(q, scale, zero, problem.grid.bits)
-            block.replace_weight(name, weights[name].dequantize())
-        return weights
-
     def _remaining(self, block: Block, groups: list[Group], changed: set[str]) -> dict[str, Tensor]:
         """Everything of the block that is not a packed weight: as on disk, unless the transform changed it."""
         packed = {f"{name}.weight" for group in groups for name in group.linears}
@@ -198,6 +208,20 @@ class Run:
                 stored = self.source.read(name)
                 remaining[name] = current[inner].to(stored.dtype) if inner in changed else stored
         return remaining
+
+
+def _weights(block: Block, group: Group, problem: Problem, solution: Solution) -> dict[str, QuantizedWeight]:
+    """The solution of a group, by linear."""
+    rows = [linear_of(block.module, name).out_features for name in group.linears]
+    parts = zip(solution.q.split(rows), solution.scale.split(rows), solution.zero.split(rows), strict=True)
+    weights = (QuantizedWeight(q, scale, zero, problem.grid.bits) for q, scale, zero in parts)
+    return dict(zip(group.linears, weights, strict=True))
+
+
+def _put_back(block: Block, group: Group, problem: Problem, solution: Solution) -> None:
+    """The block computes with the quantized weights from here on."""
+    for name, weight in _weights(block, group, problem, solution).items():
+        block.replace_weight(name, weight.dequantize())
 
 
 def _loss(problem: Problem, solution: Solution) -> float:
@@ -216,10 +240,15 @@ def compute_for(source: ModelSource, device: torch.device) -> Compute:
     return Compute(device, dtype, precision)
 
 
-def _tokens(source: ModelSource, config: QuantizeConfig) -> Tokens:
+def _tokens(source: ModelSource, config: QuantizeConfig, device: torch.device, progress: bool) -> Tokens:
     if not ALGORITHMS[config.method].needs_statistics(config):
         # Only to see which linears share an input; the values do not matter.
         few = torch.arange(16)[None] % source.config.get_text_config().vocab_size
         return Tokens(few, few[:0])
     check_context(source.config, config.sequence_length)
-    return calibration_tokens(source.tokenizer, config.calibration_settings)
+    settings = config.calibration_settings
+    if settings.text != SELF:
+        return calibration_tokens(source.tokenizer, settings)
+    # The whole model, for once, and in a skeleton of its own that is gone afterwards.
+    whole = ModelSource(config.model, config.trust_remote_code).load_all(device, compute_for(source, device).precision)
+    return split(sample_sequences(whole, source.tokenizer.bos_token_id, settings, progress))

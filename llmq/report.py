@@ -28,6 +28,8 @@ class Report:
         self.notes: list[dict[str, str]] = []
         self.drifts: dict[str, float] = {}
         """Share of the hidden states entering each block that differs from the original model, on held-out tokens."""
+        self.refined: dict[str, tuple[float, float]] = {}
+        """What learned rounding minimises in each block, on held-out tokens, before and after."""
 
     def note(self, where: str, notes: list[str]) -> None:
         """Record fallbacks: anything done otherwise than asked."""
@@ -63,6 +65,7 @@ class Report:
             "peak_memory_bytes": peak_memory(),
             "fallbacks": self.notes,
             "drifts": self.drifts,
+            "refined": self.refined,
             "groups": self.groups,
         }
 

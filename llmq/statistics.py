@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llmq.arch import Group, linear_of
 from llmq.block import Block
 from llmq.clock import Clock
+from llmq.memory import release_memory
 
 # Only the lower triangle of XᵀX is computed, in strips of this many columns: a third less arithmetic at 1536 columns
 # and still wide enough for full matmul speed (2-core AVX2 machine, 2026-11: 256 and 512 alike, 128 a tenth slower).
@@ -32,13 +33,10 @@ class InputStatistics:
     tokens: int
     dropped: int
     """Token rows left out because they held NaN or infinity."""
-    C: Float[Tensor, "in in"] | None = None
-    """ΔXᵀX / tokens with ΔX = X_original - X: how the original model's inputs to this layer differ from these."""
-    C_val: Float[Tensor, "in in"] | None = None
-    """The same over held-out tokens."""
-    R: Float[Tensor, "out in"] | None = None
-    """ΔRᵀX / tokens, where the output is added to the residual stream and that differs by ΔR from the original one."""
-    R_val: Float[Tensor, "out in"] | None = None
+    lack: Float[Tensor, "out in"] | None = None
+    """TᵀX / tokens, where T is what the outputs X Wᵀ lack of the original model's, X_o Wᵀ - X Wᵀ; where these are added
+    to a residual stream, T is what the sum lacks."""
+    lack_val: Float[Tensor, "out in"] | None = None
     """The same over held-out tokens."""
 
 
@@ -66,6 +64,7 @@ def collect_statistics(block: Block, groups: list[Group], clock: Clock, last: bo
             for each in sums:
                 each.add(inputs, originals, held_out=i >= block.held_out_from)
     with clock("statistics"):
+        release_memory()
         return [each.finish() for each in sums]
 
 
@@ -100,62 +99,66 @@ class _Sums:
         self.first, self.residual = group.linears[0], group.residual
         self.paired, self.precision = block.original is not None, block.compute.precision
         self.tokens = self.tokens_val = self.dropped = 0
-        out, width = linear_of(block.module, self.first).weight.shape
+        self.W = torch.cat([linear_of(block.module, name).weight.data for name in group.linears])
+        out, width = self.W.shape
+        # TᵀX = W (X_o - X)ᵀX + …: the shorter way round, unless T has something added to it.
+        self.narrow = self.residual is not None or out < width
         shapes: dict[str, tuple[int, ...]] = {"H": (width, width), "H_val": (width, width), "abs": (width,)}
         if self.paired:
-            shapes |= {"C": (width, width), "C_val": (width, width)}
-        if self.paired and self.residual is not None:
-            shapes |= {"R": (out, width), "R_val": (out, width)}
+            shape = (out if self.narrow else width, width)
+            shapes |= {"lack": shape, "lack_val": shape}
         self.sums = {name: torch.zeros(shape, device=block.compute.device) for name, shape in shapes.items()}
 
     def add(self, inputs: dict[str, Tensor], originals: dict[str, Tensor], held_out: bool) -> None:
         """Inputs of the block's modules by name, in this model and, where it runs along, in the original one."""
         X, dX, dR = self._rows(inputs, originals)
         kind = "_val" if held_out else ""
-        _add_lower(self.sums["H" + kind], X)
+        X32 = X.float()
+        _add_lower(self.sums["H" + kind], X32)
         if held_out:
             self.tokens_val += len(X)
         else:
             self.tokens += len(X)
-            self.sums["abs"] += X.abs().sum(0)
+            self.sums["abs"] += X32.abs().sum(0)
         if dX is not None:
-            self.sums["C" + kind] += self._product(dX, X)
-        if dR is not None:
-            self.sums["R" + kind] += self._product(dR, X)
+            T = self._product(dX, self.W.T) if self.narrow else dX
+            self.sums["lack" + kind] += self._product((T if dR is None else T + dR).T, X)
 
     def _rows(
         self, inputs: dict[str, Tensor], originals: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """X, X_original - X, R_original - R, one row per token, without the rows of tokens that are not finite."""
-        X = inputs[self.first].flatten(0, -2).float()
 
         def difference(name: str | None) -> Tensor | None:
             if not self.paired or name is None:
                 return None
-            return (originals[name].to(X.device).float() - inputs[name].to(X.device).float()).flatten(0, -2)
+            return (originals[name].to(X.device) - inputs[name].to(X.device)).flatten(0, -2)
 
+        X = inputs[self.first].flatten(0, -2)
         dX, dR = difference(self.first), difference(self.residual)
         known = [each for each in (X, dX, dR) if each is not None]
         # One reduction finds the rare bad batch: a sum is finite only if every term is.
-        if all(bool(torch.isfinite(each.sum())) for each in known):
+        if all(bool(torch.isfinite(each.sum(dtype=torch.float32))) for each in known):
             return X, dX, dR
         finite = torch.stack([torch.isfinite(each).all(1) for each in known]).all(0)
         self.dropped += int((~finite).sum())
         return X[finite], None if dX is None else dX[finite], None if dR is None else dR[finite]
 
     def _product(self, A: Tensor, B: Tensor) -> Tensor:
-        """AᵀB of differences, in which rounding is nothing beside the noise of what is averaged."""
-        return (A.T.to(self.precision) @ B.to(self.precision)).float()
+        """Of differences, in which rounding is nothing beside the noise of what is averaged."""
+        return (A.to(self.precision) @ B.to(self.precision)).float()
 
     def finish(self) -> InputStatistics:
         means = {
-            name: each / max(1, self.tokens_val if name.endswith("_val") else self.tokens)
+            name: each.div_(max(1, self.tokens_val if name.endswith("_val") else self.tokens))
             for name, each in self.sums.items()
         }
         H = _mirrored(means["H"])
         H_val = _mirrored(means["H_val"]) if self.tokens_val else H
-        differences = {name: means.get(name) for name in ("C", "C_val", "R", "R_val")}
-        return InputStatistics(H, H_val, means["abs"], self.tokens, self.dropped, **differences)
+        lack, lack_val = (means.get(name) for name in ("lack", "lack_val"))
+        if lack is not None and lack_val is not None and not self.narrow:
+            lack, lack_val = self.W.float() @ lack, self.W.float() @ lack_val
+        return InputStatistics(H, H_val, means["abs"], self.tokens, self.dropped, lack, lack_val)
 
 
 def _add_lower(H: Tensor, X: Tensor) -> None:
@@ -166,4 +169,5 @@ def _add_lower(H: Tensor, X: Tensor) -> None:
 
 def _mirrored(lower: Tensor) -> Tensor:
     # Within a strip the square on the diagonal is full already, hence tril first.
-    return lower.tril() + lower.tril(-1).T
+    full = lower.tril()
+    return full.add_(lower.tril_(-1).T)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,7 +125,7 @@ class GgufFile:
         reader = GGUFReader(path)
         architecture = hf_gguf.read_field(reader, "general.architecture")[0]
         processor = hf_gguf.TENSOR_PROCESSORS.get(architecture, hf_gguf.TensorProcessor)
-        self.path = path
+        self.path, self._mapped = path, cast(Any, reader.data)._mmap
         self._processor = processor(config=config.to_dict())
         # Asked for a whole model, transformers maps the names of every submodule anew: seconds for nothing on most.
         names = hf_gguf.get_gguf_hf_weights_map(cast(Any, _Leaf(skeleton)), self._processor)
@@ -143,6 +144,8 @@ class GgufFile:
         if stored is None:
             raise CheckpointError(f"{self.path}: no tensor is named {name}")
         weights = dequantize(stored.data, stored.tensor_type)
+        # The pages just read would count as this program's memory for as long as the file is mapped.
+        self._mapped.madvise(mmap.MADV_DONTNEED)
         # float16: the block scales of a GGUF file are float16 themselves, so float32 would only double the copy.
         return torch.tensor(self._processor.process(weights, stored.name).weights, dtype=torch.float16)
 

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -29,6 +30,7 @@ from triton.compiler import ASTSource
 _POINTERS = {"torch.float16": "*fp16", "torch.bfloat16": "*bf16", "torch.float32": "*fp32"} | {
     "torch.int16": "*i16",
     "torch.int32": "*i32",
+    "torch.uint8": "*u8",
 }
 
 
@@ -94,21 +96,28 @@ class Row:
 
 def launch_of(case: Case) -> Launch:
     """What the launching code hands to Triton."""
-    wanted, calls = case.problem, []
+    wanted = case.problem
     x = torch.empty(wanted.M, wanted.K, dtype=getattr(torch, wanted.dtype), device="meta")
     weight = _weight(wanted)
     module = packed_matmul if case.tile else dequantize_matmul
     name = "packed_matmul_kernel" if case.tile else "dequantize_kernel"
-    kernel, recorder = getattr(module, name), mock.MagicMock()
-    recorder.__getitem__.return_value = lambda *args, **kwargs: calls.append((args, kwargs))
-    with mock.patch.object(module, name, recorder), mock.patch.object(module, "uses_asm", return_value=True):
+    with mock.patch.object(module, "uses_asm", return_value=True), recorded(module, name) as launches:
         if case.tile:
             bias = x.new_empty(wanted.N) if case.bias else None
             packed_matmul.packed_matmul(x, weight, bias, weight.grid.new_empty(4096), case.tile)
         else:
             dequantize_matmul.dequantize_rows(weight, x.new_empty(128, wanted.K + -wanted.K % 8)[:, : wanted.K], 64)
-    ((args, kwargs),) = calls
-    return _specialized(kernel, args, kwargs)
+    (launch,) = launches
+    return launch
+
+
+@contextlib.contextmanager
+def recorded(module: ModuleType, name: str) -> Iterator[list[Launch]]:
+    """Inside, launches of that kernel of the module are noted instead of made."""
+    kernel, recorder, launches = getattr(module, name), mock.MagicMock(), []
+    recorder.__getitem__.return_value = lambda *args, **kwargs: launches.append(_specialized(kernel, args, kwargs))
+    with mock.patch.object(module, name, recorder):
+        yield launches
 
 
 def _weight(wanted: Problem) -> PackedWeight:
@@ -205,13 +214,20 @@ def row_of(case: Case, launch: Launch, shared: int, log: str, sass: str) -> Row:
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Inside, everything is compiled anew: a cached binary has no log."""
+    with tempfile.TemporaryDirectory() as cache, knobs.compilation.scope(), knobs.nvidia.scope(), knobs.cache.scope():
+        knobs.compilation.always_compile = True
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.cache.dir = cache
+        yield
+
+
 def inspect(cases: Iterable[Case], sass: Path | None = None) -> Iterator[Row]:
     """Compile every different launch among the calls."""
-    knobs.compilation.always_compile = True  # a cached binary has no log
-    knobs.nvidia.dump_ptxas_log = True
     seen = set()
-    with tempfile.TemporaryDirectory() as cache:
-        knobs.cache.dir = cache
+    with uncached():
         for case in cases:
             launch = launch_of(case)
             if (case.device.arch, launch) in seen:

@@ -1,21 +1,27 @@
-"""One table: perplexity, KL, time and memory of methods x bits x symmetric/asymmetric on one model.
+"""The ablation bench: any settings x bits x group sizes x seeds on one model, as one table and one picture.
 
 Every row is a run of `python -m llmq.quantize` in its own process (so that its memory is its own), whose checkpoint is
 then loaded and evaluated. Rows are written as they finish; a second call with the same --results goes on where it was.
+A setting is a name and the flags it stands for; seeds choose other windows of the calibration text.
 
-    python scripts/compare_methods.py --model demo-dithered --calibration valid.txt --text test.txt --limit 20
+    python scripts/compare_methods.py --model demo-dithered --calibration valid.txt --text test.txt \\
+        --settings "fast: --effort fast" "normal:" "awq: --method awq" --bits 4 3 --seeds 0 1 2 --plot kl.png
 """
 
 from __future__ import annotations
 
+import csv
 import json
+import math
+import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -28,6 +34,12 @@ from llmq.evaluate import Logits, evaluate, logits_of, remembered, score
 from llmq.load import load_any
 from llmq.writer import REPORT
 
+Row = dict[str, Any]
+Key = tuple[str, int, int, int]
+# As flags of llmq.quantize.
+DEFAULT = ("rtn: --method rtn", "gptq fast: --effort fast", "gptq: --method gptq", "awq: --method awq")
+_PHASES = ("forward", "statistics", "solve", "refine")
+
 
 @dataclass(frozen=True)
 class CompareConfig:
@@ -39,10 +51,12 @@ class CompareConfig:
     """Text to calibrate on."""
     text: str = "pytopics"
     """Text to evaluate on; should share nothing with the calibration text."""
-    methods: tuple[str, ...] = ("rtn", "gptq", "awq")
+    settings: tuple[str, ...] = DEFAULT
+    """Each 'NAME: FLAGS', the flags as llmq.quantize takes them."""
     bits: tuple[int, ...] = (4, 3, 2)
-    grids: tuple[str, ...] = ("symmetric", "asymmetric")
-    group_size: int = 64
+    group_sizes: tuple[int, ...] = (64,)
+    seeds: tuple[int, ...] = (0,)
+    """Of the choice of calibration windows."""
     samples: int = 64
     sequence_length: int = 512
     """Tokens per calibration sequence."""
@@ -52,83 +66,139 @@ class CompareConfig:
     """Evaluation chunks."""
     results: Path = Path("compare_methods.jsonl")
     """Finished rows, one JSON object each."""
+    csv: Path | None = None
+    """The table once more, as a file for spreadsheets."""
+    plot: Path | None = None
+    """A picture of KL divergence against bits per weight, one line for each setting (needs matplotlib)."""
 
 
 def compare(config: CompareConfig) -> None:
     """Do the missing rows, then print the table in Markdown."""
-    rows = _finished(config)
+    flags = dict(_named(setting) for setting in config.settings)
+    rows = _finished(config, flags)
     model, tokenizer = load_any(config.model, "cpu")
     chunks = evaluation_chunks(tokenizer, read_text(config.text, evaluation=True), config.chunk, config.limit)
     reference = remembered(logits_of(model), chunks)
     del model
     original = score(reference, chunks).perplexity
-    for key in product(config.bits, config.grids, config.methods):
+    # Seeds outermost: the first table is whole long before the last seed is done.
+    for seed, bits, size, name in product(config.seeds, config.bits, config.group_sizes, flags):
+        key = (name, bits, size, seed)
         if key not in rows:
-            rows[key] = _row(config, key, chunks, reference)
+            rows[key] = _row(config, key, flags[name], chunks, reference)
             with config.results.open("a") as file:
                 file.write(json.dumps(rows[key]) + "\n")
-            print(_line(rows[key]), file=sys.stderr, flush=True)
-    print("\n".join(_table(config, original, rows)))
+            print(*_lines([rows[key]]), sep="\n", file=sys.stderr, flush=True)
+    order = product(config.bits, config.group_sizes, flags, config.seeds)
+    wanted = [rows[name, bits, size, seed] for bits, size, name, seed in order]
+    print(f"{config.samples}x{config.sequence_length} tokens; original perplexity {original:.3f}\n")
+    print("| bits | group | setting | KL | perplexity | layer error | seconds | of which | peak memory |")
+    print("|---|---|---|---|---|---|---|---|---|", *_lines(wanted), sep="\n")
+    if config.csv is not None:
+        _write_csv(config.csv, wanted)
+    if config.plot is not None:
+        plot(config.plot, wanted)
 
 
-def _row(config: CompareConfig, key: tuple[int, str, str], chunks: torch.Tensor, reference: Logits) -> dict[str, Any]:
-    bits, grid, method = key
+def _named(setting: str) -> tuple[str, str]:
+    name, colon, flags = setting.partition(":")
+    if not colon:
+        raise RequestError(f"a setting is 'NAME: FLAGS', for example 'fast: --effort fast'; got {setting!r}")
+    return name.strip(), flags.strip()
+
+
+def _row(config: CompareConfig, key: Key, flags: str, chunks: torch.Tensor, reference: Logits) -> Row:
+    name, bits, size, seed = key
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "model"
         command = [sys.executable, "-m", "llmq.quantize", "--model", config.model, "--output", str(output)]
-        command += ["--method", method, "--bits", str(bits), "--group-size", str(config.group_size)]
-        command += ["--symmetric"] if grid == "symmetric" else ["--no-symmetric"]
+        command += ["--bits", str(bits), "--group-size", str(size), "--seed", str(seed)]
         command += ["--format", "compressed-tensors", "--calibration", config.calibration]
         command += ["--samples", str(config.samples), "--sequence-length", str(config.sequence_length)]
+        command += shlex.split(flags)
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise WorkError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
         report = json.loads((output / REPORT).read_text())
         result = evaluate(llmq.load(output, device="cpu"), chunks, reference)
-    row = {
-        "settings": _settings(config),
-        "bits": bits,
-        "grid": grid,
-        "method": method,
-        "perplexity": result.perplexity,
-        "kl": result.kl,
-    }
+    scales = 16 if report["config"]["symmetric"] else 16 + bits
+    row = {"settings": _common(config), "name": name, "flags": flags, "bits": bits, "group_size": size, "seed": seed}
+    row |= {"bits_per_weight": bits + scales / size, "perplexity": result.perplexity, "kl": result.kl}
+    # The mean of logarithms: layers whose error is small count as much as others.
+    row |= {"layer_error": math.exp(mean(math.log(max(entry["error"], 1e-12)) for entry in report["groups"]))}
     return row | {"seconds": report["seconds"], "peak_memory_bytes": report["peak_memory_bytes"]}
 
 
-def _finished(config: CompareConfig) -> dict[tuple[int, str, str], dict[str, Any]]:
-    """Rows of earlier calls. Raises RequestError if they were made with other settings."""
+def _finished(config: CompareConfig, flags: dict[str, str]) -> dict[Key, Row]:
+    """Rows of earlier calls. Raises RequestError if they were made with other texts, or a name meant other flags."""
     lines = config.results.read_text().splitlines() if config.results.exists() else []
     rows = [json.loads(line) for line in lines]
-    if any(row["settings"] != _settings(config) for row in rows):
-        raise RequestError(f"{config.results} holds rows made with other settings; name another file with --results")
-    return {(row["bits"], row["grid"], row["method"]): row for row in rows}
+    for row in rows:
+        if row["settings"] != _common(config) or flags.get(row["name"], row["flags"]) != row["flags"]:
+            raise RequestError(
+                f"{config.results} holds rows made with other settings; name another file with --results"
+            )
+    return {(row["name"], row["bits"], row["group_size"], row["seed"]): row for row in rows}
 
 
-def _settings(config: CompareConfig) -> dict[str, Any]:
+def _common(config: CompareConfig) -> Row:
     """What all rows of one table have in common."""
-    common = ("group_size", "samples", "sequence_length", "chunk", "limit")
     files = {name: Path(getattr(config, name)).name for name in ("model", "calibration", "text")}
-    return files | {name: getattr(config, name) for name in common}
+    return files | {name: getattr(config, name) for name in ("samples", "sequence_length", "chunk", "limit")}
 
 
-def _table(config: CompareConfig, original: float, rows: dict[tuple[int, str, str], dict[str, Any]]) -> Iterator[str]:
-    tokens = f"{config.samples}x{config.sequence_length}"
-    yield f"group {config.group_size}, {tokens} tokens; original perplexity {original:.3f}"
-    yield "| bits | grid | method | perplexity | KL | seconds | forward + statistics | peak memory |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for key in product(config.bits, config.grids, config.methods):
-        yield _line(rows[key])
+def _grouped(rows: Sequence[Row]) -> dict[tuple[int, int, str], list[Row]]:
+    """Rows that differ in their seed only."""
+    groups: dict[tuple[int, int, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["bits"], row["group_size"], row["name"]), []).append(row)
+    return groups
 
 
-def _line(row: dict[str, Any]) -> str:
-    seconds = row["seconds"]
-    counted = sum(seconds.get(phase, 0.0) for phase in ("forward", "statistics", "solve", "write"))
-    share = (seconds.get("forward", 0.0) + seconds.get("statistics", 0.0)) / counted
-    return (
-        f"| {row['bits']} | {row['grid']} | {row['method']} | {row['perplexity']:.3f} | {row['kl']:.4f} "
-        f"| {seconds['total']:.0f} | {share:.0%} | {row['peak_memory_bytes'] / 1e9:.2f} GB |"
-    )
+def _lines(rows: Sequence[Row]) -> Iterator[str]:
+    """The table's lines: means over seeds, with the largest deviation from them."""
+    for (bits, size, name), same in _grouped(rows).items():
+        seconds = {phase: mean(row["seconds"].get(phase, 0.0) for row in same) for phase in ("total", *_PHASES)}
+        phases = ", ".join(f"{phase} {seconds[phase]:.0f}" for phase in _PHASES if seconds[phase] >= 0.5)
+        yield (
+            f"| {bits} | {size} | {name} | {_spread(same, 'kl', 4)} | {_spread(same, 'perplexity', 3)} "
+            f"| {mean(row['layer_error'] for row in same):.2e} | {seconds['total']:.0f} | {phases} "
+            f"| {max(row['peak_memory_bytes'] for row in same) / 1e9:.2f} GB |"
+        )
+
+
+def _spread(rows: Sequence[Row], name: str, digits: int) -> str:
+    values = [row[name] for row in rows]
+    middle = mean(values)
+    largest = max(abs(value - middle) for value in values)
+    return f"{middle:.{digits}f}" + (f" ± {largest:.{digits}f}" if len(values) > 1 else "")
+
+
+def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+    plain = [{k: v for k, v in row.items() if not isinstance(v, dict)} | row["seconds"] for row in rows]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in plain for name in row)))
+        writer.writeheader()
+        writer.writerows(plain)
+
+
+def plot(path: Path, rows: Sequence[Row]) -> None:
+    """KL divergence against bits per weight, one line for each setting."""
+    from matplotlib.figure import Figure
+
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for (_, _, name), same in _grouped(rows).items():
+        lines.setdefault(name, []).append((same[0]["bits_per_weight"], mean(row["kl"] for row in same)))
+    figure = Figure((7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, linewidth=1.5, label=name)
+    axes.set(xlabel="bits per weight, scales included", ylabel="KL divergence from the original (nats per token)")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=160)
 
 
 if __name__ == "__main__":

@@ -58,18 +58,34 @@ def test_transformers_and_llmq_agree_on_the_perplexity_of_a_checkpoint(llama, te
     assert theirs.startswith("perplexity ")
 
 
-@pytest.mark.parametrize("resumed", [False, True])
-def test_the_comparison_prints_a_row_for_each_method_and_keeps_finished_ones(llama, text_file, tmp_path, resumed):
+def comparison(llama, text_file, results, *options):
+    paths = ["--model", llama, "--calibration", text_file, "--text", text_file, "--results", results]
+    shape = ["--group-sizes", "32", "--samples", "8", "--sequence-length", "32", "--chunk", "128", "--limit", "2"]
+    return script("compare_methods", *paths, *shape, *options)
+
+
+def test_the_comparison_has_a_line_for_each_setting_and_a_row_for_each_seed(llama, text_file, tmp_path):
+    results, table, picture = (tmp_path / name for name in ("rows.jsonl", "table.csv", "kl.png"))
+    settings = ["--settings", "plain: --method rtn", "fast: --effort fast --gptq.order natural"]
+    options = [*settings, "--bits", "4", "8", "--seeds", "0", "1", "--csv", table, "--plot", picture]
+    text = comparison(llama, text_file, results, *options)
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert len(rows) == 8
+    assert "original perplexity" in text
+    lines = {tuple(cell.strip() for cell in line.split("|")[1:4]): line for line in text.splitlines() if "±" in line}
+    assert set(lines) == {(bits, "32", name) for bits in "48" for name in ("plain", "fast")}
+    kl = [row["kl"] for row in rows if row["name"] == "fast" and row["bits"] == 4]
+    assert kl[0] != kl[1]  # other windows of the text
+    assert f"| {sum(kl) / 2:.4f} ± {abs(kl[0] - kl[1]) / 2:.4f} |" in lines["4", "32", "fast"]
+    assert len(table.read_text().splitlines()) == 9
+    assert picture.stat().st_size > 10_000
+    assert comparison(llama, text_file, results, *options) == text  # nothing is done twice
+    assert len(results.read_text().splitlines()) == 8
+
+
+def test_the_comparison_refuses_rows_made_with_other_flags(llama, text_file, tmp_path):
     results = tmp_path / "rows.jsonl"
-    if resumed:
-        settings = {"model": llama.name, "calibration": "text.txt", "text": "text.txt", "group_size": 32}
-        settings |= {"samples": 64, "sequence_length": 512, "chunk": 128, "limit": 2}
-        row = {"settings": settings, "bits": 4, "grid": "symmetric", "method": "rtn", "perplexity": 123.0, "kl": 1.0}
-        row |= {"seconds": {"total": 1.0, "forward": 1.0}, "peak_memory_bytes": 10**9}
-        results.write_text(json.dumps(row) + "\n")
-    options = ["--model", llama, "--calibration", text_file, "--text", text_file, "--results", results]
-    options += ["--methods", "rtn", "--bits", "4", "--grids", "symmetric", "--group-size", "32"]
-    table = script("compare_methods", *options, "--chunk", "128", "--limit", "2")
-    assert len(results.read_text().splitlines()) == 1
-    assert ("| 4 | symmetric | rtn | 123.000 | 1.0000 |" in table) == resumed
-    assert "original perplexity" in table
+    row = {"settings": {}, "name": "plain", "flags": "", "bits": 4, "group_size": 32, "seed": 0}
+    results.write_text(json.dumps(row) + "\n")
+    with pytest.raises(AssertionError, match="made with other settings; name another file"):
+        comparison(llama, text_file, results, "--settings", "plain: --method rtn")

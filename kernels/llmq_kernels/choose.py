@@ -111,13 +111,16 @@ def rule(device: Device, problem: Problem) -> Tile | None:
     tallest = (64 if problem.plane > 16 else 16) if problem.bits != 3 else (16 if problem.plane > 16 else 8)
     BM = min(tallest, max(8, 1 << math.ceil(math.log2(problem.M))))
     BN, warps = (128, 8) if BM == 64 else (64, 4)
-    # Sixteen whole planes at a time spill a few registers for sm_80, for groups that span blocks or a K that does not
-    # fill them, and so do three stages for sm_80.
     older = device.arch < 90
     uneven = problem.K % block_of(problem.bits, problem.plane) > 0
-    half = problem.bits == 3 and problem.plane > 16 and (older or uneven or problem.group_size > 128)
+    many = problem.group_size == 64
+    # Sixteen whole planes at a time spill a few registers for sm_80, for groups that span blocks, for groups of 64 with
+    # zero points or a K that does not fill them. So do three stages for sm_80, and there tall tiles of groups of 64.
+    half = problem.bits == 3 and problem.plane > 16
+    half &= older or uneven or problem.group_size > 128 or (many and not problem.symmetric)
     chunk = problem.plane // 2 if half else problem.plane
-    most = _TOKENS_PER_WARP * warps // (2 if older and BM == 64 else 1)
+    tight = older and (BM == 64 or (problem.bits == 3 and BM == 16 and many))
+    most = _TOKENS_PER_WARP * warps // (2 if tight else 1)
     while problem.planes * chunk * BM > most and chunk > 16:
         chunk //= 2
 

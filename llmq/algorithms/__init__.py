@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmq.algorithms import awq, gptq, rtn
+from llmq.algorithms import awq, gptq, rtn, tuned
 from llmq.algorithms.problem import Problem, Solution
 from llmq.arch import Group
 from llmq.block import Block
@@ -16,13 +16,25 @@ from llmq.config import QuantizeConfig
 Transform = Callable[[Block, list[Group], list[Problem], QuantizeConfig], tuple[set[str], list[str]]]
 
 
+# Improves on the solutions of a block's groups, seen together. Returns them, and what it minimises on held-out tokens,
+# before and after.
+Refine = Callable[
+    [Block, list[Group], list[Problem], list[Solution], QuantizeConfig], tuple[list[Solution], tuple[float, float]]
+]
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """How a method turns the weights of a block into codes."""
 
     solve: Callable[[Problem, QuantizeConfig], Solution]
     transform: Transform | None = None
+    refine: Refine | None = None
     needs_statistics: Callable[[QuantizeConfig], bool] = lambda _: True
+
+    def needs_original(self, config: QuantizeConfig) -> bool:
+        """Whether the original model's hidden states run along."""
+        return self.needs_statistics(config) and (config.effort != "fast" or self.refine is not None)
 
 
 def _gptq(problem: Problem, config: QuantizeConfig) -> Solution:
@@ -35,9 +47,16 @@ def _awq_transform(
     return awq.transform(block, groups, problems, config.awq)
 
 
+def _tuned(
+    block: Block, groups: list[Group], problems: list[Problem], solutions: list[Solution], config: QuantizeConfig
+) -> tuple[list[Solution], tuple[float, float]]:
+    return tuned.refine(block, groups, problems, solutions, config.tuned)
+
+
 ALGORITHMS = {
     "rtn": Algorithm(lambda problem, _: rtn.solve(problem), needs_statistics=lambda config: config.grid == "hessian"),
     "gptq": Algorithm(_gptq),
     "awq": Algorithm(lambda problem, config: awq.solve(problem, config.awq), _awq_transform),
     "awq+gptq": Algorithm(_gptq, _awq_transform),
+    "tuned": Algorithm(_gptq, refine=_tuned),
 }

@@ -61,7 +61,7 @@ def solve(problem: Problem, settings: Gptq) -> Solution:
     assert problem.statistics is not None, "gptq needs input statistics"
     H, dead = _without_dead_columns(problem.statistics.H)
     order = visiting_order(settings.order, H.diagonal(), problem.grid.group_size)
-    U, damping, fallbacks = factorise(H[order][:, order], settings.damping)
+    U, damping, fallbacks = factorise(H[order[:, None], order], settings.damping)
     if dead:
         fallbacks.append(f"{dead} input channels never active: rounded to nearest")
     q, scale, zero = _round_columns(problem, order, U, settings)
@@ -110,8 +110,7 @@ def factorise(H: Float[Tensor, "n n"], damping: float) -> tuple[Float[Tensor, "n
 
 
 def _upper_factor_of_inverse(H: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
-    A = damped(H.to(torch.promote_types(dtype, H.dtype)), damping)
-    L, failed = torch.linalg.cholesky_ex(A.flip(0, 1))
+    L, failed = torch.linalg.cholesky_ex(damped(H.to(torch.promote_types(dtype, H.dtype)), damping).flip(0, 1))
     if bool(failed):
         return None
     identity = torch.eye(len(H), dtype=L.dtype, device=L.device)

@@ -45,7 +45,9 @@ class Problem:
         search = self.grid.search
         if search == "auto":
             search = "minmax" if importance is None else "hessian"
-        if search == "minmax":
+        if search == "common" and self.grid.symmetric:
+            return grid.common_scale_zero(W, self.grid.bits, self.scale_dtype)
+        if search in ("minmax", "common"):
             return self.grid_of(W)
         if search == "mse":
             ones = torch.ones_like(W[..., :1]).expand_as(W)
@@ -91,7 +93,9 @@ def quantize_groups(
 
 def damped(H: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
     """H with a fraction of its mean diagonal added to the diagonal; H itself is shared and stays."""
-    return H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
+    A = H.clone()
+    A.diagonal().add_(damping * H.diagonal().mean())
+    return A
 
 
 def relative_error(W: Tensor, W_hat: Tensor, H: Tensor | None) -> float:

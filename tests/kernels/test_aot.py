@@ -5,11 +5,15 @@ In a process of its own: Triton's interpreter, which other tests need, replaces 
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from ahead_of_time import compiled, recorded, uncached
+from llmq_kernels import gptq_columns
 
 ROOT = Path(__file__).parents[2]
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
@@ -95,3 +99,16 @@ def test_taller_tiles_and_other_groups_cost_no_more_than_they_do_now(rows):
         most = {16: 3.0, 32: 3.2, 64: 3.6, 128: 4.0}.get(row["BM"], {16: 5.8, 32: 3.3}.get(row["group"], 2.6))
         assert row["per_weight"] <= most + (0 if row["even_k"] else 1), row
     assert all(row["per_weight"] <= 9.5 for row in rows if row["kernel"] == "dequantize")
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("size", [64, 128])
+def test_gptqs_inner_loop_keeps_its_columns_in_registers(arch, size):
+    W, U, grid = (torch.empty(shape, device="meta") for shape in ((size, 576), (size, size), (576,)))
+    with recorded(gptq_columns, "round_columns_kernel") as launches, uncached():
+        gptq_columns.round_columns(W, U, grid, grid, 4)
+        binary, log = compiled(launches[0], arch)
+    registers, frame = re.search(r"Used (\d+) registers", log), re.search(r"(\d+) bytes stack frame", log)
+    assert int(frame[1]) == 0
+    assert 3 * 128 * int(registers[1]) <= 65536  # three programs on a multiprocessor
+    assert binary.metadata.shared <= 4096

@@ -3,16 +3,18 @@ import torch
 from tiny import ARCHITECTURES, tiny_model
 from torch import nn
 
-from llmq.arch import Group, find_groups, fit_group_size, split_packable
+from llmq.arch import Group, Part, find_groups, fit_group_size, split_packable
 from llmq.errors import RequestError
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-MHA_O = Group(("self_attn.o_proj",), "self_attn.v_proj", residual="")
-GQA_O = Group(("self_attn.o_proj",), residual="")
-DOWN = Group(("mlp.down_proj",), "mlp.up_proj", residual="post_attention_layernorm")
+ATTENTION, MLP = Part("self_attn", 2), Part("mlp", None)
+MHA_O = Group(("self_attn.o_proj",), "self_attn.v_proj", residual="", ends=ATTENTION)
+GQA_O = Group(("self_attn.o_proj",), residual="", ends=ATTENTION)
+DOWN = Group(("mlp.down_proj",), "mlp.up_proj", residual="post_attention_layernorm", ends=MLP)
 # Gemma-2 and Olmo-2 normalise an output before it is added.
-O_ALONE, DOWN_ALONE = Group(("self_attn.o_proj",)), Group(("mlp.down_proj",), "mlp.up_proj")
+O_ALONE = Group(("self_attn.o_proj",), ends=ATTENTION)
+DOWN_ALONE = Group(("mlp.down_proj",), "mlp.up_proj", ends=MLP)
 
 
 def llama_like(o_proj, down=DOWN, mlp_norm="post_attention_layernorm", offset=0.0):
@@ -27,14 +29,15 @@ EXPECTED = {
     "qwen3": llama_like(GQA_O),
     "granite": llama_like(GQA_O),
     # The norm multiplies by 1 + w, and the norm before the MLP has another name.
-    "gemma2": llama_like(O_ALONE, DOWN_ALONE, "pre_feedforward_layernorm", 1.0),
+    # Attention of Gemma-2 returns its weights beside its output.
+    "gemma2": llama_like(Group(O_ALONE.linears), DOWN_ALONE, "pre_feedforward_layernorm", 1.0),
     "gemma3": llama_like(O_ALONE, DOWN_ALONE, "pre_feedforward_layernorm", 1.0),
     # One fused weight each; the rows of gate_up that feed down_proj come last.
     "phi3": [
         Group(("self_attn.qkv_proj",), "input_layernorm", 0.0),
         GQA_O,
         Group(("mlp.gate_up_proj",), "post_attention_layernorm", 0.0),
-        Group(("mlp.down_proj",), "mlp.gate_up_proj", residual="post_attention_layernorm"),
+        Group(("mlp.down_proj",), "mlp.gate_up_proj", residual="post_attention_layernorm", ends=MLP),
     ],
     # Norms come after attention and MLP: nothing produces the inputs of q, k, v alone.
     "olmo2": [Group(QKV), O_ALONE, Group(GATE_UP), DOWN_ALONE],

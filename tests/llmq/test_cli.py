@@ -60,7 +60,7 @@ def packed(llama, text_file, tmp_path_factory):
 
 
 REFUSED = {
-    "method": (("--method", "gtpq"), ("method", "gptq, awq, awq+gptq, rtn", "gtpq")),
+    "method": (("--method", "gtpq"), ("method", "gptq, awq, awq+gptq, tuned, rtn", "gtpq")),
     "bits": (("--bits", "5"), ("bits", "2, 3, 4, 8", "5")),
     "format": (("--format", "gguf"), ("format", "compressed-tensors", "gguf")),
     "format_for_grid": (("--no-symmetric",), ("asymmetric", "--format compressed-tensors")),

@@ -33,7 +33,10 @@ def test_symmetric_largest_weight_is_represented_exactly_by_code_zero(bits, sign
 def test_symmetric_step_is_smaller_than_that_of_half_range_grids(bits):
     W = weights()
     scale, _ = grid.choose_scale_zero(W, bits, True, torch.float32)
-    assert (scale.abs() < W.abs().amax(1) / (2 ** (bits - 1) - 0.5)).all()
+    common, zero = grid.common_scale_zero(W, bits, torch.float32)
+    torch.testing.assert_close(common, W.abs().amax(1) / (2 ** (bits - 1) - 0.5), rtol=1e-6, atol=0)
+    assert (zero == 2 ** (bits - 1)).all()
+    assert (scale.abs() < common).all()
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -18,8 +18,9 @@ def paired_problem(noise, tokens=4096, residual=False, seed=0):
     problem = make_problem(X)
     stats, moments = problem.statistics, []
     for x, o, r in halves:
-        moments.append((x.T @ x / len(x), (o - x).T @ x / len(x), r.T @ x / len(x) if residual else None))
-    (stats.H, stats.C, stats.R), (stats.H_val, stats.C_val, stats.R_val) = moments
+        T = (o - x) @ problem.W.T + (r if residual else 0)
+        moments.append((x.T @ x / len(x), T.T @ x / len(x)))
+    (stats.H, stats.lack), (stats.H_val, stats.lack_val) = moments
     return problem, halves[1]
 
 
@@ -50,14 +51,14 @@ def test_held_out_tokens_shorten_the_step_where_few_tokens_were_seen():
 
 def test_nothing_changes_where_nothing_differs_or_nothing_is_known():
     problem, _ = paired_problem(noise=0.1)
-    problem.statistics.C = torch.zeros_like(problem.statistics.C)
+    problem.statistics.lack = torch.zeros_like(problem.statistics.lack)
     assert torch.equal(match(problem).W, problem.W)
-    problem.statistics.C = problem.statistics.C_val = None
+    problem.statistics.lack = problem.statistics.lack_val = None
     assert torch.equal(match(problem).W, problem.W)
     assert match(problem).step == 0
 
 
 def test_a_correction_that_held_out_tokens_contradict_is_not_made():
     problem, _ = paired_problem(noise=0.1)
-    problem.statistics.C_val = -problem.statistics.C_val
+    problem.statistics.lack_val = -problem.statistics.lack_val
     assert match(problem).step == 0

@@ -106,21 +106,28 @@ def paired_block():
     return Block("block", Residual(64, 96), hidden, 2, ((), {}), Compute(torch.device("cpu")), list(original)), original
 
 
+def inputs_of(block, hidden):
+    a_in = block.module.norm(hidden)
+    b_in = block.module.a(a_in).relu()
+    return {block.module.a: a_in.flatten(0, 1), block.module.b: b_in.flatten(0, 1)}
+
+
 @torch.no_grad()
 def test_differences_from_the_original_model_are_those_of_all_tokens_at_once():
     block, original = paired_block()
     groups = find_groups(block.module, block.run, block.hidden[0])
     assert groups == [Group(("a",), "norm", 0.0), Group(("b",), residual="")]
-    b_in = lambda h: block.module.a(block.module.norm(h)).relu()  # noqa: E731
     outputs = [block.run(h) for h in original]
-    stats = collect_statistics(block, groups, Clock())[1]
-    for rows, C, R in ((slice(0, 2), stats.C, stats.R), (slice(2, 3), stats.C_val, stats.R_val)):
-        X, dX = (torch.cat(each[rows]).flatten(0, 1) for each in (
-            [b_in(h) for h in block.hidden], [b_in(o) - b_in(h) for o, h in zip(original, block.hidden, strict=True)]
-        ))  # fmt: skip
-        dR = torch.cat([o - h for o, h in zip(original, block.hidden, strict=True)][rows]).flatten(0, 1)
-        torch.testing.assert_close(C, dX.T @ X / len(X), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(R, dR.T @ X / len(X), rtol=1e-4, atol=1e-5)
+    for stats, linear, residual in zip(
+        collect_statistics(block, groups, Clock()), (block.module.a, block.module.b), (0, 1), strict=True
+    ):
+        assert linear.out_features != linear.in_features
+        for rows, lack in ((slice(0, 2), stats.lack), (slice(2, 3), stats.lack_val)):
+            X = torch.cat([inputs_of(block, h)[linear] for h in block.hidden[rows]])
+            X_o = torch.cat([inputs_of(block, h)[linear] for h in original[rows]])
+            dR = torch.cat([o - h for o, h in zip(original, block.hidden, strict=True)][rows]).flatten(0, 1)
+            T = (X_o - X) @ linear.weight.T + (dR if residual else 0)
+            torch.testing.assert_close(lack, T.T @ X / len(X), rtol=1e-4, atol=1e-5)
     assert all(torch.equal(out, expected) for out, expected in zip(block.original, outputs, strict=True))
 
 
@@ -147,37 +154,55 @@ def test_a_block_runs_no_further_than_the_last_input_that_is_wanted():
 
 
 class Two(nn.Module):
-    """Two residual parts one after the other, as attention and MLP are."""
+    """Two parts one after the other, each added to the residual stream, as attention and MLP are."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = Residual(64, 96), Residual(64, 96)
+        self.first, self.second, self.norm = TwoLinears(64, 96), TwoLinears(64, 96), nn.LayerNorm(64)
 
     def forward(self, hidden):
-        return self.second(self.first(hidden))
+        hidden = hidden + self.first(hidden)
+        return hidden + self.second(self.norm(hidden))
 
 
 @torch.no_grad()
-def test_finished_parts_run_once_and_everything_is_as_if_they_ran_each_time():
+def test_parts_that_end_with_a_linear_run_once_and_everything_is_as_if_they_ran_each_time():
     results, runs = [], []
-    for remembers in (False, True):
+    for keeps in (False, True):
         torch.manual_seed(0)
         hidden = hidden_states()
         original = [h + 0.1 * torch.randn_like(h) for h in hidden]
         block = Block("block", Two(), hidden, 2, ((), {}), Compute(torch.device("cpu")), original)
         groups = find_groups(block.module, block.run, block.hidden[0])
-        if remembers:
+        if keeps:
             block.expect(groups)
         calls = []
-        block.module.first.a.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        for part in (block.module.first, block.module.second):
+            part.a.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         stats = []
         for group in groups:
             stats += collect_statistics(block, [group], Clock(), last=group is groups[-1])
             block.replace_weight(group.linears[0], linear_of(block.module, group.linears[0]).weight.round(decimals=1))
         outputs = [block.run_batch(i) for i in range(3)]
-        results.append([*outputs, *block.original, *(part for each in stats for part in (each.H, each.C, each.H_val))])
+        results.append(
+            [*outputs, *block.original, *(part for each in stats for part in (each.H, each.lack, each.H_val))]
+        )
         runs.append(len(calls))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    # 2 streams of 3 batches: for b of `first`, then, in this model and the original one, for a and b of `second`, and
-    # once more at the end. Remembered: not again after they were finished.
-    assert runs == [2 * 3 * 3 + 3, 2 * 3 * 2]
+    # For 3 batches each: the first part for its own b, and, in this model and the original one, for both linears of
+    # the second part, which runs for its own b and, in this model, once more at the end. Kept: never again.
+    assert runs == [3 * (2 * 3 + 1 + 2 + 1), 3 * (2 + 2)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["first.b", "second.a"])
+def test_a_weight_replaced_once_more_changes_what_the_block_gives(name):
+    hidden = hidden_states()
+    block = Block("block", Two(), hidden, 2, ((), {}), Compute(torch.device("cpu")), list(hidden))
+    groups = find_groups(block.module, block.run, block.hidden[0])
+    block.expect(groups)
+    for group in groups:
+        collect_statistics(block, [group], Clock(), last=group is groups[-1])
+        block.replace_weight(group.linears[0], linear_of(block.module, group.linears[0]).weight.round(decimals=1))
+    block.replace_weight(name, -linear_of(block.module, name).weight)
+    assert all(torch.equal(block.run_batch(i), block.run(hidden[i])) for i in range(3))

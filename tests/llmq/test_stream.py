@@ -68,9 +68,9 @@ def test_only_one_block_is_in_memory_at_a_time(llama):
 
 def test_held_out_samples_are_micro_batches_of_their_own(llama):
     source = ModelSource(str(llama))
-    many = Tokens(torch.full((41, 200), 5), torch.full((3, 200), 6))
+    many = Tokens(torch.full((11, 200), 5), torch.full((3, 200), 6))
     block = next(stream(source, many, CPU, Clock()))
-    assert [len(h) for h in block.hidden] == [20, 20, 1, 3]
+    assert [len(h) for h in block.hidden] == [5, 5, 1, 3]
     assert block.held_out_from == 3
 
 

@@ -1,0 +1,72 @@
+"""Calibration text that the model writes itself, for when there is no text to calibrate on (`--calibration self`).
+
+Every sequence starts with BOS (or, without one, with a random token) and is sampled token by token. The first tokens
+decide what a text is about, so they are drawn at a higher temperature that falls to 1, the model's own distribution:
+without it most sequences begin alike. (LLM-QAT, Liu et al., arXiv 2305.17888, samples its training text likewise.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from llmq.config import Calibration
+
+SELF = "self"
+"""The name of this text among calibration texts."""
+_HOTTEST, _HOT_TOKENS = 2.0, 16
+_CACHE_BYTES = 512_000_000  # keys and values of the sequences written at a time
+
+
+class _Cooling(LogitsProcessor):
+    """Divides logits by a temperature that falls from _HOTTEST to 1 over the first _HOT_TOKENS tokens."""
+
+    def __call__(
+        self, input_ids: Int64[Tensor, "batch length"], scores: Float[Tensor, "batch vocabulary"]
+    ) -> Float[Tensor, "batch vocabulary"]:
+        rest = max(0.0, 1 - (input_ids.shape[1] - 1) / _HOT_TOKENS)
+        return scores / (1 + (_HOTTEST - 1) * rest)
+
+
+@torch.no_grad()
+def sample_sequences(
+    model: Any, bos: int | None, settings: Calibration, progress: bool = False
+) -> Int64[Tensor, "samples length"]:
+    """`samples` sequences of `sequence_length` tokens, the same for the same seed.
+
+    Args:
+        bos: the token that texts begin with, if there is one.
+        progress: show a progress bar on stderr.
+    """
+    config = model.config.get_text_config()
+    vocabulary, length = config.vocab_size, settings.sequence_length
+    # No token ends it (None would mean the model's own): what follows an end-of-text token is the next text, as in
+    # windows of a corpus.
+    how = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+        max_new_tokens=length - 1, eos_token_id=-1, pad_token_id=0,
+    )  # fmt: skip
+    written = []
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(settings.seed)
+        starts = (
+            torch.randint(vocabulary, (settings.samples, 1)) if bos is None else torch.full((settings.samples, 1), bos)
+        )
+        batches = starts.split(max(1, _CACHE_BYTES // (length * _cache_bytes_per_token(config))))
+        for start in tqdm(batches, "writing calibration text", disable=not progress, unit="batch"):
+            cooling = LogitsProcessorList([_Cooling()])
+            written.append(
+                model.generate(start.to(model.device), generation_config=how, logits_processor=cooling).cpu()
+            )
+    return torch.cat(written)
+
+
+def _cache_bytes_per_token(config: Any) -> int:
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * 2 * config.num_hidden_layers * heads * size
