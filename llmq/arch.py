@@ -65,7 +65,8 @@ def find_groups(
     produced: dict[tuple[object, ...], str] = {}
     residuals: dict[str, Tensor] = {"": hidden.to(next(block.parameters()).device)}
     outputs: dict[str, Tensor] = {}
-    parts: dict[tuple[str, object], Part] = {}
+    ended_by: dict[tuple[object, ...], str] = {}
+    parts: dict[str, Part] = {}
     alive: list[Tensor] = []  # keeps storages from being reused, which would make two tensors look like one
 
     def seen(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -73,6 +74,7 @@ def find_groups(
             inputs.setdefault(_identity(args[0]), []).append(name)
             alive.append(args[0])
             outputs[name] = output
+            ended_by[_identity(output)] = name
         elif isinstance(output, Tensor) and _is_norm(module):
             produced[_identity(output)] = name
             alive.append(output)
@@ -80,7 +82,9 @@ def find_groups(
         elif "." not in name:
             first, *others = output if isinstance(output, tuple) else (output,)
             if isinstance(first, Tensor) and all(other is None for other in others):
-                parts[name, _identity(first)] = Part(name, len(output) if isinstance(output, tuple) else None)
+                linear = ended_by.get(_identity(first), "")
+                if linear.startswith(name + "."):
+                    parts[linear] = Part(name, len(output) if isinstance(output, tuple) else None)
 
     with _hooked(block, seen):
         end = run(hidden)
@@ -94,7 +98,7 @@ def find_groups(
         producer = norm if offset is not None else _declared_producer(block, linears)
         alone = len(linears) == 1
         residual = _residual_of(outputs[linears[0]], residuals, end) if alone else None
-        ends = parts.get((linears[0].partition(".")[0], _identity(outputs[linears[0]]))) if alone else None
+        ends = parts.get(linears[0]) if alone else None
         groups.append(Group(tuple(linears), producer, offset, residual, ends))
     return groups
 

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from llmq.arch import Group, Part, linear_of
 
+# Of a block's intermediate results, in bytes; what does not fit is computed again.
+_MOST_KEPT = 1 << 30
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -23,7 +26,12 @@ class Compute:
     dtype: torch.dtype = torch.float32
     """Of weights and hidden states."""
     precision: torch.dtype = torch.float32
-    """Of the factors of matmuls inside the blocks."""
+    """Of the factors of matmuls inside the blocks, where that is lower."""
+
+    @property
+    def factors(self) -> torch.dtype:
+        """The dtype in which matmuls want weights."""
+        return self.precision if self.dtype == torch.float32 else self.dtype
 
 
 @dataclass
@@ -65,6 +73,19 @@ class Block:
             whole += float(original.float().square().sum())
         return lost / whole
 
+    @contextmanager
+    def many_runs(self) -> Iterator[None]:
+        """Inside, weights are as matmuls want them, instead of being rounded to that anew for every micro-batch."""
+        linears = [module for module in self.module.modules() if isinstance(module, nn.Linear)]
+        before = [linear.weight.data for linear in linears]
+        for linear in linears:
+            linear.weight.data = linear.weight.data.to(self.compute.factors)
+        try:
+            yield
+        finally:
+            for linear, W in zip(linears, before, strict=True):
+                linear.weight.data = W
+
     @torch.no_grad()
     def run(self, hidden: Float[Tensor, "batch tokens features"]) -> Float[Tensor, "batch tokens features"]:
         """The block's output for one micro-batch, on the block's device."""
@@ -75,16 +96,16 @@ class Block:
     ) -> Float[Tensor, "batch tokens features"]:
         """The same with these tensors in place of the block's own, and with gradients where they are enabled."""
         args, kwargs = self.arguments
-        device, precision = self.compute.device, self.compute.precision
-        with torch.autocast(device.type, precision, enabled=precision != hidden.dtype):
+        device, factors = self.compute.device, self.compute.factors
+        with torch.autocast(device.type, factors, enabled=factors != self.compute.dtype):
             output = torch.func.functional_call(self.module, weights, (hidden.to(device), *args), kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def expect(self, groups: list[Group]) -> None:
-        """Tell which linears are going to be replaced, one group after another.
+        """Tell which linears are going to be replaced, one group after another or all at once.
 
-        Between two groups the block runs again. Of a part that ends with a linear, what enters that linear is kept as
-        soon as the other linears are what they will be: the part then runs once, instead of once for each group.
+        Between two groups the block runs again. Of a part that ends with a linear, what enters that linear is kept when
+        all groups before it have been replaced: the part then runs once, instead of once for each group.
         """
         self._expected, self._unfinished = groups, {name for group in groups for name in group.linears}
         inside = {group.residual for group in groups if group.residual}  # what enters these is wanted: they must run
@@ -102,17 +123,19 @@ class Block:
     def _keeping(self, i: int, original: bool) -> Iterator[None]:
         """Parts whose last input is known are not run up to it again; of the others it is kept once it is final."""
         handles: list[Any] = []
-        resumed = []
+        resumed: list[Part] = []
+        left = self._left
         for name, part in self._parts.items():
             key, linear = (name, i, original), linear_of(self.module, name)
-            others = {other for other in self._unfinished if other.startswith(part.name + ".")} - {name}
             if key in self._entering or key in self._leaving:
                 self.module.get_submodule(part.name).forward = partial(self._resume, key, part)
                 resumed.append(part)
-            elif self._runs_again(original) and (original or (name in self._unfinished and not others)):
+            elif self._runs_again(original) and (original or name in left[0].linears):
 
                 def keep(_: nn.Module, args: tuple[Tensor, ...], key: Any = key) -> None:
-                    self._entering[key] = args[0].cpu()
+                    kept = sum(tensor.nbytes for tensor in (*self._entering.values(), *self._leaving.values()))
+                    if kept + args[0].nbytes <= _MOST_KEPT:
+                        self._entering[key] = args[0].cpu()
 
                 handles.append(linear.register_forward_pre_hook(keep, prepend=True))
         try:
@@ -138,9 +161,13 @@ class Block:
         return output if part.returns is None else (output, *[None] * (part.returns - 1))
 
     def _runs_again(self, original: bool) -> bool:
-        """The block runs once before each group is replaced, and in this model once more after the last."""
-        left = sum(not self._unfinished.isdisjoint(group.linears) for group in self._expected)
-        return left > (1 if original else 0)
+        """Whether after this run, before a group is replaced, there may be others; the last is in this model alone."""
+        return len(self._left) > (1 if original else 0)
+
+    @property
+    def _left(self) -> list[Group]:
+        """The groups that have not been replaced yet."""
+        return [group for group in self._expected if not self._unfinished.isdisjoint(group.linears)]
 
     def forget(self) -> None:
         """Give up what was kept for further runs."""
@@ -151,7 +178,7 @@ class Block:
         """The linear of that name computes with W from here on."""
         linear = linear_of(self.module, name)
         if self.original is not None:
-            self._replaced.setdefault(name, linear.weight.data)
+            self._replaced.setdefault(name, linear.weight.data.to(self.compute.factors))
         linear.weight.data = W.to(linear.weight.dtype)
         if name in self._unfinished:
             self._unfinished.remove(name)

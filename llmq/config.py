@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,9 +49,9 @@ class Tuned:
     """Settings of learned rounding."""
 
     steps: int = 100
-    """Steps of training per block; 0 leaves the GPTQ solution."""
+    """Steps of training per block."""
     batch: int = 2
-    """Micro-batches of 1024 tokens per step."""
+    """Micro-batches per step: 1024 tokens each, or one longer sequence."""
     rate: float = 0.005
     """Learning rate of the codes, in codes per step."""
     scale_rate: float = 0.001
@@ -119,9 +120,9 @@ class QuantizeConfig:
     """Checkpoint format: auto or compressed-tensors (read by transformers, vLLM and SGLang)."""
     calibration: str = Calibration.text
     """Text to calibrate on: wikitext2, c4, pile (downloaded), pydoc, pytopics (offline), a .txt/.jsonl/.parquet, or
-    self (the model writes it)."""
+    self (the model writes it, for which it must fit into memory)."""
     samples: int = Calibration.samples
-    """Number of calibration sequences; every tenth is held out to measure the error."""
+    """Number of calibration sequences; every tenth is held out, to measure and to decide."""
     sequence_length: int = Calibration.sequence_length
     """Tokens per calibration sequence."""
     seed: int = Calibration.seed
@@ -152,8 +153,16 @@ class QuantizeConfig:
             raise RequestError("awq needs at least 1 ratio and 0 to 20 clip steps")
         if self.method == "tuned" and self.samples < 2:
             raise RequestError(f"samples must be at least 2 for tuned, which holds some out; got {self.samples}")
-        if self.tuned.steps < 0 or self.tuned.batch < 1:
-            raise RequestError("tuned needs at least 0 steps and 1 micro-batch per step")
+        if self.method == "tuned" and self.effort == "fast":
+            raise RequestError("tuned follows the original model's outputs, which effort fast leaves out; use normal")
+        if self.tuned.steps < 1 or self.tuned.batch < 1:
+            raise RequestError("tuned needs at least 1 step and 1 micro-batch per step")
+        if not all(0 <= rate < math.inf for rate in (self.tuned.rate, self.tuned.scale_rate)):
+            raise RequestError("tuned's learning rates must be numbers from 0 on")
+        if self.grid == "common" and not self.symmetric:
+            raise RequestError("grid common is symmetric; use minmax with --no-symmetric")
+        if self.method == "awq" and self.grid not in ("auto", "minmax"):
+            raise RequestError(f"awq clips the grids that span the weights; grid {self.grid} is for the other methods")
         if self.format == "auto" and not self.symmetric:
             raise RequestError(
                 "no automatic format for asymmetric grids: transformers opens asymmetric compressed-tensors only with "

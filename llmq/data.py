@@ -24,7 +24,7 @@ _MAX_CHARACTERS = 64_000_000
 
 @dataclass(frozen=True)
 class Tokens:
-    """Calibration sequences; the held-out tenth only measures, it never decides the codes it is measured on."""
+    """Calibration sequences; codes come from `train`, the held-out tenth measures and decides between candidates."""
 
     train: Int64[Tensor, "train length"]
     held_out: Int64[Tensor, "held_out length"]
@@ -190,7 +190,7 @@ _TEXTS: dict[str, Callable[[bool], Iterable[str]]] = {
 
 def _file_documents(path: Path) -> Iterator[str]:
     if not path.is_file():
-        raise RequestError(f"no such text: {str(path)!r} is neither a file nor one of {', '.join(_TEXTS)}")
+        raise RequestError(f"no such text: {str(path)!r} is neither a file nor one of {', '.join(_TEXTS)}, self")
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise RequestError(f"{path}: text files end in {', '.join(_READERS)}; got {path.suffix or 'no suffix'!r}")

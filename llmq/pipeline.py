@@ -86,6 +86,8 @@ class Run:
         # float32 scales would double the cost of a group for digits the codes make no use of.
         self.scale_dtype = torch.float16 if source.dtype == torch.float32 else source.dtype
         self.matching = self.algorithm.needs_original(config)
+        if self.matching and config.samples < 2:
+            self.report.note("model", ["a single sample leaves none to hold out: outputs are not matched"])
 
     def quantize_block(self, block: Block, show: Callable[[str], None]) -> dict[str, Tensor]:
         """Put the quantized values into the block; returns all of its tensors for the checkpoint."""
@@ -96,30 +98,31 @@ class Run:
             self.report.drifts[block.name] = drift
         changed, transformed = self._transform(block, groups)
         block.expect(groups)
-        solved: list[tuple[Problem, Solution]] = []
+        problems: list[Problem] = []  # of all groups, where they are refined together
+        solutions: list[Solution] = []
         # Without groups there is still the original model's own way through the block.
-        stages = ([[group] for group in groups] or [[]]) if self.matching else [groups]
+        stages = ([[group] for group in groups] or [[]]) if self.matching else [groups] * bool(groups)
         for stage in stages:
-            if transformed is None or self.matching:
-                problems = self._problems(block, stage, last=stage is stages[-1])
-            else:
-                problems = transformed
-            for group, problem in zip(stage, problems, strict=True):
-                solved.append((problem, self._solve(block, group, problem, show)))
-        if self.algorithm.refine is not None:
+            posed = transformed or self._problems(block, stage, last=stage is stages[-1])
+            for group, problem in zip(stage, posed, strict=True):
+                solutions.append(self._solve(block, group, problem, show))
+                if self.algorithm.refine is not None:
+                    problems.append(problem)
+        if problems:
             with self.clock("refine"):
-                solved = self._refine(block, groups, solved)
+                solutions = self._refine(block, groups, problems, solutions)
         packed: dict[str, Tensor] = {}
         with self.clock("write"):
-            for group, (problem, solution) in zip(groups, solved, strict=True):
-                for name, weight in _weights(block, group, problem, solution).items():
+            for group, solution in zip(groups, solutions, strict=True):
+                for name, weight in self._weights(block, group, solution).items():
                     packed |= self.format.encode(f"{block.name}.{name}", weight, self.grid.symmetric)
         return packed | self._remaining(block, groups, changed)
 
     def _transform(self, block: Block, groups: list[Group]) -> tuple[set[str], list[Problem] | None]:
         """Let the method change the block before anything is rounded.
 
-        Returns the other tensors that changed, and the problems as they are now, which know no original model.
+        Returns the other tensors that changed, and the problems as they are now, unless the original model's outputs,
+        which they do not know, are to be matched.
         """
         if self.algorithm.transform is None:
             return set(), None
@@ -127,7 +130,7 @@ class Run:
         with self.clock("solve"):
             changed, notes = self.algorithm.transform(block, groups, problems, self.config)
         self.report.note(block.name, notes)
-        return changed, problems
+        return changed, None if self.matching else problems
 
     def _solve(self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]) -> Solution:
         """Round the linears of one group, with whose quantized weights the block computes from here on."""
@@ -137,24 +140,36 @@ class Run:
             baseline = _loss(problem, round_to_nearest(problem))
             solution = replace(self.algorithm.solve(problem, self.config), matched=matched.step)
             loss = _loss(problem, solution)
-            _put_back(block, group, problem, solution)
+            self._put_back(block, group, solution)
             self.report.add_group(block.name, group.linears, (loss, baseline), solution, problem.statistics)
-            problem.statistics = None
             release_memory()
         show(f"{group.linears[-1]} loss {loss:.2e}")
         return solution
 
     def _refine(
-        self, block: Block, groups: list[Group], solved: list[tuple[Problem, Solution]]
-    ) -> list[tuple[Problem, Solution]]:
+        self, block: Block, groups: list[Group], problems: list[Problem], solutions: list[Solution]
+    ) -> list[Solution]:
         """Let the method improve on what it found for the groups, seen together."""
         assert self.algorithm.refine is not None
-        problems, solutions = [problem for problem, _ in solved], [solution for _, solution in solved]
-        solutions, errors = self.algorithm.refine(block, groups, problems, solutions, self.config)
-        self.report.refined[block.name] = errors
-        for group, problem, solution in zip(groups, problems, solutions, strict=True):
-            _put_back(block, group, problem, solution)
-        return list(zip(problems, solutions, strict=True))
+        solutions, objective = self.algorithm.refine(block, groups, problems, solutions, self.config)
+        self.report.refined[block.name] = objective
+        entries = self.report.groups[-len(groups) :]
+        for group, entry, problem, solution in zip(groups, entries, problems, solutions, strict=True):
+            entry["error"] = _loss(problem, solution)
+            self._put_back(block, group, solution)
+        return solutions
+
+    def _weights(self, block: Block, group: Group, solution: Solution) -> dict[str, QuantizedWeight]:
+        """The solution of a group, by linear."""
+        rows = [linear_of(block.module, name).out_features for name in group.linears]
+        parts = zip(solution.q.split(rows), solution.scale.split(rows), solution.zero.split(rows), strict=True)
+        weights = (QuantizedWeight(q, scale, zero, self.grid.bits) for q, scale, zero in parts)
+        return dict(zip(group.linears, weights, strict=True))
+
+    def _put_back(self, block: Block, group: Group, solution: Solution) -> None:
+        """The block computes with the quantized weights from here on."""
+        for name, weight in self._weights(block, group, solution).items():
+            block.replace_weight(name, weight.dequantize())
 
     def hf_config(self) -> dict[str, Any]:
         """The quantization_config, listing every linear that stays in float."""
@@ -208,20 +223,6 @@ class Run:
                 stored = self.source.read(name)
                 remaining[name] = current[inner].to(stored.dtype) if inner in changed else stored
         return remaining
-
-
-def _weights(block: Block, group: Group, problem: Problem, solution: Solution) -> dict[str, QuantizedWeight]:
-    """The solution of a group, by linear."""
-    rows = [linear_of(block.module, name).out_features for name in group.linears]
-    parts = zip(solution.q.split(rows), solution.scale.split(rows), solution.zero.split(rows), strict=True)
-    weights = (QuantizedWeight(q, scale, zero, problem.grid.bits) for q, scale, zero in parts)
-    return dict(zip(group.linears, weights, strict=True))
-
-
-def _put_back(block: Block, group: Group, problem: Problem, solution: Solution) -> None:
-    """The block computes with the quantized weights from here on."""
-    for name, weight in _weights(block, group, problem, solution).items():
-        block.replace_weight(name, weight.dequantize())
 
 
 def _loss(problem: Problem, solution: Solution) -> float:

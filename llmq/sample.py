@@ -20,7 +20,7 @@ from llmq.config import Calibration
 SELF = "self"
 """The name of this text among calibration texts."""
 _HOTTEST, _HOT_TOKENS = 2.0, 16
-_CACHE_BYTES = 512_000_000  # keys and values of the sequences written at a time
+_CACHE_BYTES = {"cpu": 512_000_000, "cuda": 8_000_000_000}  # keys and values of the sequences written at a time
 
 
 class _Cooling(LogitsProcessor):
@@ -45,19 +45,18 @@ def sample_sequences(
     """
     config = model.config.get_text_config()
     vocabulary, length = config.vocab_size, settings.sequence_length
-    # No token ends it (None would mean the model's own): what follows an end-of-text token is the next text, as in
-    # windows of a corpus.
-    how = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-        max_new_tokens=length - 1, eos_token_id=-1, pad_token_id=0,
-    )  # fmt: skip
+    model.generation_config = GenerationConfig()  # how the model is meant to be sampled is not how it speaks
+    # Nothing ends a sequence: what follows an end-of-text token is the next text, as in windows of a corpus.
+    how = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length - 1, pad_token_id=0)
     written = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         starts = (
             torch.randint(vocabulary, (settings.samples, 1)) if bos is None else torch.full((settings.samples, 1), bos)
         )
-        batches = starts.split(max(1, _CACHE_BYTES // (length * _cache_bytes_per_token(config))))
+        batches = starts.split(
+            max(1, _CACHE_BYTES[model.device.type] // (length * _cache_bytes_per_token(config, model.dtype)))
+        )
         for start in tqdm(batches, "writing calibration text", disable=not progress, unit="batch"):
             cooling = LogitsProcessorList([_Cooling()])
             written.append(
@@ -66,7 +65,7 @@ def sample_sequences(
     return torch.cat(written)
 
 
-def _cache_bytes_per_token(config: Any) -> int:
+def _cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * 2 * config.num_hidden_layers * heads * size
+    return 2 * dtype.itemsize * config.num_hidden_layers * heads * size

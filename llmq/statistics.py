@@ -49,20 +49,22 @@ def collect_statistics(block: Block, groups: list[Group], clock: Clock, last: bo
     """
     sums = [_Sums(group, block) for group in groups]
     names = {name for group in groups for name in (group.linears[0], group.residual) if name}
-    for i, micro_batch in enumerate(block.hidden):
-        originals: dict[str, Tensor] = {}
-        if block.original is not None:
-            originals[""] = block.original[i]
-            with clock("forward"), _inputs(block, names, originals, stop=not last):
-                output = block.run_batch(i, original=True)
-                if last:
-                    block.original[i] = output.cpu()
-        inputs = {"": micro_batch}
-        with clock("forward"), _inputs(block, names, inputs, stop=True):
-            block.run_batch(i)
-        with clock("statistics"):
-            for each in sums:
-                each.add(inputs, originals, held_out=i >= block.held_out_from)
+    with block.many_runs():
+        for i, micro_batch in enumerate(block.hidden):
+            originals: dict[str, Tensor] = {}
+            if block.original is not None:
+                originals[""] = block.original[i]
+                with clock("forward"), _inputs(block, names, originals, stop=not last):
+                    output = block.run_batch(i, original=True)
+                    if last:
+                        block.original[i] = output.cpu()
+            inputs = {"": micro_batch}
+            if groups:
+                with clock("forward"), _inputs(block, names, inputs, stop=True):
+                    block.run_batch(i)
+            with clock("statistics"):
+                for each in sums:
+                    each.add(inputs, originals, held_out=i >= block.held_out_from)
     with clock("statistics"):
         release_memory()
         return [each.finish() for each in sums]
@@ -101,8 +103,8 @@ class _Sums:
         self.tokens = self.tokens_val = self.dropped = 0
         self.W = torch.cat([linear_of(block.module, name).weight.data for name in group.linears])
         out, width = self.W.shape
-        # TᵀX = W (X_o - X)ᵀX + …: the shorter way round, unless T has something added to it.
-        self.narrow = self.residual is not None or out < width
+        # TᵀX = W (X_o - X)ᵀX + …: two products with T, or one of square size. T may have something added to it.
+        self.narrow = self.residual is not None or 2 * out < width
         shapes: dict[str, tuple[int, ...]] = {"H": (width, width), "H_val": (width, width), "abs": (width,)}
         if self.paired:
             shape = (out if self.narrow else width, width)

@@ -51,7 +51,7 @@ def stream(
         block = Block(name, module, hidden, held_out_from, block_arguments, compute, original)
         yield block
         if name != source.block_names[-1]:
-            with clock("forward"):
+            with clock("forward"), block.many_runs():
                 for i in range(len(hidden)):
                     hidden[i] = block.run_batch(i).cpu()
         source.free(names)

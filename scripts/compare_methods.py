@@ -25,6 +25,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 import llmq
 from llmq.cli import run
@@ -74,7 +75,7 @@ class CompareConfig:
 
 def compare(config: CompareConfig) -> None:
     """Do the missing rows, then print the table in Markdown."""
-    flags = dict(_named(setting) for setting in config.settings)
+    flags = _flags(config.settings)
     rows = _finished(config, flags)
     model, tokenizer = load_any(config.model, "cpu")
     chunks = evaluation_chunks(tokenizer, read_text(config.text, evaluation=True), config.chunk, config.limit)
@@ -100,11 +101,17 @@ def compare(config: CompareConfig) -> None:
         plot(config.plot, wanted)
 
 
-def _named(setting: str) -> tuple[str, str]:
-    name, colon, flags = setting.partition(":")
-    if not colon:
-        raise RequestError(f"a setting is 'NAME: FLAGS', for example 'fast: --effort fast'; got {setting!r}")
-    return name.strip(), flags.strip()
+def _flags(settings: Sequence[str]) -> dict[str, str]:
+    """The flags by name. Raises RequestError for what is not one setting of its own."""
+    flags: dict[str, str] = {}
+    for setting in settings:
+        name, colon, text = (part.strip() for part in setting.partition(":"))
+        if not colon or name in flags:
+            raise RequestError(f"a setting is 'NAME: FLAGS', each name once; got {setting!r}")
+        if taken := {"--bits", "--group-size", "--seed"} & set(text.split()):
+            raise RequestError(f"{' '.join(taken)} belongs to the whole table, not to the setting {name!r}")
+        flags[name] = text
+    return flags
 
 
 def _row(config: CompareConfig, key: Key, flags: str, chunks: torch.Tensor, reference: Logits) -> Row:
@@ -121,12 +128,24 @@ def _row(config: CompareConfig, key: Key, flags: str, chunks: torch.Tensor, refe
             raise WorkError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
         report = json.loads((output / REPORT).read_text())
         result = evaluate(llmq.load(output, device="cpu"), chunks, reference)
-    scales = 16 if report["config"]["symmetric"] else 16 + bits
+        width = _bits_per_weight(output)
     row = {"settings": _common(config), "name": name, "flags": flags, "bits": bits, "group_size": size, "seed": seed}
-    row |= {"bits_per_weight": bits + scales / size, "perplexity": result.perplexity, "kl": result.kl}
+    row |= {"bits_per_weight": width, "perplexity": result.perplexity, "kl": result.kl}
     # The mean of logarithms: layers whose error is small count as much as others.
     row |= {"layer_error": math.exp(mean(math.log(max(entry["error"], 1e-12)) for entry in report["groups"]))}
     return row | {"seconds": report["seconds"], "peak_memory_bytes": report["peak_memory_bytes"]}
+
+
+def _bits_per_weight(checkpoint: Path) -> float:
+    """Of the packed weights, with their scales and zero points, as they lie in the file."""
+    stored = weights = 0
+    for path in checkpoint.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            if name.endswith((".weight_packed", ".weight_scale", ".weight_zero_point")):
+                stored += 8 * tensor.nbytes
+            elif name.endswith(".weight_shape"):
+                weights += math.prod(tensor.tolist())
+    return stored / weights
 
 
 def _finished(config: CompareConfig, flags: dict[str, str]) -> dict[Key, Row]:

@@ -89,3 +89,9 @@ def test_the_comparison_refuses_rows_made_with_other_flags(llama, text_file, tmp
     results.write_text(json.dumps(row) + "\n")
     with pytest.raises(AssertionError, match="made with other settings; name another file"):
         comparison(llama, text_file, results, "--settings", "plain: --method rtn")
+
+
+@pytest.mark.parametrize("settings", [["gptq"], ["a: ", "a: --method rtn"], ["a: --bits 3"]])
+def test_the_comparison_refuses_what_is_not_one_setting_each(settings, llama, text_file, tmp_path):
+    with pytest.raises(AssertionError, match="error: "):
+        comparison(llama, text_file, tmp_path / "rows.jsonl", "--settings", *settings)

@@ -115,7 +115,7 @@ def rule(device: Device, problem: Problem) -> Tile | None:
     uneven = problem.K % block_of(problem.bits, problem.plane) > 0
     many = problem.group_size == 64
     # Sixteen whole planes at a time spill a few registers for sm_80, for groups that span blocks, for groups of 64 with
-    # zero points or a K that does not fill them. So do three stages for sm_80, and there tall tiles of groups of 64.
+    # zero points or a K that does not fill them. For sm_80 three stages do, too, and 16 tokens with groups of 64.
     half = problem.bits == 3 and problem.plane > 16
     half &= older or uneven or problem.group_size > 128 or (many and not problem.symmetric)
     chunk = problem.plane // 2 if half else problem.plane

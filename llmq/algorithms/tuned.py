@@ -3,7 +3,7 @@
 Objective, over the codes and scales of all linears of a block at once, with the block's inputs X in the quantized model
 and X_o in the original one:
 
-    mean over tokens of  |E|² / (|Y|² + |E|²),     Y = B_original(X_o),   E = B_quantized(X) - Y,
+    mean over tokens of  |E|² / (|Y|² + |E|²),     Y = B_original(X_o),   E = B_quantized(X) - Y,   denominators fixed,
     Ŵ = s · (q - z),   q = round(V) within the codes
 
 q and s are trained by gradients that pass through the rounding as if it were not there (straight through). This is
@@ -41,7 +41,7 @@ from llmq.block import Block
 from llmq.config import Tuned
 
 _INSIDE = 0.45  # how far from its code a latent weight may start, so that the start rounds to the GPTQ solution
-_CHECKS = 5  # looks at the held-out tokens
+_CHECKS = 5  # looks at the held-out tokens, or a few more
 
 
 class Latent:
@@ -114,7 +114,7 @@ def refine(
         loss.backward()
         optimizer.step()
         schedule.step()
-        if (step + 1) % max(1, settings.steps // _CHECKS) == 0:
+        if (step + 1) % max(1, settings.steps // _CHECKS) == 0 or step + 1 == settings.steps:
             now = [latent.rounded() for latent in latents]
             error = held_out_error(now)
             if error < best_error:
@@ -123,7 +123,7 @@ def refine(
 
 
 def _batches(count: int, settings: Tuned) -> Iterator[list[int]]:
-    """Indices of `batch` training micro-batches for each step, every one as often as the others."""
+    """Indices of `batch` training micro-batches for each step, shuffled anew whenever less than a batch is left."""
     order, waiting = torch.Generator().manual_seed(0), []
     for _ in range(settings.steps):
         if len(waiting) < settings.batch:
@@ -138,8 +138,10 @@ def _error(block: Block, groups: list[Group], weights: list[Tensor], batch: list
     named: dict[str, Tensor] = {}
     for group, W in zip(groups, weights, strict=True):
         rows = [linear_of(block.module, name).out_features for name in group.linears]
-        named |= {f"{name}.weight": part for name, part in zip(group.linears, W.split(rows), strict=True)}
+        parts = zip(group.linears, W.split(rows), strict=True)
+        named |= {f"{name}.weight": part.to(block.compute.dtype) for name, part in parts}
     wanted = torch.cat([block.original[i] for i in batch]).to(block.compute.device).float()
     output = block.run_with(named, torch.cat([block.hidden[i] for i in batch]))
     E = (output.float() - wanted).square().sum(-1)
+    # Without a gradient through the denominator, which would let go of tokens that are lost.
     return (E / (wanted.square().sum(-1) + E.detach()).clamp(min=torch.finfo(E.dtype).tiny)).mean()

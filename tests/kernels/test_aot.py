@@ -1,6 +1,6 @@
 """What the compiler makes of every kind of launch, for GPUs that are not here.
 
-In a process of its own: Triton's interpreter, which other tests need, replaces the kernels when it is switched on.
+Never in the process of the interpreter's tests: it replaces the kernels when it is switched on.
 """
 
 import json

@@ -107,3 +107,31 @@ def test_a_linear_with_two_inputs_in_one_forward_is_refused():
     block = nn.ModuleDict({"twice": nn.Linear(32, 32)})
     with pytest.raises(RequestError, match="several inputs"):
         find_groups(block, lambda hidden: block["twice"](block["twice"](hidden)), torch.ones(1, 2, 32))
+
+
+class Halved(nn.Module):
+    """A part that does something to what its last linear gives, in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 96), nn.Linear(96, 64)
+
+    def forward(self, hidden):
+        return self.b(self.a(hidden)).mul_(0.5)
+
+
+class Added(nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, hidden):
+        return hidden + self.part(hidden)
+
+
+@torch.no_grad()
+def test_a_part_ends_with_a_linear_only_if_it_returns_just_its_output():
+    hidden = torch.randn(1, 5, 64)
+    for part, ends in ((Halved(), None), (nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64)), Part("part", None))):
+        block = Added(part)
+        assert find_groups(block, block, hidden)[-1].ends == ends

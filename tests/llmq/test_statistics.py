@@ -195,6 +195,32 @@ def test_parts_that_end_with_a_linear_run_once_and_everything_is_as_if_they_ran_
 
 
 @torch.no_grad()
+def test_an_input_is_kept_only_when_everything_before_it_is_replaced():
+    hidden = hidden_states()
+    block = Block("block", Two(), hidden, 2, ((), {}), Compute(torch.device("cpu")))
+    groups = [group for group in find_groups(block.module, block.run, hidden[0]) if group.linears != ("second.a",)]
+    block.expect(groups)
+    collect_statistics(block, groups, Clock())  # of all groups at once, as with `--effort fast`
+    for group in groups:
+        block.replace_weight(group.linears[0], linear_of(block.module, group.linears[0]).weight.round(decimals=1))
+    assert all(torch.equal(block.run_batch(i), block.run(hidden[i])) for i in range(3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("most", [0, 3 * 2 * 50 * 96 * 4, 1 << 30])
+def test_what_does_not_fit_is_computed_again(most, monkeypatch):
+    monkeypatch.setattr("llmq.block._MOST_KEPT", most)
+    hidden = hidden_states()
+    block = Block("block", Two(), hidden, 2, ((), {}), Compute(torch.device("cpu")), list(hidden))
+    groups = find_groups(block.module, block.run, block.hidden[0])
+    block.expect(groups)
+    for group in groups:
+        collect_statistics(block, [group], Clock(), last=group is groups[-1])
+        block.replace_weight(group.linears[0], linear_of(block.module, group.linears[0]).weight.round(decimals=1))
+    assert all(torch.equal(block.run_batch(i), block.run(hidden[i])) for i in range(3))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["first.b", "second.a"])
 def test_a_weight_replaced_once_more_changes_what_the_block_gives(name):
     hidden = hidden_states()
