@@ -21,6 +21,7 @@ from llmq_kernels.layout import block_of, plane_of
 _PROGRAMS_PER_SM = 4
 _REGISTERS_PER_SM = 65536
 _MIN_BLOCKS_PER_SPLIT = 2
+_ROOM_FOR_TALL_TILES = 200  # registers for 2 bit on sm_80, whole K: the compiler aims at 96 otherwise, and spills
 # Tokens that a step multiplies, of all planes: the compiler unrolls the planes and loads ahead. With twice as many,
 # some kernels for sm_80 spill.
 _TOKENS_PER_WARP = 2048
@@ -136,7 +137,10 @@ def rule(device: Device, problem: Problem) -> Tile | None:
     programs = min(places, _resident(device, shared(stages)))
     registers = None if problem.bits == 3 and chunk == 64 else registers_for(BM, warps, places)
     tile = Tile(BM, BN, warps, stages, chunk=chunk, registers=registers)
-    return split(tile, device, problem, programs)
+    tile = split(tile, device, problem, programs)
+    if older and problem.bits == 2 and BM in (16, 32) and tile.splits == 1:
+        tile = replace(tile, registers=_ROOM_FOR_TALL_TILES)
+    return tile
 
 
 def split(tile: Tile, device: Device, problem: Problem, programs: int) -> Tile:

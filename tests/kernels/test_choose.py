@@ -54,7 +54,11 @@ def assert_launchable(tile, problem, device):
     assert tile.BN in (64, 128)
     assert tile.warps == tile.BN // 16
     programs = 2 if problem.bits == 3 else {8: 4, 16: 3, 32: 2, 64: 1}[tile.BM]
-    assert (tile.registers is None) == (tile.BM > 16 or (problem.bits == 3 and tile.chunk == 64))
+    if device.arch < 90 and problem.bits == 2 and tile.BM in (16, 32) and tile.splits == 1:
+        assert tile.registers == 200
+        programs = 2
+    else:
+        assert (tile.registers is None) == (tile.BM > 16 or (problem.bits == 3 and tile.chunk == 64))
     assert tile.registers is None or 32 * tile.warps * tile.registers * programs <= 65536
     buffers = tile.stages - 1
     assert shared_bytes(problem, tile.BM, tile.BN, buffers, tile.chunk, device.arch) <= device.shared_bytes
