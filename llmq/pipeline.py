@@ -108,9 +108,7 @@ class Run:
                 solutions.append(self._solve(block, group, problem, show))
                 if self.algorithm.refine is not None:
                     problems.append(problem)
-        if problems:
-            with self.clock("refine"):
-                solutions = self._refine(block, groups, problems, solutions)
+        solutions = self._refine(block, groups, problems, solutions)
         packed: dict[str, Tensor] = {}
         with self.clock("write"):
             for group, solution in zip(groups, solutions, strict=True):
@@ -149,9 +147,11 @@ class Run:
     def _refine(
         self, block: Block, groups: list[Group], problems: list[Problem], solutions: list[Solution]
     ) -> list[Solution]:
-        """Let the method improve on what it found for the groups, seen together."""
-        assert self.algorithm.refine is not None
-        solutions, objective = self.algorithm.refine(block, groups, problems, solutions, self.config)
+        """Let the method improve on what it found for the groups, seen together, if it can."""
+        if self.algorithm.refine is None or not groups:
+            return solutions
+        with self.clock("refine"):
+            solutions, objective = self.algorithm.refine(block, groups, problems, solutions, self.config)
         self.report.refined[block.name] = objective
         entries = self.report.groups[-len(groups) :]
         for group, entry, problem, solution in zip(groups, entries, problems, solutions, strict=True):

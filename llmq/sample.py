@@ -51,17 +51,14 @@ def sample_sequences(
     written = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
-        starts = (
-            torch.randint(vocabulary, (settings.samples, 1)) if bos is None else torch.full((settings.samples, 1), bos)
-        )
-        batches = starts.split(
-            max(1, _CACHE_BYTES[model.device.type] // (length * _cache_bytes_per_token(config, model.dtype)))
-        )
+        shape = (settings.samples, 1)
+        starts = torch.randint(vocabulary, shape) if bos is None else torch.full(shape, bos)
+        size = length * _cache_bytes_per_token(config, model.dtype)
+        batches = starts.split(max(1, _CACHE_BYTES[model.device.type] // size))
         for start in tqdm(batches, "writing calibration text", disable=not progress, unit="batch"):
             cooling = LogitsProcessorList([_Cooling()])
-            written.append(
-                model.generate(start.to(model.device), generation_config=how, logits_processor=cooling).cpu()
-            )
+            sequences = model.generate(start.to(model.device), generation_config=how, logits_processor=cooling)
+            written.append(sequences.cpu())
     return torch.cat(written)
 
 

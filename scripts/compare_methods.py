@@ -25,13 +25,13 @@ from statistics import mean
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 import llmq
 from llmq.cli import run
 from llmq.data import evaluation_chunks, read_text
 from llmq.errors import RequestError, WorkError
 from llmq.evaluate import Logits, evaluate, logits_of, remembered, score
+from llmq.inspect import describe
 from llmq.load import load_any
 from llmq.writer import REPORT
 
@@ -108,7 +108,7 @@ def _flags(settings: Sequence[str]) -> dict[str, str]:
         name, colon, text = (part.strip() for part in setting.partition(":"))
         if not colon or name in flags:
             raise RequestError(f"a setting is 'NAME: FLAGS', each name once; got {setting!r}")
-        if taken := {"--bits", "--group-size", "--seed"} & set(text.split()):
+        if taken := {"--bits", "--group-size", "--seed"} & {word.partition("=")[0] for word in text.split()}:
             raise RequestError(f"{' '.join(taken)} belongs to the whole table, not to the setting {name!r}")
         flags[name] = text
     return flags
@@ -128,24 +128,12 @@ def _row(config: CompareConfig, key: Key, flags: str, chunks: torch.Tensor, refe
             raise WorkError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
         report = json.loads((output / REPORT).read_text())
         result = evaluate(llmq.load(output, device="cpu"), chunks, reference)
-        width = _bits_per_weight(output)
+        width = describe(output)["bits_per_packed_weight"]
     row = {"settings": _common(config), "name": name, "flags": flags, "bits": bits, "group_size": size, "seed": seed}
     row |= {"bits_per_weight": width, "perplexity": result.perplexity, "kl": result.kl}
     # The mean of logarithms: layers whose error is small count as much as others.
     row |= {"layer_error": math.exp(mean(math.log(max(entry["error"], 1e-12)) for entry in report["groups"]))}
     return row | {"seconds": report["seconds"], "peak_memory_bytes": report["peak_memory_bytes"]}
-
-
-def _bits_per_weight(checkpoint: Path) -> float:
-    """Of the packed weights, with their scales and zero points, as they lie in the file."""
-    stored = weights = 0
-    for path in checkpoint.glob("*.safetensors"):
-        for name, tensor in load_file(path).items():
-            if name.endswith((".weight_packed", ".weight_scale", ".weight_zero_point")):
-                stored += 8 * tensor.nbytes
-            elif name.endswith(".weight_shape"):
-                weights += math.prod(tensor.tolist())
-    return stored / weights
 
 
 def _finished(config: CompareConfig, flags: dict[str, str]) -> dict[Key, Row]:

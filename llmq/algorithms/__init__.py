@@ -34,7 +34,7 @@ class Algorithm:
 
     def needs_original(self, config: QuantizeConfig) -> bool:
         """Whether the original model's hidden states run along."""
-        return self.needs_statistics(config) and (config.effort != "fast" or self.refine is not None)
+        return self.needs_statistics(config) and config.effort != "fast"
 
 
 def _gptq(problem: Problem, config: QuantizeConfig) -> Solution:

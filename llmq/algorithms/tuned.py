@@ -92,11 +92,9 @@ def refine(
         the solutions, and the objective on held-out tokens before and after.
     """
     latents = [Latent(problem, solution) for problem, solution in zip(problems, solutions, strict=True)]
-    rates = (
-        ([latent.V for latent in latents], settings.rate),
-        ([latent.factor for latent in latents], settings.scale_rate),
-    )
-    optimizer = torch.optim.Adam([{"params": params, "lr": rate} for params, rate in rates], betas=(0.9, 0.95))
+    codes = {"params": [latent.V for latent in latents], "lr": settings.rate}
+    scales = {"params": [latent.factor for latent in latents], "lr": settings.scale_rate}
+    optimizer = torch.optim.Adam([codes, scales], betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
     held_out = list(range(block.held_out_from, len(block.hidden)))
 

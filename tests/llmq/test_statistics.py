@@ -165,6 +165,21 @@ class Two(nn.Module):
         return hidden + self.second(self.norm(hidden))
 
 
+def two_parts(hidden, original=None):
+    """The block, and its groups."""
+    block = Block("block", Two(), hidden, 2, ((), {}), Compute(torch.device("cpu")), original)
+    return block, find_groups(block.module, block.run, hidden[0])
+
+
+def round_one_by_one(block, groups):
+    """Replace the weights of one group after the other, as quantizing does; returns the statistics on the way."""
+    stats = []
+    for group in groups:
+        stats += collect_statistics(block, [group], Clock(), last=group is groups[-1])
+        block.replace_weight(group.linears[0], linear_of(block.module, group.linears[0]).weight.round(decimals=1))
+    return stats
+
+
 @torch.no_grad()
 def test_parts_that_end_with_a_linear_run_once_and_everything_is_as_if_they_ran_each_time():
     results, runs = [], []
@@ -172,17 +187,13 @@ def test_parts_that_end_with_a_linear_run_once_and_everything_is_as_if_they_ran_
         torch.manual_seed(0)
         hidden = hidden_states()
         original = [h + 0.1 * torch.randn_like(h) for h in hidden]
-        block = Block("block", Two(), hidden, 2, ((), {}), Compute(torch.device("cpu")), original)
-        groups = find_groups(block.module, block.run, block.hidden[0])
+        block, groups = two_parts(hidden, original)
         if keeps:
             block.expect(groups)
         calls = []
         for part in (block.module.first, block.module.second):
             part.a.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        stats = []
-        for group in groups:
-            stats += collect_statistics(block, [group], Clock(), last=group is groups[-1])
-            block.replace_weight(group.linears[0], linear_of(block.module, group.linears[0]).weight.round(decimals=1))
+        stats = round_one_by_one(block, groups)
         outputs = [block.run_batch(i) for i in range(3)]
         results.append(
             [*outputs, *block.original, *(part for each in stats for part in (each.H, each.lack, each.H_val))]
@@ -197,8 +208,8 @@ def test_parts_that_end_with_a_linear_run_once_and_everything_is_as_if_they_ran_
 @torch.no_grad()
 def test_an_input_is_kept_only_when_everything_before_it_is_replaced():
     hidden = hidden_states()
-    block = Block("block", Two(), hidden, 2, ((), {}), Compute(torch.device("cpu")))
-    groups = [group for group in find_groups(block.module, block.run, hidden[0]) if group.linears != ("second.a",)]
+    block, groups = two_parts(hidden)
+    groups = [group for group in groups if group.linears != ("second.a",)]
     block.expect(groups)
     collect_statistics(block, groups, Clock())  # of all groups at once, as with `--effort fast`
     for group in groups:
@@ -211,12 +222,9 @@ def test_an_input_is_kept_only_when_everything_before_it_is_replaced():
 def test_what_does_not_fit_is_computed_again(most, monkeypatch):
     monkeypatch.setattr("llmq.block._MOST_KEPT", most)
     hidden = hidden_states()
-    block = Block("block", Two(), hidden, 2, ((), {}), Compute(torch.device("cpu")), list(hidden))
-    groups = find_groups(block.module, block.run, block.hidden[0])
+    block, groups = two_parts(hidden, list(hidden))
     block.expect(groups)
-    for group in groups:
-        collect_statistics(block, [group], Clock(), last=group is groups[-1])
-        block.replace_weight(group.linears[0], linear_of(block.module, group.linears[0]).weight.round(decimals=1))
+    round_one_by_one(block, groups)
     assert all(torch.equal(block.run_batch(i), block.run(hidden[i])) for i in range(3))
 
 
@@ -224,11 +232,8 @@ def test_what_does_not_fit_is_computed_again(most, monkeypatch):
 @pytest.mark.parametrize("name", ["first.b", "second.a"])
 def test_a_weight_replaced_once_more_changes_what_the_block_gives(name):
     hidden = hidden_states()
-    block = Block("block", Two(), hidden, 2, ((), {}), Compute(torch.device("cpu")), list(hidden))
-    groups = find_groups(block.module, block.run, block.hidden[0])
+    block, groups = two_parts(hidden, list(hidden))
     block.expect(groups)
-    for group in groups:
-        collect_statistics(block, [group], Clock(), last=group is groups[-1])
-        block.replace_weight(group.linears[0], linear_of(block.module, group.linears[0]).weight.round(decimals=1))
+    round_one_by_one(block, groups)
     block.replace_weight(name, -linear_of(block.module, name).weight)
     assert all(torch.equal(block.run_batch(i), block.run(hidden[i])) for i in range(3))
