@@ -125,6 +125,8 @@ def test_ctrl_c_midway_exits_with_1_and_leaves_no_directory(llama, tmp_path):
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A shell starts its background jobs deaf to Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         shown = b""
