@@ -14,9 +14,10 @@ BITS = (2, 3, 4, 8)
 METHODS = ("gptq", "awq", "awq+gptq", "tuned", "rtn")
 GRIDS = ("auto", "minmax", "mse", "hessian", "common")
 ORDERS = ("group", "static", "natural")
-EFFORTS = ("fast", "normal")
+EFFORTS = ("fast", "normal", "best")
 FORMATS = ("auto", "compressed-tensors")
 DEVICES = ("auto", "cpu", "cuda")
+PARTS = ("match", "sequential")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,11 @@ class QuantizeConfig:
     have, a symmetric scale of max/7.5 at 4 bit; to compare with."""
     effort: str = "normal"
     """normal: each layer makes up for the errors of those before it, as far as held-out text agrees. fast: it only
-    reproduces its own outputs, in half the time."""
+    reproduces its own outputs, in less time. best: gptq also tries optional steps for every layer, and keeps those that
+    help on held-out text."""
+    without: tuple[str, ...] = ()
+    """Parts of the effort to leave out, to measure what they bring: match (weights move towards the original outputs),
+    sequential (layers of a block see the quantized ones before them)."""
     format: str = "auto"
     """Checkpoint format: auto or compressed-tensors (read by transformers, vLLM and SGLang)."""
     calibration: str = Calibration.text
@@ -142,6 +147,8 @@ class QuantizeConfig:
         _one_of("format", self.format, FORMATS)
         _one_of("effort", self.effort, EFFORTS)
         _one_of("device", self.device, DEVICES)
+        for part in self.without:
+            _one_of("without", part, PARTS)
         if not 0 < self.gptq.damping < 1:
             raise RequestError(f"gptq damping must lie between 0 and 1; got {self.gptq.damping}")
         if self.gptq.block_size < 1:
@@ -153,8 +160,8 @@ class QuantizeConfig:
             raise RequestError("awq needs at least 1 ratio and 0 to 20 clip steps")
         if self.method == "tuned" and self.samples < 2:
             raise RequestError(f"samples must be at least 2 for tuned, which holds some out; got {self.samples}")
-        if self.method == "tuned" and self.effort == "fast":
-            raise RequestError("tuned follows the original model's outputs, which effort fast leaves out; use normal")
+        if self.method == "tuned" and (self.effort == "fast" or "match" in self.without):
+            raise RequestError("tuned follows the original model's outputs, which are left out here; use effort normal")
         if self.tuned.steps < 1 or self.tuned.batch < 1:
             raise RequestError("tuned needs at least 1 step and 1 micro-batch per step")
         if not all(0 <= rate < math.inf for rate in (self.tuned.rate, self.tuned.scale_rate)):

@@ -85,7 +85,8 @@ class Run:
         self.grid = self._fitted_grid()
         # float32 scales would double the cost of a group for digits the codes make no use of.
         self.scale_dtype = torch.float16 if source.dtype == torch.float32 else source.dtype
-        self.matching = self.algorithm.needs_original(config)
+        self.matching = self.algorithm.includes("match", config)
+        self.sequential = self.algorithm.includes("sequential", config)
         if self.matching and config.samples < 2:
             self.report.note("model", ["a single sample leaves none to hold out: outputs are not matched"])
 
@@ -97,11 +98,12 @@ class Run:
         if drift is not None:
             self.report.drifts[block.name] = drift
         changed, transformed = self._transform(block, groups)
-        block.expect(groups)
+        if self.sequential:
+            block.expect(groups)
         problems: list[Problem] = []  # of all groups, where they are refined together
         solutions: list[Solution] = []
         # Without groups there is still the original model's own way through the block.
-        stages = ([[group] for group in groups] or [[]]) if self.matching else [groups] * bool(groups)
+        stages = ([[group] for group in groups] or [[]]) if self.sequential else [groups]
         for stage in stages:
             posed = transformed or self._problems(block, stage, last=stage is stages[-1])
             for group, problem in zip(stage, posed, strict=True):
@@ -119,8 +121,8 @@ class Run:
     def _transform(self, block: Block, groups: list[Group]) -> tuple[set[str], list[Problem] | None]:
         """Let the method change the block before anything is rounded.
 
-        Returns the other tensors that changed, and the problems as they are now, unless the original model's outputs,
-        which they do not know, are to be matched.
+        Returns the other tensors that changed, and the problems as they are now, unless their inputs will change or the
+        original model's outputs, which they do not know, are to be matched.
         """
         if self.algorithm.transform is None:
             return set(), None
@@ -128,7 +130,7 @@ class Run:
         with self.clock("solve"):
             changed, notes = self.algorithm.transform(block, groups, problems, self.config)
         self.report.note(block.name, notes)
-        return changed, None if self.matching else problems
+        return changed, None if self.matching or self.sequential else problems
 
     def _solve(self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]) -> Solution:
         """Round the linears of one group, with whose quantized weights the block computes from here on."""

@@ -45,7 +45,7 @@ class Report:
     ) -> None:
         """Record one group. `errors`: relative output error of the method and of plain rounding to nearest."""
         entry: dict[str, Any] = {"block": block, "linears": list(linears), "error": errors[0], "rtn_error": errors[1]}
-        entry |= {"damping": solution.damping, "matched": solution.matched}
+        entry |= {"damping": solution.damping, "matched": solution.matched, "kept": solution.kept}
         if statistics is not None:
             entry |= {"tokens": statistics.tokens, "dropped_rows": statistics.dropped}
             if statistics.dropped:

@@ -75,30 +75,43 @@ class CompareConfig:
 
 def compare(config: CompareConfig) -> None:
     """Do the missing rows, then print the table in Markdown."""
+    rows = rows_of(config)
+    print(*table(config, rows), sep="\n")
+    if config.csv is not None:
+        _write_csv(config.csv, rows)
+    if config.plot is not None:
+        plot(config.plot, rows)
+
+
+def rows_of(config: CompareConfig) -> list[Row]:
+    """The table's rows, in its order; those that --results lacks are made and added to it."""
     flags = _flags(config.settings)
     rows = _finished(config, flags)
-    model, tokenizer = load_any(config.model, "cpu")
-    chunks = evaluation_chunks(tokenizer, read_text(config.text, evaluation=True), config.chunk, config.limit)
-    reference = remembered(logits_of(model), chunks)
-    del model
-    original = score(reference, chunks).perplexity
     # Seeds outermost: the first table is whole long before the last seed is done.
-    for seed, bits, size, name in product(config.seeds, config.bits, config.group_sizes, flags):
-        key = (name, bits, size, seed)
-        if key not in rows:
-            rows[key] = _row(config, key, flags[name], chunks, reference)
+    order = product(config.seeds, config.bits, config.group_sizes, flags)
+    missing = [key for seed, bits, size, name in order if (key := (name, bits, size, seed)) not in rows]
+    if missing:
+        model, tokenizer = load_any(config.model, "cpu")
+        chunks = evaluation_chunks(tokenizer, read_text(config.text, evaluation=True), config.chunk, config.limit)
+        reference = remembered(logits_of(model), chunks)
+        del model
+        original = score(reference, chunks).perplexity
+        for key in missing:
+            rows[key] = _row(config, key, flags[key[0]], chunks, reference) | {"original_perplexity": original}
             with config.results.open("a") as file:
                 file.write(json.dumps(rows[key]) + "\n")
             print(*_lines([rows[key]]), sep="\n", file=sys.stderr, flush=True)
     order = product(config.bits, config.group_sizes, flags, config.seeds)
-    wanted = [rows[name, bits, size, seed] for bits, size, name, seed in order]
-    print(f"{config.samples}x{config.sequence_length} tokens; original perplexity {original:.3f}\n")
-    print("| bits | group | setting | KL | perplexity | layer error | seconds | of which | peak memory |")
-    print("|---|---|---|---|---|---|---|---|---|", *_lines(wanted), sep="\n")
-    if config.csv is not None:
-        _write_csv(config.csv, wanted)
-    if config.plot is not None:
-        plot(config.plot, wanted)
+    return [rows[name, bits, size, seed] for bits, size, name, seed in order]
+
+
+def table(config: CompareConfig, rows: Sequence[Row]) -> Iterator[str]:
+    """Lines of Markdown."""
+    original = f"original perplexity {rows[0]['original_perplexity']:.3f}"
+    yield f"{config.samples}x{config.sequence_length} tokens; {original}\n"
+    yield "| bits | group | setting | KL | perplexity | layer error | seconds | of which | peak memory |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    yield from _lines(rows)
 
 
 def _flags(settings: Sequence[str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmq.algorithms import awq, gptq, rtn, tuned
+from llmq.algorithms import awq, gate, gptq, rtn, tuned
 from llmq.algorithms.problem import Problem, Solution
 from llmq.arch import Group
 from llmq.block import Block
@@ -32,13 +32,13 @@ class Algorithm:
     refine: Refine | None = None
     needs_statistics: Callable[[QuantizeConfig], bool] = lambda _: True
 
-    def needs_original(self, config: QuantizeConfig) -> bool:
-        """Whether the original model's hidden states run along."""
-        return self.needs_statistics(config) and config.effort != "fast"
+    def includes(self, part: str, config: QuantizeConfig) -> bool:
+        """Whether this part of an effort is wanted: see QuantizeConfig.without."""
+        return self.needs_statistics(config) and config.effort != "fast" and part not in config.without
 
 
 def _gptq(problem: Problem, config: QuantizeConfig) -> Solution:
-    return gptq.solve(problem, config.gptq)
+    return (gate if config.effort == "best" else gptq).solve(problem, config.gptq)
 
 
 def _awq_transform(

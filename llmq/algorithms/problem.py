@@ -71,6 +71,8 @@ class Solution:
     fallbacks: list[str] = field(default_factory=list)
     matched: float | None = None
     """How far the weights went towards the original model's outputs before they were rounded, 0 to 1."""
+    kept: list[str] = field(default_factory=list)
+    """Optional steps that helped."""
 
     def dequantize(self, group_size: int) -> Float[Tensor, "out in"]:
         codes = grid.group_view(self.q, group_size)

@@ -123,3 +123,21 @@ def test_making_up_for_earlier_errors_brings_the_model_closer_to_the_original(na
         assert [group["matched"] for group in report["groups"][:1]] == [0.0]  # nothing differs before the first
         assert any(group["matched"] > 0 for group in report["groups"]) == (effort == "normal")
     assert distances["normal"] < 0.99 * distances["fast"]
+
+
+def test_each_part_of_an_effort_can_be_left_out(tmp_path, llama, text_file):
+    def codes(name, **changes):
+        return (run(llama, text_file, tmp_path / name, **changes) / "model.safetensors").read_bytes()
+
+    fast = codes("fast", effort="fast")
+    assert codes("neither", without=("match", "sequential")) == fast
+    others = [fast, codes("both"), codes("match", without=("sequential",)), codes("sequential", without=("match",))]
+    assert len(set(others)) == 4
+
+
+def test_effort_best_reports_what_it_kept(tmp_path, llama, text_file):
+    kept = {}
+    for effort in ("normal", "best"):
+        report = json.loads((run(llama, text_file, tmp_path / effort, effort=effort) / REPORT).read_text())
+        kept[effort] = {step for group in report["groups"] for step in group["kept"]}
+    assert kept == {"normal": set(), "best": {"descent", "scale refit"}}

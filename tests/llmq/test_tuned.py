@@ -94,8 +94,9 @@ def test_a_models_blocks_become_better_and_the_report_tells_of_the_result(tmp_pa
 def test_learned_rounding_needs_something_to_hold_out(tmp_path):
     with pytest.raises(RequestError, match="samples must be at least 2"):
         QuantizeConfig(model="demo", output=tmp_path, method="tuned", samples=1)
-    with pytest.raises(RequestError, match="effort fast leaves out"):
-        QuantizeConfig(model="demo", output=tmp_path, method="tuned", effort="fast")
+    for changes in ({"effort": "fast"}, {"without": ("match",)}):
+        with pytest.raises(RequestError, match="original model's outputs, which are left out"):
+            QuantizeConfig(model="demo", output=tmp_path, method="tuned", **changes)
 
 
 @pytest.mark.parametrize("settings", [Tuned(steps=0), Tuned(batch=0), Tuned(rate=-1.0), Tuned(scale_rate=float("nan"))])

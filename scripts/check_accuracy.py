@@ -1,0 +1,160 @@
+"""Everything docs/accuracy.md says, measured or looked up, and whether it holds: tables, a picture, a line per claim.
+
+    python scripts/check_accuracy.py --calibration wikitext2-valid.txt --text wikitext2-test.txt
+
+Rows that are in --results already are not measured again: from none it takes some ten hours on 2 cores. Seconds and
+memory mean something only if the machine has nothing else to do.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+
+from compare_methods import CompareConfig, Row, plot, rows_of, table
+from dither import DitherConfig, write_dithered
+
+from llmq.cli import run
+from llmq.errors import WorkError
+
+_COMMON, _FAST, _NORMAL = "common: --effort fast --grid common", "fast: --effort fast", "normal: --effort normal"
+_BEST, _TUNED = "best: --effort best", "tuned: --method tuned"
+# What ships elsewhere, and each part of `normal` added to it alone.
+_PLAIN = "--gptq.order natural --gptq.damping 0.01"
+_ALONE = (
+    f"plain: --effort fast --grid common {_PLAIN}",
+    f"plain + full-range scale: --effort fast --grid minmax {_PLAIN}",
+    f"plain + searched grid: --effort fast {_PLAIN}",
+    "plain + group order: --effort fast --grid common --gptq.damping 0.01",
+    "plain + damping 0.05: --effort fast --grid common --gptq.order natural",
+    f"plain + sequential: --grid common --without match {_PLAIN}",
+    f"plain + matching: --grid common --without sequential {_PLAIN}",
+)
+_OFF = (
+    "normal - searched grid: --grid minmax",
+    "normal - group order: --gptq.order natural",
+    "normal - damping 0.05: --gptq.damping 0.01",
+    "normal - sequential: --without sequential",
+    "normal - matching: --without match",
+)
+_OPTIONS = (
+    "normal, mse grid: --grid mse",
+    "normal, static order: --gptq.order static",
+    "normal, 2 passes: --gptq.passes 2",
+    "normal, awq first: --method awq+gptq",
+)
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Check what docs/accuracy.md says."""
+
+    calibration: str
+    """The validation split of wikitext2, as a .txt."""
+    text: str
+    """Its test split, as a .txt."""
+    results: Path = Path("docs/benchmarks")
+    """Directory of finished rows, one file for each table."""
+    dithered: Path = Path("demo-dithered")
+    """The demo model off its 4-bit grid; made if it is not there."""
+    plot: Path | None = None
+    """Where to draw the main table."""
+
+
+def check(config: CheckConfig) -> None:
+    """Print tables and claims. Raises WorkError if a claim does not hold."""
+    if not config.dithered.exists():
+        write_dithered(DitherConfig(config.dithered))
+    tables = {name: (each, rows_of(each)) for name, each in _tables(config).items()}
+    for name, (each, rows) in tables.items():
+        print(f"\n{name}\n", *table(each, rows), sep="\n")
+    if config.plot is not None:
+        plot(config.plot, tables["main"][1])
+    print()
+    failed = 0
+    for what, measured, bar in _claims({name: Rows(rows) for name, (_, rows) in tables.items()}):
+        failed += measured > bar
+        print(f"{'FAILS' if measured > bar else 'holds'}  {measured:8.3f} <= {bar:<8g} {what}")
+    if failed:
+        raise WorkError(f"{failed} claims do not hold")
+
+
+def _tables(config: CheckConfig) -> dict[str, CompareConfig]:
+    def file(name: str) -> Path:
+        return config.results / f"accuracy-{name}.jsonl"
+
+    main = CompareConfig(str(config.dithered), config.calibration, config.text, results=file("main"))
+    main = replace(main, settings=(_COMMON, _FAST, _NORMAL, _BEST), seeds=(0, 1, 2))
+    one = replace(main, seeds=(0,))
+    demo = replace(one, model="demo", limit=4, bits=(4, 3), results=file("demo"))
+    return {
+        "demo": replace(demo, settings=(_FAST, _NORMAL, _BEST, _TUNED)),
+        "main": main,
+        "tuned": replace(one, settings=(_TUNED,), results=file("tuned")),
+        "parts": replace(one, settings=(*_ALONE, _NORMAL, *_OFF, *_OPTIONS), bits=(4, 2), results=file("parts")),
+        "documentation": replace(main, calibration="pydoc", text="pytopics", seeds=(0,), results=file("pydoc")),
+        "own text": replace(one, calibration="self", settings=(_NORMAL,), results=file("self")),
+        "pydoc, on wikitext2": replace(one, calibration="pydoc", settings=(_NORMAL,), results=file("cross")),
+    }
+
+
+class Rows:
+    """The rows of one table, to ask things of."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+
+    def of(self, name: str, bits: int) -> list[Row]:
+        """The rows of a setting, by its name, one for each seed."""
+        return [row for row in self.rows if row["name"] == name.partition(":")[0] and row["bits"] == bits]
+
+    def kl(self, name: str, bits: int) -> float:
+        """The mean over seeds."""
+        return mean(row["kl"] for row in self.of(name, bits))
+
+    def gain(self, name: str, than: str) -> float:
+        """By what factor KL is larger with another setting, on average over bits."""
+        bits = sorted({row["bits"] for row in self.rows})
+        return math.exp(mean(math.log(self.kl(than, b) / self.kl(name, b)) for b in bits))
+
+
+def _claims(tables: dict[str, Rows]) -> Iterator[tuple[str, float, float]]:
+    """What is claimed, what was measured, and what it may be at most."""
+    demo, main, tuned, parts = (tables[name] for name in ("demo", "main", "tuned", "parts"))
+    for name, bits, bar in (
+        (_NORMAL, 4, 0.12),
+        (_BEST, 4, 0.108),
+        (_TUNED, 4, 0.09),
+        (_NORMAL, 3, 0.5),
+        (_TUNED, 3, 0.36),
+    ):
+        yield f"KL of the demo model, {bits} bit, {name}", demo.kl(name, bits), bar
+    fast, normal, learned = (demo.of(name, 4)[0] for name in (_FAST, _NORMAL, _TUNED))
+    seconds, unavoidable = normal["seconds"]["total"], fast["seconds"]["forward"] + fast["seconds"]["statistics"]
+    yield "seconds, demo model, 4 bit, fast", fast["seconds"]["total"], 160
+    yield "seconds, normal", seconds, 280
+    yield "seconds, tuned", learned["seconds"]["total"], 1500
+    yield "normal / fast", seconds / fast["seconds"]["total"], 1.5
+    yield f"normal / two forwards and statistics ({unavoidable:.0f} s)", seconds / unavoidable, 2.0
+    yield "peak memory in GB, normal", normal["peak_memory_bytes"] / 1e9, 1.2
+    for bits, bar in ((4, 0.5), (3, 0.45), (2, 0.35)):
+        yield f"KL, {bits} bit, normal / common", main.kl(_NORMAL, bits) / main.kl(_COMMON, bits), bar
+    least = min(main.kl(name, 2) for name in (_COMMON, _FAST, _NORMAL, _BEST))
+    yield "KL, 2 bit, tuned / the best GPTQ", tuned.kl(_TUNED, 2) / least, 0.6
+    for setting in _OFF:
+        yield f"KL with a part that is on / without it: {setting}", 1 / parts.gain(_NORMAL, setting), 1.0
+    for setting in _OPTIONS:
+        yield f"KL by default / with what is off: {setting}", 1 / parts.gain(_NORMAL, setting), 1.0
+    for name in ("main", "documentation"):
+        for better, worse in ((_FAST, _COMMON), (_NORMAL, _FAST), (_BEST, _NORMAL)):
+            what = f"KL of {better.partition(':')[0]} / {worse.partition(':')[0]} in the table {name!r}"
+            yield what, 1 / tables[name].gain(better, worse), 1.0
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
+    run(CheckConfig, check)
