@@ -57,6 +57,22 @@ class Tuned:
     """Learning rate of the codes, in codes per step."""
     scale_rate: float = 0.001
     """Learning rate of the scales, relative to them."""
+    end_steps: int = 100
+    """Steps of training from end to end, after the blocks; 0 leaves it out. The model and its training state must fit
+    into memory."""
+    end_batch: int = 2
+    """Calibration sequences per such step."""
+    end_rate: float = 0.01
+    """Learning rate of the codes there; 0 keeps them and needs a quarter of the memory."""
+    end_scale_rate: float = 0.001
+    """Learning rate of scales, norms and biases there."""
+
+    def check(self) -> None:
+        """Raise RequestError for settings that cannot train."""
+        if min(self.steps, self.end_steps) < 0 or min(self.batch, self.end_batch) < 1:
+            raise RequestError("tuned needs steps from 0 on and at least 1 sample per step")
+        if not all(0 <= rate < math.inf for rate in (self.rate, self.scale_rate, self.end_rate, self.end_scale_rate)):
+            raise RequestError("tuned's learning rates must be numbers from 0 on")
 
 
 @dataclass(frozen=True)
@@ -162,10 +178,7 @@ class QuantizeConfig:
             raise RequestError(f"samples must be at least 2 for tuned, which holds some out; got {self.samples}")
         if self.method == "tuned" and (self.effort == "fast" or "match" in self.without):
             raise RequestError("tuned follows the original model's outputs, which are left out here; use effort normal")
-        if self.tuned.steps < 1 or self.tuned.batch < 1:
-            raise RequestError("tuned needs at least 1 step and 1 micro-batch per step")
-        if not all(0 <= rate < math.inf for rate in (self.tuned.rate, self.tuned.scale_rate)):
-            raise RequestError("tuned's learning rates must be numbers from 0 on")
+        self.tuned.check()
         if self.grid == "common" and not self.symmetric:
             raise RequestError("grid common is symmetric; use minmax with --no-symmetric")
         if self.method == "awq" and self.grid not in ("auto", "minmax"):
@@ -182,6 +195,11 @@ class QuantizeConfig:
     @property
     def grid_settings(self) -> Grid:
         return Grid(self.bits, self.group_size, self.symmetric, self.grid)
+
+    @property
+    def end_to_end(self) -> bool:
+        """Whether the whole model is trained once its blocks are done."""
+        return self.method == "tuned" and self.tuned.end_steps > 0
 
     @property
     def calibration_settings(self) -> Calibration:

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from llmq.algorithms import ALGORITHMS
-from llmq.algorithms.match import match
-from llmq.algorithms.problem import Problem, Solution, relative_error, round_to_nearest
-from llmq.arch import Group, find_groups, fit_group_size, linear_of, packable_widths, split_packable
-from llmq.block import Block, Compute
+from llmq.block import Compute
 from llmq.clock import Clock
-from llmq.config import Grid, QuantizeConfig
+from llmq.config import QuantizeConfig
 from llmq.data import Tokens, calibration_tokens, check_context, split
 from llmq.device import multiplies_bfloat16, pick_device
-from llmq.errors import RequestError, WorkError
-from llmq.formats import FORMATS
+from llmq.distill import distill
+from llmq.errors import RequestError
+from llmq.load import Checkpoint
 from llmq.memory import release_memory
-from llmq.report import Report
+from llmq.run import Run
 from llmq.sample import SELF, sample_sequences
 from llmq.source import ModelSource
-from llmq.statistics import collect_statistics
 from llmq.stream import stream
-from llmq.weight import QuantizedWeight
 from llmq.writer import Writer, check_output
-
-# Queries and keys meet in a dot product, where a clipped outlier costs more than its own error says (as in AWQ).
-_NOT_CLIPPED = ("q_proj", "k_proj", "qkv_proj")
 
 
 def quantize(config: QuantizeConfig, progress: bool = False) -> Path:
@@ -56,181 +48,59 @@ def quantize(config: QuantizeConfig, progress: bool = False) -> Path:
         release_memory()
     run = Run(config, source, device, clock)
     with torch.no_grad(), Writer(config.output, config.overwrite) as writer:
-        with clock("write"):
-            for name in source.outer_names():
-                writer.put({name: source.read(name)})
-        blocks = stream(source, tokens, compute_for(source, device), clock, keep_original=run.matching)
-        bar = tqdm(blocks, "blocks", total=len(source.block_names), disable=not progress, unit="block")
-        for block in bar:
-            tensors = run.quantize_block(block, lambda text: bar.set_postfix_str(text))
-            with clock("write"):
-                writer.put(tensors)
-        with clock("write"):
-            writer.flush()
-        with clock("write"):
-            writer.finish(source, source.dtype, run.hf_config(), run.report.to_json(clock))
+        if config.end_to_end:
+            with TemporaryDirectory(dir=config.output) as directory:
+                with Writer(Path(directory)) as first:
+                    _block_by_block(run, tokens, first, progress)
+                _end_to_end(run, tokens, Path(directory), writer, progress)
+        else:
+            _block_by_block(run, tokens, writer, progress)
     if progress:
         run.report.show(clock, config.output)
     return config.output
 
 
-class Run:
-    """The state of one quantization: what was decided on the first block, and the report."""
-
-    def __init__(self, config: QuantizeConfig, source: ModelSource, device: torch.device, clock: Clock) -> None:
-        self.config, self.source, self.device, self.clock = config, source, device, clock
-        self.algorithm = ALGORITHMS[config.method]
-        self.format = FORMATS["compressed-tensors" if config.format == "auto" else config.format]
-        self.report = Report(config)
-        self.grid = self._fitted_grid()
-        # float32 scales would double the cost of a group for digits the codes make no use of.
-        self.scale_dtype = torch.float16 if source.dtype == torch.float32 else source.dtype
-        self.matching = self.algorithm.includes("match", config)
-        self.sequential = self.algorithm.includes("sequential", config)
-        if self.matching and config.samples < 2:
-            self.report.note("model", ["a single sample leaves none to hold out: outputs are not matched"])
-
-    def quantize_block(self, block: Block, show: Callable[[str], None]) -> dict[str, Tensor]:
-        """Put the quantized values into the block; returns all of its tensors for the checkpoint."""
-        groups, skipped = split_packable(block.module, find_groups(block.module, block.run, block.hidden[0][:1]))
-        self.report.note(block.name, [f"{name} left in float: {reason}" for name, reason in skipped.items()])
-        drift = block.drift
-        if drift is not None:
-            self.report.drifts[block.name] = drift
-        changed, transformed = self._transform(block, groups)
-        if self.sequential:
-            block.expect(groups)
-        problems: list[Problem] = []  # of all groups, where they are refined together
-        solutions: list[Solution] = []
-        # Without groups there is still the original model's own way through the block.
-        stages = ([[group] for group in groups] or [[]]) if self.sequential else [groups]
-        for stage in stages:
-            posed = transformed or self._problems(block, stage, last=stage is stages[-1])
-            for group, problem in zip(stage, posed, strict=True):
-                solutions.append(self._solve(block, group, problem, show))
-                if self.algorithm.refine is not None:
-                    problems.append(problem)
-        solutions = self._refine(block, groups, problems, solutions)
-        packed: dict[str, Tensor] = {}
-        with self.clock("write"):
-            for group, solution in zip(groups, solutions, strict=True):
-                for name, weight in self._weights(block, group, solution).items():
-                    packed |= self.format.encode(f"{block.name}.{name}", weight, self.grid.symmetric)
-        return packed | self._remaining(block, groups, changed)
-
-    def _transform(self, block: Block, groups: list[Group]) -> tuple[set[str], list[Problem] | None]:
-        """Let the method change the block before anything is rounded.
-
-        Returns the other tensors that changed, and the problems as they are now, unless their inputs will change or the
-        original model's outputs, which they do not know, are to be matched.
-        """
-        if self.algorithm.transform is None:
-            return set(), None
-        problems = self._problems(replace(block, original=None), groups, last=False)
-        with self.clock("solve"):
-            changed, notes = self.algorithm.transform(block, groups, problems, self.config)
-        self.report.note(block.name, notes)
-        return changed, None if self.matching or self.sequential else problems
-
-    def _solve(self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]) -> Solution:
-        """Round the linears of one group, with whose quantized weights the block computes from here on."""
-        with self.clock("solve"):
-            matched = match(problem)
-            problem.W = matched.W
-            baseline = _loss(problem, round_to_nearest(problem))
-            solution = replace(self.algorithm.solve(problem, self.config), matched=matched.step)
-            loss = _loss(problem, solution)
-            self._put_back(block, group, solution)
-            self.report.add_group(block.name, group.linears, (loss, baseline), solution, problem.statistics)
-            release_memory()
-        show(f"{group.linears[-1]} loss {loss:.2e}")
-        return solution
-
-    def _refine(
-        self, block: Block, groups: list[Group], problems: list[Problem], solutions: list[Solution]
-    ) -> list[Solution]:
-        """Let the method improve on what it found for the groups, seen together, if it can."""
-        if self.algorithm.refine is None or not groups:
-            return solutions
-        with self.clock("refine"):
-            solutions, objective = self.algorithm.refine(block, groups, problems, solutions, self.config)
-        self.report.refined[block.name] = objective
-        entries = self.report.groups[-len(groups) :]
-        for group, entry, problem, solution in zip(groups, entries, problems, solutions, strict=True):
-            entry["error"] = _loss(problem, solution)
-            self._put_back(block, group, solution)
-        return solutions
-
-    def _weights(self, block: Block, group: Group, solution: Solution) -> dict[str, QuantizedWeight]:
-        """The solution of a group, by linear."""
-        rows = [linear_of(block.module, name).out_features for name in group.linears]
-        parts = zip(solution.q.split(rows), solution.scale.split(rows), solution.zero.split(rows), strict=True)
-        weights = (QuantizedWeight(q, scale, zero, self.grid.bits) for q, scale, zero in parts)
-        return dict(zip(group.linears, weights, strict=True))
-
-    def _put_back(self, block: Block, group: Group, solution: Solution) -> None:
-        """The block computes with the quantized weights from here on."""
-        for name, weight in self._weights(block, group, solution).items():
-            block.replace_weight(name, weight.dequantize())
-
-    def hf_config(self) -> dict[str, Any]:
-        """The quantization_config, listing every linear that stays in float."""
-        if not self.report.groups:
-            raise WorkError("no linear of this model could be packed: " + self.report.notes[-1]["note"])
-        quantized = {f"{e['block']}.{name}" for e in self.report.groups for name in e["linears"]}
-        linears = (n for n, m in self.source.skeleton.named_modules() if isinstance(m, torch.nn.Linear))
-        ignore = [name for name in linears if name not in quantized]
-        return self.format.hf_config(self.grid.bits, self.grid.group_size, self.grid.symmetric, ignore)
-
-    def _fitted_grid(self) -> Grid:
-        """The requested grid with a group size that divides every layer, known from the shapes alone."""
-        blocks = [self.source.skeleton.get_submodule(name) for name in self.source.block_names]
-        widths = packable_widths(blocks)
-        if not widths:
-            raise RequestError("no linear of this model can be packed: none has both sides in multiples of 32")
-        requested = self.config.grid_settings
-        fitted = fit_group_size(requested.group_size, widths)
-        if fitted != requested.group_size:
-            note = f"group size {requested.group_size} does not divide every layer: using {fitted}"
-            self.report.note("model", [note])
-        return replace(requested, group_size=fitted)
-
-    def _problems(self, block: Block, groups: list[Group], last: bool) -> list[Problem]:
-        """One rounding problem per group, with the statistics the method needs."""
-        if self.algorithm.needs_statistics(self.config):
-            statistics = collect_statistics(block, groups, self.clock, last)
-        else:
-            statistics = [None] * len(groups)
-        problems = []
-        for group, stats in zip(groups, statistics, strict=True):
-            linears = [linear_of(block.module, name) for name in group.linears]
-            W = torch.cat([linear.weight.float() for linear in linears])
-            clippable = [
-                torch.full((linear.out_features,), name.rpartition(".")[2] not in _NOT_CLIPPED, device=W.device)
-                for name, linear in zip(group.linears, linears, strict=True)
-            ]
-            size = W.shape[1] if self.grid.group_size == -1 else self.grid.group_size
-            grid = replace(self.grid, group_size=size)
-            problems.append(Problem(W, stats, grid, self.scale_dtype, torch.cat(clippable)))
-        return problems
-
-    def _remaining(self, block: Block, groups: list[Group], changed: set[str]) -> dict[str, Tensor]:
-        """Everything of the block that is not a packed weight: as on disk, unless the transform changed it."""
-        packed = {f"{name}.weight" for group in groups for name in group.linears}
-        current = block.module.state_dict()
-        remaining: dict[str, Tensor] = {}
-        for name in self.source.block_tensor_names(block.name):
-            inner = name.removeprefix(block.name + ".")
-            if inner not in packed:
-                stored = self.source.read(name)
-                remaining[name] = current[inner].to(stored.dtype) if inner in changed else stored
-        return remaining
+def _block_by_block(run: Run, tokens: Tokens, writer: Writer, progress: bool) -> None:
+    """Quantize all blocks, of which only one is in memory at a time."""
+    source, clock = run.source, run.clock
+    with clock("write"):
+        for name in source.outer_names():
+            writer.put({name: source.read(name)})
+    blocks = stream(source, tokens, compute_for(source, run.device), clock, keep_original=run.matching)
+    bar = tqdm(blocks, "blocks", total=len(source.block_names), disable=not progress, unit="block")
+    for block in bar:
+        tensors = run.quantize_block(block, lambda text: bar.set_postfix_str(text))
+        with clock("write"):
+            writer.put(tensors)
+    _finish(run, writer)
 
 
-def _loss(problem: Problem, solution: Solution) -> float:
-    """Relative output error on held-out tokens; relative weight error where there are no statistics."""
-    H = None if problem.statistics is None else problem.statistics.H_val
-    return relative_error(problem.W, solution.dequantize(problem.grid.group_size), H)
+def _end_to_end(run: Run, tokens: Tokens, directory: Path, writer: Writer, progress: bool) -> None:
+    """Train the whole checkpoint in `directory`, and write it as the result."""
+    compute = compute_for(run.source, run.device)
+    with run.clock("distill"):
+        release_memory()
+        original = _whole_model(run.config, compute)
+        changed, run.report.distilled = distill(directory, original, tokens, run.config.tuned, compute, progress)
+    files = Checkpoint(directory).files
+    with run.clock("write"):
+        # Tensors of one module stay together.
+        for _, names in groupby(sorted(files.names()), key=lambda name: name.rpartition(".")[0]):
+            writer.put({name: changed[name] if name in changed else files.read(name) for name in names})
+    _finish(run, writer)
+
+
+def _finish(run: Run, writer: Writer) -> None:
+    with run.clock("write"):
+        writer.flush()
+    with run.clock("write"):
+        writer.finish(run.source, run.source.dtype, run.hf_config(), run.report.to_json(run.clock))
+
+
+def _whole_model(config: QuantizeConfig, compute: Compute) -> Any:
+    """The original, ready to run, in a skeleton of its own that is gone with it."""
+    source = ModelSource(config.model, config.trust_remote_code)
+    return source.load_all(compute.device, compute.precision).requires_grad_(False)
 
 
 def compute_for(source: ModelSource, device: torch.device) -> Compute:
@@ -252,6 +122,5 @@ def _tokens(source: ModelSource, config: QuantizeConfig, device: torch.device, p
     settings = config.calibration_settings
     if settings.text != SELF:
         return calibration_tokens(source.tokenizer, settings)
-    # The whole model, for once, and in a skeleton of its own that is gone afterwards.
-    whole = ModelSource(config.model, config.trust_remote_code).load_all(device, compute_for(source, device).precision)
+    whole = _whole_model(config, compute_for(source, device))
     return split(sample_sequences(whole, source.tokenizer.bos_token_id, settings, progress))

@@ -30,6 +30,8 @@ class Report:
         """Share of the hidden states entering each block that differs from the original model, on held-out tokens."""
         self.refined: dict[str, tuple[float, float]] = {}
         """What learned rounding minimises in each block, on held-out tokens, before and after."""
+        self.distilled: tuple[float, float] | None = None
+        """KL to the original model on held-out tokens, before and after training from end to end."""
 
     def note(self, where: str, notes: list[str]) -> None:
         """Record fallbacks: anything done otherwise than asked."""
@@ -66,6 +68,7 @@ class Report:
             "fallbacks": self.notes,
             "drifts": self.drifts,
             "refined": self.refined,
+            "distilled": self.distilled,
             "groups": self.groups,
         }
 

@@ -26,61 +26,19 @@ Memory: one block, its gradients and the two moments of Adam.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from llmq import grid
 from llmq.algorithms.problem import Problem, Solution
 from llmq.arch import Group, linear_of
 from llmq.block import Block
 from llmq.config import Tuned
+from llmq.latent import Latent, batches
+from llmq.weight import QuantizedWeight
 
-_INSIDE = 0.45  # how far from its code a latent weight may start, so that the start rounds to the GPTQ solution
 _CHECKS = 5  # looks at the held-out tokens, or a few more
-
-
-class Latent:
-    """What is learned of one group of linears: V [out, groups, size] in codes, and a factor on each scale."""
-
-    def __init__(self, problem: Problem, solution: Solution) -> None:
-        self.solution, self.bits, self.dtype = solution, problem.grid.bits, problem.scale_dtype
-        size = problem.grid.group_size
-        self.scale, self.zero = solution.scale[..., None].float(), solution.zero[..., None].float()
-        q = grid.group_view(solution.q, size).float()
-        inside = problem.groups() / self.scale + self.zero
-        self.V = torch.maximum(torch.minimum(inside, q + _INSIDE), q - _INSIDE).requires_grad_()
-        self.factor = torch.ones_like(self.scale).requires_grad_()
-
-    def weights(self) -> Float[Tensor, "out in"]:
-        """Ŵ, with gradients."""
-        scale: Any = self.scale * self.factor
-        codes: Any = _Round.apply(self.V, 2**self.bits - 1)
-        return (scale * (codes - self.zero)).flatten(-2)
-
-    @torch.no_grad()
-    def rounded(self) -> Solution:
-        """The codes and scales as they would be stored now."""
-        q = self.V.round().clamp(0, 2**self.bits - 1).to(torch.uint8).flatten(-2)
-        return replace(self.solution, q=q, scale=grid.storable((self.scale * self.factor)[..., 0], self.dtype))
-
-
-class _Round(torch.autograd.Function):
-    """Nearest code; the gradient passes where V is within half a step of the codes."""
-
-    @staticmethod
-    def forward(ctx: Any, V: Tensor, highest: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward((V + 0.5) * (highest + 0.5 - V) > 0)
-        return V.round().clamp_(0, highest)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (inside,) = ctx.saved_tensors
-        return gradient * inside, None
 
 
 def refine(
@@ -91,11 +49,11 @@ def refine(
     Returns:
         the solutions, and the objective on held-out tokens before and after.
     """
-    latents = [Latent(problem, solution) for problem, solution in zip(problems, solutions, strict=True)]
+    latents = [latent_of(problem, solution) for problem, solution in zip(problems, solutions, strict=True)]
     codes = {"params": [latent.V for latent in latents], "lr": settings.rate}
     scales = {"params": [latent.factor for latent in latents], "lr": settings.scale_rate}
     optimizer = torch.optim.Adam([codes, scales], betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(1, settings.steps))
     held_out = list(range(block.held_out_from, len(block.hidden)))
 
     def held_out_error(solutions: list[Solution]) -> float:
@@ -105,29 +63,29 @@ def refine(
 
     before = held_out_error(solutions)
     best, best_error = solutions, before
-    for step, batch in enumerate(_batches(block.held_out_from, settings)):
+    for step, batch in enumerate(batches(block.held_out_from, settings.batch, settings.steps)):
         with torch.enable_grad():
-            loss = _error(block, groups, [latent.weights() for latent in latents], batch)
+            loss = _error(block, groups, [latent() for latent in latents], batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if (step + 1) % max(1, settings.steps // _CHECKS) == 0 or step + 1 == settings.steps:
-            now = [latent.rounded() for latent in latents]
+            now = [_rounded(latent, solution) for latent, solution in zip(latents, solutions, strict=True)]
             error = held_out_error(now)
             if error < best_error:
                 best, best_error = now, error
     return best, (before, best_error)
 
 
-def _batches(count: int, settings: Tuned) -> Iterator[list[int]]:
-    """Indices of `batch` training micro-batches for each step, shuffled anew whenever less than a batch is left."""
-    order, waiting = torch.Generator().manual_seed(0), []
-    for _ in range(settings.steps):
-        if len(waiting) < settings.batch:
-            waiting = torch.randperm(count, generator=order).tolist()
-        yield waiting[: settings.batch]
-        waiting = waiting[settings.batch :]
+def latent_of(problem: Problem, solution: Solution) -> Latent:
+    """What is to be learned of a group of linears."""
+    return Latent(QuantizedWeight(solution.q, solution.scale, solution.zero, problem.grid.bits), problem.W)
+
+
+def _rounded(latent: Latent, solution: Solution) -> Solution:
+    weight = latent.rounded()
+    return replace(solution, q=weight.q, scale=weight.scale)
 
 
 def _error(block: Block, groups: list[Group], weights: list[Tensor], batch: list[int]) -> Tensor:

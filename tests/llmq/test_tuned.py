@@ -8,7 +8,7 @@ from torch import nn
 
 from llmq.algorithms import gptq
 from llmq.algorithms.problem import round_to_nearest
-from llmq.algorithms.tuned import Latent, refine
+from llmq.algorithms.tuned import latent_of, refine
 from llmq.arch import Group
 from llmq.block import Block, Compute
 from llmq.config import Gptq, QuantizeConfig, Tuned
@@ -40,18 +40,18 @@ def layer(bits=2, symmetric=True, tokens=512):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_training_starts_from_the_very_solution(bits, symmetric):
     _, problem, solution = layer(bits, symmetric)
-    rounded = Latent(problem, solution).rounded()
+    rounded = latent_of(problem, solution).rounded()
     assert torch.equal(rounded.q, solution.q)
     assert torch.equal(rounded.scale, solution.scale)
-    assert torch.equal(Latent(problem, solution).weights(), solution.dequantize(problem.grid.group_size))
+    assert torch.equal(latent_of(problem, solution)(), solution.dequantize(problem.grid.group_size))
 
 
 def test_gradients_pass_where_a_code_can_follow_them():
     _, problem, solution = layer()
-    latent = Latent(problem, solution)
+    latent = latent_of(problem, solution)
     with torch.no_grad():
         latent.V[0, 0, :4] = torch.tensor([-0.7, -0.4, 3.4, 3.6])
-    latent.weights().sum().backward()
+    latent().sum().backward()
     assert (latent.V.grad[0, 0, :4] != 0).tolist() == [False, True, True, False]
     torch.testing.assert_close(latent.V.grad[0, 0, 1], latent.scale[0, 0, 0])
     codes = latent.V.detach().round().clamp(0, 3) - latent.zero
@@ -99,7 +99,9 @@ def test_learned_rounding_needs_something_to_hold_out(tmp_path):
             QuantizeConfig(model="demo", output=tmp_path, method="tuned", **changes)
 
 
-@pytest.mark.parametrize("settings", [Tuned(steps=0), Tuned(batch=0), Tuned(rate=-1.0), Tuned(scale_rate=float("nan"))])
+@pytest.mark.parametrize(
+    "settings", [Tuned(steps=-1), Tuned(end_batch=0), Tuned(rate=-1.0), Tuned(scale_rate=float("nan"))]
+)
 def test_settings_that_cannot_train_are_refused(settings, tmp_path):
     with pytest.raises(RequestError, match="tuned"):
         QuantizeConfig(model="demo", output=tmp_path, tuned=settings)

@@ -1,0 +1,78 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_pipeline import run
+
+from llmq.block import Compute
+from llmq.config import Calibration, QuantizeConfig, Tuned
+from llmq.data import calibration_tokens
+from llmq.distill import Student, distill
+from llmq.evaluate import evaluate, logits_of
+from llmq.load import Checkpoint, load, load_any
+from llmq.source import ModelSource
+from llmq.writer import REPORT
+
+CPU = Compute(torch.device("cpu"))
+SETTINGS = Tuned(steps=0, end_steps=50, end_batch=4)
+
+
+@pytest.fixture
+def packed(llama, text_file, tmp_path):
+    return run(llama, text_file, tmp_path / "packed", bits=2)
+
+
+def tokens_of(llama, text_file):
+    return calibration_tokens(ModelSource(str(llama)).tokenizer, Calibration(str(text_file), 60, 32))
+
+
+@torch.no_grad()
+def test_a_student_starts_as_the_checkpoint_it_was_made_of(packed):
+    student, ids = Student(Checkpoint(packed), CPU), torch.arange(3, 35)[None]
+    stored = load_file(packed / "model.safetensors")
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in student.tensors().items())
+    assert {name for name in stored if "norm" in name} < set(student.tensors())
+    torch.testing.assert_close(student.model(ids).logits, load(packed, device="cpu")(ids).logits)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.03])
+def test_training_brings_the_predictions_closer_and_keeps_codes_where_they_are_not_to_change(
+    rate, packed, llama, text_file
+):
+    original, tokens = load_any(str(llama), "cpu")[0], tokens_of(llama, text_file)
+    changed, (before, after) = distill(packed, original, tokens, replace(SETTINGS, end_rate=rate), CPU)
+    assert after < 0.95 * before
+    reference = logits_of(original)
+    assert before == pytest.approx(evaluate(load(packed, device="cpu"), tokens.held_out, reference).kl, rel=0.05)
+    stored = load_file(packed / "model.safetensors")
+    moved = {name.rpartition(".")[2] for name, tensor in changed.items() if not torch.equal(tensor, stored[name])}
+    assert moved == {"weight_scale", "weight"} | ({"weight_packed"} if rate else set())
+
+
+def test_training_that_makes_it_worse_changes_nothing(packed, llama, text_file):
+    original, tokens = load_any(str(llama), "cpu")[0], tokens_of(llama, text_file)
+    changed, (before, after) = distill(packed, original, tokens, replace(SETTINGS, end_scale_rate=30.0), CPU)
+    assert changed == {}
+    assert after == before
+
+
+@torch.no_grad()
+def test_a_run_ends_with_it_and_the_report_says_what_it_brought(tmp_path, llama, text_file):
+    def result(name, settings):
+        return run(llama, text_file, tmp_path / name, method="tuned", bits=2, samples=60, tuned=settings)
+
+    plain, trained = result("plain", Tuned(steps=0, end_steps=0)), result("trained", SETTINGS)
+    before, after = json.loads((trained / REPORT).read_text())["distilled"]
+    assert after < before
+    assert json.loads((plain / REPORT).read_text())["distilled"] is None
+    held_out, reference = tokens_of(llama, text_file).held_out, logits_of(load_any(str(llama), "cpu")[0])
+    kl = [evaluate(load(each, device="cpu"), held_out, reference).kl for each in (plain, trained)]
+    assert kl[1] < kl[0]
+    assert {path.name for path in trained.iterdir()} == {path.name for path in plain.iterdir()}
+
+
+def test_only_tuned_trains_the_whole_model(tmp_path):
+    ends = [QuantizeConfig("demo", tmp_path, method=method).end_to_end for method in ("gptq", "tuned")]
+    assert ends == [False, True]
