@@ -60,6 +60,10 @@ class Tuned:
     end_steps: int = 100
     """Steps of training from end to end, after the blocks; 0 leaves it out. The model and its training state must fit
     into memory."""
+    end_text: str = "self"
+    """What to train on besides the calibration sequences: self (the model writes it), or any text that they may be."""
+    end_samples: int = 192
+    """Sequences of that text; 0 for none."""
     end_batch: int = 2
     """Calibration sequences per such step."""
     end_rate: float = 0.01
@@ -69,8 +73,8 @@ class Tuned:
 
     def check(self) -> None:
         """Raise RequestError for settings that cannot train."""
-        if min(self.steps, self.end_steps) < 0 or min(self.batch, self.end_batch) < 1:
-            raise RequestError("tuned needs steps from 0 on and at least 1 sample per step")
+        if min(self.steps, self.end_steps, self.end_samples) < 0 or min(self.batch, self.end_batch) < 1:
+            raise RequestError("tuned needs steps and samples from 0 on, and at least 1 sample per step")
         if not all(0 <= rate < math.inf for rate in (self.rate, self.scale_rate, self.end_rate, self.end_scale_rate)):
             raise RequestError("tuned's learning rates must be numbers from 0 on")
 

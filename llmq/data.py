@@ -30,11 +30,6 @@ class Tokens:
     held_out: Int64[Tensor, "held_out length"]
 
 
-def calibration_tokens(tokenizer: Any, settings: Calibration) -> Tokens:
-    """`windows` of the text that the settings name, some of them held out."""
-    return split(windows(tokenizer, settings))
-
-
 def windows(tokenizer: Any, settings: Calibration) -> Int64[Tensor, "samples length"]:
     """Windows spread evenly over the text: one at a seeded random place in each of `samples` equal stretches.
 

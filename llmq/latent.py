@@ -31,10 +31,14 @@ class Latent(nn.Module):
             would suit as well, or in the middle where nothing is known.
     """
 
+    scale: Tensor
+    zero: Tensor
+
     def __init__(self, weight: QuantizedWeight, hint: Float[Tensor, "out in"] | None = None) -> None:
         super().__init__()
         self.bits, self.dtype = weight.bits, weight.scale.dtype
-        self.scale, self.zero = weight.scale[..., None].float(), weight.zero[..., None].float()
+        self.register_buffer("scale", weight.scale[..., None].float())
+        self.register_buffer("zero", weight.zero[..., None].float())
         q = grid.group_view(weight.q, weight.group_size).float()
         if hint is not None:
             inside = grid.group_view(hint, weight.group_size) / self.scale + self.zero

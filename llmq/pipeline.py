@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 from tqdm import tqdm
 
 from llmq.algorithms import ALGORITHMS
 from llmq.block import Compute
 from llmq.clock import Clock
-from llmq.config import QuantizeConfig
-from llmq.data import Tokens, calibration_tokens, check_context, split
+from llmq.config import Calibration, QuantizeConfig
+from llmq.data import Tokens, check_context, split, windows
 from llmq.device import multiplies_bfloat16, pick_device
 from llmq.distill import distill
 from llmq.errors import RequestError
@@ -43,16 +46,14 @@ def quantize(config: QuantizeConfig, progress: bool = False) -> Path:
         if source.directory.resolve() == config.output.resolve():
             raise RequestError("the output directory is the model's own; choose another")
         device = pick_device(config.device)
-    with clock("sample" if config.calibration == SELF else "open"):
-        tokens = _tokens(source, config, device, progress)
-        release_memory()
+    tokens, training = _tokens(source, config, device, clock, progress)
     run = Run(config, source, device, clock)
     with torch.no_grad(), Writer(config.output, config.overwrite) as writer:
         if config.end_to_end:
             with TemporaryDirectory(dir=config.output) as directory:
                 with Writer(Path(directory)) as first:
                     _block_by_block(run, tokens, first, progress)
-                _end_to_end(run, tokens, Path(directory), writer, progress)
+                _end_to_end(run, training, Path(directory), writer, progress)
         else:
             _block_by_block(run, tokens, writer, progress)
     if progress:
@@ -113,14 +114,30 @@ def compute_for(source: ModelSource, device: torch.device) -> Compute:
     return Compute(device, dtype, precision)
 
 
-def _tokens(source: ModelSource, config: QuantizeConfig, device: torch.device, progress: bool) -> Tokens:
+def _tokens(
+    source: ModelSource, config: QuantizeConfig, device: torch.device, clock: Clock, progress: bool
+) -> tuple[Tokens, Tokens]:
+    """What to calibrate on, and what to train on from end to end: that and some more, judged by the same."""
     if not ALGORITHMS[config.method].needs_statistics(config):
         # Only to see which linears share an input; the values do not matter.
         few = torch.arange(16)[None] % source.config.get_text_config().vocab_size
-        return Tokens(few, few[:0])
+        return Tokens(few, few[:0]), Tokens(few, few[:0])
     check_context(source.config, config.sequence_length)
-    settings = config.calibration_settings
-    if settings.text != SELF:
-        return calibration_tokens(source.tokenizer, settings)
-    whole = _whole_model(config, compute_for(source, device))
-    return split(sample_sequences(whole, source.tokenizer.bos_token_id, settings, progress))
+
+    def sequences(settings: Calibration) -> Int64[Tensor, "samples length"]:
+        if settings.text != SELF:
+            with clock("open"):
+                return windows(source.tokenizer, settings)
+        with clock("sample"):
+            whole = _whole_model(config, compute_for(source, device))
+            written = sample_sequences(whole, source.tokenizer.bos_token_id, settings, progress)
+            del whole
+            release_memory()
+            return written
+
+    settings, tuned = config.calibration_settings, config.tuned
+    tokens = split(sequences(settings))
+    if not config.end_to_end or not tuned.end_samples:
+        return tokens, tokens
+    more = sequences(replace(settings, text=tuned.end_text, samples=tuned.end_samples, seed=settings.seed + 1))
+    return tokens, replace(tokens, train=torch.cat([tokens.train, more]))

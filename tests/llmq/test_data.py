@@ -12,7 +12,7 @@ from tiny import some_text, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from llmq.config import Calibration
-from llmq.data import calibration_tokens, evaluation_chunks, read_text, tokenize
+from llmq.data import evaluation_chunks, read_text, split, tokenize, windows
 from llmq.errors import RequestError, WorkError
 
 BOS = 5
@@ -39,10 +39,14 @@ def text_of(tmp_path, letters, name="text.txt"):
     return path
 
 
+def calibration_tokens(tokenizer, settings):
+    return split(windows(tokenizer, settings))
+
+
 def in_order(tokens):
     """All windows by position in the text."""
-    windows = torch.cat([tokens.train, tokens.held_out])
-    return windows[windows[:, -1].argsort()]
+    both = torch.cat([tokens.train, tokens.held_out])
+    return both[both[:, -1].argsort()]
 
 
 def test_windows_have_the_asked_shape_and_are_pieces_of_the_text_without_padding(text_file):

@@ -8,15 +8,16 @@ from test_pipeline import run
 
 from llmq.block import Compute
 from llmq.config import Calibration, QuantizeConfig, Tuned
-from llmq.data import calibration_tokens
+from llmq.data import split, windows
 from llmq.distill import Student, distill
+from llmq.errors import RequestError
 from llmq.evaluate import evaluate, logits_of
 from llmq.load import Checkpoint, load, load_any
 from llmq.source import ModelSource
 from llmq.writer import REPORT
 
 CPU = Compute(torch.device("cpu"))
-SETTINGS = Tuned(steps=0, end_steps=50, end_batch=4)
+SETTINGS = Tuned(steps=0, end_steps=50, end_samples=0, end_batch=4)
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def packed(llama, text_file, tmp_path):
 
 
 def tokens_of(llama, text_file):
-    return calibration_tokens(ModelSource(str(llama)).tokenizer, Calibration(str(text_file), 60, 32))
+    return split(windows(ModelSource(str(llama)).tokenizer, Calibration(str(text_file), 60, 32)))
 
 
 @torch.no_grad()
@@ -71,6 +72,34 @@ def test_a_run_ends_with_it_and_the_report_says_what_it_brought(tmp_path, llama,
     kl = [evaluate(load(each, device="cpu"), held_out, reference).kl for each in (plain, trained)]
     assert kl[1] < kl[0]
     assert {path.name for path in trained.iterdir()} == {path.name for path in plain.iterdir()}
+
+
+@pytest.mark.parametrize("text", ["self", "file"])
+def test_it_trains_on_more_than_the_calibration_text_and_is_judged_by_that(
+    text, tmp_path, llama, text_file, monkeypatch
+):
+    seen = []
+
+    def spy(directory, original, tokens, *_):
+        seen.append(tokens)
+        return {}, (1.0, 1.0)
+
+    monkeypatch.setattr("llmq.pipeline.distill", spy)
+    settings = replace(SETTINGS, end_text=str(text_file) if text == "file" else text, end_samples=7)
+    run(llama, text_file, tmp_path / "out", method="tuned", samples=20, tuned=settings)
+    calibration = split(windows(ModelSource(str(llama)).tokenizer, Calibration(str(text_file), 20, 32)))
+    assert torch.equal(seen[0].held_out, calibration.held_out)
+    assert torch.equal(seen[0].train[:18], calibration.train)
+    more = seen[0].train[18:]
+    assert more.shape == (7, 32)
+    assert not (more[:, None] == seen[0].train[:18]).all(-1).any()
+
+
+def test_a_text_to_train_on_that_is_not_there_is_refused_before_the_work(tmp_path, llama, text_file):
+    settings = replace(SETTINGS, end_text="nowhere.txt", end_samples=7)
+    with pytest.raises(RequestError, match="nowhere"):
+        run(llama, text_file, tmp_path / "out", method="tuned", tuned=settings)
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_tuned_trains_the_whole_model(tmp_path):
