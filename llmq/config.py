@@ -47,7 +47,7 @@ class Awq:
 
 @dataclass(frozen=True)
 class Tuned:
-    """Settings of learned rounding."""
+    """Settings of learned rounding, first block by block, then (end_*) of the whole model."""
 
     steps: int = 100
     """Steps of training per block."""
@@ -67,16 +67,22 @@ class Tuned:
     end_batch: int = 2
     """Calibration sequences per such step."""
     end_rate: float = 0.01
-    """Learning rate of the codes there; 0 keeps them and needs a quarter of the memory."""
+    """Learning rate of the codes there; 0 keeps them and needs half the memory."""
     end_scale_rate: float = 0.001
     """Learning rate of scales, norms and biases there."""
 
     def check(self) -> None:
         """Raise RequestError for settings that cannot train."""
-        if min(self.steps, self.end_steps, self.end_samples) < 0 or min(self.batch, self.end_batch) < 1:
-            raise RequestError("tuned needs steps and samples from 0 on, and at least 1 sample per step")
-        if not all(0 <= rate < math.inf for rate in (self.rate, self.scale_rate, self.end_rate, self.end_scale_rate)):
-            raise RequestError("tuned's learning rates must be numbers from 0 on")
+        for name, least in (("steps", 0), ("batch", 1), ("end_steps", 0), ("end_samples", 0), ("end_batch", 1)):
+            if getattr(self, name) < least:
+                raise RequestError(f"tuned {name} must be at least {least}; got {getattr(self, name)}")
+        for steps, names in (("steps", ("rate", "scale_rate")), ("end_steps", ("end_rate", "end_scale_rate"))):
+            rates = [getattr(self, name) for name in names]
+            if not all(0 <= rate < math.inf for rate in rates) or not any(rates):
+                raise RequestError(
+                    f"tuned {' and '.join(names)} must be numbers from 0 on, one of them above; got {rates}.\n"
+                    f"To leave this training out, set {steps} to 0."
+                )
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ class QuantizeConfig:
     output: Path
     """Directory for the packed checkpoint. Must be new or empty unless --overwrite is given."""
     method: str = "gptq"
-    """gptq (best for its time), tuned (gptq, then training block by block: minutes to hours), awq (for activation
+    """gptq (best for its time), tuned (gptq, then training: minutes to hours), awq (for activation
     outliers), awq+gptq or rtn (needs no calibration text, seconds)."""
     bits: int = 4
     """Bits per weight: 2, 3, 4 or 8."""
@@ -178,10 +184,7 @@ class QuantizeConfig:
         _one_of("gptq order", self.gptq.order, ORDERS)
         if self.awq.ratios < 1 or not 0 <= self.awq.clip_steps <= 20:
             raise RequestError("awq needs at least 1 ratio and 0 to 20 clip steps")
-        if self.method == "tuned" and self.samples < 2:
-            raise RequestError(f"samples must be at least 2 for tuned, which holds some out; got {self.samples}")
-        if self.method == "tuned" and (self.effort == "fast" or "match" in self.without):
-            raise RequestError("tuned follows the original model's outputs, which are left out here; use effort normal")
+        self._check_effort()
         self.tuned.check()
         if self.grid == "common" and not self.symmetric:
             raise RequestError("grid common is symmetric; use minmax with --no-symmetric")
@@ -195,6 +198,21 @@ class QuantizeConfig:
             )
         # The nested views validate themselves.
         _ = self.grid_settings, self.calibration_settings
+
+    def _check_effort(self) -> None:
+        """Raise RequestError for what would do nothing, or has nothing to go by."""
+        if self.samples < 2 and (self.method == "tuned" or self.effort == "best"):
+            what = "method tuned" if self.method == "tuned" else "effort best"
+            raise RequestError(f"samples must be at least 2 for {what}, which holds some out; got {self.samples}")
+        if self.method == "tuned" and self.effort == "fast":
+            raise RequestError("tuned follows the original model's outputs, which effort fast leaves out; use normal")
+        if self.method == "tuned" and "match" in self.without:
+            raise RequestError("tuned follows the original model's outputs: it cannot do without match")
+        if self.effort == "best" and self.method in ("rtn", "awq"):
+            raise RequestError(f"effort best tries steps around gptq, which {self.method} has not; use normal")
+        if self.without and (self.effort == "fast" or (self.method == "rtn" and self.grid != "hessian")):
+            what = f"method {self.method} with effort {self.effort}"
+            raise RequestError(f"{what} has no part {' or '.join(self.without)} that could be left out")
 
     @property
     def grid_settings(self) -> Grid:

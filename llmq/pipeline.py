@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from llmq.clock import Clock
 from llmq.config import Calibration, QuantizeConfig
 from llmq.data import Tokens, check_context, split, windows
 from llmq.device import multiplies_bfloat16, pick_device
-from llmq.distill import distill
-from llmq.errors import RequestError
+from llmq.distill import Student, distill
+from llmq.errors import RequestError, WorkError
 from llmq.load import Checkpoint
 from llmq.memory import release_memory
 from llmq.run import Run
@@ -50,10 +49,10 @@ def quantize(config: QuantizeConfig, progress: bool = False) -> Path:
     run = Run(config, source, device, clock)
     with torch.no_grad(), Writer(config.output, config.overwrite) as writer:
         if config.end_to_end:
-            with TemporaryDirectory(dir=config.output) as directory:
-                with Writer(Path(directory)) as first:
+            with writer.workroom() as directory:
+                with Writer(directory) as first:
                     _block_by_block(run, tokens, first, progress)
-                _end_to_end(run, training, Path(directory), writer, progress)
+                _end_to_end(run, training, directory, writer, progress)
         else:
             _block_by_block(run, tokens, writer, progress)
     if progress:
@@ -78,11 +77,18 @@ def _block_by_block(run: Run, tokens: Tokens, writer: Writer, progress: bool) ->
 
 def _end_to_end(run: Run, tokens: Tokens, directory: Path, writer: Writer, progress: bool) -> None:
     """Train the whole checkpoint in `directory`, and write it as the result."""
-    compute = compute_for(run.source, run.device)
+    config, compute = run.config, compute_for(run.source, run.device)
     with run.clock("distill"):
         release_memory()
-        original = _whole_model(run.config, compute)
-        changed, run.report.distilled = distill(directory, original, tokens, run.config.tuned, compute, progress)
+        try:
+            original = _whole_model(config, device=compute.device, dtype=compute.dtype)
+            student = Student(directory, original, compute, config.trust_remote_code)
+            changed, run.report.distilled = distill(student, original, tokens, config.tuned, compute, progress)
+        except torch.OutOfMemoryError:
+            raise WorkError(
+                "training the whole model does not fit into the GPU's memory.\n"
+                "--tuned.end-rate 0 needs half, --tuned.end-batch 1 less; --tuned.end-steps 0 leaves it out"
+            ) from None
     files = Checkpoint(directory).files
     with run.clock("write"):
         # Tensors of one module stay together.
@@ -98,10 +104,9 @@ def _finish(run: Run, writer: Writer) -> None:
         writer.finish(run.source, run.source.dtype, run.hf_config(), run.report.to_json(run.clock))
 
 
-def _whole_model(config: QuantizeConfig, compute: Compute) -> Any:
+def _whole_model(config: QuantizeConfig, device: torch.device, dtype: torch.dtype) -> Any:
     """The original, ready to run, in a skeleton of its own that is gone with it."""
-    source = ModelSource(config.model, config.trust_remote_code)
-    return source.load_all(compute.device, compute.precision).requires_grad_(False)
+    return ModelSource(config.model, config.trust_remote_code).load_all(device, dtype).requires_grad_(False)
 
 
 def compute_for(source: ModelSource, device: torch.device) -> Compute:
@@ -129,7 +134,7 @@ def _tokens(
             with clock("open"):
                 return windows(source.tokenizer, settings)
         with clock("sample"):
-            whole = _whole_model(config, compute_for(source, device))
+            whole = _whole_model(config, device, compute_for(source, device).precision)
             written = sample_sequences(whole, source.tokenizer.bos_token_id, settings, progress)
             del whole
             release_memory()

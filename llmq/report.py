@@ -56,7 +56,10 @@ class Report:
         self.note(f"{block}.{'+'.join(name.rpartition('.')[2] for name in linears)}", solution.fallbacks)
 
     def to_json(self, clock: Clock) -> dict[str, Any]:
-        """Everything, ready for json.dump. Seconds are split by phase; `error` is measured on held-out tokens."""
+        """Everything, ready for json.dump.
+
+        Seconds are split by phase; `error` is measured on held-out tokens, before any training from end to end.
+        """
         return {
             "llmq": VERSION,
             "command": " ".join([program(), shlex.join(sys.argv[1:])]),
@@ -88,6 +91,8 @@ class Report:
             say(f"note: {entry['where']}: {entry['note']}")
         if len(self.notes) > _WORST:
             say(f"… and {len(self.notes) - _WORST} more notes in the report")
+        if self.distilled is not None:
+            say("KL to the original on held-out text {:.4f}, after training {:.4f}".format(*self.distilled))
         phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in clock.seconds.items())
         say(f"{clock.total:.1f} s ({phases}); peak memory {peak_memory() / 1e9:.2f} GB")
         say(f"wrote {output}")

@@ -29,7 +29,7 @@ _NOT_CLIPPED = ("q_proj", "k_proj", "qkv_proj")
 
 
 class Run:
-    """The state of one quantization: what was decided on the first block, and the report."""
+    """The state of one quantization: what holds for all blocks, and the report."""
 
     def __init__(self, config: QuantizeConfig, source: ModelSource, device: torch.device, clock: Clock) -> None:
         self.config, self.source, self.device, self.clock = config, source, device, clock

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -119,10 +121,23 @@ class Writer:
         _sync(self.directory)
         self._write_json("config.json", _config(source, dtype, quantization_config))
 
+    @contextmanager
+    def workroom(self) -> Iterator[Path]:
+        """A directory for what is not the result yet; gone afterwards."""
+        room = self.directory / "work.partial"
+        room.mkdir()
+        try:
+            yield room
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
+
     def _clear(self) -> None:
         for pattern in _OURS:
-            for file in self.directory.glob(pattern):
-                file.unlink(missing_ok=True)
+            for path in self.directory.glob(pattern):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
 
     def _partial(self, index: int) -> Path:
         return self.directory / f"shard-{index:05}.partial"

@@ -2,15 +2,15 @@
 
     python scripts/check_accuracy.py --calibration wikitext2-valid.txt --text wikitext2-test.txt
 
-Rows that are in --results already are not measured again: from none it takes some ten hours on 2 cores. Seconds and
-memory mean something only if the machine has nothing else to do.
+Rows that are in --results already are not measured again (after a change to the code, delete those it concerns): from
+none it takes some ten hours on 2 cores. Seconds and memory mean something only if the machine has nothing else to do.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -77,8 +77,9 @@ def check(config: CheckConfig) -> None:
     print()
     failed = 0
     for what, measured, bar in _claims({name: Rows(rows) for name, (_, rows) in tables.items()}):
-        failed += measured > bar
-        print(f"{'FAILS' if measured > bar else 'holds'}  {measured:8.3f} <= {bar:<8g} {what}")
+        holds = measured <= bar  # not if it is no number
+        failed += not holds
+        print(f"{'holds' if holds else 'FAILS'}  {measured:8.3f} <= {bar:<8g} {what}")
     if failed:
         raise WorkError(f"{failed} claims do not hold")
 
@@ -112,9 +113,9 @@ class Rows:
         """The rows of a setting, by its name, one for each seed."""
         return [row for row in self.rows if row["name"] == name.partition(":")[0] and row["bits"] == bits]
 
-    def kl(self, name: str, bits: int) -> float:
+    def kl(self, name: str, bits: int, seeds: Container[int] = range(100)) -> float:
         """The mean over seeds."""
-        return mean(row["kl"] for row in self.of(name, bits))
+        return mean(row["kl"] for row in self.of(name, bits) if row["seed"] in seeds)
 
     def gain(self, name: str, than: str) -> float:
         """By what factor KL is larger with another setting, on average over bits."""
@@ -143,7 +144,8 @@ def _claims(tables: dict[str, Rows]) -> Iterator[tuple[str, float, float]]:
     yield "peak memory in GB, normal", normal["peak_memory_bytes"] / 1e9, 1.2
     for bits, bar in ((4, 0.5), (3, 0.45), (2, 0.35)):
         yield f"KL, {bits} bit, normal / common", main.kl(_NORMAL, bits) / main.kl(_COMMON, bits), bar
-    least = min(main.kl(name, 2) for name in (_COMMON, _FAST, _NORMAL, _BEST))
+    seeds = {row["seed"] for row in tuned.rows}
+    least = min(main.kl(name, 2, seeds) for name in (_COMMON, _FAST, _NORMAL, _BEST))
     yield "KL, 2 bit, tuned / the best GPTQ", tuned.kl(_TUNED, 2) / least, 0.6
     for setting in _OFF:
         yield f"KL with a part that is on / without it: {setting}", 1 / parts.gain(_NORMAL, setting), 1.0

@@ -39,7 +39,7 @@ Row = dict[str, Any]
 Key = tuple[str, int, int, int]
 # As flags of llmq.quantize.
 DEFAULT = ("rtn: --method rtn", "gptq fast: --effort fast", "gptq: --method gptq", "awq: --method awq")
-_PHASES = ("forward", "statistics", "solve", "refine")
+_PHASES = ("sample", "forward", "statistics", "solve", "refine", "distill")
 
 
 @dataclass(frozen=True)

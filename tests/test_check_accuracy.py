@@ -1,6 +1,7 @@
 """The script that decides whether the documented accuracy holds decides rightly."""
 
 import json
+import math
 import shlex
 from pathlib import Path
 
@@ -72,6 +73,12 @@ def test_a_claim_that_does_not_hold_is_named_and_is_an_error(changed, claim, tmp
     assert claim in line
 
 
+def test_what_could_not_be_computed_does_not_hold(tmp_path, capsys):
+    with pytest.raises(WorkError):
+        check(write_rows(tmp_path, lambda name, bits: math.nan if name == "tuned" else good(name, bits)))
+    assert "FAILS       nan <= 0.09" in capsys.readouterr().out
+
+
 def test_seconds_count(tmp_path, capsys):
     with pytest.raises(WorkError):
         check(write_rows(tmp_path, good, seconds=200.0))
@@ -82,5 +89,7 @@ def test_seconds_count(tmp_path, capsys):
 
 
 def test_a_gain_is_the_mean_over_bits_of_factors():
-    rows = [{"name": n, "bits": b, "kl": k} for n, b, k in (("a", 4, 1), ("b", 4, 8), ("a", 2, 3), ("b", 2, 6))]
+    rows = [
+        {"name": n, "bits": b, "kl": k, "seed": 0} for n, b, k in (("a", 4, 1), ("b", 4, 8), ("a", 2, 3), ("b", 2, 6))
+    ]
     assert Rows(rows).gain("a", "b") == pytest.approx(4.0)

@@ -1,4 +1,4 @@
-"""Optional steps around GPTQ, each kept for a group of linears only if it helps on tokens that nothing was fitted to.
+"""Optional steps around GPTQ, each kept for a group of linears only if it helps on held-out tokens.
 
     damping ─────► descent ─────► scale refit        judged by tr(ΔW H_val ΔWᵀ)
     one of three   if better      if better

@@ -9,8 +9,8 @@ objective is quadratic in the scales; one group after the other gets the minimum
 
     s_g  <-  s_g + c_g (E H)_gᵀ / c_g H_gg c_gᵀ,          c_g = q_g - z_g,  E = w - ŵ
 
-(Gauss-Seidel on the normal equations; MR-GPTQ and Intel's SignRound v2 end with similar fits.) A step that rounding the
-scale to its storage dtype would turn into a loss is not taken: no step can make the objective worse.
+(Gauss-Seidel on the normal equations.) Of all scales that can be stored, the one before among them, the nearest to the
+minimum is taken: no step makes the objective worse.
 """
 
 from __future__ import annotations
@@ -43,8 +43,6 @@ def refit_scales(problem: Problem, solution: Solution, H: Float[Tensor, "in in"]
         now = scale[:, g].to(H.dtype)
         # A group whose codes are all zero points has no use for a scale.
         fitted = grid.storable(now + along / across.where(across > 0, 1), scale.dtype)
-        step = fitted.to(H.dtype) - now
-        step = step.where(step * (step * across - 2 * along) < 0, 0)
-        scale[:, g] = (now + step).to(scale.dtype)
-        G.addmm_(step[:, None] * c, H[columns], alpha=-1)
+        G.addmm_((fitted.to(H.dtype) - now)[:, None] * c, H[columns], alpha=-1)
+        scale[:, g] = fitted
     return replace(solution, scale=scale)

@@ -35,10 +35,9 @@ from llmq.algorithms.problem import Problem, Solution
 from llmq.arch import Group, linear_of
 from llmq.block import Block
 from llmq.config import Tuned
-from llmq.latent import Latent, batches
+from llmq.latent import Latent
+from llmq.training import Task, train
 from llmq.weight import QuantizedWeight
-
-_CHECKS = 5  # looks at the held-out tokens, or a few more
 
 
 def refine(
@@ -50,42 +49,28 @@ def refine(
         the solutions, and the objective on held-out tokens before and after.
     """
     latents = [latent_of(problem, solution) for problem, solution in zip(problems, solutions, strict=True)]
-    codes = {"params": [latent.V for latent in latents], "lr": settings.rate}
-    scales = {"params": [latent.factor for latent in latents], "lr": settings.scale_rate}
-    optimizer = torch.optim.Adam([codes, scales], betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(1, settings.steps))
     held_out = list(range(block.held_out_from, len(block.hidden)))
 
-    def held_out_error(solutions: list[Solution]) -> float:
-        sizes = [problem.grid.group_size for problem in problems]
-        weights = [solution.dequantize(size) for solution, size in zip(solutions, sizes, strict=True)]
-        return float(sum(_error(block, groups, weights, [i]) for i in held_out)) / len(held_out)
+    def loss(batch: list[int]) -> Tensor:
+        return _error(block, groups, [latent() for latent in latents], batch)
 
-    before = held_out_error(solutions)
-    best, best_error = solutions, before
-    for step, batch in enumerate(batches(block.held_out_from, settings.batch, settings.steps)):
-        with torch.enable_grad():
-            loss = _error(block, groups, [latent() for latent in latents], batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % max(1, settings.steps // _CHECKS) == 0 or step + 1 == settings.steps:
-            now = [_rounded(latent, solution) for latent, solution in zip(latents, solutions, strict=True)]
-            error = held_out_error(now)
-            if error < best_error:
-                best, best_error = now, error
-    return best, (before, best_error)
+    def held_out_loss() -> float:
+        return sum(float(loss([i])) for i in held_out) / len(held_out)
+
+    def state() -> list[Solution]:
+        weights = (latent.rounded() for latent in latents)
+        return [replace(old, q=new.q, scale=new.scale) for old, new in zip(solutions, weights, strict=True)]
+
+    codes: list[Tensor] = [latent.V for latent in latents]
+    scales: list[Tensor] = [latent.factor for latent in latents]
+    parameters = [(codes, settings.rate), (scales, settings.scale_rate)]
+    task = Task(parameters, block.held_out_from, loss, held_out_loss, state)
+    return train(task, settings.steps, settings.batch, solutions)
 
 
 def latent_of(problem: Problem, solution: Solution) -> Latent:
     """What is to be learned of a group of linears."""
     return Latent(QuantizedWeight(solution.q, solution.scale, solution.zero, problem.grid.bits), problem.W)
-
-
-def _rounded(latent: Latent, solution: Solution) -> Solution:
-    weight = latent.rounded()
-    return replace(solution, q=weight.q, scale=weight.scale)
 
 
 def _error(block: Block, groups: list[Group], weights: list[Tensor], batch: list[int]) -> Tensor:

@@ -5,6 +5,8 @@ import torch
 from problems import correlated_inputs, make_problem
 
 from llmq.algorithms import gate, gptq
+from llmq.algorithms.descent import descend
+from llmq.algorithms.problem import damped
 from llmq.config import Gptq
 
 WIDTH = 64
@@ -36,10 +38,24 @@ def test_few_tokens_ask_for_more_damping_than_many():
     assert few > many
 
 
-def test_steps_that_only_suit_the_calibration_tokens_are_not_kept():
-    """Held-out tokens that have nothing in common with the others: what lowers the objective there is chance."""
-    problem = split_problem(4096, bits=2)
-    assert gate.solve(problem, Gptq()).kept == ["descent", "scale refit"]
-    # Nothing can improve on codes that are exact where it counts.
-    problem.statistics = replace(problem.statistics, H_val=torch.zeros(WIDTH, WIDTH, dtype=torch.float64))
-    assert gate.solve(problem, Gptq()).kept == []
+def test_a_step_that_helps_only_on_the_calibration_tokens_is_not_kept(monkeypatch):
+    problem = split_problem(20, bits=2)  # far fewer tokens than columns
+    before = gptq.solve(problem, Gptq())
+    H = damped(problem.statistics.H, 1e-6)
+    after = descend(problem, before, H, passes=20)
+
+    def on_calibration(solution):
+        E = problem.W - solution.dequantize(problem.grid.group_size)
+        return float((E * (E @ H)).sum())
+
+    assert on_calibration(after) < on_calibration(before)
+    assert gate.held_out_loss(problem, after) > gate.held_out_loss(problem, before)
+    monkeypatch.setattr(gate, "_DAMPINGS", (1.0,))
+    monkeypatch.setattr(gate, "_STEPS", {"overfitting": lambda problem, solution, _: descend(problem, solution, H, 20)})
+    kept = gate.solve(problem, Gptq())
+    assert kept.kept == []
+    assert torch.equal(kept.q, before.q)
+
+
+def test_steps_that_help_on_both_are_kept():
+    assert gate.solve(split_problem(4096, bits=2), Gptq()).kept == ["descent", "scale refit"]

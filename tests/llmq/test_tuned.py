@@ -51,6 +51,7 @@ def test_gradients_pass_where_a_code_can_follow_them():
     latent = latent_of(problem, solution)
     with torch.no_grad():
         latent.V[0, 0, :4] = torch.tensor([-0.7, -0.4, 3.4, 3.6])
+    latent.requires_grad_()
     latent().sum().backward()
     assert (latent.V.grad[0, 0, :4] != 0).tolist() == [False, True, True, False]
     torch.testing.assert_close(latent.V.grad[0, 0, 1], latent.scale[0, 0, 0])
@@ -95,7 +96,7 @@ def test_learned_rounding_needs_something_to_hold_out(tmp_path):
     with pytest.raises(RequestError, match="samples must be at least 2"):
         QuantizeConfig(model="demo", output=tmp_path, method="tuned", samples=1)
     for changes in ({"effort": "fast"}, {"without": ("match",)}):
-        with pytest.raises(RequestError, match="original model's outputs, which are left out"):
+        with pytest.raises(RequestError, match="tuned follows the original model's outputs"):
             QuantizeConfig(model="demo", output=tmp_path, method="tuned", **changes)
 
 

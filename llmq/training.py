@@ -1,0 +1,77 @@
+"""The loop that trains: Adam, a rate that falls to zero, and the best state that held-out text has seen."""
+
+# torch annotates only part of itself: what it leaves unknown is not reported here.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+_CHECKS = 5  # looks at the held-out text, or a few more
+_State = TypeVar("_State")
+
+
+@dataclass(frozen=True)
+class Task(Generic[_State]):
+    """What is trained, and how it is judged."""
+
+    parameters: list[tuple[list[Tensor], float]]
+    """With their learning rates; those of rate 0 stay."""
+    samples: int
+    loss: Callable[[list[int]], Tensor]
+    """Of a batch of samples, with gradients."""
+    held_out: Callable[[], float]
+    """The loss on held-out text, of the state as it would be stored."""
+    state: Callable[[], _State]
+    """A copy of it."""
+
+
+def train(
+    task: Task[_State], steps: int, batch: int, start: _State, progress: bool = False
+) -> tuple[_State, tuple[float, float]]:
+    """The state with the least loss on held-out text, `start` among them; and that loss before and after."""
+
+    def held_out() -> float:
+        with torch.no_grad():
+            return task.held_out()
+
+    before = least = held_out()
+    best = start
+    if steps == 0:
+        return best, (before, least)
+    groups = [{"params": parameters, "lr": rate} for parameters, rate in task.parameters if rate > 0]
+    for parameter in (parameter for group in groups for parameter in group["params"]):
+        parameter.requires_grad_()
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    bar = tqdm(batches(task.samples, batch, steps), "training", total=steps, disable=not progress, unit="step")
+    for step, indices in enumerate(bar, start=1):
+        with torch.enable_grad():
+            loss = task.loss(indices)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix_str(f"loss {float(loss.detach()):.4f}, held out {least:.4f}", refresh=False)
+        if step % max(1, steps // _CHECKS) == 0 or step == steps:
+            now = held_out()
+            if now < least:
+                best, least = task.state(), now
+    return best, (before, least)
+
+
+def batches(count: int, size: int, steps: int) -> Iterator[list[int]]:
+    """Indices of `size` of `count` samples for each step, shuffled anew whenever less than a batch is left."""
+    order, waiting = torch.Generator().manual_seed(0), []
+    size = min(size, count)
+    for _ in range(steps):
+        if len(waiting) < size:
+            waiting = torch.randperm(count, generator=order).tolist()
+        yield waiting[:size]
+        waiting = waiting[size:]
