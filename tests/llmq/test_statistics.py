@@ -211,7 +211,7 @@ def test_an_input_is_kept_only_when_everything_before_it_is_replaced():
     block, groups = two_parts(hidden)
     groups = [group for group in groups if group.linears != ("second.a",)]
     block.expect(groups)
-    collect_statistics(block, groups, Clock())  # of all groups at once, as with `--effort fast`
+    collect_statistics(block, groups, Clock())  # of all groups at once
     for group in groups:
         block.replace_weight(group.linears[0], linear_of(block.module, group.linears[0]).weight.round(decimals=1))
     assert all(torch.equal(block.run_batch(i), block.run(hidden[i])) for i in range(3))
