@@ -23,14 +23,23 @@ _HOTTEST, _HOT_TOKENS = 2.0, 16
 _CACHE_BYTES = {"cpu": 512_000_000, "cuda": 8_000_000_000}  # keys and values of the sequences written at a time
 
 
-class _Cooling(LogitsProcessor):
-    """Divides logits by a temperature that falls from _HOTTEST to 1 over the first _HOT_TOKENS tokens."""
+class _Draw(LogitsProcessor):
+    """Draws the next token, and rules out all others.
+
+    At a temperature that falls from _HOTTEST to 1 over the first _HOT_TOKENS tokens. One random number a token decides,
+    where the sampling of `generate` takes one for each word: a third of its time on a CPU.
+    """
 
     def __call__(
         self, input_ids: Int64[Tensor, "batch length"], scores: Float[Tensor, "batch vocabulary"]
     ) -> Float[Tensor, "batch vocabulary"]:
         rest = max(0.0, 1 - (input_ids.shape[1] - 1) / _HOT_TOKENS)
-        return scores / (1 + (_HOTTEST - 1) * rest)
+        below = (scores.float() / (1 + (_HOTTEST - 1) * rest)).softmax(-1).cumsum(-1)
+        at = torch.rand(len(scores), 1).to(scores.device) * below[:, -1:]
+        drawn = torch.searchsorted(below, at, right=True).clamp(
+            max=scores.shape[1] - 1
+        )  # never a word of probability 0
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
 @torch.no_grad()
@@ -47,17 +56,17 @@ def sample_sequences(
     vocabulary, length = config.vocab_size, settings.sequence_length
     model.generation_config = GenerationConfig()  # how the model is meant to be sampled is not how it speaks
     # Nothing ends a sequence: what follows an end-of-text token is the next text, as in windows of a corpus.
-    how = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length - 1, pad_token_id=0)
+    how = GenerationConfig(do_sample=False, max_new_tokens=length - 1, pad_token_id=0)
     written = []
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[]):  # all random numbers are drawn on the CPU
         torch.manual_seed(settings.seed)
         shape = (settings.samples, 1)
         starts = torch.randint(vocabulary, shape) if bos is None else torch.full(shape, bos)
         size = length * _cache_bytes_per_token(config, model.dtype)
         batches = starts.split(max(1, _CACHE_BYTES[model.device.type] // size))
         for start in tqdm(batches, "writing calibration text", disable=not progress, unit="batch"):
-            cooling = LogitsProcessorList([_Cooling()])
-            sequences = model.generate(start.to(model.device), generation_config=how, logits_processor=cooling)
+            draw = LogitsProcessorList([_Draw()])
+            sequences = model.generate(start.to(model.device), generation_config=how, logits_processor=draw)
             written.append(sequences.cpu())
     return torch.cat(written)
 

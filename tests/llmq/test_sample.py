@@ -5,7 +5,7 @@ from tiny import tiny_model
 from llmq.config import Calibration
 from llmq.data import split
 from llmq.load import load_any
-from llmq.sample import SELF, _Cooling, sample_sequences
+from llmq.sample import SELF, _Draw, sample_sequences
 
 
 def settings(samples=7, length=24, seed=0):
@@ -48,9 +48,14 @@ def test_a_small_budget_of_memory_changes_nothing_but_the_batches(monkeypatch):
 
 
 def test_the_first_tokens_are_drawn_hotter_than_the_rest():
-    scores = torch.tensor([[1.0, 2.0, 4.0]])
-    heat = [float(scores[0, 2] / _Cooling()(torch.zeros(1, length).long(), scores)[0, 2]) for length in (1, 9, 17, 99)]
-    assert heat == [2.0, 1.5, 1.0, 1.0]
+    scores = torch.tensor([1.0, 2.0, 4.0, 0.0]).log().expand(60_000, 4)
+    torch.manual_seed(0)
+    for length, temperature in ((1, 2.0), (9, 1.5), (17, 1.0), (99, 1.0)):
+        drawn = _Draw()(torch.zeros(len(scores), length).long(), scores)
+        assert (drawn.isfinite().sum(1) == 1).all()
+        share = drawn.argmax(1).bincount(minlength=4) / len(drawn)
+        torch.testing.assert_close(share, (scores[0] / temperature).softmax(-1), rtol=0, atol=0.01)
+        assert share[3] == 0
 
 
 def test_a_model_is_quantized_on_its_own_text(tmp_path, llama, text_file, monkeypatch):
