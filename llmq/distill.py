@@ -9,8 +9,8 @@ LLM-QAT (Liu et al., arXiv 2305.17888) distils, as here: the original's predicti
 The state with the least loss on held-out text is kept, the start among them. The file format stays what it is; norms
 and biases, which it stores as they are, change with the rest.
 
-Memory: the original model; of the packed one 16 bytes for each quantized weight (latent code, gradient, the two moments
-of Adam; 8 where the codes stay); what the layers keep for the way back, and a few copies of a batch's logits.
+Memory: the original model; of the packed one 20 bytes for each quantized weight (latent code, weight, gradient and the
+two moments of Adam; 8 where the codes stay); what the layers keep for the way back, a few copies of a batch's logits.
 """
 
 # torch annotates only part of itself: what it leaves unknown is not reported here.
@@ -31,11 +31,29 @@ from torch.nn.functional import kl_div, linear
 from llmq.block import Compute
 from llmq.config import Tuned
 from llmq.data import Tokens
+from llmq.errors import RequestError
 from llmq.latent import Latent
 from llmq.load import Checkpoint, load
+from llmq.memory import free_memory
 from llmq.training import Task, train
 
 _RULED_OUT = -1e4  # the logarithm of the probability of a word that a model rules out
+
+
+def check_memory(model: nn.Module, blocks: list[nn.Module], settings: Tuned, compute: Compute) -> None:
+    """Raise RequestError if there is no room to train this model, which may be a mere skeleton, of these blocks."""
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    inside = (module for block in blocks for module in block.modules())
+    linears = sum(module.weight.numel() for module in inside if isinstance(module, nn.Linear))
+    original, rest = whole * compute.dtype.itemsize, (whole - linears) * 4
+    needed, less = (original + rest + linears * each for each in (20, 8))
+    free = free_memory(compute.device)
+    if free is not None and (needed if settings.end_rate else less) > free:
+        raise RequestError(
+            f"training the whole model takes more than {needed / 1e9:.1f} GB (without its codes {less / 1e9:.1f} GB), "
+            f"but {free / 1e9:.1f} GB are free.\n"
+            "--tuned.end-rate 0 leaves the codes as they are, --tuned.end-steps 0 leaves this training out."
+        )
 
 
 class _Learning(nn.Module):

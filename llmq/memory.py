@@ -1,4 +1,4 @@
-"""Resident memory: how much there was, and giving it back."""
+"""Memory: how much there was, how much there is, and giving it back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 import resource
 import sys
 from pathlib import Path
+
+import torch
 
 
 def peak_memory() -> int:
@@ -27,3 +29,12 @@ def release_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """What a program could still take there, in bytes; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if sys.platform == "linux":
+        return 1024 * int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0])
+    return None

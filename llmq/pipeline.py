@@ -18,7 +18,7 @@ from llmq.clock import Clock
 from llmq.config import Calibration, QuantizeConfig
 from llmq.data import Tokens, check_context, split, windows
 from llmq.device import multiplies_bfloat16, pick_device
-from llmq.distill import Student, distill
+from llmq.distill import Student, check_memory, distill
 from llmq.errors import RequestError, WorkError
 from llmq.load import Checkpoint
 from llmq.memory import release_memory
@@ -45,6 +45,9 @@ def quantize(config: QuantizeConfig, progress: bool = False) -> Path:
         if source.directory.resolve() == config.output.resolve():
             raise RequestError("the output directory is the model's own; choose another")
         device = pick_device(config.device)
+        if config.end_to_end:
+            blocks = [source.skeleton.get_submodule(name) for name in source.block_names]
+            check_memory(source.skeleton, blocks, config.tuned, compute_for(source, device))
     tokens, training = _tokens(source, config, device, clock, progress)
     run = Run(config, source, device, clock)
     with torch.no_grad(), Writer(config.output, config.overwrite) as writer:

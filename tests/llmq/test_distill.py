@@ -7,15 +7,17 @@ from packed import random_weight, rewrite
 from safetensors.torch import load_file
 from test_pipeline import run
 from tiny import save_tiny
+from torch import nn
 
 from llmq.block import Compute
 from llmq.config import Calibration, QuantizeConfig, Tuned
 from llmq.data import split, windows
-from llmq.distill import Student, distill
+from llmq.distill import Student, check_memory, distill
 from llmq.errors import RequestError
 from llmq.evaluate import evaluate, logits_of
 from llmq.latent import Latent
 from llmq.load import load
+from llmq.memory import free_memory
 from llmq.source import ModelSource
 from llmq.writer import REPORT
 
@@ -133,6 +135,25 @@ def test_a_text_to_train_on_that_is_not_there_is_refused_before_the_work(tmp_pat
     with pytest.raises(RequestError, match="nowhere"):
         run(llama, text_file, tmp_path / "out", method="tuned", tuned=settings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("rate", "each"), [(0.01, 20), (0.0, 8)])
+def test_a_model_that_leaves_no_room_to_train_it_is_refused_before_the_work(rate, each, monkeypatch):
+    with torch.device("meta"):
+        blocks = nn.ModuleList([nn.Linear(10_000, 8_000, bias=False)])
+        model = nn.Sequential(nn.Embedding(1000, 1000), blocks, nn.Linear(1000, 1000, bias=False))
+    needed = 82_000_000 * 4 + 2_000_000 * 4 + 80_000_000 * each
+    settings = replace(SETTINGS, end_rate=rate)
+    monkeypatch.setattr("llmq.distill.free_memory", lambda _: needed)
+    check_memory(model, [blocks], settings, CPU)
+    monkeypatch.setattr("llmq.distill.free_memory", lambda _: needed - 1)
+    with pytest.raises(RequestError, match="end-steps 0 leaves this training out"):
+        check_memory(model, [blocks], settings, CPU)
+
+
+def test_what_is_free_is_more_than_nothing_and_less_than_everything():
+    free = free_memory(torch.device("cpu"))
+    assert free is None or 1e6 < free < 1e14
 
 
 def test_only_tuned_trains_the_whole_model(tmp_path):
