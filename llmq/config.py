@@ -57,18 +57,18 @@ class Tuned:
     """Learning rate of the codes, in codes per step."""
     scale_rate: float = 0.001
     """Learning rate of the scales, relative to them."""
-    end_steps: int = 100
+    end_steps: int = 120
     """Steps of training from end to end, after the blocks; 0 leaves it out. The model and its training state must fit
     into memory."""
     end_text: str = "self"
     """What to train on besides the calibration sequences: self (the model writes it), or any text that they may be."""
-    end_samples: int = 192
+    end_samples: int = 96
     """Sequences of that text; 0 for none."""
     end_batch: int = 2
     """Calibration sequences per such step."""
-    end_rate: float = 0.01
+    end_rate: float = 0.002
     """Learning rate of the codes there; 0 keeps them and needs half the memory."""
-    end_scale_rate: float = 0.001
+    end_scale_rate: float = 0.002
     """Learning rate of scales, norms and biases there."""
 
     def check(self) -> None:

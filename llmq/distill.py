@@ -6,6 +6,9 @@ Block by block, every layer can only be told to be like itself; here the layers 
 EfficientQAT (Chen et al., arXiv 2407.11062) ends with such a phase for the scales alone, on the text's next tokens;
 LLM-QAT (Liu et al., arXiv 2305.17888) distils, as here: the original's predictions say more per token than the text.
 
+With few texts the model learns those: of 2-bit SmolLM2-135M (KL 1.27) 58 windows made 1.12, 432 made 1.00, 58 and 96
+texts of its own 1.04 (some 120 steps of 512 to 1024 tokens, 2026-11-23). Hence the text beside the calibration's.
+
 The state with the least loss on held-out text is kept, the start among them. The file format stays what it is; norms
 and biases, which it stores as they are, change with the rest.
 

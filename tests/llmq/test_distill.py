@@ -22,7 +22,7 @@ from llmq.source import ModelSource
 from llmq.writer import REPORT
 
 CPU = Compute(torch.device("cpu"))
-SETTINGS = Tuned(steps=0, end_steps=50, end_samples=0, end_batch=4, end_rate=0.003)
+SETTINGS = Tuned(steps=0, end_steps=50, end_samples=0, end_batch=4, end_rate=0.003, end_scale_rate=0.001)
 
 
 @pytest.fixture
