@@ -13,7 +13,7 @@ The state with the least loss on held-out text is kept, the start among them. Th
 and biases, which it stores as they are, change with the rest.
 
 Memory: the original model; of the packed one 20 bytes for each quantized weight (latent code, weight, gradient and the
-two moments of Adam; 8 where the codes stay); what the layers keep for the way back, a few copies of a batch's logits.
+two moments of Adam; 8 where the codes stay); what the layers keep for the way back, three copies of a batch's logits.
 """
 
 # torch annotates only part of itself: what it leaves unknown is not reported here.
@@ -29,18 +29,18 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, linear
+from torch.nn.functional import linear
 
 from llmq.block import Compute
 from llmq.config import Tuned
 from llmq.data import Tokens
+from llmq.divergence import divergence
 from llmq.errors import RequestError
 from llmq.latent import Latent
 from llmq.load import Checkpoint, load
 from llmq.memory import free_memory
 from llmq.training import Task, train
-
-_RULED_OUT = -1e4  # the logarithm of the probability of a word that a model rules out
+from llmq.weight import QuantizedWeight
 
 
 def check_memory(model: nn.Module, blocks: list[nn.Module], settings: Tuned, compute: Compute) -> None:
@@ -80,13 +80,14 @@ class Student:
 
     def __init__(self, directory: Path, original: Any, compute: Compute, trust_remote_code: bool = False) -> None:
         self.checkpoint = Checkpoint(directory)
-        device = str(compute.device)
-        self.model = load(directory, device, torch.float32, trust_remote_code).requires_grad_(False)
         self.latents: dict[str, Latent] = {}
-        for name in self.checkpoint.linears:
-            weight, hint = self.checkpoint.weight(name), original.get_submodule(name).weight
-            self.latents[name] = Latent(weight, hint.detach().cpu()).to(device)
-            self.model.set_submodule(name, _Learning(self.latents[name], self.model.get_submodule(name).bias))
+
+        def learning(name: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
+            self.latents[name] = Latent(weight, original.get_submodule(name).weight.detach().cpu())
+            return _Learning(self.latents[name], bias)
+
+        model = load(directory, str(compute.device), torch.float32, trust_remote_code, make_linear=learning)
+        self.model = model.requires_grad_(False)
         self.vectors = {name: each for name, each in self.model.named_parameters() if each.ndim == 1}
         """Norms and biases."""
         self._stored = {name: self.checkpoint.files.read(name).dtype for name in self.vectors}
@@ -123,25 +124,23 @@ def distill(
         all tensors of the checkpoint that changed, by name; and the mean KL on held-out text before and after.
     """
 
-    def divergence(ids: Int64[Tensor, "batch length"]) -> Float[Tensor, ""]:
+    def loss(ids: Int64[Tensor, "batch length"]) -> Float[Tensor, ""]:
         ids = ids.to(compute.device)
         with torch.autocast(compute.device.type, compute.precision, enabled=compute.precision != torch.float32):
             with torch.no_grad():
                 wanted = original(input_ids=ids, use_cache=False).logits
-            given = student.model(input_ids=ids, use_cache=False).logits
-        wanted, given = (each.float().log_softmax(-1).clamp(min=_RULED_OUT).flatten(0, 1) for each in (wanted, given))
-        return kl_div(given, wanted, log_target=True, reduction="batchmean")
+            return divergence(student.model(input_ids=ids, use_cache=False).logits, wanted)
 
     def held_out() -> float:
         with student.as_stored():
-            return sum(float(divergence(ids[None])) for ids in tokens.held_out) / len(tokens.held_out)
+            return sum(float(loss(ids[None])) for ids in tokens.held_out) / len(tokens.held_out)
 
     codes: list[Tensor] = [latent.V for latent in student.latents.values()]
     others = [*(latent.factor for latent in student.latents.values()), *student.vectors.values()]
     task = Task(
         [(codes, settings.end_rate), (others, settings.end_scale_rate)],
         len(tokens.train),
-        lambda batch: divergence(tokens.train[batch]),
+        lambda batch: loss(tokens.train[batch]),
         held_out,
         student.tensors,
     )

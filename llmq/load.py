@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,14 @@ from llmq.merge import merge_linears
 from llmq.source import ModelSource, build_skeleton, move_buffers, read_generation_config, tied_aliases
 from llmq.tensor_files import SafetensorsDirectory
 from llmq.weight import QuantizedWeight
+
+LinearMaker: TypeAlias = Callable[[str, QuantizedWeight, "Tensor | None"], nn.Module]
+"""From the name of a packed linear, its weight and its bias to the module that stands for it."""
+
+
+def packed_linear(name: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:  # noqa: ARG001
+    """What inference wants."""
+    return PackedLinear.from_codes(weight, bias)
 
 
 class Checkpoint:
@@ -61,6 +70,7 @@ def load(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     merge: bool = False,
+    make_linear: LinearMaker = packed_linear,
 ) -> Any:
     """The checkpoint as a transformers model, ready for inference: `.generate` works.
 
@@ -69,6 +79,7 @@ def load(
         dtype: of activations and unquantized weights; by default float32 on a CPU and the checkpoint's own on a GPU.
         trust_remote_code: run modelling code that ships with the checkpoint.
         merge: run q, k, v and gate, up as one matmul each, where their bits and groups agree: fewer, larger launches.
+        make_linear: what makes the module that stands for a packed weight.
 
     Raises CheckpointError for anything missing, left over or inconsistent: a model with a single wrong tensor would
     still talk, only worse.
@@ -80,7 +91,7 @@ def load(
     if dtype is None:
         dtype = torch.float32 if target.type == "cpu" else _torch_dtype(config.dtype)
     model = build_skeleton(config, trust_remote_code)
-    _place_packed(model, checkpoint, target)
+    _place_packed(model, checkpoint, target, make_linear)
     _place_rest(model, checkpoint, target, dtype)
     model.config.dtype = dtype
     read_generation_config(model, checkpoint.directory)
@@ -130,7 +141,7 @@ def _model_config(directory: Path, trust_remote_code: bool) -> Any:
         raise CheckpointError(f"{directory}: config.json describes no model transformers knows: {reason}") from None
 
 
-def _place_packed(model: Any, checkpoint: Checkpoint, device: torch.device) -> None:
+def _place_packed(model: Any, checkpoint: Checkpoint, device: torch.device, make_linear: LinearMaker) -> None:
     for name in checkpoint.linears:
         try:
             linear = model.get_submodule(name)
@@ -148,7 +159,7 @@ def _place_packed(model: Any, checkpoint: Checkpoint, device: torch.device) -> N
             raise CheckpointError(
                 f"{name}.bias: {bias.dtype} {tuple(bias.shape)} fits no {linear.out_features} outputs"
             )
-        model.set_submodule(name, PackedLinear.from_codes(weight, bias).to(device))
+        model.set_submodule(name, make_linear(name, weight, bias).to(device))
 
 
 def _place_rest(model: Any, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from llmq.algorithms import ALGORITHMS
 from llmq.block import Compute
+from llmq.blockwise import Run
 from llmq.clock import Clock
 from llmq.config import Calibration, QuantizeConfig
 from llmq.data import Tokens, check_context, split, windows
@@ -22,7 +23,6 @@ from llmq.distill import Student, check_memory, distill
 from llmq.errors import RequestError, WorkError
 from llmq.load import Checkpoint
 from llmq.memory import release_memory
-from llmq.run import Run
 from llmq.sample import SELF, sample_sequences
 from llmq.source import ModelSource
 from llmq.stream import stream
@@ -46,8 +46,7 @@ def quantize(config: QuantizeConfig, progress: bool = False) -> Path:
             raise RequestError("the output directory is the model's own; choose another")
         device = pick_device(config.device)
         if config.end_to_end:
-            blocks = [source.skeleton.get_submodule(name) for name in source.block_names]
-            check_memory(source.skeleton, blocks, config.tuned, compute_for(source, device))
+            check_memory(source.skeleton, source.blocks, config.tuned, compute_for(source, device))
     tokens, training = _tokens(source, config, device, clock, progress)
     run = Run(config, source, device, clock)
     with torch.no_grad(), Writer(config.output, config.overwrite) as writer:
@@ -103,7 +102,7 @@ def _end_to_end(run: Run, tokens: Tokens, directory: Path, writer: Writer, progr
 def _finish(run: Run, writer: Writer) -> None:
     with run.clock("write"):
         writer.flush()
-    with run.clock("write"):
+    with run.clock("write"):  # another, so that the report knows how long the first took
         writer.finish(run.source, run.source.dtype, run.hf_config(), run.report.to_json(run.clock))
 
 
@@ -128,8 +127,9 @@ def _tokens(
     """What to calibrate on, and what to train on from end to end: that and some more, judged by the same."""
     if not ALGORITHMS[config.method].needs_statistics(config):
         # Only to see which linears share an input; the values do not matter.
-        few = torch.arange(16)[None] % source.config.get_text_config().vocab_size
-        return Tokens(few, few[:0]), Tokens(few, few[:0])
+        ids = torch.arange(16)[None] % source.config.get_text_config().vocab_size
+        few = Tokens(ids, ids[:0])
+        return few, few
     check_context(source.config, config.sequence_length)
 
     def sequences(settings: Calibration) -> Int64[Tensor, "samples length"]:

@@ -36,9 +36,8 @@ class _Draw(LogitsProcessor):
         rest = max(0.0, 1 - (input_ids.shape[1] - 1) / _HOT_TOKENS)
         below = (scores.float() / (1 + (_HOTTEST - 1) * rest)).softmax(-1).cumsum(-1)
         at = torch.rand(len(scores), 1).to(scores.device) * below[:, -1:]
-        drawn = torch.searchsorted(below, at, right=True).clamp(
-            max=scores.shape[1] - 1
-        )  # never a word of probability 0
+        # From the right: never a word of probability 0.
+        drawn = torch.searchsorted(below, at, right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 

@@ -37,9 +37,14 @@ class ModelSource:
         self.skeleton = build_skeleton(self.config, trust_remote_code)
         self.files: TensorFiles = GgufFile(path, self.skeleton) if self.is_gguf else SafetensorsDirectory(path)
         self.block_names = find_blocks(self.skeleton)
-        for name in self.block_names:  # all of them: some mixtures begin with a few dense blocks
-            _refuse_other_layers(self.skeleton.get_submodule(name))
+        for block in self.blocks:  # all of them: some mixtures begin with a few dense blocks
+            _refuse_other_layers(block)
         _refuse_missing(self.tensor_names, self.files, path)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The decoder blocks of the skeleton, in order."""
+        return [self.skeleton.get_submodule(name) for name in self.block_names]
 
     @cached_property
     def tensor_names(self) -> list[str]:

@@ -70,13 +70,12 @@ def record_block_inputs(
     Arguments are recorded for one sequence and broadcast over a micro-batch.
     """
     decoder = source.skeleton.get_decoder()
-    blocks = [source.skeleton.get_submodule(name) for name in source.block_names]
     inside = {id(tensor) for tensor in decoder.state_dict(keep_vars=True).values()}
     outer = source.skeleton.state_dict(keep_vars=True)
     names = [name for name in source.outer_names() if id(outer[name]) in inside]
     source.load(names, compute.device, compute.dtype)
     move_buffers(source.skeleton, compute.device)
-    with _recorders(blocks) as calls:
+    with _recorders(source.blocks) as calls:
 
         def recorded(ids: Tensor) -> list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:
             calls.clear()
@@ -91,7 +90,7 @@ def record_block_inputs(
         batches = _micro_batches(tokens.train) + _micro_batches(tokens.held_out)
         hidden = [recorded(batch)[0][0].cpu() for batch in batches]
     source.free(names)
-    if len(arguments) != len(blocks) or calls[-1][0].shape != calls[0][0].shape:
+    if len(arguments) != len(source.blocks) or calls[-1][0].shape != calls[0][0].shape:
         raise RequestError(
             f"{type(decoder).__name__} does not run its blocks one after the other; llmq cannot stream it"
         )

@@ -59,11 +59,10 @@ def packed_problems(checkpoint: Checkpoint) -> list[Problem]:
 
 def original_problems(source: ModelSource, grid: Grid) -> list[Problem]:
     """One-token problems of the layers that an original model will have, each once."""
-    blocks = [source.skeleton.get_submodule(name) for name in source.block_names]
-    widths = packable_widths(blocks)
+    widths = packable_widths(source.blocks)
     size = fit_group_size(grid.group_size, widths)
     dtype = str(source.dtype).removeprefix("torch.")
-    linears = [m for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    linears = [m for block in source.blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
     shapes = {(linear.out_features, linear.in_features) for linear in linears if linear.in_features in widths}
     problems = [Problem(grid.bits, K if size == -1 else size, grid.symmetric, dtype, 1, N, K) for N, K in shapes]
     return sorted(problems, key=lambda problem: (problem.N * problem.K, problem.N))

@@ -9,8 +9,7 @@ none it takes some ten hours on 2 cores. Seconds and memory mean something only 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -113,9 +112,9 @@ class Rows:
         """The rows of a setting, by its name, one for each seed."""
         return [row for row in self.rows if row["name"] == name.partition(":")[0] and row["bits"] == bits]
 
-    def kl(self, name: str, bits: int, seeds: Container[int] = range(100)) -> float:
+    def kl(self, name: str, bits: int) -> float:
         """The mean over seeds."""
-        return mean(row["kl"] for row in self.of(name, bits) if row["seed"] in seeds)
+        return mean(row["kl"] for row in self.of(name, bits))
 
     def gain(self, name: str, than: str) -> float:
         """By what factor KL is larger with another setting, on average over bits."""
@@ -145,7 +144,8 @@ def _claims(tables: dict[str, Rows]) -> Iterator[tuple[str, float, float]]:
     for bits, bar in ((4, 0.5), (3, 0.45), (2, 0.35)):
         yield f"KL, {bits} bit, normal / common", main.kl(_NORMAL, bits) / main.kl(_COMMON, bits), bar
     seeds = {row["seed"] for row in tuned.rows}
-    least = min(main.kl(name, 2, seeds) for name in (_COMMON, _FAST, _NORMAL, _BEST))
+    gptq = Rows([row for row in main.rows if row["seed"] in seeds])
+    least = min(gptq.kl(name, 2) for name in (_COMMON, _FAST, _NORMAL, _BEST))
     yield "KL, 2 bit, tuned / the best GPTQ", tuned.kl(_TUNED, 2) / least, 0.6
     for setting in _OFF:
         yield f"KL with a part that is on / without it: {setting}", 1 / parts.gain(_NORMAL, setting), 1.0
@@ -158,5 +158,4 @@ def _claims(tables: dict[str, Rows]) -> Iterator[tuple[str, float, float]]:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     run(CheckConfig, check)

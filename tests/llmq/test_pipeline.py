@@ -6,9 +6,9 @@ from tiny import save_tiny
 
 import llmq
 from llmq.arch import split_packable
+from llmq.blockwise import Run
 from llmq.config import METHODS, QuantizeConfig, Tuned
 from llmq.load import load, load_any
-from llmq.run import Run
 from llmq.writer import REPORT
 
 
@@ -54,7 +54,7 @@ def test_methods_with_statistics_beat_rtn_on_held_out_tokens_on_average(bits, me
 @pytest.mark.parametrize("method", ["gptq", "tuned"])
 def test_a_block_without_groups_still_takes_the_original_model_along(method, tmp_path, llama, text_file, monkeypatch):
     """Or the next block would be held to what the original model has one block earlier."""
-    monkeypatch.setattr("llmq.run.split_packable", skipping_the_first(split_packable))
+    monkeypatch.setattr("llmq.blockwise.split_packable", skipping_the_first(split_packable))
     output = run(llama, text_file, tmp_path / "out", bits=8, method=method)
     drifts = json.loads((output / REPORT).read_text())["drifts"]
     assert drifts["model.layers.1"] < 1e-9  # nothing was rounded before it

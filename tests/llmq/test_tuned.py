@@ -64,7 +64,7 @@ def test_training_lowers_the_held_out_error_and_says_by_how_much(bits):
     block, problem, _ = layer(bits, tokens=4096)
     solution = round_to_nearest(problem)
     (found,), (before, after) = refine(block, [Group(("a",))], [problem], [solution], Tuned(steps=60, batch=2))
-    assert after < 0.9 * before
+    assert after < 0.8 * before
     assert not torch.equal(found.q, solution.q)
     assert found.scale.dtype == problem.scale_dtype
     for each, claimed in ((solution, before), (found, after)):
@@ -87,6 +87,7 @@ def test_a_models_blocks_become_better_and_the_report_tells_of_the_result(tmp_pa
     output = run(llama, text_file, tmp_path / "out", method="tuned", bits=2, samples=200, tuned=settings)
     report = json.loads((output / REPORT).read_text())
     assert len(report["refined"]) == 3
+    assert all(after <= before for before, after in report["refined"].values())
     assert any(after < before for before, after in report["refined"].values())
     plain = json.loads((run(llama, text_file, tmp_path / "gptq", bits=2, samples=200) / REPORT).read_text())
     assert [group["error"] for group in report["groups"]] != [group["error"] for group in plain["groups"]]
@@ -101,7 +102,15 @@ def test_learned_rounding_needs_something_to_hold_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [Tuned(steps=-1), Tuned(end_batch=0), Tuned(rate=-1.0), Tuned(scale_rate=float("nan"))]
+    "settings",
+    [
+        Tuned(steps=-1),
+        Tuned(end_batch=0),
+        Tuned(rate=-1.0),
+        Tuned(scale_rate=float("nan")),
+        Tuned(rate=0.0, scale_rate=0.0),
+        Tuned(end_rate=0.0, end_scale_rate=0.0),
+    ],
 )
 def test_settings_that_cannot_train_are_refused(settings, tmp_path):
     with pytest.raises(RequestError, match="tuned"):

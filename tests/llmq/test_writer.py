@@ -189,6 +189,26 @@ def test_a_failure_midway_leaves_only_foreign_files_in_a_directory_that_was_ther
     assert names_in(tmp_path) == ["notes.md"] * overwrite
 
 
+def test_a_workroom_is_gone_whether_the_work_succeeds_or_fails_and_one_left_over_is_cleared(tmp_path, source):
+    def work(directory, end, overwrite=False):
+        with Writer(directory, overwrite) as writer, writer.workroom() as room:
+            assert names_in(room) == []
+            (room / "config.json").write_text("{}")
+            end(writer)
+
+    work(tmp_path / "good", lambda writer: writer.finish(source, torch.float16))
+    assert not list((tmp_path / "good").glob("*.partial"))
+    (tmp_path / "old" / "work.partial").mkdir(parents=True)
+    (tmp_path / "old" / "work.partial" / "shard-00000.partial").write_text("left over")
+    with pytest.raises(KeyboardInterrupt):
+        work(tmp_path / "old", interrupt, overwrite=True)
+    assert names_in(tmp_path / "old") == []
+
+
+def interrupt(_):
+    raise KeyboardInterrupt
+
+
 def test_a_failure_while_finishing_leaves_nothing_either(tmp_path, source, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

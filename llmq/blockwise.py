@@ -138,8 +138,7 @@ class Run:
 
     def _fitted_grid(self) -> Grid:
         """The requested grid with a group size that divides every layer, known from the shapes alone."""
-        blocks = [self.source.skeleton.get_submodule(name) for name in self.source.block_names]
-        widths = packable_widths(blocks)
+        widths = packable_widths(self.source.blocks)
         if not widths:
             raise RequestError("no linear of this model can be packed: none has both sides in multiples of 32")
         requested = self.config.grid_settings
