@@ -60,10 +60,10 @@ class Tuned:
     end_steps: int = 120
     """Steps of training from end to end, after the blocks; 0 leaves it out. The model and its training state must fit
     into memory."""
-    end_text: str = "self"
-    """What to train on besides the calibration sequences: self (the model writes it), or any text that they may be."""
+    end_text: str = "more"
+    """What to train on besides the calibration sequences: more (others of their text), or any text that they may be."""
     end_samples: int = 96
-    """Sequences of that text; 0 for none."""
+    """Sequences of that text; 0 for none. Of `more` fewer, where there are no more."""
     end_batch: int = 2
     """Calibration sequences per such step."""
     end_rate: float = 0.002

@@ -17,6 +17,8 @@ from torch import Tensor
 from llmq.config import Calibration
 from llmq.errors import RequestError, WorkError
 
+MORE = "more"
+"""Other windows of the calibration text."""
 _HELD_OUT_EVERY = 10
 # Enough text for any calibration; tokenizing all of a large file would only take time.
 _MAX_CHARACTERS = 64_000_000
@@ -30,26 +32,30 @@ class Tokens:
     held_out: Int64[Tensor, "held_out length"]
 
 
-def windows(tokenizer: Any, settings: Calibration) -> Int64[Tensor, "samples length"]:
+def windows(tokenizer: Any, settings: Calibration, more: int = 0) -> Int64[Tensor, "samples length"]:
     """Windows spread evenly over the text: one at a seeded random place in each of `samples` equal stretches.
+
+    Args:
+        more: so many further samples, or as many as the text has room for.
 
     If the tokenizer starts a text with a BOS token, so does every window: models react strongly to its absence.
     Raises RequestError if the text is too short, saying how many tokens it has and how many are needed.
     """
     bos = _bos(tokenizer)
     length = settings.sequence_length - len(bos)
-    needed = settings.samples * length
+    needed, wanted = settings.samples * length, (settings.samples + more) * length
     # The text's own BOS goes: its first window gets one like all others.
-    tokens = tokenize(tokenizer, read_text(settings.text, enough_characters=12 * needed))[len(bos) :]
+    tokens = tokenize(tokenizer, read_text(settings.text, enough_characters=12 * wanted))[len(bos) :]
     if len(tokens) < needed:
         raise RequestError(
             f"calibration text {settings.text!r} has {len(tokens)} tokens; {settings.samples} samples of "
             f"{length} tokens need {needed}.\nLower --samples or --sequence-length, or give more text."
         )
     generator = torch.Generator().manual_seed(settings.seed)
-    stretch = len(tokens) // settings.samples
-    jitter = torch.randint(stretch - length + 1, (settings.samples,), generator=generator)
-    starts = torch.arange(settings.samples) * stretch + jitter
+    samples = min(settings.samples + more, len(tokens) // length)
+    stretch = len(tokens) // samples
+    jitter = torch.randint(stretch - length + 1, (samples,), generator=generator)
+    starts = torch.arange(samples) * stretch + jitter
     return torch.stack([torch.cat([bos, tokens[start : start + length]]) for start in starts.tolist()])
 
 

@@ -17,7 +17,7 @@ from llmq.block import Compute
 from llmq.blockwise import Run
 from llmq.clock import Clock
 from llmq.config import Calibration, QuantizeConfig
-from llmq.data import Tokens, check_context, split, windows
+from llmq.data import MORE, Tokens, check_context, split, windows
 from llmq.device import multiplies_bfloat16, pick_device
 from llmq.distill import Student, check_memory, distill
 from llmq.errors import RequestError, WorkError
@@ -132,20 +132,23 @@ def _tokens(
         return few, few
     check_context(source.config, config.sequence_length)
 
-    def sequences(settings: Calibration) -> Int64[Tensor, "samples length"]:
+    def sequences(settings: Calibration, more: int = 0) -> Int64[Tensor, "samples length"]:
         if settings.text != SELF:
             with clock("open"):
-                return windows(source.tokenizer, settings)
+                return windows(source.tokenizer, settings, more)
         with clock("sample"):
             whole = _whole_model(config, device, compute_for(source, device).precision)
-            written = sample_sequences(whole, source.tokenizer.bos_token_id, settings, progress)
+            enough = replace(settings, samples=settings.samples + more)
+            written = sample_sequences(whole, source.tokenizer.bos_token_id, enough, progress)
             del whole
             release_memory()
             return written
 
     settings, tuned = config.calibration_settings, config.tuned
-    tokens = split(sequences(settings))
-    if not config.end_to_end or not tuned.end_samples:
-        return tokens, tokens
-    more = sequences(replace(settings, text=tuned.end_text, samples=tuned.end_samples, seed=settings.seed + 1))
-    return tokens, replace(tokens, train=torch.cat([tokens.train, more]))
+    wanted = tuned.end_samples if config.end_to_end else 0
+    drawn = sequences(settings, wanted if tuned.end_text == MORE else 0)  # at once, so that no two overlap
+    spread = torch.linspace(0, len(drawn) - 1, settings.samples).round().long()
+    tokens, others = split(drawn[spread]), drawn[torch.isin(torch.arange(len(drawn)), spread, invert=True)]
+    if wanted and tuned.end_text != MORE:
+        others = sequences(replace(settings, text=tuned.end_text, samples=wanted, seed=settings.seed + 1))
+    return tokens, replace(tokens, train=torch.cat([tokens.train, others]))

@@ -245,3 +245,10 @@ def test_a_data_set_that_cannot_be_fetched_is_a_work_error_that_names_an_offline
     with pytest.raises(WorkError, match=r"NeelNanda/pile-10k cannot be fetched") as caught:
         read_text("pile")
     assert "--calibration pydoc" in str(caught.value)
+
+
+@pytest.mark.parametrize(("more", "drawn"), [(0, 3), (2, 5), (50, 6)])
+def test_further_windows_overlap_none_and_are_as_many_as_there_is_room_for(more, drawn, tmp_path):
+    found = windows(Counting(), settings(text_of(tmp_path, 100), samples=3), more)
+    assert found.shape == (drawn, 16)
+    assert len(found.unique()) == drawn * 16

@@ -119,7 +119,7 @@ def test_a_run_ends_with_it_and_the_report_says_what_it_brought(tmp_path, llama,
     assert {path.name for path in trained.iterdir()} == {path.name for path in plain.iterdir()}
 
 
-@pytest.mark.parametrize("text", ["self", "file"])
+@pytest.mark.parametrize("text", ["self", "file", "more"])
 def test_it_trains_on_more_than_the_calibration_text_and_is_judged_by_that(
     text, tmp_path, llama, text_file, monkeypatch
 ):
@@ -132,12 +132,19 @@ def test_it_trains_on_more_than_the_calibration_text_and_is_judged_by_that(
     monkeypatch.setattr("llmq.pipeline.distill", spy)
     settings = replace(SETTINGS, end_text=str(text_file) if text == "file" else text, end_samples=7)
     run(llama, text_file, tmp_path / "out", method="tuned", samples=20, tuned=settings)
-    calibration = split(windows(ModelSource(str(llama)).tokenizer, Calibration(str(text_file), 20, 32)))
-    assert torch.equal(seen[0].held_out, calibration.held_out)
-    assert torch.equal(seen[0].train[:18], calibration.train)
     more = seen[0].train[18:]
     assert more.shape == (7, 32)
-    assert not (more[:, None] == seen[0].train[:18]).all(-1).any()
+    tokenizer, calibration = ModelSource(str(llama)).tokenizer, Calibration(str(text_file), 20, 32)
+    if text == "more":  # one draw: no window shares a place with another
+        drawn = windows(tokenizer, calibration, 7)
+        every = torch.cat([seen[0].train, seen[0].held_out])
+        assert sorted(every.tolist()) == sorted(drawn.tolist())
+        assert torch.equal(more, drawn[sorted(drawn.tolist().index(window) for window in more.tolist())])
+    else:
+        alone = split(windows(tokenizer, calibration))
+        assert torch.equal(seen[0].held_out, alone.held_out)
+        assert torch.equal(seen[0].train[:18], alone.train)
+        assert not (more[:, None] == seen[0].train[:18]).all(-1).any()
 
 
 def test_a_text_to_train_on_that_is_not_there_is_refused_before_the_work(tmp_path, llama, text_file):
