@@ -41,6 +41,7 @@ class Run:
         self.scale_dtype = torch.float16 if source.dtype == torch.float32 else source.dtype
         self.matching = self.algorithm.includes("match", config)
         self.sequential = self.algorithm.includes("sequential", config)
+        self.refine = self.algorithm.refine if config.tuned.steps else None
         if self.matching and config.samples < 2:
             self.report.note("model", ["a single sample leaves none to hold out: outputs are not matched"])
 
@@ -62,7 +63,7 @@ class Run:
             posed = transformed or self._problems(block, stage, last=stage is stages[-1])
             for group, problem in zip(stage, posed, strict=True):
                 solutions.append(self._solve(block, group, problem, show))
-                if self.algorithm.refine is not None:
+                if self.refine is not None:
                     problems.append(problem)
         solutions = self._refine(block, groups, problems, solutions)
         packed: dict[str, Tensor] = {}
@@ -104,10 +105,10 @@ class Run:
         self, block: Block, groups: list[Group], problems: list[Problem], solutions: list[Solution]
     ) -> list[Solution]:
         """Let the method improve on what it found for the groups, seen together, if it can."""
-        if self.algorithm.refine is None or not groups:
+        if self.refine is None or not groups:
             return solutions
         with self.clock("refine"):
-            solutions, objective = self.algorithm.refine(block, groups, problems, solutions, self.config)
+            solutions, objective = self.refine(block, groups, problems, solutions, self.config)
         self.report.refined[block.name] = objective
         entries = self.report.groups[-len(groups) :]
         for group, entry, problem, solution in zip(groups, entries, problems, solutions, strict=True):

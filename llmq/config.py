@@ -47,10 +47,11 @@ class Awq:
 
 @dataclass(frozen=True)
 class Tuned:
-    """Settings of learned rounding, first block by block, then (end_*) of the whole model."""
+    """Settings of learned rounding: block by block where asked for, then (end_*) of the whole model."""
 
-    steps: int = 100
-    """Steps of training per block."""
+    steps: int = 0
+    """Steps of training per block. They bring less for their time than training from end to end, but need no more
+    memory than a block: 100, with end_steps 0, for models too large to train as a whole."""
     batch: int = 2
     """Micro-batches per step: 1024 tokens each, or one longer sequence."""
     rate: float = 0.005

@@ -55,7 +55,8 @@ def check_memory(model: nn.Module, blocks: list[nn.Module], settings: Tuned, com
         raise RequestError(
             f"training the whole model takes more than {needed / 1e9:.1f} GB (without its codes {less / 1e9:.1f} GB), "
             f"but {free / 1e9:.1f} GB are free.\n"
-            "--tuned.end-rate 0 leaves the codes as they are, --tuned.end-steps 0 leaves this training out."
+            "--tuned.end-rate 0 leaves the codes as they are; "
+            "--tuned.end-steps 0 --tuned.steps 100 trains one block after the other."
         )
 
 
