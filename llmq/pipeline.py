@@ -89,8 +89,8 @@ def _end_to_end(run: Run, tokens: Tokens, directory: Path, writer: Writer, progr
         except torch.OutOfMemoryError:
             raise WorkError(
                 "training the whole model does not fit into the GPU's memory.\n"
-                "--tuned.end-rate 0 needs half, --tuned.end-batch 1 less; --tuned.end-steps 0 "
-                "--tuned.steps 100 trains one block after the other"
+                "--tuned.end-rate 0 (the default) and --tuned.end-batch 1 need less; "
+                "--tuned.end-steps 0 --tuned.steps 100 trains one block after the other"
             ) from None
     files = Checkpoint(directory).files
     with run.clock("write"):
