@@ -1,4 +1,4 @@
-"""End to end: scales, norms, biases, and codes on request, trained until a packed model predicts what the original does.
+"""End to end: scales, norms and biases (codes, on request) of a packed model learn to predict what the original does.
 
 Objective:    KL(original || quantized) of the next token, mean over the tokens of a text
 
