@@ -43,8 +43,6 @@ def train(
 
     before = least = held_out()
     best = start
-    if steps == 0:
-        return best, (before, least)
     groups = [{"params": parameters, "lr": rate} for parameters, rate in task.parameters if rate > 0]
     for parameter in (parameter for group in groups for parameter in group["params"]):
         parameter.requires_grad_()

@@ -57,7 +57,7 @@ class CheckConfig:
     text: str
     """Its test split, as a .txt."""
     results: Path = Path("docs/benchmarks")
-    """Directory of finished rows, one file for each table."""
+    """Directory of finished rows, one file for tables that differ in settings, bits and seeds alone."""
     dithered: Path = Path("demo-dithered")
     """The demo model off its 4-bit grid; made if it is not there."""
     plot: Path | None = None
@@ -90,6 +90,7 @@ def _tables(config: CheckConfig) -> dict[str, CompareConfig]:
     main = CompareConfig(str(config.dithered), config.calibration, config.text, results=file("main"))
     main = replace(main, settings=(_COMMON, _FAST, _NORMAL, _BEST))
     few = replace(main, limit=8)
+    normal = replace(main, settings=(_NORMAL,), bits=(4, 2))
     demo = replace(main, model="demo", limit=4, bits=(4, 3), results=file("demo"))
     return {
         "demo": replace(demo, settings=(_FAST, _NORMAL, _BEST, _TUNED)),
@@ -98,10 +99,8 @@ def _tables(config: CheckConfig) -> dict[str, CompareConfig]:
         "tuned": replace(main, settings=(_TUNED,), bits=(2,)),
         "parts": replace(few, settings=(*_ALONE, _NORMAL, *_OFF, *_OPTIONS), bits=(4, 3), results=file("parts")),
         "documentation": replace(few, calibration="pydoc", text="pytopics", results=file("pydoc")),
-        "own text": replace(main, calibration="self", settings=(_NORMAL,), bits=(4, 2), results=file("self")),
-        "pydoc, on wikitext2": replace(
-            main, calibration="pydoc", settings=(_NORMAL,), bits=(4, 2), results=file("cross")
-        ),
+        "own text": replace(normal, calibration="self", results=file("self")),
+        "pydoc, on wikitext2": replace(normal, calibration="pydoc", results=file("cross")),
     }
 
 

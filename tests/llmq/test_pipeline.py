@@ -55,7 +55,8 @@ def test_methods_with_statistics_beat_rtn_on_held_out_tokens_on_average(bits, me
 def test_a_block_without_groups_still_takes_the_original_model_along(method, tmp_path, llama, text_file, monkeypatch):
     """Or the next block would be held to what the original model has one block earlier."""
     monkeypatch.setattr("llmq.blockwise.split_packable", skipping_the_first(split_packable))
-    output = run(llama, text_file, tmp_path / "out", bits=8, method=method)
+    settings = Tuned(steps=3, end_steps=0)
+    output = run(llama, text_file, tmp_path / "out", bits=8, method=method, tuned=settings)
     drifts = json.loads((output / REPORT).read_text())["drifts"]
     assert drifts["model.layers.1"] < 1e-9  # nothing was rounded before it
 
