@@ -147,7 +147,7 @@ class QuantizeConfig:
     help on held-out text."""
     without: tuple[str, ...] = ()
     """Parts of the effort to leave out, to measure what they bring: match (weights move towards the original outputs),
-    sequential (layers of a block see the quantized ones before them)."""
+    sequential (layers of a block see the quantized ones before them, which match needs)."""
     format: str = "auto"
     """Checkpoint format: auto or compressed-tensors (read by transformers, vLLM and SGLang)."""
     calibration: str = Calibration.text
@@ -209,6 +209,9 @@ class QuantizeConfig:
             raise RequestError("tuned follows the original model's outputs, which effort fast leaves out; use normal")
         if self.method == "tuned" and "match" in self.without:
             raise RequestError("tuned follows the original model's outputs: it cannot do without match")
+        if "sequential" in self.without and "match" not in self.without:
+            # Attention and MLP would each add all that the residual stream lost: twice too much, in every block.
+            raise RequestError("match needs sequential; leave out both: --without match sequential")
         if self.effort == "best" and self.method in ("rtn", "awq"):
             raise RequestError(f"effort best tries steps around gptq, which {self.method} has not; use normal")
         if self.without and (self.effort == "fast" or (self.method == "rtn" and self.grid != "hessian")):

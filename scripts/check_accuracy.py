@@ -31,14 +31,14 @@ _ALONE = (
     "plain + group order: --effort fast --grid common --gptq.damping 0.01",
     "plain + damping 0.05: --effort fast --grid common --gptq.order natural",
     f"plain + sequential: --grid common --without match {_PLAIN}",
-    f"plain + matching: --grid common --without sequential {_PLAIN}",
+    f"plain + sequential, matching: --grid common {_PLAIN}",
 )
 _OFF = (
     "normal - searched grid: --grid minmax",
     "normal - group order: --gptq.order natural",
     "normal - damping 0.05: --gptq.damping 0.01",
-    "normal - sequential: --without sequential",
     "normal - matching: --without match",
+    "normal - sequential, matching: --without match sequential",
 )
 _OPTIONS = (
     "normal, mse grid: --grid mse",

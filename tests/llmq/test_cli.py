@@ -64,6 +64,7 @@ REFUSED = {
     "bits": (("--bits", "5"), ("bits", "2, 3, 4, 8", "5")),
     "format": (("--format", "gguf"), ("format", "compressed-tensors", "gguf")),
     "format_for_grid": (("--no-symmetric",), ("asymmetric", "--format compressed-tensors")),
+    "without": (("--without", "sequential"), ("match needs sequential", "--without match sequential")),
     "group_size": (("--group-size", "24"), ("group size 24", "64, 96")),
     "empty_text": (("--calibration", "{texts}/empty.txt"), ("text is empty",)),
     "short_text": (("--calibration", "{texts}/short.txt"), ("has 500 tokens", "need 640", "--samples")),

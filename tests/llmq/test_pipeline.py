@@ -133,8 +133,7 @@ def test_each_part_of_an_effort_can_be_left_out(tmp_path, llama, text_file):
 
     fast = codes("fast", effort="fast")
     assert codes("neither", without=("match", "sequential")) == fast
-    others = [fast, codes("both"), codes("match", without=("sequential",)), codes("sequential", without=("match",))]
-    assert len(set(others)) == 4
+    assert len({fast, codes("both"), codes("sequential", without=("match",))}) == 3
 
 
 def test_effort_best_reports_what_it_kept(tmp_path, llama, text_file):
