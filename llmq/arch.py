@@ -10,7 +10,7 @@ operation between them that is not a module (v -> attention -> o, up -> multiply
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,8 @@ from llmq.errors import RequestError
 
 # (producer, consumer): output channel c of the producer's last rows only ever reaches input channel c of the consumer.
 _DECLARED_FOLDS = (("v_proj", "o_proj"), ("up_proj", "down_proj"), ("gate_up_proj", "down_proj"))
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears that read the same input and that engines run as one."""
 # Packed formats and the engines' kernels want both sides of a weight in multiples of this.
 _MULTIPLE = 32
 
@@ -165,6 +167,11 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
     module = block.get_submodule(name)
     assert isinstance(module, nn.Linear), name
     return module
+
+
+def left_in_float(model: nn.Module, packed: Container[str]) -> list[str]:
+    """Names of the linears of a model that are not among the packed ones."""
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in packed]
 
 
 def fit_group_size(requested: int, in_features: set[int]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,12 +13,23 @@ from torch import Tensor
 from llmq.algorithms import ALGORITHMS
 from llmq.algorithms.match import match
 from llmq.algorithms.problem import Problem, Solution, relative_error, round_to_nearest
-from llmq.arch import Group, find_groups, fit_group_size, linear_of, packable_widths, split_packable
+from llmq.arch import (
+    SIBLINGS,
+    Group,
+    find_groups,
+    fit_group_size,
+    left_in_float,
+    linear_of,
+    packable_widths,
+    split_packable,
+)
 from llmq.block import Block
 from llmq.clock import Clock
 from llmq.config import Grid, QuantizeConfig
+from llmq.digest import digest
 from llmq.errors import RequestError, WorkError
 from llmq.formats import FORMATS
+from llmq.formats.scheme import Scheme
 from llmq.memory import release_memory
 from llmq.report import Report
 from llmq.source import ModelSource
@@ -34,9 +46,17 @@ class Run:
     def __init__(self, config: QuantizeConfig, source: ModelSource, device: torch.device, clock: Clock) -> None:
         self.config, self.source, self.device, self.clock = config, source, device, clock
         self.algorithm = ALGORITHMS[config.method]
-        self.format = FORMATS["compressed-tensors" if config.format == "auto" else config.format]
+        self.format = FORMATS[config.stored_as]
         self.report = Report(config)
         self.grid = self._fitted_grid()
+        self.bits = _layer_bits(config, source)
+        self.schemes: dict[str, Scheme] = {}
+        """How each linear was packed, by its name in the model."""
+        self.digests: dict[str, str] = {}
+        """What tells later whether a packed linear or other tensor is what was computed."""
+        if config.stored_as == "compressed-tensors" and not config.symmetric:
+            note = "asymmetric compressed-tensors: transformers opens it only with dequantize=True"
+            self.report.note("model", [f"{note}, and not with --layer-bits (vLLM and llmq do)"])
         # float32 scales would double the cost of a group for digits the codes make no use of.
         self.scale_dtype = torch.float16 if source.dtype == torch.float32 else source.dtype
         self.matching = self.algorithm.includes("match", config)
@@ -70,8 +90,18 @@ class Run:
         with self.clock("write"):
             for group, solution in zip(groups, solutions, strict=True):
                 for name, weight in self._weights(block, group, solution).items():
-                    packed |= self.format.encode(f"{block.name}.{name}", weight, self.grid.symmetric)
-        return packed | self._remaining(block, groups, changed)
+                    packed |= self._encoded(f"{block.name}.{name}", weight)
+        return packed | self.unchanged(self._remaining(block, groups, changed))
+
+    def unchanged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors that are stored as they are, noted for the check."""
+        self.digests.update({name: digest(tensor) for name, tensor in tensors.items()})
+        return tensors
+
+    def _encoded(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+        self.digests[name] = digest(weight)
+        self.schemes[name] = Scheme(weight.bits, self.grid.group_size, self.grid.symmetric)
+        return self.format.encode(name, weight, self.schemes[name])
 
     def _transform(self, block: Block, groups: list[Group]) -> tuple[set[str], list[Problem] | None]:
         """Let the method change the block before anything is rounded.
@@ -120,7 +150,8 @@ class Run:
         """The solution of a group, by linear."""
         rows = [linear_of(block.module, name).out_features for name in group.linears]
         parts = zip(solution.q.split(rows), solution.scale.split(rows), solution.zero.split(rows), strict=True)
-        weights = (QuantizedWeight(q, scale, zero, self.grid.bits) for q, scale, zero in parts)
+        bits = self._bits_of(block, group)
+        weights = (QuantizedWeight(q, scale, zero, bits) for q, scale, zero in parts)
         return dict(zip(group.linears, weights, strict=True))
 
     def _put_back(self, block: Block, group: Group, solution: Solution) -> None:
@@ -128,14 +159,18 @@ class Run:
         for name, weight in self._weights(block, group, solution).items():
             block.replace_weight(name, weight.dequantize())
 
+    def _bits_of(self, block: Block, group: Group) -> int:
+        """The bits that the linears of a group share. Raises RequestError if they were asked to differ."""
+        bits = {self.bits[f"{block.name}.{name}"] for name in group.linears}
+        if len(bits) > 1:
+            raise RequestError(f"{', '.join(group.linears)} share an input and are rounded together: same bits for all")
+        return bits.pop()
+
     def hf_config(self) -> dict[str, Any]:
         """The quantization_config, listing every linear that stays in float."""
-        if not self.report.groups:
+        if not self.schemes:
             raise WorkError("no linear of this model could be packed: " + self.report.notes[-1]["note"])
-        quantized = {f"{e['block']}.{name}" for e in self.report.groups for name in e["linears"]}
-        linears = (n for n, m in self.source.skeleton.named_modules() if isinstance(m, torch.nn.Linear))
-        ignore = [name for name in linears if name not in quantized]
-        return self.format.hf_config(self.grid.bits, self.grid.group_size, self.grid.symmetric, ignore)
+        return self.format.hf_config(self.schemes, left_in_float(self.source.skeleton, self.schemes))
 
     def _fitted_grid(self) -> Grid:
         """The requested grid with a group size that divides every layer, known from the shapes alone."""
@@ -164,7 +199,7 @@ class Run:
                 for name, linear in zip(group.linears, linears, strict=True)
             ]
             size = W.shape[1] if self.grid.group_size == -1 else self.grid.group_size
-            grid = replace(self.grid, group_size=size)
+            grid = replace(self.grid, group_size=size, bits=self._bits_of(block, group))
             problems.append(Problem(W, stats, grid, self.scale_dtype, torch.cat(clippable)))
         return problems
 
@@ -179,6 +214,33 @@ class Run:
                 stored = self.source.read(name)
                 remaining[name] = current[inner].to(stored.dtype) if inner in changed else stored
         return remaining
+
+
+def _layer_bits(config: QuantizeConfig, source: ModelSource) -> dict[str, int]:
+    """The bits of every linear of the blocks, by its name in the model.
+
+    Raises RequestError for requests that fit no linear, or linears that engines fuse differently.
+    """
+    bits: dict[str, int] = {}
+    used: set[str] = set()
+    for block in source.block_names:
+        for name, module in source.skeleton.get_submodule(block).named_modules():
+            if isinstance(module, torch.nn.Linear):
+                full = f"{block}.{name}"
+                fits = (p for p in config.other_bits if fnmatchcase(full, p) or fnmatchcase(full, f"*.{p}"))
+                pattern = next(fits, None)
+                bits[full] = config.bits if pattern is None else config.other_bits[pattern]
+                used |= {pattern} if pattern else set()
+    if idle := [pattern for pattern in config.other_bits if pattern not in used]:
+        raise RequestError(f"layer bits: no linear of this model is called {idle[0]!r} (first: {next(iter(bits))})")
+    for name in bits:
+        parent, _, leaf = name.rpartition(".")
+        for fused in SIBLINGS:
+            if leaf in fused and len({bits.get(f"{parent}.{each}", bits[name]) for each in fused}) > 1:
+                raise RequestError(
+                    f"layer bits: {', '.join(fused)} of {parent} run as one in engines: same bits for all"
+                )
+    return bits
 
 
 def _loss(problem: Problem, solution: Solution) -> float:

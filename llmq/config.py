@@ -15,7 +15,7 @@ METHODS = ("gptq", "awq", "awq+gptq", "tuned", "rtn")
 GRIDS = ("auto", "minmax", "mse", "hessian", "common")
 ORDERS = ("group", "static", "natural")
 EFFORTS = ("fast", "normal", "best")
-FORMATS = ("auto", "compressed-tensors")
+FORMATS = ("auto", "compressed-tensors", "gptq", "awq")
 DEVICES = ("auto", "cpu", "cuda")
 PARTS = ("match", "sequential")
 
@@ -135,6 +135,9 @@ class QuantizeConfig:
     """Bits per weight: 2, 3, 4 or 8."""
     group_size: int = 128
     """Consecutive inputs that share one scale; -1 for a whole row. Lowered to 64 or 32 where 128 does not divide."""
+    layer_bits: tuple[str, ...] = ()
+    """Other bits for some layers, as NAME=BITS with * for any part of the name: down_proj=8 layers.0.*=8. The first
+    that fits a layer counts. Layers that engines fuse (q, k, v; gate, up) need the same."""
     symmetric: bool = True
     """A fixed zero point in the middle of the codes. --no-symmetric stores a zero point per group."""
     grid: str = "auto"
@@ -149,7 +152,8 @@ class QuantizeConfig:
     """Parts of the effort to leave out, to measure what they bring: match (weights move towards the original outputs),
     sequential (layers of a block see the quantized ones before them, which match needs)."""
     format: str = "auto"
-    """Checkpoint format: auto or compressed-tensors (read by transformers, vLLM and SGLang)."""
+    """Checkpoint format: compressed-tensors (read by transformers, vLLM and SGLang), gptq or awq (4 bit). auto:
+    compressed-tensors for symmetric weights, else awq at 4 bit and gptq at others, which engines serve."""
     calibration: str = Calibration.text
     """Text to calibrate on: wikitext2, c4, pile (downloaded), pydoc, pytopics (offline), a .txt/.jsonl/.parquet, or
     self (the model writes it, for which it must fit into memory)."""
@@ -191,14 +195,10 @@ class QuantizeConfig:
             raise RequestError("grid common is symmetric; use minmax with --no-symmetric")
         if self.method == "awq" and self.grid not in ("auto", "minmax"):
             raise RequestError(f"awq clips the grids that span the weights; grid {self.grid} is for the other methods")
-        if self.format == "auto" and not self.symmetric:
-            raise RequestError(
-                "no automatic format for asymmetric grids: transformers opens asymmetric compressed-tensors only with "
-                "dequantize=True (vLLM and llmq open it as it is).\n"
-                "Pass --format compressed-tensors to write it anyway, or keep the symmetric default."
-            )
+        if self.stored_as == "awq" and (self.bits != 4 or self.layer_bits):
+            raise RequestError("format awq stores 4-bit weights only; use gptq or compressed-tensors for others")
         # The nested views validate themselves.
-        _ = self.grid_settings, self.calibration_settings
+        _ = self.grid_settings, self.calibration_settings, self.other_bits
 
     def _check_effort(self) -> None:
         """Raise RequestError for what would do nothing, or has nothing to go by."""
@@ -209,18 +209,38 @@ class QuantizeConfig:
             raise RequestError("tuned follows the original model's outputs, which effort fast leaves out; use normal")
         if self.method == "tuned" and "match" in self.without:
             raise RequestError("tuned follows the original model's outputs: it cannot do without match")
-        if "sequential" in self.without and "match" not in self.without:
-            # Attention and MLP would each add all that the residual stream lost: twice too much, in every block.
-            raise RequestError("match needs sequential; leave out both: --without match sequential")
         if self.effort == "best" and self.method in ("rtn", "awq"):
             raise RequestError(f"effort best tries steps around gptq, which {self.method} has not; use normal")
         if self.without and (self.effort == "fast" or (self.method == "rtn" and self.grid != "hessian")):
             what = f"method {self.method} with effort {self.effort}"
             raise RequestError(f"{what} has no part {' or '.join(self.without)} that could be left out")
+        if "sequential" in self.without and "match" not in self.without:
+            # Attention and MLP would each add all that the residual stream lost: in every block, twice too much.
+            raise RequestError("match needs sequential; leave out both: --without match sequential")
 
     @property
     def grid_settings(self) -> Grid:
         return Grid(self.bits, self.group_size, self.symmetric, self.grid)
+
+    @property
+    def stored_as(self) -> str:
+        """The format that is written."""
+        if self.format != "auto":
+            return self.format
+        if self.symmetric:
+            return "compressed-tensors"
+        return "awq" if self.bits == 4 and not self.layer_bits else "gptq"
+
+    @property
+    def other_bits(self) -> dict[str, int]:
+        """`layer_bits`, by pattern. Raises RequestError for what is not NAME=BITS."""
+        found: dict[str, int] = {}
+        for each in self.layer_bits:
+            pattern, equals, bits = each.partition("=")
+            if not (pattern and equals) or bits not in map(str, BITS):
+                raise RequestError(f"layer bits are NAME=BITS with bits one of {_listed(BITS)}; got {each!r}")
+            found.setdefault(pattern, int(bits))
+        return found
 
     @property
     def end_to_end(self) -> bool:

@@ -32,12 +32,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from llmq.block import Compute
+from llmq.checkpoint import Checkpoint
 from llmq.config import Tuned
 from llmq.data import Tokens
 from llmq.divergence import divergence
 from llmq.errors import RequestError
 from llmq.latent import Latent
-from llmq.load import Checkpoint, load
+from llmq.load import load
 from llmq.memory import free_memory
 from llmq.training import Task, train
 from llmq.weight import QuantizedWeight
@@ -108,7 +109,7 @@ class Student:
         """What would be stored now, by the names of the checkpoint."""
         stored = {name: each.detach().to(self._stored[name]) for name, each in self.vectors.items()}
         for name, latent in self.latents.items():
-            stored |= self.checkpoint.format.encode(name, latent.rounded(), self.checkpoint.scheme["symmetric"])
+            stored |= self.checkpoint.format.encode(name, latent.rounded(), self.checkpoint.schemes[name])
         return {name: tensor.cpu() for name, tensor in stored.items()}
 
 

@@ -44,7 +44,8 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_codes(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> PackedLinear:
-        """Lay out the codes and grids of a layer."""
+        """Lay out the codes and grids of a layer. Groups of several sizes are cut into groups of one."""
+        weight = weight.even()
         return cls(pack(weight.q, weight.scale, weight.zero, weight.bits, weight.group_of), bias)
 
     @classmethod

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from llmq.checkpoint import CONFIG, Checkpoint, is_packed
 from llmq.device import pick_device
 from llmq.errors import CheckpointError
-from llmq.formats import FORMATS
 from llmq.hub import locate
 from llmq.linear import PackedLinear
 from llmq.merge import merge_linears
 from llmq.source import ModelSource, build_skeleton, move_buffers, read_generation_config, tied_aliases
-from llmq.tensor_files import SafetensorsDirectory
 from llmq.weight import QuantizedWeight
 
 LinearMaker: TypeAlias = Callable[[str, QuantizedWeight, "Tensor | None"], nn.Module]
@@ -28,39 +26,6 @@ LinearMaker: TypeAlias = Callable[[str, QuantizedWeight, "Tensor | None"], nn.Mo
 def packed_linear(name: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:  # noqa: ARG001
     """What inference wants."""
     return PackedLinear.from_codes(weight, bias)
-
-
-class Checkpoint:
-    """A quantized checkpoint on disk: which linears are packed, how, and what else it holds.
-
-    Raises CheckpointError if the directory is not one, or holds a quantization llmq does not read.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        try:
-            self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{directory} holds no readable config.json ({type(error).__name__})") from None
-        quantization = self.config.get("quantization_config") if isinstance(self.config, dict) else None
-        quantization = quantization if isinstance(quantization, dict) else {}
-        method = quantization.get("quant_method")
-        if method not in FORMATS:
-            raise CheckpointError(f"{directory}: quantization method {method!r} is not one of {', '.join(FORMATS)}")
-        self.format = FORMATS[method]
-        self.scheme = self.format.scheme_of(quantization)
-        self.files = SafetensorsDirectory(directory)
-        suffix = f".{self.format.PARTS[0]}"
-        self.linears = sorted(name.removesuffix(suffix) for name in self.files.names() if name.endswith(suffix))
-
-    def weight(self, name: str) -> QuantizedWeight:
-        """One decoded linear."""
-        parts = (f"{name}.{part}" for part in self.format.PARTS)
-        present = self.files.names()
-        return self.format.decode(name, {part: self.files.read(part) for part in parts if part in present}, self.scheme)
-
-    def packed_names(self) -> set[str]:
-        return {f"{name}.{part}" for name in self.linears for part in self.format.PARTS}
 
 
 @torch.no_grad()
@@ -86,8 +51,7 @@ def load(
     """
     target = pick_device(device)
     checkpoint = Checkpoint(Path(directory))
-    config = _model_config(checkpoint.directory, trust_remote_code)
-    delattr(config, "quantization_config")  # or transformers would look for the format's own package
+    config = model_config(checkpoint, trust_remote_code)
     if dtype is None:
         dtype = torch.float32 if target.type == "cpu" else _torch_dtype(config.dtype)
     model = build_skeleton(config, trust_remote_code)
@@ -112,14 +76,6 @@ def load_any(spec: str, device: str = "auto", trust_remote_code: bool = False) -
     return source.load_all(target, torch.float32 if target.type == "cpu" else source.dtype), source.tokenizer
 
 
-def is_packed(path: Path) -> bool:
-    """Whether the directory is a quantized checkpoint."""
-    try:
-        return bool(json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config"))
-    except (OSError, ValueError, AttributeError):  # not a packed checkpoint; what it is, ModelSource will say
-        return False
-
-
 def _torch_dtype(name: Any) -> torch.dtype:
     """What config.json calls a dtype; float16 where it says nothing."""
     found = getattr(torch, name, None) if isinstance(name, str) else name
@@ -133,27 +89,41 @@ def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
         raise CheckpointError(f"{path} holds no readable tokenizer ({type(error).__name__})") from None
 
 
-def _model_config(directory: Path, trust_remote_code: bool) -> Any:
+def model_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
+    """The model's configuration without its quantization, for which transformers would want the format's own package.
+
+    Raises CheckpointError if it describes no model, or one that cannot be what the files hold.
+    """
+    directory = checkpoint.directory
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        if hasattr(config, "quantization_config"):
+            delattr(config, "quantization_config")
+        # Before anything is built: modules and buffers take as much memory as a config of strangers asks for.
+        depth = config.get_text_config().num_hidden_layers
+        if not 0 < depth <= len(checkpoint.files.names()):
+            raise ValueError(f"{depth} blocks, of {len(checkpoint.files.names())} tensors")
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # config classes check their own fields and raise what they like
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise CheckpointError(f"{directory}: config.json describes no model transformers knows: {reason}") from None
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0][:300]
+        raise CheckpointError(f"{directory}: {CONFIG} describes no model transformers knows: {reason}") from None
+    stored = sum(checkpoint.files.nbytes(name) for name in checkpoint.files.names())
+    largest = max(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if largest > 4 * stored:  # two bits are the least that a number takes
+        raise CheckpointError(
+            f"{directory}: {CONFIG} wants a tensor of {largest} numbers; all files have {stored} bytes"
+        )
+    return config
 
 
 def _place_packed(model: Any, checkpoint: Checkpoint, device: torch.device, make_linear: LinearMaker) -> None:
     for name in checkpoint.linears:
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError:
-            linear = None
-        if not isinstance(linear, nn.Linear):
-            raise CheckpointError(f"{checkpoint.directory}: {name} is packed, but the model has no such linear")
+        linear = packed_target(model, checkpoint, name)
         weight = checkpoint.weight(name)
         if tuple(weight.q.shape) != (linear.out_features, linear.in_features):
-            raise CheckpointError(
-                f"{name}: packed as {tuple(weight.q.shape)}, the model wants {tuple(linear.weight.shape)}"
-            )
+            wanted = (linear.out_features, linear.in_features)
+            raise CheckpointError(f"{name}: packed as {tuple(weight.q.shape)}, the model wants {wanted}")
         bias = None if linear.bias is None else checkpoint.files.read(f"{name}.bias")
         if bias is not None and (tuple(bias.shape) != (linear.out_features,) or not bias.is_floating_point()):
             raise CheckpointError(
@@ -162,18 +132,29 @@ def _place_packed(model: Any, checkpoint: Checkpoint, device: torch.device, make
         model.set_submodule(name, make_linear(name, weight, bias).to(device))
 
 
+def packed_target(model: Any, checkpoint: Checkpoint, name: str) -> nn.Linear:
+    """The linear of the model that a packed weight is meant for. Raises CheckpointError if it has none."""
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError:
+        linear = None
+    if not isinstance(linear, nn.Linear):
+        raise CheckpointError(f"{checkpoint.directory}: {name} is packed, but the model has no such linear")
+    if f"{name}.weight" in tied_aliases(model):
+        raise CheckpointError(f"{checkpoint.directory}: {name} is packed, but the model ties it to its embeddings")
+    return linear
+
+
 def _place_rest(model: Any, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
     aliases = tied_aliases(model)
     placed = {f"{name}.{part}" for name in checkpoint.linears for part in model.get_submodule(name).state_dict()}
     # Parameters, and the few buffers that are stored: Gemma 4 scales each block by one.
     wanted = set(model.state_dict()) - aliases - placed
-    here = checkpoint.files.names()
+    here = set(checkpoint.other_names)
     biases = {name for name in placed if name.endswith(".bias")}
-    left_over = here - wanted - aliases - checkpoint.packed_names() - biases
-    if wanted - here or left_over:
-        what = (
-            f"lacks {sorted(wanted - here)[0]}" if wanted - here else f"holds an unknown tensor {sorted(left_over)[0]}"
-        )
+    unknown = [name for name in sorted(here - wanted - aliases - biases) if not _harmless(checkpoint, name)]
+    if wanted - here or unknown:
+        what = f"lacks {sorted(wanted - here)[0]}" if wanted - here else f"holds an unknown tensor {unknown[0]}"
         raise CheckpointError(f"{checkpoint.directory} {what}; it does not belong to this model")
     tensors: dict[str, Tensor] = {}
     for name in sorted(wanted):
@@ -183,6 +164,15 @@ def _place_rest(model: Any, checkpoint: Checkpoint, device: torch.device, dtype:
         model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise CheckpointError(f"{checkpoint.directory} does not fit its config.json: {reason}") from None
+        raise CheckpointError(f"{checkpoint.directory} does not fit its {CONFIG}: {reason}") from None
     model.tie_weights()
     move_buffers(model, device)
+
+
+def _harmless(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor that the model does not know changes nothing: AutoGPTQ stores biases of zeros for linears
+    without one, and rotary frequencies, which are computed."""
+    linear, _, leaf = name.rpartition(".")
+    if leaf == "inv_freq":
+        return True
+    return leaf == "bias" and linear in checkpoint.schemes and not bool(checkpoint.files.read(name).any())

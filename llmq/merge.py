@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.arch import SIBLINGS
 from llmq.linear import PackedLinear
-
-_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def merge_linears(model: nn.Module) -> int:
@@ -19,7 +18,7 @@ def merge_linears(model: nn.Module) -> int:
     """
     merged = 0
     for parent in list(model.modules()):
-        for names in _SIBLINGS:
+        for names in SIBLINGS:
             linears = [getattr(parent, name, None) for name in names]
             if all(isinstance(linear, PackedLinear) for linear in linears):
                 merged += _merge(parent, names, linears)

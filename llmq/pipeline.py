@@ -15,13 +15,16 @@ from tqdm import tqdm
 from llmq.algorithms import ALGORITHMS
 from llmq.block import Compute
 from llmq.blockwise import Run
+from llmq.check import DIGESTS, check
+from llmq.checkpoint import Checkpoint
 from llmq.clock import Clock
+from llmq.companions import companions_of
 from llmq.config import Calibration, QuantizeConfig
 from llmq.data import MORE, Tokens, check_context, split, windows
 from llmq.device import multiplies_bfloat16, pick_device
+from llmq.digest import digests_of
 from llmq.distill import Student, check_memory, distill
 from llmq.errors import RequestError, WorkError
-from llmq.load import Checkpoint
 from llmq.memory import release_memory
 from llmq.sample import SELF, sample_sequences
 from llmq.source import ModelSource
@@ -67,7 +70,7 @@ def _block_by_block(run: Run, tokens: Tokens, writer: Writer, progress: bool) ->
     source, clock = run.source, run.clock
     with clock("write"):
         for name in source.outer_names():
-            writer.put({name: source.read(name)})
+            writer.put(run.unchanged({name: source.read(name)}))
     blocks = stream(source, tokens, compute_for(source, run.device), clock, keep_original=run.matching)
     bar = tqdm(blocks, "blocks", total=len(source.block_names), disable=not progress, unit="block")
     for block in bar:
@@ -92,7 +95,8 @@ def _end_to_end(run: Run, tokens: Tokens, directory: Path, writer: Writer, progr
                 "--tuned.end-rate 0 (the default) and --tuned.end-batch 1 need less; "
                 "--tuned.end-steps 0 --tuned.steps 100 trains one block after the other"
             ) from None
-    files = Checkpoint(directory).files
+    checkpoint = Checkpoint(directory)
+    files, run.digests = checkpoint.files, digests_of(checkpoint, changed)
     with run.clock("write"):
         # Tensors of one module stay together.
         for _, names in groupby(sorted(files.names()), key=lambda name: name.rpartition(".")[0]):
@@ -103,8 +107,15 @@ def _end_to_end(run: Run, tokens: Tokens, directory: Path, writer: Writer, progr
 def _finish(run: Run, writer: Writer) -> None:
     with run.clock("write"):
         writer.flush()
-    with run.clock("write"):  # another, so that the report knows how long the first took
-        writer.finish(run.source, run.source.dtype, run.hf_config(), run.report.to_json(run.clock))
+
+    def read_back(directory: Path) -> None:
+        with run.clock("check"):
+            check(directory, run.digests, run.config.trust_remote_code)
+
+    def report() -> dict[str, Any]:
+        return run.report.to_json(run.clock) | {DIGESTS: run.digests}
+
+    writer.finish(companions_of(run.source), run.source.dtype, run.hf_config(), report, read_back)
 
 
 def _whole_model(config: QuantizeConfig, device: torch.device, dtype: torch.dtype) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 from collections import defaultdict
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from llmq.errors import CheckpointError, RequestError
+from llmq.files import read_json, regular_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -77,19 +77,19 @@ class SafetensorsDirectory:
 
 def _names_by_shard(directory: Path) -> Mapping[str, set[str] | None]:
     """Shard file name -> the tensors expected in it (None: whatever is there)."""
-    index = directory / INDEX
-    if index.exists():
-        try:
-            shards: dict[str, set[str]] = defaultdict(set)
-            for name, shard in json.loads(index.read_text())["weight_map"].items():
-                if Path(shard).name != shard:
-                    raise CheckpointError(f"{index}: shard {shard!r} is not a plain file name inside the directory")
-                shards[shard].add(name)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index ({type(error).__name__}: {error})") from None
+    if (directory / INDEX).exists():
+        shards: dict[str, set[str]] = defaultdict(set)
+        listed = read_json(directory, INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
+            raise CheckpointError(f"{directory / INDEX} is not a safetensors index: it maps no tensors to files")
+        for name, shard in listed.items():
+            shards[shard].add(name)
         return dict(shards)
     if (directory / SINGLE).exists():
         return {SINGLE: None}
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    if len(others) == 1:  # AutoGPTQ called it gptq_model-4bit-128g.safetensors
+        return {others[0]: None}
     if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
         raise RequestError(
             f"{directory} holds pickle weights (.bin), which can run code when opened; llmq reads safetensors.\n" + _HOW
@@ -100,10 +100,8 @@ def _names_by_shard(directory: Path) -> Mapping[str, set[str] | None]:
 
 
 def _open(path: Path) -> Any:
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing although the index lists it; fetch the model again")
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(regular_file(path.parent, path.name), framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is corrupt or truncated ({error}); fetch it again") from None
 

@@ -15,11 +15,11 @@ from llmq_kernels.choose import Problem, user_table
 from llmq_kernels.tune import merged, tune, write_table
 
 from llmq.arch import fit_group_size, packable_widths
+from llmq.checkpoint import Checkpoint, is_packed
 from llmq.cli import run
 from llmq.config import Grid
 from llmq.errors import RequestError, WorkError
 from llmq.hub import locate
-from llmq.load import Checkpoint, is_packed
 from llmq.source import ModelSource
 
 # One for each bucket of a table up to 256. Decoding is what up to 8 tokens mostly are, so that bucket is tuned at 1.
@@ -47,13 +47,13 @@ class TuneConfig:
 
 
 def packed_problems(checkpoint: Checkpoint) -> list[Problem]:
-    """One-token problems of a packed checkpoint's layers, each once, known without reading its weights."""
+    """One-token problems of a packed checkpoint's layers, each once."""
     dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
-    scheme, problems = checkpoint.scheme, set()
+    problems = set()
     for name in checkpoint.linears:
-        groups = checkpoint.files.shape(f"{name}.weight_scale")[1]
-        N, K = (int(size) for size in checkpoint.files.read(f"{name}.weight_shape"))
-        problems.add(Problem(scheme["num_bits"], K // groups, scheme["symmetric"], dtype, 1, N, K))
+        weight, scheme = checkpoint.weight(name), checkpoint.schemes[name]
+        N, K = weight.q.shape
+        problems.add(Problem(weight.bits, K // scheme.groups(K), scheme.symmetric, dtype, 1, N, K))
     return sorted(problems, key=lambda problem: (problem.N * problem.K, problem.N))
 
 

@@ -1,5 +1,8 @@
 """The value in the middle: what every algorithm returns and every format stores."""
 
+from __future__ import annotations
+
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +39,24 @@ class QuantizedWeight:
             return grid.dequantize(self.q, self.scale[:, group_of], self.zero[:, group_of], dtype)
         codes = grid.group_view(self.q, self.group_size)
         return grid.dequantize(codes, self.scale[..., None], self.zero[..., None], dtype).flatten(-2)
+
+    def even(self) -> QuantizedWeight:
+        """The same weights in groups of one size, as kernels want them: of the largest that divides all groups.
+
+        Without `group_of` where the groups are contiguous.
+        """
+        if self.group_of is None:
+            return self
+        group_of = self.group_of.long()
+        sizes = torch.bincount(group_of, minlength=self.scale.shape[1])
+        size = math.gcd(*(int(each) for each in sizes))
+        parts = sizes // size  # of each group
+        order = torch.argsort(group_of, stable=True)
+        finer = torch.empty_like(order)
+        finer[order] = torch.arange(len(order), device=order.device) // size
+        scale, zero = (each.repeat_interleave(parts, dim=1) for each in (self.scale, self.zero))
+        contiguous = torch.equal(order, torch.arange(len(order), device=order.device))
+        return QuantizedWeight(self.q, scale, zero, self.bits, None if contiguous else finer.to(torch.int32))
 
     def validate(self, name: str = "weight") -> None:
         """Raise CheckpointError unless the parts fit together and decode to finite numbers."""

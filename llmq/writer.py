@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -17,32 +17,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmq.checkpoint import LEGACY
+from llmq.companions import COPIED, Companions
 from llmq.errors import RequestError, WorkError
-from llmq.source import ModelSource
 from llmq.tensor_files import INDEX, SINGLE
 
 REPORT = "llmq_report.json"
 # Finished tensors wait in memory for their shard, and once more while it is written.
 _SHARD_BYTES = 500_000_000
-_COPIED = [
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-]
-_OURS = ("config.json", INDEX, "model*.safetensors", "*.partial", "quantize_config.json", REPORT, *_COPIED)
+_OURS = ("config.json", INDEX, "model*.safetensors", "*.partial", *LEGACY, REPORT, *COPIED)
 
 
 class Writer:
-    """Streams tensors into shards of `directory`; a context manager that leaves nothing behind when the work fails.
+    """Streams tensors into shards; a context manager that leaves nothing behind when the work fails.
+
+    Everything is written to `stage`, a directory inside the one asked for, and moved from there when it is finished.
 
     Args:
         overwrite: replace the checkpoint files that are already there (other files are left alone).
@@ -51,7 +40,7 @@ class Writer:
     """
 
     def __init__(self, directory: Path, overwrite: bool = False, shard_bytes: int = _SHARD_BYTES) -> None:
-        self.directory = directory
+        self.directory, self.stage = directory, directory / "unfinished.partial"
         self._overwrite, self._shard_bytes = overwrite, shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = self._total_bytes = 0
@@ -64,6 +53,7 @@ class Writer:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._clear()
+            self.stage.mkdir()
         except OSError as error:
             raise _explained(error, self.directory) from None
         return self
@@ -100,26 +90,46 @@ class Writer:
 
     def finish(
         self,
-        source: ModelSource,
+        companions: Companions,
         dtype: torch.dtype,
         quantization_config: dict[str, Any] | None = None,
-        report: dict[str, Any] | None = None,
+        report: Callable[[], dict[str, Any]] | None = None,
+        check: Callable[[Path], object] | None = None,
     ) -> None:
-        """Name the shards, copy the tokenizer, write the report and, last of all, config.json."""
+        """Name the shards, copy the tokenizer, let `check` look at the whole, and only then let others see it.
+
+        Args:
+            report: asked after the check.
+            check: given the directory where all but the report lies; what it raises ends the work.
+        """
         self.flush()
         weight_map: dict[str, str] = {}
         for i, names in enumerate(self._shards):
             final = SINGLE if len(self._shards) == 1 else f"model-{i + 1:05}-of-{len(self._shards):05}.safetensors"
-            os.replace(self._partial(i), self.directory / final)
+            os.replace(self._partial(i), self.stage / final)
             weight_map.update(dict.fromkeys(names, final))
         if len(self._shards) > 1:
             metadata = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             self._write_json(INDEX, metadata)
-        self._copy_companions(source)
+        companions.write(self.stage)
+        for name in LEGACY[:1] if (quantization_config or {}).get("quant_method") == "gptq" else ():
+            self._write_json(name, quantization_config or {})  # where GPTQModel and AutoGPTQ look first
+        self._write_json("config.json", _config(companions.config, dtype, quantization_config))
+        if check is not None:
+            check(self.stage)
         if report is not None:
-            self._write_json(REPORT, report)
-        _sync(self.directory)
-        self._write_json("config.json", _config(source, dtype, quantization_config))
+            self._write_json(REPORT, report())
+        self._publish()
+
+    def _publish(self) -> None:
+        """Move what is finished to where it was asked for, config.json last."""
+        for path in sorted(self.stage.iterdir(), key=lambda path: path.name == "config.json"):
+            if path.name == "config.json":
+                _sync(self.directory)
+            if path.is_dir():
+                shutil.rmtree(self.directory / path.name, ignore_errors=True)
+            os.replace(path, self.directory / path.name)
+        self.stage.rmdir()
 
     @contextmanager
     def workroom(self) -> Iterator[Path]:
@@ -140,24 +150,12 @@ class Writer:
                     path.unlink(missing_ok=True)
 
     def _partial(self, index: int) -> Path:
-        return self.directory / f"shard-{index:05}.partial"
-
-    def _copy_companions(self, source: ModelSource) -> None:
-        if source.is_gguf:  # the tokenizer is inside the file: write it the way transformers does
-            source.tokenizer.save_pretrained(self.directory)
-            return
-        for name in [*_COPIED, *(path.name for path in source.directory.glob("*.py"))]:
-            if (source.directory / name).is_file():
-                shutil.copyfile(source.directory / name, self.directory / name)
-        templates = source.directory / "additional_chat_templates"
-        if templates.is_dir():
-            shutil.copytree(templates, self.directory / templates.name, dirs_exist_ok=True)
+        return self.stage / f"shard-{index:05}.partial"
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        partial = self.directory / f"{name}.partial"
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _sync(partial)
-        os.replace(partial, self.directory / name)
+        path = self.stage / name
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _sync(path)
 
 
 def check_output(directory: Path, overwrite: bool) -> None:
@@ -168,15 +166,10 @@ def check_output(directory: Path, overwrite: bool) -> None:
         raise RequestError(f"output {directory} is not empty; choose another, or pass --overwrite to replace it")
 
 
-def _config(source: ModelSource, dtype: torch.dtype, quantization_config: dict[str, Any] | None) -> dict[str, Any]:
-    """The source's own config text with only the quantization and the dtype replaced."""
-    if source.is_gguf:
-        config = source.config.to_dict() | {"architectures": [type(source.skeleton).__name__]}
-        config.pop("_name_or_path", None)
-    else:
-        config = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
+def _config(config: dict[str, Any], dtype: torch.dtype, quantization_config: dict[str, Any] | None) -> dict[str, Any]:
+    """The source's own config with only the quantization and the dtype replaced."""
     name = str(dtype).removeprefix("torch.")
-    config |= {"dtype": name, "torch_dtype": name}  # old readers know torch_dtype, new ones dtype
+    config = config | {"dtype": name, "torch_dtype": name}  # old readers know torch_dtype, new ones dtype
     return config if quantization_config is None else config | {"quantization_config": quantization_config}
 
 

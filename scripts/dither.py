@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from llmq.cli import run
+from llmq.companions import companions_of
 from llmq.source import ModelSource
 from llmq.writer import Writer
 
@@ -52,7 +53,7 @@ def write_dithered(config: DitherConfig) -> None:
         for name in source.tensor_names:
             tensor = source.read(name).float()
             writer.put({name: dither(tensor, generator) if name in linears and name.startswith(blocks) else tensor})
-        writer.finish(source, torch.float32)
+        writer.finish(companions_of(source), torch.float32)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmq
-from llmq.load import Checkpoint
+from llmq.checkpoint import Checkpoint
 from llmq.source import ModelSource
 from llmq.weight import QuantizedWeight
 

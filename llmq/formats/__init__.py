@@ -1,5 +1,52 @@
-"""The checkpoint formats by name. Each is a file of pure functions: encode, decode, hf_config, scheme_of."""
+"""The checkpoint formats by name. Each is a file of pure functions: encode, decode, hf_config, schemes_of."""
 
-from llmq.formats import compressed_tensors
+from __future__ import annotations
 
-FORMATS = {"compressed-tensors": compressed_tensors}
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from llmq.errors import CheckpointError
+from llmq.formats import auto_round, awq, compressed_tensors, gptq
+from llmq.formats.scheme import Scheme, Schemes
+from llmq.weight import QuantizedWeight
+
+
+class Format(Protocol):
+    """What the file of a format holds. PARTS are the tensors of a linear; the first tells that it is packed."""
+
+    @property
+    def METHOD(self) -> str: ...  # noqa: N802
+    @property
+    def PARTS(self) -> tuple[str, ...]: ...  # noqa: N802
+
+    encode: Callable[[str, QuantizedWeight, Scheme], dict[str, Tensor]]
+    decode: Callable[[str, Mapping[str, Tensor], Scheme], QuantizedWeight]
+    hf_config: Callable[[Schemes, list[str]], dict[str, Any]]
+    schemes_of: Callable[[Mapping[str, Any], Iterable[str]], dict[str, Scheme]]
+
+
+FORMATS: dict[str, Format] = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq}
+"""Written and read."""
+
+
+def format_of(config: Mapping[str, Any]) -> Format:
+    """The format whose tensors a checkpoint with this quantization_config holds.
+
+    Raises CheckpointError for methods that llmq does not read.
+    """
+    method = config.get("quant_method")
+    if method == auto_round.METHOD:
+        return FORMATS[auto_round.packed_as(config)]
+    if not isinstance(method, str) or method not in FORMATS:
+        known = ", ".join([*FORMATS, auto_round.METHOD])
+        raise CheckpointError(f"quantization method {str(method)[:80]!r} is not one of {known}")
+    return FORMATS[method]
+
+
+def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+    """The scheme of each of these packed linears. Raises CheckpointError for configs that llmq does not read."""
+    if config.get("quant_method") == auto_round.METHOD:
+        return auto_round.schemes_of(config, names)
+    return format_of(config).schemes_of(config, names)

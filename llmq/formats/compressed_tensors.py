@@ -13,72 +13,78 @@ Bytes as the compressed-tensors 0.20.0 package writes and reads them.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmq.config import BITS
 from llmq.errors import CheckpointError
 from llmq.formats.packing import pack_stream, packed_length, unpack_stream
+from llmq.formats.patterns import Patterns
+from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, expect_words, part_of, tables
 from llmq.weight import QuantizedWeight
 
 METHOD = "compressed-tensors"
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
-def encode(name: str, weight: QuantizedWeight, symmetric: bool) -> dict[str, Tensor]:
+def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
     """The tensors of one linear, by full name. Symmetric weights have no zero points on disk. Input stays as it is."""
     if weight.group_of is not None:
-        raise CheckpointError(f"{name}: compressed-tensors stores contiguous groups only; reorder the columns first")
+        raise CheckpointError(f"{name}: compressed-tensors stores contiguous groups of one size; these are not")
     tensors = {
         f"{name}.weight_packed": pack_stream(weight.q, weight.bits),
         f"{name}.weight_scale": weight.scale.contiguous(),
         f"{name}.weight_shape": torch.tensor(weight.q.shape, dtype=torch.int64),
     }
-    if not symmetric:
+    if not scheme.symmetric:
         tensors[f"{name}.weight_zero_point"] = pack_stream(weight.zero, weight.bits, axis=0)
     return tensors
 
 
-def decode(name: str, tensors: dict[str, Tensor], scheme: dict[str, Any]) -> QuantizedWeight:
-    """The linear that `encode` wrote. `scheme` is the `weights` entry of its config group.
-
-    Raises CheckpointError if parts are missing or do not fit together.
-    """
-    bits = scheme["num_bits"]
-    try:
-        packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"]
-        shape: Any = tensors[f"{name}.weight_shape"].tolist()
-        zeros = None if scheme["symmetric"] else tensors[f"{name}.weight_zero_point"]
-    except KeyError as error:
-        raise CheckpointError(f"{name}: {error.args[0]} is missing") from None
-    if scheme["symmetric"] and f"{name}.weight_zero_point" in tensors:
+def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+    """The linear that `encode` wrote. Raises CheckpointError if parts are missing or do not fit together."""
+    bits = scheme.bits
+    packed, scale = (part_of(name, tensors, part) for part in ("weight_packed", "weight_scale"))
+    rows, columns = _shape(name, part_of(name, tensors, "weight_shape"))
+    if scheme.symmetric and f"{name}.weight_zero_point" in tensors:
         raise CheckpointError(f"{name}: has zero points, although its scheme says symmetric")
-    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, int) and n >= 1 for n in shape):
-        raise CheckpointError(f"{name}.weight_shape: expected two positive integers, found {shape}")
-    rows, columns = shape
-    groups = _groups(name, columns, scheme)
-    _expect(f"{name}.weight_packed", packed, (rows, packed_length(columns, bits)))
-    if tuple(scale.shape) != (rows, groups) or not scale.is_floating_point():
-        raise CheckpointError(
-            f"{name}.weight_scale: expected floats {(rows, groups)}, found {scale.dtype} {tuple(scale.shape)}"
-        )
-    if zeros is None:
+    # The scheme decides, not the tensor: half of the scales would fit too, at twice the group size.
+    groups = scheme.groups(columns)
+    if columns % groups or (groups > 1 and columns // groups != scheme.group_size):
+        raise CheckpointError(f"{name}: group size {scheme.group_size} does not divide {columns} inputs")
+    expect_words(f"{name}.weight_packed", packed, (rows, packed_length(columns, bits)))
+    expect_scales(f"{name}.weight_scale", scale, (rows, groups))
+    if scheme.symmetric:
         zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
     else:
-        _expect(f"{name}.weight_zero_point", zeros, (packed_length(rows, bits), groups))
+        zeros = part_of(name, tensors, "weight_zero_point")
+        expect_words(f"{name}.weight_zero_point", zeros, (packed_length(rows, bits), groups))
         zero = unpack_stream(zeros, bits, rows, axis=0)
-    weight = QuantizedWeight(unpack_stream(packed, bits, columns), scale, zero, bits)
-    weight.validate(name)
-    return weight
+    return checked(name, QuantizedWeight(unpack_stream(packed, bits, columns), scale, zero, bits), scheme)
 
 
-def hf_config(bits: int, group_size: int, symmetric: bool, ignore: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json. `ignore` lists every nn.Linear that stays in float."""
-    weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False}
-    weights |= {"strategy": "channel"} if group_size == -1 else {"strategy": "group", "group_size": group_size}
-    group = {"targets": ["Linear"], "format": "pack-quantized", "weights": weights}
+def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json. `ignore` lists every nn.Linear that stays in float.
+
+    One scheme is a group for all Linear. Several are groups of names: readers disagree on which of two patterns that
+    fit comes first, and engines that fuse layers look for the names of the parts.
+    """
+    layers: dict[Scheme, list[str]] = defaultdict(list)
+    for name, scheme in schemes.items():
+        layers[scheme].append(name)
+    groups = {
+        f"group_{i}": {
+            "targets": ["Linear"] if len(layers) == 1 else names,
+            "format": "pack-quantized",
+            "weights": _weights(scheme),
+            "input_activations": None,
+            "output_activations": None,
+        }
+        for i, (scheme, names) in enumerate(layers.items())
+    }
     return {
         "quant_method": METHOD,
         "version": "0.20.0",
@@ -87,44 +93,77 @@ def hf_config(bits: int, group_size: int, symmetric: bool, ignore: list[str]) ->
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "ignore": ignore,
-        "config_groups": {"group_0": group | {"input_activations": None, "output_activations": None}},
+        "config_groups": groups,
     }
 
 
-def scheme_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The one `weights` scheme of a `quantization_config` that `hf_config` wrote.
+def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+    """The scheme of each packed linear: its name among the targets of a group, a pattern (re:) that fits, or "Linear".
 
-    Raises CheckpointError for what llmq does not read: other formats, several groups, activation quantization.
+    Raises CheckpointError for what llmq does not read: other formats, activation quantization, packed layers that no
+    group is meant for.
     """
-    groups = config.get("config_groups")
-    groups = list(groups.values()) if isinstance(groups, dict) else []
-    group: Any = groups[0] if len(groups) == 1 and isinstance(groups[0], dict) else {}
-    if config.get("format") != "pack-quantized" or group.get("targets") != ["Linear"]:
-        raise CheckpointError(
-            "of compressed-tensors only pack-quantized with one group for all Linear layers is read; "
-            f"found format {config.get('format')!r} with {len(groups)} groups"
-        )
-    weights: Any = group.get("weights")
-    if not isinstance(weights, dict):
-        raise CheckpointError("the compressed-tensors group has no weights scheme")
-    size = weights.get("group_size")
-    fits = weights.get("type") == "int" and weights.get("num_bits") in BITS and "symmetric" in weights
-    fits = fits and (size is None or (isinstance(size, int) and (size == -1 or size >= 1)))
-    if not fits or group.get("input_activations") is not None or weights.get("actorder") == "group":
-        raise CheckpointError(f"unsupported compressed-tensors scheme: {weights}")
-    return weights
+    targets: dict[str, Scheme] = {}
+    for group in tables("config_groups", config.get("config_groups")).values():
+        scheme = _scheme(group, config.get("format"))
+        for target in _strings("targets", group.get("targets")):
+            if targets.setdefault(target, scheme) != scheme:
+                raise CheckpointError(f"two groups of different schemes both name {target!r}")
+    ignored, patterns = _strings("ignore", entry(config, "ignore", default=[])), Patterns()
+    return {name: _scheme_of(name, targets, ignored, patterns) for name in names}
 
 
-def _groups(name: str, columns: int, scheme: dict[str, Any]) -> int:
-    """Scales per row. The scheme decides, not the tensor: half of the scales would fit too, at twice the group size."""
-    size = scheme.get("group_size") or -1
-    if size == -1:
-        return 1
-    if columns % size:
-        raise CheckpointError(f"{name}: group size {size} does not divide {columns} inputs")
-    return columns // size
+def _scheme_of(name: str, targets: dict[str, Scheme], ignored: list[str], patterns: Patterns) -> Scheme:
+    if any(_fits(target, name, patterns) for target in ignored):
+        raise CheckpointError(f"{name} is packed, although the config ignores it")
+    # The order of the compressed-tensors package: names, then patterns, then classes, each sorted.
+    for target in sorted(targets, key=lambda target: (target != name, not target.startswith("re:"), target)):
+        if _fits(target, name, patterns):
+            return targets[target]
+    raise CheckpointError(f"{name} is packed, but no group of the config is meant for it")
 
 
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != torch.int32 or tuple(tensor.shape) != shape:
-        raise CheckpointError(f"{name}: expected int32 {shape}, found {tensor.dtype} {tuple(tensor.shape)}")
+def _fits(target: str, name: str, patterns: Patterns) -> bool:
+    if target.startswith("re:"):
+        return patterns.match(target[3:], name)
+    return target in (name, "Linear")
+
+
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "dynamic": False}
+    if scheme.group_size == -1:
+        return weights | {"strategy": "channel"}
+    return weights | {"strategy": "group", "group_size": scheme.group_size}
+
+
+def _scheme(group: dict[str, Any], overall: Any) -> Scheme:
+    """The scheme of a config group. Raises CheckpointError for one that llmq does not read."""
+    kind = entry(group, "format", default=overall)
+    weights = tables("a group", {"weights": group.get("weights")})["weights"]
+    if kind != "pack-quantized":
+        raise CheckpointError(f"of compressed-tensors only pack-quantized weights are read; found format {kind!r}")
+    strategy, size = weights.get("strategy"), entry(weights, "group_size", default=-1)
+    fits = weights.get("type") == "int" and not weights.get("dynamic") and strategy in ("group", "channel", None)
+    fits = fits and (strategy is None or (strategy == "channel") == (size == -1))
+    # "group" is act order whose indices the package no longer writes; the others leave groups contiguous.
+    if (
+        not fits
+        or group.get("input_activations") is not None
+        or weights.get("actorder") not in (None, "weight", "static")
+    ):
+        raise CheckpointError(f"unsupported compressed-tensors scheme: {str(weights)[:300]}")
+    return Scheme(weights.get("num_bits", 8), size, entry(weights, "symmetric", default=True))
+
+
+def _shape(name: str, stored: Tensor) -> tuple[int, int]:
+    shape: Any = stored.tolist()
+    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, int) and n >= 1 for n in shape):
+        raise CheckpointError(f"{name}.weight_shape: expected two positive integers, found {str(shape)[:80]}")
+    return shape[0], shape[1]
+
+
+def _strings(what: str, found: Any) -> list[str]:
+    names: list[Any] = found if isinstance(found, list) else [found]
+    if not all(isinstance(each, str) for each in names) or names is not found:
+        raise CheckpointError(f"{what} must be a list of names; found {str(found)[:80]}")
+    return names

@@ -16,7 +16,8 @@ from llmq.distill import Student, check_memory, distill
 from llmq.errors import RequestError
 from llmq.evaluate import evaluate, logits_of
 from llmq.latent import Latent
-from llmq.load import Checkpoint, load
+from llmq.checkpoint import Checkpoint
+from llmq.load import load
 from llmq.memory import free_memory
 from llmq.source import ModelSource
 from llmq.writer import REPORT

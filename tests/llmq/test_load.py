@@ -14,7 +14,8 @@ import llmq
 from llmq.config import BITS
 from llmq.errors import RequestError
 from llmq.linear import PackedLinear
-from llmq.load import Checkpoint, load_any
+from llmq.checkpoint import Checkpoint
+from llmq.load import load_any
 
 CASES = list(itertools.product(BITS, [True, False]))
 

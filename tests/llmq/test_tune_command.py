@@ -18,7 +18,7 @@ from tiny import save_tiny
 from llmq import tune
 from llmq.config import Grid
 from llmq.errors import RequestError, WorkError
-from llmq.load import Checkpoint
+from llmq.checkpoint import Checkpoint
 from llmq.source import ModelSource
 from llmq.tensor_files import SafetensorsDirectory
 

@@ -46,7 +46,7 @@ def write(directory, source, tensors, overwrite=False, shard_bytes=10**9, report
     with Writer(directory, overwrite, shard_bytes) as writer:
         for name, tensor in tensors.items():
             writer.put({name: tensor})
-        writer.finish(source, torch.float16, {"quant_method": "ours"}, report)
+        writer.finish(companions_of(source), torch.float16, {"quant_method": "ours"}, report)
 
 
 def fail_midway(directory, error, overwrite=False):
@@ -75,7 +75,7 @@ def test_tensors_put_together_share_a_shard_however_small_it_is(tmp_path, source
     with Writer(tmp_path, shard_bytes=1024) as writer:
         writer.put({"x.q": numbers(KILOBYTE), "x.scale": numbers(KILOBYTE)})
         writer.put({"y.q": numbers(KILOBYTE), "y.scale": numbers(KILOBYTE)})
-        writer.finish(source, torch.float16)
+        writer.finish(companions_of(source), torch.float16)
     weight_map = json.loads((tmp_path / INDEX).read_text())["weight_map"]
     assert weight_map["x.q"] == weight_map["x.scale"] != weight_map["y.q"] == weight_map["y.scale"]
 
@@ -105,7 +105,7 @@ def test_views_and_aliases_are_stored_as_plain_copies(tmp_path, source):
     with Writer(tmp_path) as writer:
         writer.put({"transposed": base.T, "row": base[1], "same": base})
         base += 100  # what was put is no longer the caller's
-        writer.finish(source, torch.float16)
+        writer.finish(companions_of(source), torch.float16)
     stored = load_file(tmp_path / SINGLE)
     expected = numbers(6).view(2, 3)
     assert torch.equal(stored["transposed"], expected.T)
@@ -127,7 +127,7 @@ def test_config_json_appears_last_and_complete(tmp_path, source, monkeypatch):
             writer.put({name: numbers(KILOBYTE)})
             assert not list(tmp_path.glob("*.json"))
             assert not list(tmp_path.glob("*.safetensors"))
-        writer.finish(source, torch.float16, {"quant_method": "ours"}, {"seed": 1})
+        writer.finish(companions_of(source), torch.float16, {"quant_method": "ours"}, {"seed": 1})
     assert {*there_before} - {"config.json.partial"} == {*names_in(tmp_path)} - {"config.json"}
     assert {REPORT, INDEX, "tokenizer.json"} < {*there_before}
     assert not list(tmp_path.glob("*.partial"))
@@ -196,7 +196,7 @@ def test_a_workroom_is_gone_whether_the_work_succeeds_or_fails_and_one_left_over
             (room / "config.json").write_text("{}")
             end(writer)
 
-    work(tmp_path / "good", lambda writer: writer.finish(source, torch.float16))
+    work(tmp_path / "good", lambda writer: writer.finish(companions_of(source), torch.float16))
     assert not list((tmp_path / "good").glob("*.partial"))
     (tmp_path / "old" / "work.partial").mkdir(parents=True)
     (tmp_path / "old" / "work.partial" / "shard-00000.partial").write_text("left over")

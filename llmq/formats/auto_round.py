@@ -1,0 +1,64 @@
+"""AutoRound's own checkpoints, read only: GPTQ or AWQ tensors under a config that says which.
+
+packing_format            tensors        zero points
+auto_round:auto_gptq      gptq           stored - 1
+auto_round:gptqmodel      gptq           stored - 1
+auto_round                gptq           as they are
+auto_round:auto_awq       awq            as they are
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from llmq.errors import CheckpointError
+from llmq.formats.patterns import Patterns
+from llmq.formats.scheme import Scheme, entry, tables
+
+METHOD = "auto-round"
+_PACKINGS = {
+    "auto_round:auto_gptq": ("gptq", 1),
+    "auto_round:gptqmodel": ("gptq", 1),
+    "auto_round:gptq": ("gptq", 1),
+    "auto_round": ("gptq", 0),
+    "auto_round:auto_awq": ("awq", 0),
+    "auto_round:awq": ("awq", 0),
+}
+_OVERRIDES = {"bits": "bits", "group_size": "group_size", "sym": "symmetric"}
+
+
+def packed_as(config: Mapping[str, Any]) -> str:
+    """The format whose tensors these are. Raises CheckpointError for other packings."""
+    return _packing(config)[0]
+
+
+def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+    """The scheme of each packed linear: exact names in `extra_config` beat patterns.
+
+    Raises CheckpointError for data types other than int, and for packings llmq does not read.
+    """
+    if entry(config, "data_type", default="int") != "int" or entry(config, "act_bits", default=16) not in (16, 32):
+        raise CheckpointError("of AutoRound's data types only int weights with float activations are read")
+    # AutoRound itself takes sym for granted where it says nothing.
+    symmetric = entry(config, "sym", default=True)
+    most = Scheme(config.get("bits", 4), entry(config, "group_size", default=128), symmetric)
+    most = replace(most, zero_offset=_packing(config)[1])
+    extra, patterns = tables("extra_config", entry(config, "extra_config", default={})), Patterns()
+    return {name: _scheme(name, most, extra, patterns) for name in names}
+
+
+def _scheme(name: str, most: Scheme, extra: dict[str, dict[str, Any]], patterns: Patterns) -> Scheme:
+    key = name if name in extra else next((key for key in extra if patterns.search(key, name)), None)
+    changes: dict[str, Any] = {} if key is None else extra[key]
+    if entry(changes, "data_type", default="int") != "int" or entry(changes, "bits", default=4) == 16:
+        raise CheckpointError(f"{name} is packed, although extra_config says it is not")
+    return replace(most, **{field: changes[key] for key, field in _OVERRIDES.items() if changes.get(key) is not None})
+
+
+def _packing(config: Mapping[str, Any]) -> tuple[str, int]:
+    packing = str(entry(config, "packing_format", "backend", default="auto_round:auto_gptq"))
+    if packing not in _PACKINGS:
+        raise CheckpointError(f"AutoRound packing {packing!r} is not one of {', '.join(_PACKINGS)}")
+    return _PACKINGS[packing]

@@ -1,0 +1,175 @@
+"""GPTQ checkpoints, v1 and v2: read by GPTQModel, AutoGPTQ, vLLM, SGLang, and transformers with gptqmodel.
+
+    NAME.qweight  int32 [ceil(in*bits/32), out]      codes along the inputs, one bit stream per output
+    NAME.qzeros   int32 [groups, ceil(out*bits/32)]  zero points along the outputs; v1: zero - 1
+    NAME.scales   float [groups, out]
+    NAME.g_idx    int32 [in]                         group of each input
+
+v1 cannot say zero = 0: its readers disagree on what the stored -1 means. So symmetric weights, whose zero is the
+middle, are written as v1, which every reader knows, and others as v2.
+"""
+
+# torch annotates only part of itself: what it leaves unknown is not reported here.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int32
+from torch import Tensor
+
+from llmq.config import VERSION
+from llmq.errors import CheckpointError
+from llmq.formats.packing import pack_stream, packed_length, unpack_stream
+from llmq.formats.patterns import Patterns
+from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, expect_words, part_of, tables
+from llmq.weight import QuantizedWeight
+
+METHOD = "gptq"
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+# Entries of a `dynamic` rule, and what they change.
+_OVERRIDES = {"bits": "bits", "group_size": "group_size", "sym": "symmetric", "desc_act": "act_order"}
+# Engines that fuse layers ask for the fused name.
+_FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+
+
+def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
+    """The tensors of one linear, by full name. Input stays as it is."""
+    columns = weight.q.shape[1]
+    zero = weight.zero - (1 if scheme.symmetric else 0)
+    group_of = weight.group_of
+    if group_of is None:
+        group_of = torch.arange(columns, dtype=torch.int32, device=weight.q.device) // weight.group_size
+    return {
+        f"{name}.qweight": pack_stream(weight.q, weight.bits).T.contiguous(),
+        f"{name}.qzeros": pack_stream(zero.T.contiguous(), weight.bits),
+        f"{name}.scales": weight.scale.T.contiguous(),
+        f"{name}.g_idx": group_of,
+    }
+
+
+def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+    """The linear that `encode` wrote, or another tool: `g_idx` may be missing, the last group short.
+
+    Raises CheckpointError if parts are missing or do not fit together.
+    """
+    qweight, scales = part_of(name, tensors, "qweight"), part_of(name, tensors, "scales")
+    if qweight.ndim != 2 or not qweight.numel() or 32 * qweight.shape[0] % scheme.bits:
+        raise CheckpointError(f"{name}.qweight: {tuple(qweight.shape)} holds no rows of {scheme.bits}-bit codes")
+    columns, rows = 32 * qweight.shape[0] // scheme.bits, qweight.shape[1]
+    groups = scheme.groups(columns)
+    expect_words(f"{name}.qweight", qweight, (packed_length(columns, scheme.bits), rows))
+    expect_words(f"{name}.qzeros", part_of(name, tensors, "qzeros"), (groups, packed_length(rows, scheme.bits)))
+    expect_scales(f"{name}.scales", scales, (groups, rows))
+    stored = unpack_stream(tensors[f"{name}.qzeros"], scheme.bits, rows).T.contiguous()
+    if scheme.zero_offset and bool((stored == 2**scheme.bits - 1).any()):
+        raise CheckpointError(
+            f"{name}: has a zero point of -1 or {2**scheme.bits}: readers of GPTQ v1 disagree on which"
+        )
+    weight = QuantizedWeight(
+        unpack_stream(qweight.T, scheme.bits, columns),
+        scales.T.contiguous(),
+        stored + scheme.zero_offset,
+        scheme.bits,
+        _group_of(name, tensors.get(f"{name}.g_idx"), columns, groups, scheme),
+    )
+    return checked(name, weight, scheme)
+
+
+def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json. Layers that differ from most are `dynamic` rules.
+
+    transformers knows no such rules. Raises CheckpointError if some layers are symmetric and others not: a file has one
+    meaning of zero points.
+    """
+    most = max(schemes.values(), key=list(schemes.values()).count)
+    if any(scheme.symmetric != most.symmetric for scheme in schemes.values()):
+        raise CheckpointError("gptq stores one kind of zero points; some layers are symmetric and others not")
+    others: dict[Scheme, list[str]] = defaultdict(list)
+    for name, scheme in schemes.items():
+        others[scheme].append(name)
+    dynamic = {_rule(names): _changes(scheme, most) for scheme, names in others.items() if scheme != most}
+    # Readers take every linear inside the blocks as packed unless told otherwise; outside of them lm_head says it.
+    dynamic |= {f"-:^{re.escape(name)}$": {} for name in ignore if name != "lm_head"}
+    config = {
+        "quant_method": METHOD,
+        "bits": most.bits,
+        "group_size": most.group_size,
+        "desc_act": most.act_order,
+        "sym": most.symmetric,
+        "lm_head": "lm_head" in schemes,
+        "checkpoint_format": "gptq" if most.symmetric else "gptq_v2",
+        "true_sequential": True,
+        "static_groups": False,
+        "damp_percent": 0.05,
+        "meta": {"quantizer": [f"llmq:{VERSION}"]},
+    }
+    return config | ({"dynamic": dynamic} if dynamic else {})
+
+
+def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+    """The scheme of each packed linear, from a `quantization_config` or `quantize_config.json`.
+
+    Raises CheckpointError for dialects that llmq does not read.
+    """
+    dialect = entry(config, "checkpoint_format", "format", default="gptq")
+    if dialect not in ("gptq", "gptq_v2") or entry(config, "pack_dtype", default="int32") != "int32":
+        raise CheckpointError(
+            f"a GPTQ checkpoint of the kind {dialect!r} in {entry(config, 'pack_dtype', default='int32')} words; "
+            "llmq reads gptq and gptq_v2 in int32"
+        )
+    size = entry(config, "group_size", default=128)
+    flags = entry(config, "sym", default=True), entry(config, "desc_act", default=False)
+    most = Scheme(config.get("bits", 4), size, *flags, zero_offset=int(dialect == "gptq"))
+    rules, patterns = tables("dynamic", entry(config, "dynamic", default={})), Patterns()
+    return {name: _overridden(name, most, rules, patterns) for name in names}
+
+
+def _overridden(name: str, most: Scheme, rules: dict[str, Any], patterns: Patterns) -> Scheme:
+    """The scheme of a linear: the first rule that fits decides, those that exclude layers before all others."""
+    for rule, changes in sorted(rules.items(), key=lambda item: not item[0].startswith("-:")):
+        if not patterns.match(rule[2:] if rule[:2] in ("-:", "+:") else rule, name):
+            continue
+        if rule.startswith("-:"):
+            raise CheckpointError(f"{name} is packed, although the rule {rule[:80]!r} leaves it out")
+        return replace(most, **{_OVERRIDES[key]: value for key, value in changes.items() if key in _OVERRIDES})
+    return most
+
+
+def _group_of(
+    name: str, stored: Tensor | None, columns: int, groups: int, scheme: Scheme
+) -> Int32[Tensor, "in"] | None:
+    """The group of each input; None where groups are contiguous and of one size."""
+    natural = torch.zeros(columns, dtype=torch.int32)
+    if scheme.group_size != -1:
+        natural = torch.arange(columns, dtype=torch.int32) // scheme.group_size
+    even = columns % groups == 0 and (groups == 1 or columns // groups == scheme.group_size)
+    if stored is None:
+        if scheme.act_order:
+            raise CheckpointError(f"{name}: {name}.g_idx is missing, without which act-order weights cannot be read")
+        return None if even else natural
+    expect_words(f"{name}.g_idx", stored, (columns,))
+    if torch.equal(stored, natural):
+        return None if even else natural
+    if not scheme.act_order:  # some engines do not look at g_idx then
+        raise CheckpointError(f"{name}: g_idx spreads the groups over the row, although the config says no desc_act")
+    return stored
+
+
+def _rule(names: list[str]) -> str:
+    """The pattern that fits these linears, and what they are fused to."""
+    parts = [name.rpartition(".") for name in names]
+    fused = [f"{parent}.{_FUSED[leaf]}" for parent, _, leaf in parts if leaf in _FUSED]
+    return f"+:^({'|'.join(re.escape(name) for name in [*names, *fused])})$"
+
+
+def _changes(scheme: Scheme, most: Scheme) -> dict[str, Any]:
+    """What a rule must say."""
+    values, usual = asdict(scheme), asdict(most)
+    return {key: values[field] for key, field in _OVERRIDES.items() if values[field] != usual[field]}
