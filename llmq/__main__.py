@@ -8,6 +8,8 @@ _COMMANDS = {
     "eval": "perplexity of a model, KL to its original",
     "generate": "let a checkpoint continue a prompt",
     "inspect": "what is in a checkpoint, layer by layer",
+    "convert": "write a checkpoint in another format, without loss",
+    "verify": "is a checkpoint sound, how far is it from its original",
     "tune": "find the fastest kernels for a model's layers on this GPU",
 }
 

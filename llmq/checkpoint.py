@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from llmq.errors import CheckpointError
-from llmq.files import read_json
+from llmq.files import read_json, refuse_odd_files
 from llmq.formats import format_of, schemes_of
 from llmq.tensor_files import SafetensorsDirectory
 from llmq.weight import QuantizedWeight
@@ -29,6 +29,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        refuse_odd_files(directory)
         self.config = read_json(directory, CONFIG)
         self.quantization = _quantization(directory, self.config)
         self.format = format_of(self.quantization)

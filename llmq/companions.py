@@ -25,7 +25,7 @@ COPIED = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-_TEMPLATES = "additional_chat_templates"
+TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def _copy(source: Path, target: Path) -> None:
     for name in [*COPIED, *(path.name for path in source.glob("*.py"))]:
         if (source / name).exists():
             shutil.copyfile(regular_file(source, name), target / name)
-    templates = source / _TEMPLATES
+    templates = source / TEMPLATES
     if templates.is_dir() and not templates.is_symlink():
-        (target / _TEMPLATES).mkdir()
+        (target / TEMPLATES).mkdir()
         for path in templates.iterdir():
-            shutil.copyfile(regular_file(templates, path.name), target / _TEMPLATES / path.name)
+            shutil.copyfile(regular_file(templates, path.name, source), target / TEMPLATES / path.name)

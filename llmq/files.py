@@ -9,19 +9,24 @@ from typing import Any
 from llmq.errors import CheckpointError
 
 _LONGEST_JSON = 200_000_000  # bytes; the index of a model with a million tensors is half of that
+_OPENED = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
 
 
-def regular_file(directory: Path, name: str) -> Path:
+def regular_file(directory: Path, name: str, model: Path | None = None) -> Path:
     """The path of a file in a directory.
 
     Links may lead to other files of the directory, or to where the hub's cache keeps the files of its snapshots.
+
+    Args:
+        model: the directory of the whole model, where `directory` is one inside it.
+
     Raises CheckpointError if the file is not there, is none (a pipe would block for ever) or lies elsewhere.
     """
     if Path(name).name != name or name in ("", ".", ".."):
         raise CheckpointError(f"{directory}: {name[:80]!r} is not a plain file name inside the directory")
     path = directory / name
     try:
-        home, real = directory.resolve(), path.resolve()
+        home, real = (model or directory).resolve(), path.resolve()
         if not path.exists():
             raise CheckpointError(f"{path} is missing; fetch the model again")
         if not real.is_relative_to(home) and real.parent != home.parent.parent / "blobs":
@@ -31,6 +36,20 @@ def regular_file(directory: Path, name: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:  # names no file system takes, links in a circle
         raise CheckpointError(f"{directory}: {name[:80]!r} cannot be opened ({type(error).__name__})") from None
     return path
+
+
+def refuse_odd_files(directory: Path) -> None:
+    """Raise CheckpointError if something lies in a model's directory that only looks like one of its files.
+
+    Libraries open what they find there, tokenizers above all, and would wait for a pipe or follow a link.
+    """
+    try:
+        paths = sorted(directory.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be opened as a directory ({type(error).__name__})") from None
+    for path in paths:
+        if path.suffix in _OPENED and (path.is_symlink() or not path.is_dir()):
+            regular_file(directory, path.name)
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from llmq_kernels import PackedWeight, cpu_int4, dequantize, new_counters, pack, packed_linear, reference, stack
+from llmq_kernels.layout import unpack
 from torch import Tensor, nn
 
+from llmq.errors import RequestError
 from llmq.weight import QuantizedWeight
 
 # Above this many tokens torch's int4 path loses to dequantizing once and multiplying in float32, which is also exact
 # (2-core AVX-512 machine, torch 2.13, 2026-11-22, 1536x576: 0.69 against 1.08 ms at 64 tokens, 5.6 against 5.3 at 512).
 _INT4_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What the layout does not tell of the weight it was made of."""
+
+    dtype: torch.dtype = torch.float32
+    """Of the scales."""
+    parts: tuple[int, ...] | None = None
+    """How many groups each of its groups was cut into; None where none was."""
+    lossless: bool = True
 
 
 class PackedLinear(nn.Module):
@@ -41,12 +55,21 @@ class PackedLinear(nn.Module):
         self.bias: Tensor | None
         self.counters: Tensor
         self._int4: cpu_int4.CpuInt4Weight | None = None
+        self._origin = _Origin()
 
     @classmethod
     def from_codes(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> PackedLinear:
         """Lay out the codes and grids of a layer. Groups of several sizes are cut into groups of one."""
-        weight = weight.even()
-        return cls(pack(weight.q, weight.scale, weight.zero, weight.bits, weight.group_of), bias)
+        even = weight.even()
+        packed = pack(even.q, even.scale, even.zero, even.bits, even.group_of)
+        linear = cls(packed, bias)
+        parts = None
+        if even.scale.shape != weight.scale.shape and weight.group_of is not None:
+            sizes = torch.bincount(weight.group_of, minlength=weight.scale.shape[1])
+            parts = tuple((sizes // even.group_size).tolist())
+        lossless = torch.equal(packed.scale(), even.scale.float()) and 0 not in (parts or ())
+        linear._origin = _Origin(weight.scale.dtype, parts, lossless)
+        return linear
 
     @classmethod
     def stack(cls, linears: Sequence[PackedLinear]) -> PackedLinear | None:
@@ -79,6 +102,29 @@ class PackedLinear(nn.Module):
         return PackedWeight(
             words, self.grid, self.bits, self.group_size, self.in_features, self.symmetric, self.permutation
         )
+
+    def codes(self) -> QuantizedWeight:
+        """The weight that `from_codes` was given, exactly.
+
+        Raises RequestError where the layout could not keep it: the last digits of float32 scales, beside zero points,
+        and the grid of a group without inputs.
+        """
+        packed, origin = self.packed, self._origin
+        if not origin.lossless:
+            raise RequestError("float32 scales beside zero points, and groups without inputs, are kept rounded only")
+        q, scale, zero = unpack(packed), packed.scale().to(origin.dtype), packed.zero()
+        if packed.permutation is None and origin.parts is None:
+            return QuantizedWeight(q, scale, zero, self.bits)
+        group_of = torch.arange(self.in_features, device=q.device) // self.group_size
+        if packed.permutation is not None:
+            place = torch.argsort(packed.permutation)
+            q, group_of = q[:, place], group_of[place]
+        if origin.parts is not None:
+            parts = torch.tensor(origin.parts, device=q.device)
+            first = parts.cumsum(0) - parts
+            scale, zero = scale[:, first], zero[:, first]
+            group_of = torch.arange(len(parts), device=q.device).repeat_interleave(parts)[group_of]
+        return QuantizedWeight(q, scale, zero, self.bits, group_of.to(torch.int32))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """The dense weight, for checks and for export."""

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from llmq.bounds import bounded, refuse_absurd
 from llmq.checkpoint import CONFIG, Checkpoint, is_packed
 from llmq.device import pick_device
 from llmq.errors import CheckpointError
+from llmq.hf import attach
 from llmq.hub import locate
 from llmq.linear import PackedLinear
 from llmq.merge import merge_linears
-from llmq.source import ModelSource, build_skeleton, move_buffers, read_generation_config, tied_aliases
+from llmq.place import LinearMaker, check_fit, place_packed
+from llmq.source import ModelSource, build_skeleton, move_buffers, read_generation_config
 from llmq.weight import QuantizedWeight
 
-LinearMaker: TypeAlias = Callable[[str, QuantizedWeight, "Tensor | None"], nn.Module]
-"""From the name of a packed linear, its weight and its bias to the module that stands for it."""
+_SPARE = 1 << 28  # bytes of buffers that a model may have beside what its files hold: masks, rotary frequencies
 
 
 def packed_linear(name: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:  # noqa: ARG001
@@ -51,16 +52,23 @@ def load(
     """
     target = pick_device(device)
     checkpoint = Checkpoint(Path(directory))
-    config = model_config(checkpoint, trust_remote_code)
+    config, runs = _tried_config(checkpoint, trust_remote_code)
     if dtype is None:
         dtype = torch.float32 if target.type == "cpu" else _torch_dtype(config.dtype)
     model = build_skeleton(config, trust_remote_code)
-    _place_packed(model, checkpoint, target, make_linear)
-    _place_rest(model, checkpoint, target, dtype)
+    wanted = check_fit(model, checkpoint)
+    place_packed(model, checkpoint, lambda *parts: make_linear(*parts).to(target))
+    placed = {f"{name}.bias" for name in checkpoint.linears}
+    _place_rest(model, checkpoint, sorted(wanted - placed), target, dtype)
     model.config.dtype = dtype
+    attach(model, checkpoint)
     read_generation_config(model, checkpoint.directory)
     if merge:
         merge_linears(model)
+    # Code that looks at numbers, as mixtures of experts do, cannot be tried without them.
+    reason = None if runs else _failure(model.eval(), target)
+    if reason is not None:
+        raise CheckpointError(f"{checkpoint.directory}: {CONFIG} describes a model that cannot run: {reason}")
     return model.eval()
 
 
@@ -94,85 +102,61 @@ def model_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any
 
     Raises CheckpointError if it describes no model, or one that cannot be what the files hold.
     """
-    directory = checkpoint.directory
+    return _tried_config(checkpoint, trust_remote_code)[0]
+
+
+def _tried_config(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, bool]:
+    """`model_config`, and whether a model of it has been seen to run, on the meta device."""
+    directory, files = checkpoint.directory, checkpoint.files
+    stored = sum(files.nbytes(name) for name in files.names())
     try:
+        refuse_absurd(checkpoint.config)
+        if "configuration_files" in checkpoint.config:  # transformers would open these instead
+            raise ValueError("it points to other configuration files")
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         if hasattr(config, "quantization_config"):
             delattr(config, "quantization_config")
-        # Before anything is built: modules and buffers take as much memory as a config of strangers asks for.
         depth = config.get_text_config().num_hidden_layers
-        if not 0 < depth <= len(checkpoint.files.names()):
-            raise ValueError(f"{depth} blocks, of {len(checkpoint.files.names())} tensors")
-        with torch.device("meta"):
+        if not 0 < depth <= len(files.names()):
+            raise ValueError(f"{depth} blocks, of {len(files.names())} tensors")
+        # Not for a checkpoint to say: which code computes attention (some names are fetched from the hub) and what a
+        # model returns.
+        config.output_attentions, config.return_dict = False, True
+        config._attn_implementation = config._experts_implementation = None
+        # Two bits are the least that a number takes.
+        with torch.device("meta"), bounded(len(files.names()), 4 * stored):
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # config classes check their own fields and raise what they like
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0][:300]
-        raise CheckpointError(f"{directory}: {CONFIG} describes no model transformers knows: {reason}") from None
-    stored = sum(checkpoint.files.nbytes(name) for name in checkpoint.files.names())
-    largest = max(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    if largest > 4 * stored:  # two bits are the least that a number takes
         raise CheckpointError(
-            f"{directory}: {CONFIG} wants a tensor of {largest} numbers; all files have {stored} bytes"
-        )
-    return config
+            f"{directory}: {CONFIG} describes no model transformers knows: {_first_line(error)}"
+        ) from None
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    if buffers > 4 * stored + _SPARE:
+        raise CheckpointError(f"{directory}: {CONFIG} wants {buffers} bytes of buffers; all files have {stored}")
+    return config, _failure(model.eval(), torch.device("meta")) is None
 
 
-def _place_packed(model: Any, checkpoint: Checkpoint, device: torch.device, make_linear: LinearMaker) -> None:
-    for name in checkpoint.linears:
-        linear = packed_target(model, checkpoint, name)
-        weight = checkpoint.weight(name)
-        if tuple(weight.q.shape) != (linear.out_features, linear.in_features):
-            wanted = (linear.out_features, linear.in_features)
-            raise CheckpointError(f"{name}: packed as {tuple(weight.q.shape)}, the model wants {wanted}")
-        bias = None if linear.bias is None else checkpoint.files.read(f"{name}.bias")
-        if bias is not None and (tuple(bias.shape) != (linear.out_features,) or not bias.is_floating_point()):
-            raise CheckpointError(
-                f"{name}.bias: {bias.dtype} {tuple(bias.shape)} fits no {linear.out_features} outputs"
-            )
-        model.set_submodule(name, make_linear(name, weight, bias).to(device))
-
-
-def packed_target(model: Any, checkpoint: Checkpoint, name: str) -> nn.Linear:
-    """The linear of the model that a packed weight is meant for. Raises CheckpointError if it has none."""
+def _failure(model: Any, device: torch.device) -> str | None:
+    """Why the model cannot run, as some settings only show then; None if it can."""
     try:
-        linear = model.get_submodule(name)
-    except AttributeError:
-        linear = None
-    if not isinstance(linear, nn.Linear):
-        raise CheckpointError(f"{checkpoint.directory}: {name} is packed, but the model has no such linear")
-    if f"{name}.weight" in tied_aliases(model):
-        raise CheckpointError(f"{checkpoint.directory}: {name} is packed, but the model ties it to its embeddings")
-    return linear
+        with torch.no_grad(), device:
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False).logits.size()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any modelling code
+        return _first_line(error)
+    return None
 
 
-def _place_rest(model: Any, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    aliases = tied_aliases(model)
-    placed = {f"{name}.{part}" for name in checkpoint.linears for part in model.get_submodule(name).state_dict()}
-    # Parameters, and the few buffers that are stored: Gemma 4 scales each block by one.
-    wanted = set(model.state_dict()) - aliases - placed
-    here = set(checkpoint.other_names)
-    biases = {name for name in placed if name.endswith(".bias")}
-    unknown = [name for name in sorted(here - wanted - aliases - biases) if not _harmless(checkpoint, name)]
-    if wanted - here or unknown:
-        what = f"lacks {sorted(wanted - here)[0]}" if wanted - here else f"holds an unknown tensor {unknown[0]}"
-        raise CheckpointError(f"{checkpoint.directory} {what}; it does not belong to this model")
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no reason given"])[0][:300]
+
+
+def _place_rest(model: Any, checkpoint: Checkpoint, names: list[str], device: torch.device, dtype: torch.dtype) -> None:
     tensors: dict[str, Tensor] = {}
-    for name in sorted(wanted):
+    for name in names:
         tensor = checkpoint.files.read(name)
         tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-    try:
-        model.load_state_dict(tensors, strict=False, assign=True)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise CheckpointError(f"{checkpoint.directory} does not fit its {CONFIG}: {reason}") from None
+    model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     move_buffers(model, device)
-
-
-def _harmless(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a tensor that the model does not know changes nothing: AutoGPTQ stores biases of zeros for linears
-    without one, and rotary frequencies, which are computed."""
-    linear, _, leaf = name.rpartition(".")
-    if leaf == "inv_freq":
-        return True
-    return leaf == "bias" and linear in checkpoint.schemes and not bool(checkpoint.files.read(name).any())

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llmq.errors import CheckpointError, RequestError, WorkError
+from llmq.files import read_json
 from llmq.hub import locate
 from llmq.tensor_files import GgufFile, SafetensorsDirectory, TensorFiles
+
+_GENERATION = "generation_config.json"
 
 
 class ModelSource:
@@ -157,8 +160,12 @@ def tied_aliases(model: Any) -> set[str]:
 
 def read_generation_config(model: Any, directory: Path) -> None:
     """Give the model the end tokens and sampling defaults that its directory holds, if it holds any."""
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+    if (directory / _GENERATION).exists():
+        read_json(directory, _GENERATION)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+        except Exception as error:  # it checks its own fields and raises what it likes
+            raise CheckpointError(f"{directory / _GENERATION} cannot be used: {_reason(error)}") from None
 
 
 def move_buffers(model: Any, device: torch.device) -> Any:

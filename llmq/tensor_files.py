@@ -42,13 +42,15 @@ class SafetensorsDirectory:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._shard_of: dict[str, Path] = {}
+        self._about: dict[str, tuple[tuple[int, ...], str]] = {}
         for shard, names in _names_by_shard(directory).items():
-            with _open(directory / shard) as file:
-                present = set(file.keys())
-            if names is not None and not names <= present:
-                absent = sorted(names - present)[0]
-                raise CheckpointError(f"{directory / shard} lacks {absent}, which the index promises; fetch it again")
-            self._shard_of.update(dict.fromkeys(names or present, directory / shard))
+            path = regular_file(directory, shard)
+            present = _described(path)
+            absent = sorted((names or set()) - present.keys())
+            if absent:
+                raise CheckpointError(f"{path} lacks {absent[0]}, which the index promises; fetch it again")
+            for name in names or present:
+                self._shard_of[name], self._about[name] = path, present[name]
 
     def names(self) -> set[str]:
         return set(self._shard_of)
@@ -59,20 +61,24 @@ class SafetensorsDirectory:
         try:
             with _open(self._shard_of[name]) as file:
                 return file.get_tensor(name)
-        except (SafetensorError, RuntimeError, OSError) as error:
+        except (SafetensorError, RuntimeError, OSError, AttributeError, TypeError, ValueError) as error:
+            # The last three come from the bindings, for types that torch has not.
             raise CheckpointError(f"{self.directory}: tensor {name} cannot be read ({error})") from None
 
-    def shape(self, name: str) -> list[int]:
+    def shape(self, name: str) -> tuple[int, ...]:
         """The shape, from the header alone."""
-        with _open(self._shard_of[name]) as file:
-            return file.get_slice(name).get_shape()
+        return self._about[name][0]
+
+    def is_float(self, name: str) -> bool:
+        """Whether it holds floating-point numbers that mean what they say, without a scale elsewhere."""
+        return self._about[name][1] in ("F64", "F32", "F16", "BF16")
 
     def nbytes(self, name: str) -> int:
         """Bytes on disk, from the header alone."""
-        bits = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16}
-        with _open(self._shard_of[name]) as file:
-            part = file.get_slice(name)
-            return math.prod(part.get_shape()) * bits.get(part.get_dtype(), 8) // 8
+        bits = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32}
+        bits |= {"F16": 16, "BF16": 16, "I16": 16, "U16": 16, "F4": 4}
+        shape, kind = self._about[name]
+        return math.prod(shape) * bits.get(kind, 8) // 8
 
 
 def _names_by_shard(directory: Path) -> Mapping[str, set[str] | None]:
@@ -99,9 +105,16 @@ def _names_by_shard(directory: Path) -> Mapping[str, set[str] | None]:
     )
 
 
+def _described(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of every tensor of a shard, from its header."""
+    with _open(path) as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 it is no mapping
+        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+
+
 def _open(path: Path) -> Any:
     try:
-        return safe_open(regular_file(path.parent, path.name), framework="pt")
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is corrupt or truncated ({error}); fetch it again") from None
 

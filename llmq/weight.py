@@ -32,6 +32,11 @@ class QuantizedWeight:
         """Inputs per group (the average one where `group_of` is given)."""
         return self.q.shape[1] // self.scale.shape[1]
 
+    @property
+    def symmetric(self) -> bool:
+        """Whether every zero point is the middle of the codes."""
+        return bool((self.zero == 2 ** (self.bits - 1)).all())
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """The weights these codes stand for, computed in `dtype`."""
         if self.group_of is not None:

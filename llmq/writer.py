@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmq.checkpoint import LEGACY
-from llmq.companions import COPIED, Companions
+from llmq.companions import COPIED, TEMPLATES, Companions
 from llmq.errors import RequestError, WorkError
 from llmq.tensor_files import INDEX, SINGLE
 
 REPORT = "llmq_report.json"
 # Finished tensors wait in memory for their shard, and once more while it is written.
 _SHARD_BYTES = 500_000_000
-_OURS = ("config.json", INDEX, "model*.safetensors", "*.partial", *LEGACY, REPORT, *COPIED)
+_OURS = ("config.json", INDEX, "model*.safetensors", "*.partial", *LEGACY, REPORT, *COPIED, TEMPLATES)
 
 
 class Writer:
@@ -91,7 +91,7 @@ class Writer:
     def finish(
         self,
         companions: Companions,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None = None,
         quantization_config: dict[str, Any] | None = None,
         report: Callable[[], dict[str, Any]] | None = None,
         check: Callable[[Path], object] | None = None,
@@ -99,6 +99,7 @@ class Writer:
         """Name the shards, copy the tokenizer, let `check` look at the whole, and only then let others see it.
 
         Args:
+            dtype: of the unquantized weights, for config.json; None keeps what it says.
             report: asked after the check.
             check: given the directory where all but the report lies; what it raises ends the work.
         """
@@ -144,7 +145,7 @@ class Writer:
     def _clear(self) -> None:
         for pattern in _OURS:
             for path in self.directory.glob(pattern):
-                if path.is_dir():
+                if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
@@ -166,10 +167,13 @@ def check_output(directory: Path, overwrite: bool) -> None:
         raise RequestError(f"output {directory} is not empty; choose another, or pass --overwrite to replace it")
 
 
-def _config(config: dict[str, Any], dtype: torch.dtype, quantization_config: dict[str, Any] | None) -> dict[str, Any]:
+def _config(
+    config: dict[str, Any], dtype: torch.dtype | None, quantization_config: dict[str, Any] | None
+) -> dict[str, Any]:
     """The source's own config with only the quantization and the dtype replaced."""
-    name = str(dtype).removeprefix("torch.")
-    config = config | {"dtype": name, "torch_dtype": name}  # old readers know torch_dtype, new ones dtype
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        config = config | {"dtype": name, "torch_dtype": name}  # old readers know torch_dtype, new ones dtype
     return config if quantization_config is None else config | {"quantization_config": quantization_config}
 
 

@@ -36,6 +36,16 @@ def random_weight(
     return QuantizedWeight(q, (magnitude * sign).to(dtype), zero, bits)
 
 
+def assert_same_weight(one: QuantizedWeight, other: QuantizedWeight) -> None:
+    """Fail unless two weights have the same numbers in the same dtypes."""
+    assert one.bits == other.bits
+    for a, b in ((one.q, other.q), (one.scale, other.scale), (one.zero, other.zero), (one.group_of, other.group_of)):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+
+
 def pack(source: Path | str, output: Path, **options: Any) -> Path:
     """Quantize by rounding to nearest, which needs no calibration text; `options` go to QuantizeConfig."""
     settings = {"method": "rtn", "format": "compressed-tensors", "device": "cpu", "group_size": 32} | options

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from llmq.formats.scheme import Scheme, Schemes
 from llmq.weight import QuantizedWeight
 
 
+@runtime_checkable  # the tests check annotations as they run
 class Format(Protocol):
     """What the file of a format holds. PARTS are the tensors of a linear; the first tells that it is packed."""
 

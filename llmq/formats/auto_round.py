@@ -1,16 +1,16 @@
 """AutoRound's own checkpoints, read only: GPTQ or AWQ tensors under a config that says which.
 
 packing_format            tensors        zero points
-auto_round:auto_gptq      gptq           stored - 1
-auto_round:gptqmodel      gptq           stored - 1
+auto_round:auto_gptq      gptq           zero - 1
+auto_round:gptqmodel      gptq           as they are
 auto_round                gptq           as they are
 auto_round:auto_awq       awq            as they are
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from llmq.errors import CheckpointError
@@ -20,12 +20,13 @@ from llmq.formats.scheme import Scheme, entry, tables
 METHOD = "auto-round"
 _PACKINGS = {
     "auto_round:auto_gptq": ("gptq", 1),
-    "auto_round:gptqmodel": ("gptq", 1),
+    "auto_round:gptqmodel": ("gptq", 0),
     "auto_round:gptq": ("gptq", 1),
     "auto_round": ("gptq", 0),
     "auto_round:auto_awq": ("awq", 0),
     "auto_round:awq": ("awq", 0),
 }
+_NAME = re.compile(r"[\w.-]+")
 _OVERRIDES = {"bits": "bits", "group_size": "group_size", "sym": "symmetric"}
 
 
@@ -43,18 +44,20 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
         raise CheckpointError("of AutoRound's data types only int weights with float activations are read")
     # AutoRound itself takes sym for granted where it says nothing.
     symmetric = entry(config, "sym", default=True)
-    most = Scheme(config.get("bits", 4), entry(config, "group_size", default=128), symmetric)
-    most = replace(most, zero_offset=_packing(config)[1])
+    size, offset = entry(config, "group_size", default=128), _packing(config)[1]
+    most = Scheme.of(config.get("bits", 4), size, symmetric, zero_offset=offset)
     extra, patterns = tables("extra_config", entry(config, "extra_config", default={})), Patterns()
-    return {name: _scheme(name, most, extra, patterns) for name in names}
+    # AutoRound writes patterns with wildcards; searched for as one, the name mlp.gate would fit mlp.gate_proj.
+    expressions = [key for key in extra if not _NAME.fullmatch(key)]
+    fitting = {name: next((each for each in expressions if patterns.search(each, name)), None) for name in names}
+    changes = {name: extra.get(name, extra.get(pattern or "", {})) for name, pattern in fitting.items()}
+    return {name: _changed(name, most, changes[name]) for name in changes}
 
 
-def _scheme(name: str, most: Scheme, extra: dict[str, dict[str, Any]], patterns: Patterns) -> Scheme:
-    key = name if name in extra else next((key for key in extra if patterns.search(key, name)), None)
-    changes: dict[str, Any] = {} if key is None else extra[key]
+def _changed(name: str, most: Scheme, changes: dict[str, Any]) -> Scheme:
     if entry(changes, "data_type", default="int") != "int" or entry(changes, "bits", default=4) == 16:
         raise CheckpointError(f"{name} is packed, although extra_config says it is not")
-    return replace(most, **{field: changes[key] for key, field in _OVERRIDES.items() if changes.get(key) is not None})
+    return most.changed({field: changes[key] for key, field in _OVERRIDES.items() if changes.get(key) is not None})
 
 
 def _packing(config: Mapping[str, Any]) -> tuple[str, int]:

@@ -53,6 +53,8 @@ def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tens
 def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
     """The linear that `encode` wrote. Raises CheckpointError if parts are missing or do not fit together."""
     qweight, scales = part_of(name, tensors, "qweight"), part_of(name, tensors, "scales")
+    if scheme.bits != _BITS:
+        raise CheckpointError(f"{name}: awq stores 4-bit weights; its config says {scheme.bits} bits")
     if qweight.ndim != 2 or not qweight.numel():
         raise CheckpointError(f"{name}.qweight: expected a matrix, found {tuple(qweight.shape)}")
     columns, words = qweight.shape
@@ -69,9 +71,11 @@ def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
 def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json. `ignore` lists every nn.Linear that stays in float.
 
-    Raises CheckpointError if layers differ.
+    Raises CheckpointError if layers differ, or have other bits than 4.
     """
-    the_only(schemes, lambda s: s.bits, "awq stores one number of bits, for all layers")
+    bits = the_only(schemes, lambda s: s.bits, "awq stores one number of bits, for all layers")
+    if bits != _BITS:
+        raise CheckpointError(f"awq stores 4-bit weights; these have {bits} bits")
     return {
         "quant_method": METHOD,
         "bits": _BITS,
@@ -89,7 +93,7 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
     if version != "gemm" or bits != _BITS:
         raise CheckpointError(f"an AWQ checkpoint of version {version!r} with {bits} bits; llmq reads gemm with 4")
     symmetric = entry(config, "sym", default=entry(config, "zero_point", default=True) is False)
-    scheme = Scheme(bits, entry(config, "group_size", "q_group_size", default=128), symmetric)
+    scheme = Scheme.of(bits, entry(config, "group_size", "q_group_size", default=128), symmetric)
     return dict.fromkeys(names, scheme)
 
 

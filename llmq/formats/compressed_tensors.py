@@ -14,7 +14,7 @@ Bytes as the compressed-tensors 0.20.0 package writes and reads them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -73,8 +73,8 @@ def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
     fit comes first, and engines that fuse layers look for the names of the parts.
     """
     layers: dict[Scheme, list[str]] = defaultdict(list)
-    for name, scheme in schemes.items():
-        layers[scheme].append(name)
+    for name in sorted(schemes):
+        layers[schemes[name]].append(name)
     groups = {
         f"group_{i}": {
             "targets": ["Linear"] if len(layers) == 1 else names,
@@ -108,25 +108,26 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
         scheme = _scheme(group, config.get("format"))
         for target in _strings("targets", group.get("targets")):
             if targets.setdefault(target, scheme) != scheme:
-                raise CheckpointError(f"two groups of different schemes both name {target!r}")
-    ignored, patterns = _strings("ignore", entry(config, "ignore", default=[])), Patterns()
-    return {name: _scheme_of(name, targets, ignored, patterns) for name in names}
+                raise CheckpointError(f"two groups of different schemes both name {target[:80]!r}")
+    ignored, patterns = set(_strings("ignore", entry(config, "ignore", default=[]))), Patterns()
+    of_targets, of_ignored = (sorted(t for t in these if t.startswith("re:")) for these in (targets, ignored))
+    found: dict[str, Scheme] = {}
+    for name in names:
+        if _fitting(name, ignored, of_ignored, patterns) is not None:
+            raise CheckpointError(f"{name} is packed, although the config ignores it")
+        target = _fitting(name, targets, of_targets, patterns)
+        if target is None:
+            raise CheckpointError(f"{name} is packed, but no group of the config is meant for it")
+        found[name] = targets[target]
+    return found
 
 
-def _scheme_of(name: str, targets: dict[str, Scheme], ignored: list[str], patterns: Patterns) -> Scheme:
-    if any(_fits(target, name, patterns) for target in ignored):
-        raise CheckpointError(f"{name} is packed, although the config ignores it")
-    # The order of the compressed-tensors package: names, then patterns, then classes, each sorted.
-    for target in sorted(targets, key=lambda target: (target != name, not target.startswith("re:"), target)):
-        if _fits(target, name, patterns):
-            return targets[target]
-    raise CheckpointError(f"{name} is packed, but no group of the config is meant for it")
-
-
-def _fits(target: str, name: str, patterns: Patterns) -> bool:
-    if target.startswith("re:"):
-        return patterns.match(target[3:], name)
-    return target in (name, "Linear")
+def _fitting(name: str, targets: Container[str], expressions: list[str], patterns: Patterns) -> str | None:
+    """The target that fits a name, in the order of the compressed-tensors package: the name, patterns, the class."""
+    if name in targets:
+        return name
+    by_pattern = next((each for each in expressions if patterns.match(each[3:], name)), None)
+    return by_pattern or ("Linear" if "Linear" in targets else None)
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def _scheme(group: dict[str, Any], overall: Any) -> Scheme:
         or weights.get("actorder") not in (None, "weight", "static")
     ):
         raise CheckpointError(f"unsupported compressed-tensors scheme: {str(weights)[:300]}")
-    return Scheme(weights.get("num_bits", 8), size, entry(weights, "symmetric", default=True))
+    return Scheme.of(weights.get("num_bits", 8), size, entry(weights, "symmetric", default=True))
 
 
 def _shape(name: str, stored: Tensor) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -40,8 +40,15 @@ _FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
 
 
 def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
-    """The tensors of one linear, by full name. Input stays as it is."""
+    """The tensors of one linear, by full name. Input stays as it is.
+
+    Raises CheckpointError for inputs that fill no words: only the number of words tells how many they are.
+    """
     columns = weight.q.shape[1]
+    if columns * weight.bits % 32:
+        raise CheckpointError(
+            f"{name}: {columns} inputs of {weight.bits} bits fill no whole 32-bit words, as gptq wants"
+        )
     zero = weight.zero - (1 if scheme.symmetric else 0)
     group_of = weight.group_of
     if group_of is None:
@@ -92,11 +99,12 @@ def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
     if any(scheme.symmetric != most.symmetric for scheme in schemes.values()):
         raise CheckpointError("gptq stores one kind of zero points; some layers are symmetric and others not")
     others: dict[Scheme, list[str]] = defaultdict(list)
-    for name, scheme in schemes.items():
-        others[scheme].append(name)
+    for name in sorted(schemes):
+        others[schemes[name]].append(name)
     dynamic = {_rule(names): _changes(scheme, most) for scheme, names in others.items() if scheme != most}
     # Readers take every linear inside the blocks as packed unless told otherwise; outside of them lm_head says it.
-    dynamic |= {f"-:^{re.escape(name)}$": {} for name in ignore if name != "lm_head"}
+    if left_out := [name for name in ignore if name != "lm_head"]:
+        dynamic[_rule(left_out, "-:")] = {}
     config = {
         "quant_method": METHOD,
         "bits": most.bits,
@@ -126,7 +134,7 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
         )
     size = entry(config, "group_size", default=128)
     flags = entry(config, "sym", default=True), entry(config, "desc_act", default=False)
-    most = Scheme(config.get("bits", 4), size, *flags, zero_offset=int(dialect == "gptq"))
+    most = Scheme.of(config.get("bits", 4), size, *flags, zero_offset=int(dialect == "gptq"))
     rules, patterns = tables("dynamic", entry(config, "dynamic", default={})), Patterns()
     return {name: _overridden(name, most, rules, patterns) for name in names}
 
@@ -138,7 +146,7 @@ def _overridden(name: str, most: Scheme, rules: dict[str, Any], patterns: Patter
             continue
         if rule.startswith("-:"):
             raise CheckpointError(f"{name} is packed, although the rule {rule[:80]!r} leaves it out")
-        return replace(most, **{_OVERRIDES[key]: value for key, value in changes.items() if key in _OVERRIDES})
+        return most.changed({_OVERRIDES[key]: value for key, value in changes.items() if key in _OVERRIDES})
     return most
 
 
@@ -148,7 +156,7 @@ def _group_of(
     """The group of each input; None where groups are contiguous and of one size."""
     natural = torch.zeros(columns, dtype=torch.int32)
     if scheme.group_size != -1:
-        natural = torch.arange(columns, dtype=torch.int32) // scheme.group_size
+        natural = torch.arange(columns, dtype=torch.int32) // min(scheme.group_size, columns)
     even = columns % groups == 0 and (groups == 1 or columns // groups == scheme.group_size)
     if stored is None:
         if scheme.act_order:
@@ -162,11 +170,11 @@ def _group_of(
     return stored
 
 
-def _rule(names: list[str]) -> str:
-    """The pattern that fits these linears, and what they are fused to."""
+def _rule(names: list[str], sign: str = "+:") -> str:
+    """The rule for these linears, and for what they are fused to. One for all: readers try every rule on every name."""
     parts = [name.rpartition(".") for name in names]
     fused = [f"{parent}.{_FUSED[leaf]}" for parent, _, leaf in parts if leaf in _FUSED]
-    return f"+:^({'|'.join(re.escape(name) for name in [*names, *fused])})$"
+    return f"{sign}^({'|'.join(re.escape(name) for name in [*names, *fused])})$"
 
 
 def _changes(scheme: Scheme, most: Scheme) -> dict[str, Any]:

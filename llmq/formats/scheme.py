@@ -16,10 +16,7 @@ from llmq.weight import QuantizedWeight
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a reader must know of a linear beside its tensors.
-
-    Raises CheckpointError for values no format can mean, so that a config of strangers ends here.
-    """
+    """What a reader must know of a linear beside its tensors."""
 
     bits: int
     group_size: int
@@ -30,15 +27,21 @@ class Scheme:
     zero_offset: int = 0
     """What the file's zero points lack: GPTQ v1 stores zero - 1."""
 
-    def __post_init__(self) -> None:
-        if not _is_int(self.bits) or self.bits not in BITS:
-            raise CheckpointError(f"{self.bits!r} bits per weight; llmq reads {', '.join(map(str, BITS))}")
-        if not _is_int(self.group_size) or (self.group_size < 1 and self.group_size != -1):
-            raise CheckpointError(f"group size {self.group_size!r}; it must be positive, or -1 for whole rows")
-        flags: list[tuple[str, object]] = [("symmetric", self.symmetric), ("act order", self.act_order)]
-        for what, value in flags:
+    @classmethod
+    def of(cls, bits: Any, group_size: Any, symmetric: Any, act_order: Any = False, zero_offset: int = 0) -> Scheme:
+        """The scheme that a config of strangers describes. Raises CheckpointError for values no format can mean."""
+        if not _is_int(bits) or bits not in BITS:
+            raise CheckpointError(f"{_shown(bits)} bits per weight; llmq reads {', '.join(map(str, BITS))}")
+        if not _is_int(group_size) or (group_size < 1 and group_size != -1):
+            raise CheckpointError(f"group size {_shown(group_size)}; it must be positive, or -1 for whole rows")
+        for what, value in (("symmetric", symmetric), ("act order", act_order)):
             if not isinstance(value, bool):
-                raise CheckpointError(f"{what} must be true or false; found {value!r}")
+                raise CheckpointError(f"{what} must be true or false; found {_shown(value)}")
+        return cls(bits, group_size, symmetric, act_order, zero_offset)
+
+    def changed(self, fields: Mapping[str, Any]) -> Scheme:
+        """The scheme with other values in these fields. Raises CheckpointError like `of`."""
+        return Scheme.of(**(vars(self) | dict(fields)))
 
     def groups(self, columns: int) -> int:
         """Groups in a row of that many inputs; the last may be short."""
@@ -76,8 +79,8 @@ def checked(name: str, weight: QuantizedWeight, scheme: Scheme) -> QuantizedWeig
     with here and not there.
     """
     weight.validate(name)
-    middle = 2 ** (weight.bits - 1)
-    if scheme.symmetric and not bool((weight.zero == middle).all()):
+    if scheme.symmetric and not weight.symmetric:
+        middle = 2 ** (weight.bits - 1)
         raise CheckpointError(f"{name}: its zero points are not all {middle}, although the config says symmetric")
     return weight
 
@@ -99,9 +102,15 @@ def tables(what: str, found: Any) -> dict[str, dict[str, Any]]:
     """An entry of a config that maps names to settings. Raises CheckpointError if it does not."""
     entries = cast(dict[str, Any], found) if isinstance(found, dict) else {}
     if not isinstance(found, dict) or not all(isinstance(each, dict) for each in entries.values()):
-        raise CheckpointError(f"{what} must map names to settings; found {type(found).__name__}")
+        raise CheckpointError(f"{what} must map names to settings; found {type(cast(object, found)).__name__}")
     return entries
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    """A value as an error message of one line may hold it."""
+    # Python refuses to print integers of thousands of digits.
+    return "a huge number" if isinstance(value, int) and abs(value) > 10**80 else repr(value)[:80]

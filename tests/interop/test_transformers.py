@@ -72,6 +72,12 @@ def test_half_precision_sources_keep_their_dtype_and_their_exactness(sources, tm
     assert AutoModelForCausalLM.from_pretrained(directory).dtype == dtype
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_bits_for_some_layers_open_exactly(sources, tmp_path, name):
+    directory = pack(sources(name), tmp_path / "packed", layer_bits=("down_proj=8", "layers.0.*=3", "o_proj=2"))
+    assert_opens_exactly(sources(name), directory)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_one_scale_per_row_opens_exactly(sources, tmp_path, bits):
     assert_opens_exactly(sources("llama-gqa"), pack(sources("llama-gqa"), tmp_path / "p", bits=bits, group_size=-1))

@@ -1,15 +1,14 @@
 """The one bit packer, against a packer that moves single bits and against integers other libraries write."""
 
-import hashlib
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored import golden_weight, sha
 
 from llmq.formats.packing import pack_stream, packed_length, unpack_stream
 
-ROWS, COLUMNS, GROUP = 16, 32, 16
+ROWS, COLUMNS = 16, 32
 
 PACKED_4 = [
     [1392285232, -629924168, 1392285232, -629924168],
@@ -58,20 +57,6 @@ SHAS = {
     6: ("163495161d3ff96f", "83223bb38be40c04"),
     8: ("45eb19d19b86ba68", "cfebfda312bb3408"),
 }
-
-
-def golden_codes(bits):
-    rows = [[(7 * o + 3 * i + (o * i) % 5) % 2**bits for i in range(COLUMNS)] for o in range(ROWS)]
-    return torch.tensor(rows, dtype=torch.uint8)
-
-
-def golden_zeros(bits):
-    rows = [[1 + (o + 5 * g) % (2**bits - 1) for g in range(COLUMNS // GROUP)] for o in range(ROWS)]
-    return torch.tensor(rows, dtype=torch.uint8)
-
-
-def sha(words):
-    return hashlib.sha256(words.numpy().astype("<i4").tobytes()).hexdigest()[:16]
 
 
 def naive_words(codes, bits):
@@ -131,22 +116,22 @@ def test_the_largest_codes_fill_every_bit_and_the_padding_stays_zero(bits):
 @pytest.mark.parametrize(("bits", "expected"), [(4, PACKED_4), (3, PACKED_3)])
 def test_codes_pack_to_the_golden_integers(bits, expected):
     words = torch.tensor(expected, dtype=torch.int32)
-    assert torch.equal(pack_stream(golden_codes(bits), bits), words)
-    assert torch.equal(unpack_stream(words, bits, COLUMNS), golden_codes(bits))
+    assert torch.equal(pack_stream(golden_weight(bits).q, bits), words)
+    assert torch.equal(unpack_stream(words, bits, COLUMNS), golden_weight(bits).q)
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(4, ZEROS_4), (3, ZEROS_3)])
 def test_zero_points_pack_along_the_outputs_to_the_golden_integers(bits, expected):
     words = torch.tensor(expected, dtype=torch.int32)
-    assert torch.equal(pack_stream(golden_zeros(bits), bits, axis=0), words)
-    assert torch.equal(unpack_stream(words, bits, ROWS, axis=0), golden_zeros(bits))
+    assert torch.equal(pack_stream(golden_weight(bits).zero, bits, axis=0), words)
+    assert torch.equal(unpack_stream(words, bits, ROWS, axis=0), golden_weight(bits).zero)
 
 
 @pytest.mark.parametrize("bits", SHAS)
 def test_packed_bytes_have_the_golden_checksums(bits):
     codes, zeros = SHAS[bits]
-    assert sha(pack_stream(golden_codes(bits), bits)) == codes
-    assert sha(pack_stream(golden_zeros(bits), bits, axis=0)) == zeros
+    assert sha(pack_stream(golden_weight(bits).q, bits)) == codes
+    assert sha(pack_stream(golden_weight(bits).zero, bits, axis=0)) == zeros
 
 
 def test_the_first_four_bit_word_is_the_one_computed_by_hand():

@@ -9,51 +9,25 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from tiny import save_tiny
+from written import KILOBYTE, complete_source, names_in, numbers, write
 
 from llmq import writer as writer_module
+from llmq.companions import companions_of
 from llmq.errors import RequestError, WorkError
-from llmq.source import ModelSource
 from llmq.tensor_files import INDEX, SINGLE
 from llmq.writer import REPORT, Writer
-
-KILOBYTE = 256  # float32 numbers
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A source with all the files that travel with a model, laid out as no JSON writer would."""
-    directory = save_tiny(tmp_path_factory.mktemp("source"))
-    (directory / "generation_config.json").write_bytes(b'{"temperature":0.70,\r\n\t"top_k" : 5}')
-    (directory / "special_tokens_map.json").write_bytes(b'{ "eos_token":"<eos>" }')
-    (directory / "chat_template.jinja").write_bytes("{{ 'é' }}\r\n".encode())
-    (directory / "modeling_own.py").write_bytes(b"x = 1\r\n")
-    (directory / "README.md").write_text("not needed to run the model")
-    (directory / "additional_chat_templates").mkdir()
-    (directory / "additional_chat_templates" / "tools.jinja").write_bytes(b"{{ tools }}")
-    return ModelSource(str(directory))
-
-
-def numbers(count, start=0):
-    return torch.arange(start, start + count, dtype=torch.float32)
-
-
-def names_in(directory):
-    return sorted(path.name for path in directory.iterdir())
-
-
-def write(directory, source, tensors, overwrite=False, shard_bytes=10**9, report=None):
-    with Writer(directory, overwrite, shard_bytes) as writer:
-        for name, tensor in tensors.items():
-            writer.put({name: tensor})
-        writer.finish(companions_of(source), torch.float16, {"quant_method": "ours"}, report)
+    return complete_source(tmp_path_factory.mktemp("source"))
 
 
 def fail_midway(directory, error, overwrite=False):
     with Writer(directory, overwrite, shard_bytes=1024) as writer:
         writer.put({"a": numbers(KILOBYTE)})
         writer.put({"b": numbers(KILOBYTE)})
-        assert "shard-00000.partial" in names_in(directory)
+        assert names_in(writer.stage) == ["shard-00000.partial"]
         raise error
 
 
@@ -61,14 +35,15 @@ def test_shards_are_on_disk_as_soon_as_they_are_full(tmp_path):
     with Writer(tmp_path, shard_bytes=2048) as writer:
         writer.put({"a": numbers(KILOBYTE)})
         writer.put({"b": numbers(KILOBYTE, 7)})
-        assert names_in(tmp_path) == []
+        assert names_in(writer.stage) == []
         writer.put({"c": numbers(KILOBYTE)})
-        assert names_in(tmp_path) == ["shard-00000.partial"]
-        written = load_file(tmp_path / "shard-00000.partial")
+        assert names_in(writer.stage) == ["shard-00000.partial"]
+        written = load_file(writer.stage / "shard-00000.partial")
         assert written.keys() == {"a", "b"}
         assert torch.equal(written["b"], numbers(KILOBYTE, 7))
         writer.put({"d": numbers(KILOBYTE), "e": numbers(KILOBYTE)})
-        assert names_in(tmp_path) == ["shard-00000.partial", "shard-00001.partial"]
+        assert names_in(writer.stage) == ["shard-00000.partial", "shard-00001.partial"]
+        assert names_in(tmp_path) == ["unfinished.partial"]
 
 
 def test_tensors_put_together_share_a_shard_however_small_it_is(tmp_path, source):
@@ -117,7 +92,7 @@ def test_config_json_appears_last_and_complete(tmp_path, source, monkeypatch):
     there_before = []
 
     def replace(old, new):
-        if os.path.basename(new) == "config.json":
+        if new == tmp_path / "config.json":
             there_before.extend(names_in(tmp_path))
         os.rename(old, new)
 
@@ -127,27 +102,10 @@ def test_config_json_appears_last_and_complete(tmp_path, source, monkeypatch):
             writer.put({name: numbers(KILOBYTE)})
             assert not list(tmp_path.glob("*.json"))
             assert not list(tmp_path.glob("*.safetensors"))
-        writer.finish(companions_of(source), torch.float16, {"quant_method": "ours"}, {"seed": 1})
-    assert {*there_before} - {"config.json.partial"} == {*names_in(tmp_path)} - {"config.json"}
+        writer.finish(companions_of(source), torch.float16, {"quant_method": "ours"}, lambda: {"seed": 1})
+    assert {*there_before} - {"unfinished.partial"} == {*names_in(tmp_path)} - {"config.json"}
     assert {REPORT, INDEX, "tokenizer.json"} < {*there_before}
     assert not list(tmp_path.glob("*.partial"))
-
-
-def test_config_json_is_the_sources_own_with_dtype_and_quantization(tmp_path, source):
-    write(tmp_path, source, {"a": numbers(4)}, report={"seed": 1})
-    original = json.loads((source.directory / "config.json").read_text())
-    changed = {"dtype": "float16", "torch_dtype": "float16", "quantization_config": {"quant_method": "ours"}}
-    assert json.loads((tmp_path / "config.json").read_text()) == original | changed
-    assert json.loads((tmp_path / REPORT).read_text()) == {"seed": 1}
-
-
-def test_companions_are_copied_byte_for_byte(tmp_path, source):
-    write(tmp_path, source, {"a": numbers(4)})
-    companions = ["generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
-    companions += ["chat_template.jinja", "modeling_own.py", "additional_chat_templates/tools.jinja"]
-    for name in companions:
-        assert (tmp_path / name).read_bytes() == (source.directory / name).read_bytes()
-    assert not (tmp_path / "README.md").exists()
 
 
 def test_files_have_the_permissions_the_umask_gives(tmp_path, source):
@@ -161,7 +119,8 @@ def test_files_have_the_permissions_the_umask_gives(tmp_path, source):
 
 
 def test_overwrite_removes_the_old_checkpoint_and_keeps_other_files(tmp_path, source):
-    stale = ["quantize_config.json", "model-00007-of-00009.safetensors", "shard-00003.partial", "merges.txt"]
+    stale = ["quantize_config.json", "quant_config.json", "model-00007-of-00009.safetensors", "merges.txt"]
+    stale += ["shard-00003.partial"]
     for name in [*stale, "notes.md", "run.log"]:
         (tmp_path / name).write_text("old")
     (tmp_path / INDEX).write_text('{"weight_map": {"a": "model-00007-of-00009.safetensors"}}')
@@ -207,16 +166,6 @@ def test_a_workroom_is_gone_whether_the_work_succeeds_or_fails_and_one_left_over
 
 def interrupt(_):
     raise KeyboardInterrupt
-
-
-def test_a_failure_while_finishing_leaves_nothing_either(tmp_path, source, monkeypatch):
-    def fail(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(writer_module.shutil, "copyfile", fail)
-    with pytest.raises(WorkError, match="disk full"):
-        write(tmp_path, source, {"a": numbers(KILOBYTE), "b": numbers(KILOBYTE)}, shard_bytes=1024)
-    assert names_in(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,304 @@
+"""Ways to damage a checkpoint: each takes the files of a sound one and changes them as a drawn example says.
+
+A mutation returns whether what it left must be refused; what it says nothing about may load, if it computes what the
+files then say.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+
+
+@dataclass(frozen=True)
+class Odd:
+    """What lies where a file should: a link to `target`, a folder or a pipe."""
+
+    kind: str
+    target: str = ""
+
+
+Files = dict[str, "bytes | Odd"]
+"""What to put into a directory, by name."""
+
+INDEX = "model.safetensors.index.json"
+OUTSIDE = "outside"
+"""Beside the damaged directory: a sound copy of all of its files, which must not be read."""
+
+NUMBERS = [0, 1, -1, 2, 3, 5, 8, 16, 33, 64, 10**6, 10**12, -(10**12), 2**31, 2**63, 2**64, 10**400]
+FLOATS = [0.5, 4.0, -0.0, 1e-30, 1e308, float("nan"), float("inf"), float("-inf")]
+WORDS = ["", "4", "-1", "x", "a\nb\nc\nd", "\x1b[2J\r", "\u2028\ud800", "x" * 5000, "re:", "../x", "int", "float16"]
+TREES: list[Any] = [[], [1], ["x"], [[1]], [None] * 50, {}, {"a": 1}, {"": {"": {}}}, {"bits": 0}, json.loads("[" * 500 + "]" * 500)]
+strange = st.sampled_from([*NUMBERS, *FLOATS, *WORDS, *TREES, None, True, False]) | st.integers() | st.text(max_size=5)
+
+PATTERNS = [".*", "re:.*", "re:.*proj", "-:.*", "+:.*down.*", "re:(.*a)*x$", "(.*)*(.*)*(.*)*!", "re:[", "(?R)", "(?<n>.)(?P>n)*"]
+PATTERNS += ["(?:" * 3000, "a{99999}{99999}", "re:" + "(" * 200 + ")" * 200, "\\p{x}", "(?e)(?:proj){e<=9}", "re:\\N{x}"]
+
+# Settings that transformers or some format knows, beside those that the file has.
+MODEL_KEYS = """num_labels return_dict attn_implementation _attn_implementation experts_implementation output_attentions
+    output_hidden_states num_experts layer_types sliding_window rope_parameters rope_scaling rope_theta head_dim dtype
+    torch_dtype auto_map configuration_files text_config vision_config is_encoder_decoder pretraining_tp mlp_bias
+    attention_bias partial_rotary_factor id2label chunk_size_feed_forward pruned_heads problem_type to_dict n_layer
+    get_text_config decoder_layers encoder use_cache architectures max_window_layers first_k_dense_replace name_or_path
+    _commit_hash tie_word_embeddings quantization_config generation_config model_type vocab_size _name_or_path
+    """.split()
+MODEL_TYPES = "llama mistral qwen2 qwen3 gemma2 mixtral gpt2 bart xlm bert mamba llava opt phi3".split()
+QUANTIZATION_KEYS = """bits w_bit group_size q_group_size sym zero_point desc_act checkpoint_format format pack_dtype
+    dynamic extra_config data_type act_bits packing_format backend version modules_to_not_convert ignore targets
+    config_groups quant_method lm_head quant_type actorder strategy type num_bits
+    """.split()
+VALUES = "gptq gptq_v2 awq gemm gemv auto-round auto_round auto_round:auto_awq auto_round:auto_gptq compressed-tensors"
+VALUES = [*VALUES.split(), "pack-quantized", "group", "channel", "tensor", "int", "float", "marlin", "int64"]
+
+
+def write(files: Files, directory: Path) -> None:
+    """Make a directory of these files, odd ones included."""
+    directory.mkdir()
+    for name, content in files.items():
+        path = directory / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content.kind == "link":
+            path.symlink_to(content.target)
+        elif content.kind == "pipe":
+            os.mkfifo(path)
+        else:
+            path.mkdir()
+
+
+def truncated(draw: Callable[..., Any], files: Files) -> bool:
+    """A file ends too early."""
+    name = draw(st.sampled_from(sorted(files)))
+    content = files[name]
+    files[name] = content[: draw(st.integers(0, len(content) - 2))]
+    return name not in ("quantize_config.json", "generation_config.json")
+
+
+def header_length(draw: Callable[..., Any], files: Files) -> bool:
+    """The first eight bytes of a shard lie about where its tensors begin."""
+    name = draw(st.sampled_from(shards(files)))
+    length = struct.unpack("<Q", files[name][:8])[0]
+    sizes = [0, 1, 2, len(files[name]), len(files[name]) - 8, 10**8, 10**8 + 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1]
+    near = st.integers(-20, 20).filter(bool).map(lambda step: length + step)
+    files[name] = struct.pack("<Q", draw(st.sampled_from(sizes) | near)) + files[name][8:]
+    return True
+
+
+def header(draw: Callable[..., Any], files: Files) -> bool:
+    """The header of a shard lies about its tensors."""
+    name = draw(st.sampled_from(shards(files)))
+    length = struct.unpack("<Q", files[name][:8])[0]
+    table, data = json.loads(files[name][8 : 8 + length]), files[name][8 + length :]
+    entry, other = (draw(st.sampled_from(sorted(table.keys() - {"__metadata__"}))) for _ in range(2))
+    what = draw(st.sampled_from(["dtype", "shape", "offsets", "swap", "rename", "drop", "replace", "metadata"]))
+    if what == "dtype":
+        kinds = "F64 F32 F16 BF16 I64 I32 I16 I8 U8 U16 U32 U64 BOOL F8_E4M3 F8_E5M2 F8_E8M0 F4 F6_E2M3 C64 f32".split()
+        table[entry]["dtype"] = draw(st.sampled_from(kinds) | strange)
+    elif what == "shape":
+        _strange_list(draw, table[entry], "shape")
+    elif what == "offsets":
+        _strange_list(draw, table[entry], "data_offsets")
+    elif what == "swap":
+        key = draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
+        table[entry][key], table[other][key] = table[other][key], table[entry][key]
+    elif what == "rename":
+        table[draw(st.sampled_from([other, *WORDS, entry + ".x", "a\n" * 9, "lm_head.qweight"]))] = table.pop(entry)
+    elif what == "drop":
+        del table[entry]
+    elif what == "replace":
+        table[entry] = draw(strange)
+    else:
+        table["__metadata__"] = draw(strange)
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    files[name] = struct.pack("<Q", len(text)) + text + data
+    return False
+
+
+def tensor(draw: Callable[..., Any], files: Files) -> bool:
+    """A tensor has another type, shape or values; or is missing; or one too many is there."""
+    shard = draw(st.sampled_from(shards(files)))
+    tensors = load(files[shard])
+    name = draw(st.sampled_from(sorted(tensors)))
+    old = tensors[name]
+    what = draw(st.sampled_from(["dtype", "shape", "values", "drop", "add", "head"]))
+    if what == "dtype":
+        kinds = "float64 float32 float16 bfloat16 int64 int32 int16 uint8 bool float8_e4m3fn complex64"
+        tensors[name] = old.to(getattr(torch, draw(st.sampled_from(kinds.split()))))
+    elif what == "shape":
+        tensors[name] = draw(st.sampled_from(_RESHAPED))(old).contiguous().clone()
+    elif what == "values":
+        tensors[name] = _other_values(draw, old)
+    elif what == "drop":
+        del tensors[name]
+    elif what == "add":
+        parent, _, leaf = name.rpartition(".")
+        added = [name + ".x", parent, f"{parent}.bias", f"{parent}.g_idx", f".{leaf}", leaf, f"{parent}.weight"]
+        tensors[draw(st.sampled_from([*added, "lm_head.weight", "x.inv_freq"]))] = draw(
+            st.sampled_from([torch.zeros(64), torch.ones(64), old.clone()])
+        )
+    else:  # a packed head, which a model whose embeddings are tied to it cannot have
+        parent = name.rpartition(".")[0]
+        tensors |= {f"lm_head{n[len(parent):]}": t.clone() for n, t in tensors.items() if n.startswith(parent)}
+    files[shard] = save(tensors, metadata={"format": "pt"})
+    return False
+
+
+def index(draw: Callable[..., Any], files: Files) -> bool:
+    """The index names other files, or is none."""
+    table = json.loads(files[INDEX]) if INDEX in files else {"weight_map": dict.fromkeys(load(files[shards(files)[0]]), shards(files)[0])}
+    names = table["weight_map"]
+    targets = ["../outside/{}", "{}/../{}", "./{}", "../../../etc/passwd", "/dev/zero", "/etc/passwd", "..", ".", ""]
+    targets += ["config.json", "{}\0", "x" * 300, "a/{}", "nothing.safetensors", "~/{}", "{} "]
+    what = draw(st.sampled_from(["file", "file", "all files", "rename", "replace", "drop"]))
+    chosen = draw(st.sampled_from(sorted(names)))
+    if what == "file":
+        names[chosen] = draw(st.sampled_from(targets) | strange)
+    elif what == "all files":
+        target = draw(st.sampled_from(targets))
+        table["weight_map"] = {name: target.replace("{}", shard) for name, shard in names.items()}
+    elif what == "rename":
+        names[draw(st.sampled_from([*WORDS, chosen + ".x"]))] = names.pop(chosen)
+    elif what == "drop":
+        del names[chosen]
+    else:
+        table["weight_map"] = draw(strange)
+    if isinstance(names.get(chosen), str):
+        names[chosen] = names[chosen].replace("{}", shards(files)[0])
+    files[INDEX] = _json(table)
+    return what in ("file", "all files", "replace", "rename")
+
+
+def text(draw: Callable[..., Any], files: Files) -> bool:
+    """The bytes of a JSON file are others, whether or not they are still JSON."""
+    name = draw(st.sampled_from(sorted(name for name in files if name.endswith(".json"))))
+    content = files[name]
+    pieces = [b"NaN", b"-Infinity", b"1e999", b"-1", b"0", b"1" * 5000, b"[" * 100_000, b'{"a":' * 5000, b"\xff\xfe", b"\0"]
+    pieces += [b"null", b"{}", b'"\\ud800"', b"\xef\xbb\xbf", b"}", b"]", b",", b'"', b'"bits": 0,', b"1" * 400, b"true"]
+    piece = draw(st.sampled_from(pieces) | st.binary(max_size=4))
+    begin = draw(st.integers(0, len(content)))
+    if draw(st.booleans()):  # in place of a value, so that it often is JSON still
+        starts = [i + 2 for i in range(len(content)) if content[i : i + 2] == b": "]
+        begin = draw(st.sampled_from(starts))
+        end = min(i for i in (content.find(stop, begin) for stop in (b",", b"\n", b"}")) if i >= 0)
+    else:
+        end = begin + draw(st.integers(0, 20))
+    files[name] = content[:begin] + piece + content[end:]
+    return False
+
+
+def sizes(draw: Callable[..., Any], files: Files) -> bool:
+    """config.json asks for another model, or for an absurd one."""
+    config = json.loads(files["config.json"])
+    known = sorted(config.keys() - {"quantization_config"})
+    for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
+        key = draw(st.sampled_from(known + MODEL_KEYS))
+        value = draw(st.sampled_from(MODEL_TYPES) | strange) if key == "model_type" else draw(strange)
+        if isinstance(config.get(key), dict) and draw(st.booleans()):
+            config[key] = config[key] | {draw(st.sampled_from([*config[key], "factor", "type", "rope_type"])): value}
+        else:
+            config[key] = value
+    files["config.json"] = _json(config)
+    return False
+
+
+def quantization(draw: Callable[..., Any], files: Files) -> bool:
+    """quantization_config says something else about the same tensors."""
+    config = json.loads(files["config.json"])
+    tree = config["quantization_config"]
+    while True:
+        key = draw(st.sampled_from([*tree, *QUANTIZATION_KEYS]))
+        if not (isinstance(tree.get(key), dict) and tree[key] and draw(st.booleans())):
+            break
+        tree = tree[key]
+    said = st.sampled_from([*VALUES, *(int(n) for n in range(9)), 32, 40, 128, -1])
+    patterns = st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3)
+    rules = st.dictionaries(st.sampled_from(PATTERNS), st.just({}) | st.dictionaries(st.sampled_from(QUANTIZATION_KEYS), said | strange), min_size=1, max_size=3)
+    value = draw(strange | said | patterns | rules)
+    if key in tree and draw(st.sampled_from([False, False, True])):
+        del tree[key]
+    else:
+        tree[key] = value
+    files["config.json"] = _json(config)
+    return False
+
+
+def flipped(draw: Callable[..., Any], files: Files) -> bool:
+    """A few bytes of a file are others."""
+    name = draw(st.sampled_from(sorted(files) + shards(files) * 3))
+    content = bytearray(files[name])
+    for _ in range(draw(st.integers(1, 4))):
+        content[draw(st.integers(0, 10**6)) * 7919 % len(content)] = draw(st.integers(0, 255))
+    files[name] = bytes(content)
+    return False
+
+
+def links(draw: Callable[..., Any], files: Files) -> bool:
+    """Something else lies where a file should."""
+    name = draw(st.sampled_from(sorted(files)))
+    kind = draw(st.sampled_from(["out", "absolute", "loop", "nowhere", "inside", "device", "pipe", "folder", "nothing"]))
+    if kind == "inside":
+        files["moved"] = files[name]
+    aims = {"out": f"../{OUTSIDE}/{name}", "loop": name, "nowhere": "nothing", "inside": "moved", "device": "/dev/zero"}
+    aims["absolute"] = "/proc/self/environ"
+    if kind == "nothing":
+        del files[name]
+    else:
+        files[name] = Odd("link", aims[kind]) if kind in aims else Odd(kind)
+    optional = name in ("quantize_config.json", "generation_config.json")
+    return kind != "inside" and not (optional and kind in ("nothing", "folder"))
+
+
+KINDS = (truncated, header, header_length, tensor, index, text, sizes, quantization, flipped, links)
+
+
+def shards(files: Files) -> list[str]:
+    """The names of its safetensors files."""
+    return sorted(name for name in files if name.endswith(".safetensors"))
+
+
+_RESHAPED = [
+    lambda t: t.flatten(),
+    lambda t: t[None],
+    lambda t: t.T if t.ndim == 2 else t[:-1],
+    lambda t: t[..., :-1],
+    lambda t: t[:0],
+    lambda t: torch.cat([t, t]),
+    lambda t: t.flatten()[0] if t.numel() else t,
+    lambda t: t.flatten()[None],
+]
+
+
+def _other_values(draw: Callable[..., Any], old: torch.Tensor) -> torch.Tensor:
+    new = old.clone()
+    spot = slice(None) if draw(st.booleans()) else draw(st.integers(0, old.numel() - 1))
+    if old.is_floating_point():
+        value = draw(st.sampled_from([float("nan"), float("inf"), -float("inf"), 0.0, -1.0, 1e30, -65504.0, 1e-8, 3.0]))
+    else:
+        value = draw(st.sampled_from([0, 1, -1, 2, 3, 64, 10**6, 2**31 - 1, -(2**31)]))
+    new.view(-1)[spot] = value
+    return new
+
+
+def _strange_list(draw: Callable[..., Any], entry: dict[str, Any], key: str) -> None:
+    """Put something strange in the place of a list of numbers, or of one of them."""
+    numbers = copy.copy(entry[key])
+    if numbers and draw(st.sampled_from([True, True, False])):
+        numbers[draw(st.integers(0, len(numbers) - 1))] = draw(strange | st.integers(0, 100_000))
+        entry[key] = numbers
+    else:
+        entry[key] = draw(st.sampled_from([numbers[::-1], numbers + numbers, [2**40] * 3, [0], numbers + [1]]) | strange)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=2).encode("utf-8", "surrogatepass")
