@@ -38,25 +38,45 @@ OUTSIDE = "outside"
 NUMBERS = [0, 1, -1, 2, 3, 5, 8, 16, 33, 64, 10**6, 10**12, -(10**12), 2**31, 2**63, 2**64, 10**400]
 FLOATS = [0.5, 4.0, -0.0, 1e-30, 1e308, float("nan"), float("inf"), float("-inf")]
 WORDS = ["", "4", "-1", "x", "a\nb\nc\nd", "\x1b[2J\r", "\u2028\ud800", "x" * 5000, "re:", "../x", "int", "float16"]
-TREES: list[Any] = [[], [1], ["x"], [[1]], [None] * 50, {}, {"a": 1}, {"": {"": {}}}, {"bits": 0}, json.loads("[" * 500 + "]" * 500)]
+TREES: list[Any] = [
+    [],
+    [1],
+    ["x"],
+    [[1]],
+    [None] * 50,
+    {},
+    {"a": 1},
+    {"": {"": {}}},
+    {"bits": 0},
+    json.loads("[" * 500 + "]" * 500),
+]
 strange = st.sampled_from([*NUMBERS, *FLOATS, *WORDS, *TREES, None, True, False]) | st.integers() | st.text(max_size=5)
 
-PATTERNS = [".*", "re:.*", "re:.*proj", "-:.*", "+:.*down.*", "re:(.*a)*x$", "(.*)*(.*)*(.*)*!", "re:[", "(?R)", "(?<n>.)(?P>n)*"]
-PATTERNS += ["(?:" * 3000, "a{99999}{99999}", "re:" + "(" * 200 + ")" * 200, "\\p{x}", "(?e)(?:proj){e<=9}", "re:\\N{x}"]
+PATTERNS = [
+    ".*",
+    "re:.*",
+    "re:.*proj",
+    "-:.*",
+    "+:.*down.*",
+    "re:(.*a)*x$",
+    "(.*)*(.*)*(.*)*!",
+    "re:[",
+    "(?R)",
+    "(?<n>.)(?P>n)*",
+]
+PATTERNS += [
+    "(?:" * 3000,
+    "a{99999}{99999}",
+    "re:" + "(" * 200 + ")" * 200,
+    "\\p{x}",
+    "(?e)(?:proj){e<=9}",
+    "re:\\N{x}",
+]
 
 # Settings that transformers or some format knows, beside those that the file has.
-MODEL_KEYS = """num_labels return_dict attn_implementation _attn_implementation experts_implementation output_attentions
-    output_hidden_states num_experts layer_types sliding_window rope_parameters rope_scaling rope_theta head_dim dtype
-    torch_dtype auto_map configuration_files text_config vision_config is_encoder_decoder pretraining_tp mlp_bias
-    attention_bias partial_rotary_factor id2label chunk_size_feed_forward pruned_heads problem_type to_dict n_layer
-    get_text_config decoder_layers encoder use_cache architectures max_window_layers first_k_dense_replace name_or_path
-    _commit_hash tie_word_embeddings quantization_config generation_config model_type vocab_size _name_or_path
-    """.split()
-MODEL_TYPES = "llama mistral qwen2 qwen3 gemma2 mixtral gpt2 bart xlm bert mamba llava opt phi3".split()
-QUANTIZATION_KEYS = """bits w_bit group_size q_group_size sym zero_point desc_act checkpoint_format format pack_dtype
-    dynamic extra_config data_type act_bits packing_format backend version modules_to_not_convert ignore targets
-    config_groups quant_method lm_head quant_type actorder strategy type num_bits
-    """.split()
+MODEL_KEYS = ["num_labels", "return_dict", "attn_implementation", "_attn_implementation", "experts_implementation", "output_attentions", "output_hidden_states", "num_experts", "layer_types", "sliding_window", "rope_parameters", "rope_scaling", "rope_theta", "head_dim", "dtype", "torch_dtype", "auto_map", "configuration_files", "text_config", "vision_config", "is_encoder_decoder", "pretraining_tp", "mlp_bias", "attention_bias", "partial_rotary_factor", "id2label", "chunk_size_feed_forward", "pruned_heads", "problem_type", "to_dict", "n_layer", "get_text_config", "decoder_layers", "encoder", "use_cache", "architectures", "max_window_layers", "first_k_dense_replace", "name_or_path", "_commit_hash", "tie_word_embeddings", "quantization_config", "generation_config", "model_type", "vocab_size", "_name_or_path"]
+MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "mixtral", "gpt2", "bart", "xlm", "bert", "mamba", "llava", "opt", "phi3"]
+QUANTIZATION_KEYS = ["bits", "w_bit", "group_size", "q_group_size", "sym", "zero_point", "desc_act", "checkpoint_format", "format", "pack_dtype", "dynamic", "extra_config", "data_type", "act_bits", "packing_format", "backend", "version", "modules_to_not_convert", "ignore", "targets", "config_groups", "quant_method", "lm_head", "quant_type", "actorder", "strategy", "type", "num_bits"]
 VALUES = "gptq gptq_v2 awq gemm gemv auto-round auto_round auto_round:auto_awq auto_round:auto_gptq compressed-tensors"
 VALUES = [*VALUES.split(), "pack-quantized", "group", "channel", "tensor", "int", "float", "marlin", "int64"]
 
@@ -102,7 +122,7 @@ def header(draw: Callable[..., Any], files: Files) -> bool:
     entry, other = (draw(st.sampled_from(sorted(table.keys() - {"__metadata__"}))) for _ in range(2))
     what = draw(st.sampled_from(["dtype", "shape", "offsets", "swap", "rename", "drop", "replace", "metadata"]))
     if what == "dtype":
-        kinds = "F64 F32 F16 BF16 I64 I32 I16 I8 U8 U16 U32 U64 BOOL F8_E4M3 F8_E5M2 F8_E8M0 F4 F6_E2M3 C64 f32".split()
+        kinds = ["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "U16", "U32", "U64", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "C64", "f32"]
         table[entry]["dtype"] = draw(st.sampled_from(kinds) | strange)
     elif what == "shape":
         _strange_list(draw, table[entry], "shape")
@@ -149,14 +169,18 @@ def tensor(draw: Callable[..., Any], files: Files) -> bool:
         )
     else:  # a packed head, which a model whose embeddings are tied to it cannot have
         parent = name.rpartition(".")[0]
-        tensors |= {f"lm_head{n[len(parent):]}": t.clone() for n, t in tensors.items() if n.startswith(parent)}
+        tensors |= {f"lm_head{n[len(parent) :]}": t.clone() for n, t in tensors.items() if n.startswith(parent)}
     files[shard] = save(tensors, metadata={"format": "pt"})
     return False
 
 
 def index(draw: Callable[..., Any], files: Files) -> bool:
     """The index names other files, or is none."""
-    table = json.loads(files[INDEX]) if INDEX in files else {"weight_map": dict.fromkeys(load(files[shards(files)[0]]), shards(files)[0])}
+    table = (
+        json.loads(files[INDEX])
+        if INDEX in files
+        else {"weight_map": dict.fromkeys(load(files[shards(files)[0]]), shards(files)[0])}
+    )
     names = table["weight_map"]
     targets = ["../outside/{}", "{}/../{}", "./{}", "../../../etc/passwd", "/dev/zero", "/etc/passwd", "..", ".", ""]
     targets += ["config.json", "{}\0", "x" * 300, "a/{}", "nothing.safetensors", "~/{}", "{} "]
@@ -183,8 +207,31 @@ def text(draw: Callable[..., Any], files: Files) -> bool:
     """The bytes of a JSON file are others, whether or not they are still JSON."""
     name = draw(st.sampled_from(sorted(name for name in files if name.endswith(".json"))))
     content = files[name]
-    pieces = [b"NaN", b"-Infinity", b"1e999", b"-1", b"0", b"1" * 5000, b"[" * 100_000, b'{"a":' * 5000, b"\xff\xfe", b"\0"]
-    pieces += [b"null", b"{}", b'"\\ud800"', b"\xef\xbb\xbf", b"}", b"]", b",", b'"', b'"bits": 0,', b"1" * 400, b"true"]
+    pieces = [
+        b"NaN",
+        b"-Infinity",
+        b"1e999",
+        b"-1",
+        b"0",
+        b"1" * 5000,
+        b"[" * 100_000,
+        b'{"a":' * 5000,
+        b"\xff\xfe",
+        b"\0",
+    ]
+    pieces += [
+        b"null",
+        b"{}",
+        b'"\\ud800"',
+        b"\xef\xbb\xbf",
+        b"}",
+        b"]",
+        b",",
+        b'"',
+        b'"bits": 0,',
+        b"1" * 400,
+        b"true",
+    ]
     piece = draw(st.sampled_from(pieces) | st.binary(max_size=4))
     begin = draw(st.integers(0, len(content)))
     if draw(st.booleans()):  # in place of a value, so that it often is JSON still
@@ -223,7 +270,12 @@ def quantization(draw: Callable[..., Any], files: Files) -> bool:
         tree = tree[key]
     said = st.sampled_from([*VALUES, *(int(n) for n in range(9)), 32, 40, 128, -1])
     patterns = st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3)
-    rules = st.dictionaries(st.sampled_from(PATTERNS), st.just({}) | st.dictionaries(st.sampled_from(QUANTIZATION_KEYS), said | strange), min_size=1, max_size=3)
+    rules = st.dictionaries(
+        st.sampled_from(PATTERNS),
+        st.just({}) | st.dictionaries(st.sampled_from(QUANTIZATION_KEYS), said | strange),
+        min_size=1,
+        max_size=3,
+    )
     value = draw(strange | said | patterns | rules)
     if key in tree and draw(st.sampled_from([False, False, True])):
         del tree[key]
@@ -246,7 +298,9 @@ def flipped(draw: Callable[..., Any], files: Files) -> bool:
 def links(draw: Callable[..., Any], files: Files) -> bool:
     """Something else lies where a file should."""
     name = draw(st.sampled_from(sorted(files)))
-    kind = draw(st.sampled_from(["out", "absolute", "loop", "nowhere", "inside", "device", "pipe", "folder", "nothing"]))
+    kind = draw(
+        st.sampled_from(["out", "absolute", "loop", "nowhere", "inside", "device", "pipe", "folder", "nothing"])
+    )
     if kind == "inside":
         files["moved"] = files[name]
     aims = {"out": f"../{OUTSIDE}/{name}", "loop": name, "nowhere": "nothing", "inside": "moved", "device": "/dev/zero"}
@@ -297,7 +351,9 @@ def _strange_list(draw: Callable[..., Any], entry: dict[str, Any], key: str) -> 
         numbers[draw(st.integers(0, len(numbers) - 1))] = draw(strange | st.integers(0, 100_000))
         entry[key] = numbers
     else:
-        entry[key] = draw(st.sampled_from([numbers[::-1], numbers + numbers, [2**40] * 3, [0], numbers + [1]]) | strange)
+        entry[key] = draw(
+            st.sampled_from([numbers[::-1], numbers + numbers, [2**40] * 3, [0], numbers + [1]]) | strange
+        )
 
 
 def _json(value: Any) -> bytes:

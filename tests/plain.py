@@ -12,7 +12,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 # Which code computes attention, and what a model returns beside logits, is not for a checkpoint to say.
-NOT_THEIRS = ("attn_implementation", "_attn_implementation", "experts_implementation", "output_attentions", "return_dict")
+NOT_THEIRS = (
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "output_attentions",
+    "return_dict",
+)
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
@@ -22,7 +28,9 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     if index.exists():
         shard_of = json.loads(index.read_bytes())["weight_map"]
     else:
-        shard_of = {name: path.name for path in directory.glob("*.safetensors") for name in safe_open(path, "pt").keys()}
+        shard_of = {
+            name: path.name for path in directory.glob("*.safetensors") for name in safe_open(path, "pt").keys()
+        }
     return {name: safe_open(directory / shard, "pt").get_tensor(name) for name, shard in shard_of.items()}
 
 
@@ -50,7 +58,9 @@ def _weight(parts: dict[str, Tensor], kind: str, bits: int, group_size: int) -> 
         codes, scales = _codes(parts["qweight"].T, bits), parts["scales"].T
         zeros = _codes(parts["qzeros"], bits).T + 1
     else:
-        codes, zeros = (_codes(parts[part], 4).unflatten(1, (-1, 8))[..., AWQ_ORDER].flatten(1).T for part in ("qweight", "qzeros"))
+        codes, zeros = (
+            _codes(parts[part], 4).unflatten(1, (-1, 8))[..., AWQ_ORDER].flatten(1).T for part in ("qweight", "qzeros")
+        )
         scales = parts["scales"].T
     group_of = parts.get("g_idx", torch.arange(codes.shape[1]) // group_size).long()
     return scales.float()[:, group_of] * (codes - zeros[:, group_of])

@@ -10,13 +10,13 @@ from tiny import save_tiny
 from torch import nn
 
 from llmq.block import Compute
+from llmq.checkpoint import Checkpoint
 from llmq.config import Calibration, QuantizeConfig, Tuned
 from llmq.data import split, windows
 from llmq.distill import Student, check_memory, distill
 from llmq.errors import RequestError
 from llmq.evaluate import evaluate, logits_of
 from llmq.latent import Latent
-from llmq.checkpoint import Checkpoint
 from llmq.load import load
 from llmq.memory import free_memory
 from llmq.source import ModelSource

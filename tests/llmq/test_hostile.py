@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
 import llmq
-from llmq.errors import CheckpointError, LlmqError, RequestError
+from llmq.errors import CheckpointError, RequestError
 from llmq.linear import PackedLinear
 
 CASES = int(os.environ.get("FUZZ_CASES", "2000"))

@@ -11,10 +11,10 @@ from tiny import ARCHITECTURES, save_tiny
 from torch import nn
 
 import llmq
+from llmq.checkpoint import Checkpoint
 from llmq.config import BITS
 from llmq.errors import RequestError
 from llmq.linear import PackedLinear
-from llmq.checkpoint import Checkpoint
 from llmq.load import load_any
 
 CASES = list(itertools.product(BITS, [True, False]))
