@@ -1,4 +1,4 @@
-"""A plain reference for packed checkpoints: decodes bit by bit, knows nothing of llmq, believes nothing but the tensors."""
+"""A plain reference for packed checkpoints: bit by bit, without llmq, from nothing but the tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         shard_of = json.loads(index.read_bytes())["weight_map"]
     else:
         shard_of = {
-            name: path.name for path in directory.glob("*.safetensors") for name in safe_open(path, "pt").keys()
+            name: path.name
+            for path in directory.glob("*.safetensors")
+            for name in safe_open(path, "pt").keys()  # noqa: SIM118 it is no mapping
         }
     return {name: safe_open(directory / shard, "pt").get_tensor(name) for name, shard in shard_of.items()}
 

@@ -1,4 +1,4 @@
-"""Checkpoints of strangers: whatever is in their files, llmq.load refuses them in plain words or computes what they say.
+"""Checkpoints of strangers: whatever is in their files, llmq.load refuses them in plain words or does what they say.
 
 Thousands of damaged copies of sound checkpoints are opened. A copy may load only if it computes what a plain reference
 does: a dense transformers model of the config as it now stands, whose weights tests/plain.py decodes from the tensors
