@@ -20,7 +20,9 @@ from llmq.cli import run
 from llmq.config import Grid
 from llmq.errors import RequestError, WorkError
 from llmq.hub import locate
-from llmq.source import ModelSource
+from llmq.load import model_config
+from llmq.place import packed_target
+from llmq.source import ModelSource, build_skeleton
 
 # One for each bucket of a table up to 256. Decoding is what up to 8 tokens mostly are, so that bucket is tuned at 1.
 _TOKENS = (1, 16, 32, 64, 128, 256)
@@ -46,14 +48,15 @@ class TuneConfig:
         return Grid(self.bits, self.group_size)
 
 
-def packed_problems(checkpoint: Checkpoint) -> list[Problem]:
-    """One-token problems of a packed checkpoint's layers, each once."""
+def packed_problems(checkpoint: Checkpoint, trust_remote_code: bool = False) -> list[Problem]:
+    """One-token problems of a packed checkpoint's layers, each once, known without reading its weights."""
+    model = build_skeleton(model_config(checkpoint, trust_remote_code), trust_remote_code)
     dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
     problems = set()
     for name in checkpoint.linears:
-        weight, scheme = checkpoint.weight(name), checkpoint.schemes[name]
-        N, K = weight.q.shape
-        problems.add(Problem(weight.bits, K // scheme.groups(K), scheme.symmetric, dtype, 1, N, K))
+        linear, scheme = packed_target(model, checkpoint, name), checkpoint.schemes[name]
+        N, K = linear.out_features, linear.in_features
+        problems.add(Problem(scheme.bits, K // scheme.groups(K), scheme.symmetric, dtype, 1, N, K))
     return sorted(problems, key=lambda problem: (problem.N * problem.K, problem.N))
 
 
@@ -114,7 +117,7 @@ def tune_command(config: TuneConfig) -> None:
         raise WorkError("there is no CUDA GPU here: nothing to tune on a CPU, whose matmuls have no tiles to choose")
     path = locate(config.model, config.trust_remote_code)
     if is_packed(path):
-        problems = packed_problems(Checkpoint(path))
+        problems = packed_problems(Checkpoint(path), config.trust_remote_code)
     else:
         problems = original_problems(ModelSource(config.model, config.trust_remote_code), config.grid)
     problems = at_all_sizes(problems)

@@ -63,7 +63,6 @@ REFUSED = {
     "method": (("--method", "gtpq"), ("method", "gptq, awq, awq+gptq, tuned, rtn", "gtpq")),
     "bits": (("--bits", "5"), ("bits", "2, 3, 4, 8", "5")),
     "format": (("--format", "gguf"), ("format", "compressed-tensors", "gguf")),
-    "format_for_grid": (("--no-symmetric",), ("asymmetric", "--format compressed-tensors")),
     "without": (("--without", "sequential"), ("match needs sequential", "--without match sequential")),
     "group_size": (("--group-size", "24"), ("group size 24", "64, 96")),
     "empty_text": (("--calibration", "{texts}/empty.txt"), ("text is empty",)),
@@ -194,7 +193,7 @@ def test_inspect_json_is_one_object_that_accounts_for_every_byte(packed):
     result = run("llmq.inspect", output, "--json")
     assert result.returncode == 0, result.stderr
     about = json.loads(result.stdout)
-    assert (about["bits"], about["symmetric"], about["format"]) == (4, True, "compressed-tensors")
+    assert (about["bits"], about["symmetric"], about["format"]) == ([4], True, "compressed-tensors")
     assert len(about["layers"]) == 3 * 7
     assert {layer["group_size"] for layer in about["layers"]} == {32}
     assert about["packed_weights"] == 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 96)

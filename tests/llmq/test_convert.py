@@ -147,7 +147,7 @@ def test_bad_requests_are_refused_before_any_work(packed, tmp_path):
         converted(packed("gptq"), packed("awq"), "awq")
     with pytest.raises(RequestError, match="the checkpoint's own"):
         convert(ConvertConfig(packed("gptq"), packed("gptq"), "awq", overwrite=True))
-    with pytest.raises(CheckpointError, match="missing"):
+    with pytest.raises(CheckpointError, match="cannot be opened as a directory"):
         converted(tmp_path / "nowhere", tmp_path / "out", "gptq")
     assert not (tmp_path / "out").exists()
 

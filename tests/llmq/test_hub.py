@@ -210,7 +210,7 @@ def test_a_shard_that_the_repository_lacks_is_named(hub, quantize_from, tmp_path
     assert shard.name in (hub.directory / INDEX).read_text()
     result = quantize_from(hub.url)
     assert result.returncode == 1
-    assert f"{shard.name} is missing although the index lists it" in error_of(result)
+    assert f"{shard.name} is missing; fetch the model again" in error_of(result)
     assert not (tmp_path / "out").exists()
 
 
