@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint format clean
+.PHONY: demo test interop lint format clean
 
 demo: .venv/demo   ## quantize the real demo model to 4 bit, compare it with the original, let it talk
 	$(BIN)/python scripts/demo.py
 
 test: lint         ## lint, check types and import directions, run all tests
 	$(BIN)/python -m pytest -n 2
+
+interop: .venv-peers/done   ## GPTQModel and AutoRound read our files, and we theirs
+	GPTQMODEL_CPU_WORKERS=2 .venv-peers/bin/python -m pytest -m peers tests/interop
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .
@@ -20,6 +23,13 @@ lint: .venv/dev
 format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# They patch transformers as they are imported, so they live beside .venv, which they see.
+.venv-peers/done: .venv/dev tests/interop/peers.txt
+	test -x .venv-peers/bin/python || $(BIN)/python -m venv .venv-peers
+	.venv-peers/bin/python scripts/../tests/interop/add_site.py
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/interop/peers.txt
+	@touch $@
 
 .venv/dev: .venv/demo
 	$(INSTALL) --editable ".[demo,dev]"
@@ -33,4 +43,4 @@ format: .venv/dev
 	@touch $@
 
 clean:
-	rm -rf .venv demo-out .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers demo-out .pytest_cache .ruff_cache .hypothesis
