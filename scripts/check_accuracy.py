@@ -46,6 +46,7 @@ _OPTIONS = (
     "normal, awq first: --method awq+gptq",
 )
 _TWICE = "normal, 2 passes: --gptq.passes 2"  # helps, for three times the time of the solve: part of `best`
+_PARTS = (*_ALONE, _NORMAL, *_OFF, *_OPTIONS, _TWICE)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _tables(config: CheckConfig) -> dict[str, CompareConfig]:
         "main": main,
         "spread": replace(main, settings=(_COMMON, _NORMAL), seeds=(0, 1, 2)),  # its first seed is in main
         "tuned": replace(main, settings=(_TUNED,), bits=(2,)),
-        "parts": replace(few, settings=(*_ALONE, _NORMAL, *_OFF, *_OPTIONS, _TWICE), bits=(4, 3), results=file("parts")),
+        "parts": replace(few, settings=_PARTS, bits=(4, 3), results=file("parts")),
         "documentation": replace(few, calibration="pydoc", text="pytopics", results=file("pydoc")),
         "own text": replace(normal, calibration="self", results=file("self")),
         "pydoc, on wikitext2": replace(normal, calibration="pydoc", results=file("cross")),

@@ -51,7 +51,7 @@ def test_we_read_its_own_formats(source, tmp_path, form, bits, symmetric, stored
     directory = rounded(source, tmp_path / "theirs", form, bits, symmetric)
     checkpoint = Checkpoint(directory)
     assert checkpoint.quantization["quant_method"] == "auto-round"
-    assert checkpoint.format.METHOD == stored
+    assert stored == checkpoint.format.METHOD
     (scheme,) = assert_same_weights(opened(directory), directory)
     assert (scheme.bits, scheme.symmetric) == (bits, symmetric)
 
