@@ -27,7 +27,9 @@ format: .venv/dev
 # They patch transformers as they are imported, so they live beside .venv, which they see.
 .venv-peers/done: .venv/dev tests/interop/peers.txt
 	test -x .venv-peers/bin/python || $(BIN)/python -m venv .venv-peers
-	.venv-peers/bin/python scripts/../tests/interop/add_site.py
+	.venv-peers/bin/python -c "import pathlib, sysconfig; \
+	    theirs = next(pathlib.Path('.venv/lib').resolve().glob('python*')) / 'site-packages'; \
+	    pathlib.Path(sysconfig.get_path('purelib'), 'llmq.pth').write_text(f'import site; site.addsitedir({str(theirs)!r})\n')"
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/interop/peers.txt
 	@touch $@
 
