@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from llmq.algorithms import ALGORITHMS
 from llmq.algorithms.match import match
 from llmq.algorithms.problem import Problem, Solution, relative_error, round_to_nearest
 from llmq.arch import (
-    SIBLINGS,
     Group,
     find_groups,
     fit_group_size,
@@ -25,13 +23,15 @@ from llmq.arch import (
 )
 from llmq.block import Block
 from llmq.clock import Clock
-from llmq.config import Grid, QuantizeConfig
+from llmq.config import QuantizeConfig
 from llmq.digest import digest
 from llmq.errors import RequestError, WorkError
 from llmq.formats import FORMATS
 from llmq.formats.scheme import Scheme
+from llmq.layer_bits import bits_of_linears
 from llmq.memory import release_memory
 from llmq.report import Report
+from llmq.settings import Grid
 from llmq.source import ModelSource
 from llmq.statistics import collect_statistics
 from llmq.weight import QuantizedWeight
@@ -49,7 +49,7 @@ class Run:
         self.format = FORMATS[config.stored_as]
         self.report = Report(config)
         self.grid = self._fitted_grid()
-        self.bits = _layer_bits(config, source)
+        self.bits = bits_of_linears(config, source)
         self.schemes: dict[str, Scheme] = {}
         """How each linear was packed, by its name in the model."""
         self.digests: dict[str, str] = {}
@@ -214,33 +214,6 @@ class Run:
                 stored = self.source.read(name)
                 remaining[name] = current[inner].to(stored.dtype) if inner in changed else stored
         return remaining
-
-
-def _layer_bits(config: QuantizeConfig, source: ModelSource) -> dict[str, int]:
-    """The bits of every linear of the blocks, by its name in the model.
-
-    Raises RequestError for requests that fit no linear, or linears that engines fuse differently.
-    """
-    bits: dict[str, int] = {}
-    used: set[str] = set()
-    for block in source.block_names:
-        for name, module in source.skeleton.get_submodule(block).named_modules():
-            if isinstance(module, torch.nn.Linear):
-                full = f"{block}.{name}"
-                fits = (p for p in config.other_bits if fnmatchcase(full, p) or fnmatchcase(full, f"*.{p}"))
-                pattern = next(fits, None)
-                bits[full] = config.bits if pattern is None else config.other_bits[pattern]
-                used |= {pattern} if pattern else set()
-    if idle := [pattern for pattern in config.other_bits if pattern not in used]:
-        raise RequestError(f"layer bits: no linear of this model is called {idle[0]!r} (first: {next(iter(bits))})")
-    for name in bits:
-        parent, _, leaf = name.rpartition(".")
-        for fused in SIBLINGS:
-            if leaf in fused and len({bits.get(f"{parent}.{each}", bits[name]) for each in fused}) > 1:
-                raise RequestError(
-                    f"layer bits: {', '.join(fused)} of {parent} run as one in engines: same bits for all"
-                )
-    return bits
 
 
 def _loss(problem: Problem, solution: Solution) -> float:

@@ -1,123 +1,20 @@
-"""Every setting of a quantization run, declared once: CLI flags, `--help` and the report derive from these classes."""
+"""A quantization run as it is asked for: CLI flags, `--help` and the report derive from this class and settings.py."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmq.errors import RequestError
+from llmq.settings import BITS, Awq, Calibration, Gptq, Grid, Tuned, listed, one_of
 
 VERSION = "0.1.0"
 
-BITS = (2, 3, 4, 8)
 METHODS = ("gptq", "awq", "awq+gptq", "tuned", "rtn")
-GRIDS = ("auto", "minmax", "mse", "hessian", "common")
-ORDERS = ("group", "static", "natural")
 EFFORTS = ("fast", "normal", "best")
 FORMATS = ("auto", "compressed-tensors", "gptq", "awq")
 DEVICES = ("auto", "cpu", "cuda")
 PARTS = ("match", "sequential")
-
-
-@dataclass(frozen=True)
-class Gptq:
-    """Settings of GPTQ that the paper names."""
-
-    damping: float = 0.05
-    """Added to the diagonal of H, as a fraction of its mean. 0.05 generalises better than the paper's 0.01."""
-    block_size: int = 128
-    """Columns per lazy update. Changes speed, never the result."""
-    order: str = "group"
-    """In which columns are rounded: group (groups by importance, columns within them likewise), static (all columns by
-    importance, grids fixed beforehand) or natural."""
-    passes: int = 0
-    """Times that every column is looked at again once all are rounded (coordinate descent)."""
-
-
-@dataclass(frozen=True)
-class Awq:
-    """Settings of the AWQ search."""
-
-    ratios: int = 20
-    """Exponents tried between 0 (no scaling) and 1 when searching the channel scales."""
-    clip_steps: int = 10
-    """Clipping levels tried per group between 1 and 0.5 of its range; 0 switches clipping off."""
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """Settings of learned rounding: block by block where asked for, then (end_*) of the whole model."""
-
-    steps: int = 0
-    """Steps of training per block. They bring less for their time than training from end to end, but need no more
-    memory than a block: 100, with end_steps 0, for models too large to train as a whole."""
-    batch: int = 2
-    """Micro-batches per step: 1024 tokens each, or one longer sequence."""
-    rate: float = 0.005
-    """Learning rate of the codes, in codes per step."""
-    scale_rate: float = 0.001
-    """Learning rate of the scales, relative to them."""
-    end_steps: int = 160
-    """Steps of training from end to end, after the blocks; 0 leaves it out. The model and its training state must fit
-    into memory."""
-    end_text: str = "more"
-    """What to train on besides the calibration sequences: more (others of their text), or any text that they may be."""
-    end_samples: int = 320
-    """Sequences of that text; 0 for none. Of `more` fewer, where there are no more."""
-    end_batch: int = 2
-    """Calibration sequences per such step."""
-    end_rate: float = 0.0
-    """Learning rate of the codes there. 0 keeps them, in half the memory; 0.0015 saves a fifth of the steps."""
-    end_scale_rate: float = 0.004
-    """Learning rate of scales, norms and biases there."""
-
-    def check(self) -> None:
-        """Raise RequestError for settings that cannot train."""
-        for name, least in (("steps", 0), ("batch", 1), ("end_steps", 0), ("end_samples", 0), ("end_batch", 1)):
-            if getattr(self, name) < least:
-                raise RequestError(f"tuned {name} must be at least {least}; got {getattr(self, name)}")
-        for steps, names in (("steps", ("rate", "scale_rate")), ("end_steps", ("end_rate", "end_scale_rate"))):
-            rates = [getattr(self, name) for name in names]
-            if not all(0 <= rate < math.inf for rate in rates) or not any(rates):
-                raise RequestError(
-                    f"tuned {' and '.join(names)} must be numbers from 0 on, one of them above; got {rates}.\n"
-                    f"To leave this training out, set {steps} to 0."
-                )
-
-
-@dataclass(frozen=True)
-class Grid:
-    """How a group of weights is laid on integers. `group_size` -1 means one group per row."""
-
-    bits: int = 4
-    group_size: int = 128
-    symmetric: bool = True
-    search: str = "auto"
-    """Which of the possible grids a group gets; see QuantizeConfig.grid."""
-
-    def __post_init__(self) -> None:
-        _one_of("grid", self.search, GRIDS)
-        if self.bits not in BITS:
-            raise RequestError(f"bits must be one of {_listed(BITS)}; got {self.bits}")
-        if self.group_size != -1 and self.group_size < 1:
-            raise RequestError(f"group size must be positive, or -1 for one group per row; got {self.group_size}")
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Which text the input statistics come from, and how much of it."""
-
-    text: str = "pile"
-    samples: int = 128
-    sequence_length: int = 2048
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise RequestError(f"samples must be at least 1; got {self.samples}")
-        if self.sequence_length < 2:
-            raise RequestError(f"sequence length must be at least 2 tokens; got {self.sequence_length}")
 
 
 @dataclass(frozen=True)
@@ -174,23 +71,13 @@ class QuantizeConfig:
     tuned: Tuned = field(default_factory=Tuned)
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
-        _one_of("format", self.format, FORMATS)
-        _one_of("effort", self.effort, EFFORTS)
-        _one_of("device", self.device, DEVICES)
+        one_of("method", self.method, METHODS)
+        one_of("format", self.format, FORMATS)
+        one_of("effort", self.effort, EFFORTS)
+        one_of("device", self.device, DEVICES)
         for part in self.without:
-            _one_of("without", part, PARTS)
-        if not 0 < self.gptq.damping < 1:
-            raise RequestError(f"gptq damping must lie between 0 and 1; got {self.gptq.damping}")
-        if self.gptq.block_size < 1:
-            raise RequestError(f"gptq block size must be at least 1; got {self.gptq.block_size}")
-        if self.gptq.passes < 0:
-            raise RequestError(f"gptq passes must not be negative; got {self.gptq.passes}")
-        _one_of("gptq order", self.gptq.order, ORDERS)
-        if self.awq.ratios < 1 or not 0 <= self.awq.clip_steps <= 20:
-            raise RequestError("awq needs at least 1 ratio and 0 to 20 clip steps")
+            one_of("without", part, PARTS)
         self._check_effort()
-        self.tuned.check()
         if self.grid == "common" and not self.symmetric:
             raise RequestError("grid common is symmetric; use minmax with --no-symmetric")
         if self.method == "awq" and self.grid not in ("auto", "minmax"):
@@ -238,7 +125,7 @@ class QuantizeConfig:
         for each in self.layer_bits:
             pattern, equals, bits = each.partition("=")
             if not (pattern and equals) or bits not in map(str, BITS):
-                raise RequestError(f"layer bits are NAME=BITS with bits one of {_listed(BITS)}; got {each!r}")
+                raise RequestError(f"layer bits are NAME=BITS with bits one of {listed(BITS)}; got {each!r}")
             found.setdefault(pattern, int(bits))
         return found
 
@@ -250,12 +137,3 @@ class QuantizeConfig:
     @property
     def calibration_settings(self) -> Calibration:
         return Calibration(self.calibration, self.samples, self.sequence_length, self.seed)
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise RequestError(f"{name} must be one of {_listed(allowed)}; got {value!r}")
-
-
-def _listed(values: tuple[object, ...]) -> str:
-    return ", ".join(str(value) for value in values)

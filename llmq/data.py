@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from llmq.config import Calibration
 from llmq.errors import RequestError, WorkError
+from llmq.settings import Calibration
 
 MORE = "more"
 """Other windows of the calibration text."""

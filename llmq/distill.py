@@ -33,13 +33,13 @@ from torch.nn.functional import linear
 
 from llmq.block import Compute
 from llmq.checkpoint import Checkpoint
-from llmq.config import Tuned
 from llmq.data import Tokens
 from llmq.divergence import divergence
 from llmq.errors import RequestError
 from llmq.latent import Latent
 from llmq.load import load
 from llmq.memory import free_memory
+from llmq.settings import Tuned
 from llmq.training import Task, train
 from llmq.weight import QuantizedWeight
 

@@ -19,7 +19,7 @@ from llmq.check import DIGESTS, check
 from llmq.checkpoint import Checkpoint
 from llmq.clock import Clock
 from llmq.companions import companions_of
-from llmq.config import Calibration, QuantizeConfig
+from llmq.config import QuantizeConfig
 from llmq.data import MORE, Tokens, check_context, split, windows
 from llmq.device import multiplies_bfloat16, pick_device
 from llmq.digest import digests_of
@@ -27,6 +27,7 @@ from llmq.distill import Student, check_memory, distill
 from llmq.errors import RequestError, WorkError
 from llmq.memory import release_memory
 from llmq.sample import SELF, sample_sequences
+from llmq.settings import Calibration
 from llmq.source import ModelSource
 from llmq.stream import stream
 from llmq.writer import Writer, check_output

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from llmq.config import Calibration
+from llmq.settings import Calibration
 
 SELF = "self"
 """The name of this text among calibration texts."""

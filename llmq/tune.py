@@ -17,11 +17,11 @@ from llmq_kernels.tune import merged, tune, write_table
 from llmq.arch import fit_group_size, packable_widths
 from llmq.checkpoint import Checkpoint, is_packed
 from llmq.cli import run
-from llmq.config import Grid
 from llmq.errors import RequestError, WorkError
 from llmq.hub import locate
 from llmq.load import model_config
 from llmq.place import packed_target
+from llmq.settings import Grid
 from llmq.source import ModelSource, build_skeleton
 
 # One for each bucket of a table up to 256. Decoding is what up to 8 tokens mostly are, so that bucket is tuned at 1.

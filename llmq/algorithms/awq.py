@@ -34,7 +34,7 @@ from llmq import grid
 from llmq.algorithms.problem import Problem, Solution, energy, quantize_groups, round_to_nearest
 from llmq.arch import Group, linear_of
 from llmq.block import Block
-from llmq.config import Awq
+from llmq.settings import Awq
 
 _ROWS = 4096  # rows searched at once; bounds memory on wide layers, rows do not interact
 # Relative to what the block adds to the residual stream, whose own rounding is most of it in half precision.

@@ -18,7 +18,7 @@ from llmq.algorithms import gptq
 from llmq.algorithms.descent import descend
 from llmq.algorithms.problem import Problem, Solution, damped, energy
 from llmq.algorithms.refit import refit_scales
-from llmq.config import Gptq
+from llmq.settings import Gptq
 
 _DAMPINGS = (1.0, 0.4, 3.0)  # times the one asked for
 _ROWS = 256  # of W, spread evenly, that choose the damping

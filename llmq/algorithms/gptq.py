@@ -45,8 +45,8 @@ from torch import Tensor
 from llmq.algorithms.descent import descend
 from llmq.algorithms.problem import Problem, Solution, damped
 from llmq.columns import round_columns
-from llmq.config import Gptq
 from llmq.errors import WorkError
+from llmq.settings import Gptq
 
 # Multiples of the requested damping, tried in order when H is not numerically positive definite.
 _DAMPING_LADDER = (1, 2, 5, 10, 100)

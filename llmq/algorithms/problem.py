@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from llmq import grid
-from llmq.config import Grid
+from llmq.settings import Grid
 from llmq.statistics import InputStatistics
 
 

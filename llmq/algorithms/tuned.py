@@ -34,8 +34,8 @@ from torch import Tensor
 from llmq.algorithms.problem import Problem, Solution
 from llmq.arch import Group, linear_of
 from llmq.block import Block
-from llmq.config import Tuned
 from llmq.latent import Latent
+from llmq.settings import Tuned
 from llmq.training import Task, train
 from llmq.weight import QuantizedWeight
 

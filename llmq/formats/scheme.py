@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from llmq.config import BITS
 from llmq.errors import CheckpointError
+from llmq.settings import BITS
 from llmq.weight import QuantizedWeight
 
 

@@ -6,9 +6,9 @@ from agreement import assert_same_weights
 from packed import dequantized_model, logits, pack, some_tokens
 from tiny import save_tiny
 
-from llmq.config import BITS
 from llmq.convert import ConvertConfig, convert
 from llmq.formats.scheme import Scheme
+from llmq.settings import BITS
 
 pytestmark = pytest.mark.peers
 

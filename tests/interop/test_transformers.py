@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 import llmq
-from llmq.config import BITS
+from llmq.settings import BITS
 from llmq.writer import Writer
 
 ARCHITECTURES = ("llama-gqa", "qwen2", "gemma2", "phi3")

@@ -3,7 +3,7 @@
 import torch
 
 from llmq.algorithms.problem import Problem
-from llmq.config import Grid
+from llmq.settings import Grid
 from llmq.statistics import InputStatistics
 
 

@@ -7,10 +7,10 @@ import pytest
 from packed import assert_same_weight, random_weight
 from stored import NAME
 
-from llmq.config import BITS
 from llmq.errors import CheckpointError
 from llmq.formats import awq, format_of, gptq, schemes_of
 from llmq.formats.scheme import Scheme
+from llmq.settings import BITS
 
 BASE = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "data_type": "int"}
 # packing -> the format of the tensors, and what its zero points lack

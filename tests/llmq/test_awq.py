@@ -9,8 +9,8 @@ from llmq.algorithms.problem import Problem, round_to_nearest
 from llmq.arch import find_groups, linear_of
 from llmq.block import Compute
 from llmq.clock import Clock
-from llmq.config import Awq, Grid
 from llmq.data import Tokens
+from llmq.settings import Awq, Grid
 from llmq.source import ModelSource
 from llmq.statistics import collect_statistics
 from llmq.stream import stream

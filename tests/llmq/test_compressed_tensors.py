@@ -12,11 +12,11 @@ from packed import random_weight
 from stored import DTYPES, LAYERS, NAME, check_missing_parts, check_refused, check_round_trip
 from transformers import CompressedTensorsConfig
 
-from llmq.config import BITS
 from llmq.errors import CheckpointError
 from llmq.formats import compressed_tensors
 from llmq.formats.compressed_tensors import PARTS, encode, hf_config, schemes_of
 from llmq.formats.scheme import Scheme
+from llmq.settings import BITS
 from llmq.weight import QuantizedWeight
 
 # (rows, columns, group size): one row, prime rows, and columns that fill no word where one group spans the row

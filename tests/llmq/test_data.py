@@ -11,9 +11,9 @@ import torch
 from tiny import some_text, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from llmq.config import Calibration
 from llmq.data import evaluation_chunks, read_text, split, tokenize, windows
 from llmq.errors import RequestError, WorkError
+from llmq.settings import Calibration
 
 BOS = 5
 

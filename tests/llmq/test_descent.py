@@ -5,7 +5,7 @@ from problems import correlated_inputs, loss, make_problem
 from llmq.algorithms import gptq, rtn
 from llmq.algorithms.descent import descend
 from llmq.algorithms.problem import damped
-from llmq.config import Gptq
+from llmq.settings import Gptq
 
 SETTINGS = Gptq(passes=0)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from llmq.block import Compute
 from llmq.checkpoint import Checkpoint
-from llmq.config import Calibration, QuantizeConfig, Tuned
+from llmq.config import QuantizeConfig
 from llmq.data import split, windows
 from llmq.distill import Student, check_memory, distill
 from llmq.errors import RequestError
@@ -19,6 +19,7 @@ from llmq.evaluate import evaluate, logits_of
 from llmq.latent import Latent
 from llmq.load import load
 from llmq.memory import free_memory
+from llmq.settings import Calibration, Tuned
 from llmq.source import ModelSource
 from llmq.writer import REPORT
 

@@ -7,7 +7,7 @@ from problems import correlated_inputs, make_problem
 from llmq.algorithms import gate, gptq
 from llmq.algorithms.descent import descend
 from llmq.algorithms.problem import damped
-from llmq.config import Gptq
+from llmq.settings import Gptq
 
 WIDTH = 64
 

@@ -5,8 +5,8 @@ import torch
 from problems import correlated_inputs, loss, make_problem
 
 from llmq.algorithms import gptq, rtn
-from llmq.config import ORDERS, Gptq, Grid
 from llmq.errors import WorkError
+from llmq.settings import ORDERS, Gptq, Grid
 
 SETTINGS = Gptq()
 ONE_PASS = Gptq(passes=0)  # the paper's

@@ -8,10 +8,10 @@ import pytest
 from stored import LAYERS, NAME
 from transformers import GPTQConfig
 
-from llmq.config import BITS
 from llmq.errors import CheckpointError
 from llmq.formats import gptq
 from llmq.formats.scheme import Scheme
+from llmq.settings import BITS
 
 
 def stored(schemes):

@@ -20,10 +20,10 @@ from stored import (
     sha,
 )
 
-from llmq.config import BITS
 from llmq.errors import CheckpointError
 from llmq.formats import compressed_tensors, gptq
 from llmq.formats.scheme import Scheme
+from llmq.settings import BITS
 
 QWEIGHT_4 = """
     1392285232 -362332233 1927120958 -1170002763 1119450428 -2060465821 496657130 -1526678687

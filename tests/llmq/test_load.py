@@ -12,10 +12,10 @@ from torch import nn
 
 import llmq
 from llmq.checkpoint import Checkpoint
-from llmq.config import BITS
 from llmq.errors import RequestError
 from llmq.linear import PackedLinear
 from llmq.load import load_any
+from llmq.settings import BITS
 
 CASES = list(itertools.product(BITS, [True, False]))
 

@@ -7,8 +7,9 @@ from tiny import save_tiny
 import llmq
 from llmq.arch import split_packable
 from llmq.blockwise import Run
-from llmq.config import METHODS, QuantizeConfig, Tuned
+from llmq.config import METHODS, QuantizeConfig
 from llmq.load import load, load_any
+from llmq.settings import Tuned
 from llmq.writer import REPORT
 
 

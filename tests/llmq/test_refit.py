@@ -7,7 +7,7 @@ from problems import correlated_inputs, loss, make_problem
 from llmq.algorithms import gptq, rtn
 from llmq.algorithms.problem import damped
 from llmq.algorithms.refit import refit_scales
-from llmq.config import Gptq
+from llmq.settings import Gptq
 
 
 def codes(solution, size):

@@ -2,10 +2,10 @@ import torch
 from test_pipeline import run
 from tiny import tiny_model
 
-from llmq.config import Calibration
 from llmq.data import split
 from llmq.load import load_any
 from llmq.sample import SELF, _Draw, sample_sequences
+from llmq.settings import Calibration
 
 
 def settings(samples=7, length=24, seed=0):

@@ -17,8 +17,8 @@ from tiny import save_tiny
 
 from llmq import tune
 from llmq.checkpoint import Checkpoint
-from llmq.config import Grid
 from llmq.errors import RequestError, WorkError
+from llmq.settings import Grid
 from llmq.source import ModelSource
 from llmq.tensor_files import SafetensorsDirectory
 

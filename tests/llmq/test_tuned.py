@@ -11,8 +11,9 @@ from llmq.algorithms.problem import round_to_nearest
 from llmq.algorithms.tuned import latent_of, refine
 from llmq.arch import Group
 from llmq.block import Block, Compute
-from llmq.config import Gptq, QuantizeConfig, Tuned
+from llmq.config import QuantizeConfig
 from llmq.errors import RequestError
+from llmq.settings import Gptq, Tuned
 from llmq.writer import REPORT
 
 

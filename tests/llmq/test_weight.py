@@ -6,8 +6,8 @@ import pytest
 import torch
 from packed import random_weight
 
-from llmq.config import BITS
 from llmq.errors import CheckpointError
+from llmq.settings import BITS
 
 
 def by_the_formula(weight):
@@ -46,6 +46,23 @@ def test_act_order_groups_may_be_uneven():
     weight = dataclasses.replace(random_weight(4, 5, 2), group_of=torch.tensor([1, 0, 1, 1, 1], dtype=torch.int32))
     weight.validate()
     assert weight.dequantize().tolist() == by_the_formula(weight)
+
+
+@pytest.mark.parametrize(
+    ("group_of", "size"),
+    [([1, 0, 1, 1, 0, 1], 2), ([1, 0, 1, 1, 1], 1), ([0, 0, 0, 2, 2, 2, 2, 2, 2], 3), ([0, 1, 2], 1), ([0] * 7, 7)],
+)
+def test_even_groups_have_the_largest_common_size_and_the_same_weights(group_of, size):
+    groups = max(group_of) + 1
+    weight = random_weight(3, len(group_of), groups, symmetric=False)
+    weight = dataclasses.replace(weight, group_of=torch.tensor(group_of, dtype=torch.int32))
+    even = weight.even()
+    even.validate()
+    counts = torch.arange(len(group_of)) // size if even.group_of is None else even.group_of
+    assert set(torch.bincount(counts).tolist()) == {size}
+    assert even.scale.shape[1] * size == len(group_of)
+    assert (even.group_of is None) == (group_of == sorted(group_of))
+    assert torch.equal(even.dequantize(), weight.dequantize())
 
 
 def test_contiguous_act_order_is_no_order_at_all():
