@@ -49,7 +49,7 @@ def test_is_packed_tells_packed_from_plain_and_from_nothing(packed, llama, tmp_p
 
 
 def test_a_plain_model_is_no_checkpoint(llama):
-    with pytest.raises(CheckpointError, match=r"not a quantized checkpoint: its config\.json has no quantization_config"):
+    with pytest.raises(CheckpointError, match="is not a quantized checkpoint"):
         Checkpoint(llama)
 
 

@@ -105,17 +105,17 @@ def test_learned_rounding_needs_something_to_hold_out(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        Tuned(steps=-1),
-        Tuned(end_batch=0),
-        Tuned(rate=-1.0),
-        Tuned(scale_rate=float("nan")),
-        Tuned(rate=0.0, scale_rate=0.0),
-        Tuned(end_rate=0.0, end_scale_rate=0.0),
+        {"steps": -1},
+        {"end_batch": 0},
+        {"rate": -1.0},
+        {"scale_rate": float("nan")},
+        {"rate": 0.0, "scale_rate": 0.0},
+        {"end_rate": 0.0, "end_scale_rate": 0.0},
     ],
 )
-def test_settings_that_cannot_train_are_refused(settings, tmp_path):
+def test_settings_that_cannot_train_are_refused(settings):
     with pytest.raises(RequestError, match="tuned"):
-        QuantizeConfig(model="demo", output=tmp_path, tuned=settings)
+        Tuned(**settings)
 
 
 def test_a_block_in_bfloat16_is_trained_too():
