@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -20,16 +21,31 @@ _Config = TypeVar("_Config")
 
 def run(config: type[_Config] | Callable[..., _Config], work: Callable[[_Config], Any] = lambda _: None) -> NoReturn:
     """Parse the command line into `config`, do the work, exit: 0 done, 1 the work failed, 2 the request was wrong."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
+    received = _interruptions()
     try:
         work(_parse(config))
-    except LlmqError as error:
+    except (LlmqError, KeyboardInterrupt) as error:
+        if received or isinstance(error, KeyboardInterrupt):
+            print("\nerror: interrupted before it was done", file=sys.stderr)
+            sys.exit(1)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("\nerror: interrupted before it was done", file=sys.stderr)
-        sys.exit(1)
     sys.exit(0)
+
+
+def _interruptions() -> list[int]:
+    """Let a polite kill clean up like Ctrl-C. Returns a list that gets the number of every such signal: where one meets
+    C code, what comes out of it may be another error than KeyboardInterrupt."""
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # which background jobs of a shell ignore
+        signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    return received
 
 
 def _parse(config: type[_Config] | Callable[..., _Config]) -> _Config:
