@@ -1,25 +1,18 @@
 """The scripts behind the documented numbers run, on a tiny model, and do what they say."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from commands import run_here
 from dither import dither
 from packed import pack
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parent.parent
 
-
-def script(name, *arguments, cwd=ROOT):
+def script(name, *arguments):
     """Run scripts/NAME.py and return its stdout."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | {"PYTHONPATH": paths})
+    done = run_here(name, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -47,13 +40,7 @@ def test_transformers_and_llmq_agree_on_the_perplexity_of_a_checkpoint(llama, te
     checkpoint = pack(llama, tmp_path / "packed")
     options = ["--model", str(checkpoint), "--text", str(text_file), "--sequence-length", "128", "--limit", "3"]
     theirs = script("eval_perplexity", *options)
-    ours = subprocess.run(
-        [sys.executable, "-m", "llmq.eval", *options],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
-    ).stdout
+    ours = run_here("llmq.eval", *options).stdout
     assert theirs == ours
     assert theirs.startswith("perplexity ")
 

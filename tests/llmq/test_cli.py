@@ -1,4 +1,4 @@
-"""The commands as a user runs them, each in its own process: exit codes, messages, what is left on disk."""
+"""The commands as a user runs them: exit codes, messages, what is left on disk."""
 
 import json
 import math
@@ -6,39 +6,15 @@ import os
 import resource
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from commands import ENVIRONMENT, ROOT, command, error_of, run, run_here
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, some_text
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 PHASES = ("forward", "statistics", "solve", "write")
 SMALL = ("--group-size", "32", "--samples", "10", "--sequence-length", "64")
-
-
-def command(module, *arguments):
-    return [sys.executable, "-m", module, *map(str, arguments)]
-
-
-def run(module, *arguments, **options):
-    return subprocess.run(
-        command(module, *arguments), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, **options
-    )
-
-
-def error_of(result):
-    """The error message, after checking that it is one or two lines at the end of stderr and no traceback."""
-    assert "Traceback" not in result.stderr
-    lines = result.stderr.splitlines()
-    starts = [i for i, line in enumerate(lines) if line.startswith("error: ")]
-    assert len(starts) == 1, result.stderr
-    message = lines[starts[0] :]
-    assert len(message) <= 2, result.stderr
-    return "\n".join(message)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +54,7 @@ def test_a_request_that_cannot_be_met_exits_with_2_and_writes_nothing(
 ):
     output = tmp_path / "out"
     defaults = ("--model", llama, "--output", output, "--calibration", text_file, *SMALL)
-    result = run("llmq.quantize", *defaults, *(argument.format(texts=texts) for argument in arguments))
+    result = run_here("llmq.quantize", *defaults, *(argument.format(texts=texts) for argument in arguments))
     assert result.returncode == 2
     message = error_of(result)
     assert all(words in message for words in said), message
@@ -90,14 +66,14 @@ def test_an_output_in_use_is_refused_and_kept_then_replaced_with_overwrite(llama
     (tmp_path / "notes.md").write_text("mine")
     (tmp_path / "config.json").write_text("{}")
     arguments = ("--model", llama, "--output", tmp_path, "--method", "rtn", "--group-size", "32")
-    result = run("llmq.quantize", *arguments)
+    result = run_here("llmq.quantize", *arguments)
     assert result.returncode == 2
     assert "not empty" in error_of(result)
     assert "--overwrite" in error_of(result)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.md"]
     assert (tmp_path / "config.json").read_text() == "{}"
 
-    assert run("llmq.quantize", *arguments, "--overwrite").returncode == 0
+    assert run_here("llmq.quantize", *arguments, "--overwrite").returncode == 0
     assert (tmp_path / "notes.md").read_text() == "mine"
     assert "quantization_config" in json.loads((tmp_path / "config.json").read_text())
 
@@ -147,7 +123,7 @@ def test_a_corrupt_shard_exits_with_1_and_names_the_file(tmp_path):
     model = save_tiny(tmp_path / "model", shard_size="200KB")
     shard = sorted(model.glob("model-*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-1000])
-    result = run("llmq.quantize", "--model", model, "--output", tmp_path / "out", "--method", "rtn")
+    result = run_here("llmq.quantize", "--model", model, "--output", tmp_path / "out", "--method", "rtn")
     assert result.returncode == 1
     assert shard.name in error_of(result)
     assert "corrupt or truncated" in error_of(result)
@@ -160,7 +136,7 @@ def test_nan_weights_exit_with_1_and_name_the_tensor(tmp_path):
     weights["model.layers.1.mlp.down_proj.weight"][5, 7] = math.nan
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     arguments = ("--model", model, "--output", tmp_path / "out", "--method", "rtn", "--group-size", "32")
-    result = run("llmq.quantize", *arguments)
+    result = run_here("llmq.quantize", *arguments)
     assert result.returncode == 1
     assert "model.layers.1.mlp.down_proj.weight" in error_of(result)
     assert "NaN" in error_of(result)
@@ -190,7 +166,7 @@ def test_the_report_tells_time_error_damping_versions_seed_and_command(packed):
 
 def test_inspect_json_is_one_object_that_accounts_for_every_byte(packed):
     output, _ = packed
-    result = run("llmq.inspect", output, "--json")
+    result = run_here("llmq.inspect", output, "--json")
     assert result.returncode == 0, result.stderr
     about = json.loads(result.stdout)
     assert (about["bits"], about["symmetric"], about["format"]) == ([4], True, "compressed-tensors")
@@ -207,7 +183,7 @@ def test_inspect_json_is_one_object_that_accounts_for_every_byte(packed):
 def test_eval_json_is_one_object_with_perplexity_and_kl(packed, llama, text_file):
     output, _ = packed
     arguments = ("--text", text_file, "--sequence-length", "128", "--limit", "3", "--json")
-    result = run("llmq.eval", "--model", output, "--reference", llama, *arguments)
+    result = run_here("llmq.eval", "--model", output, "--reference", llama, *arguments)
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout)
     assert (figures["chunks"], figures["tokens"]) == (3, 3 * 127)
@@ -217,7 +193,7 @@ def test_eval_json_is_one_object_with_perplexity_and_kl(packed, llama, text_file
 
 def test_generate_prints_text_on_stdout_and_speed_on_stderr(packed):
     output, _ = packed
-    result = run("llmq.generate", "--model", output, "--prompt", "once upon", "--no-chat", "--max-new-tokens", "4")
+    result = run_here("llmq.generate", "--model", output, "--prompt", "once upon", "--no-chat", "--max-new-tokens", "4")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("once upon")
     assert len(result.stdout.strip()) > len("once upon")
@@ -225,13 +201,13 @@ def test_generate_prints_text_on_stdout_and_speed_on_stderr(packed):
 
 
 def test_llmq_without_a_command_lists_the_commands():
-    result = run("llmq")
+    result = run_here("llmq.__main__")
     assert result.returncode == 0
     assert all(f"llmq {name}" in result.stdout for name in ("quantize", "eval", "generate", "inspect"))
 
 
 def test_an_unknown_command_exits_with_2_and_lists_the_commands():
-    result = run("llmq", "quantise")
+    result = run_here("llmq.__main__", "quantise")
     assert result.returncode == 2
     assert "quantise" in error_of(result)
     assert "llmq quantize" in result.stderr

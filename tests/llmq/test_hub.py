@@ -2,16 +2,13 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
+from commands import ENVIRONMENT, error_of, run
 from safetensors.torch import load_file
 from tiny import save_tiny
 
@@ -20,7 +17,6 @@ from llmq.errors import RequestError
 from llmq.hub import locate
 from llmq.tensor_files import INDEX
 
-ROOT = Path(__file__).parents[2]
 REPO = "someone/tiny-llama"
 # What a user may have set for the hub must not reach the test.
 SETTINGS = re.compile("HF_|HUGGING|TRANSFORMERS_|.*_PROXY$", re.IGNORECASE)
@@ -141,25 +137,15 @@ def hub(sharded, tmp_path):
 def quantize_from(tmp_path):
     """Run the command in a process that knows no hub but this one; its cache lasts as long as the test."""
 
-    def run(url, repo=REPO):
-        environment = {key: value for key, value in os.environ.items() if not SETTINGS.match(key)}
+    def quantize_from(url, repo=REPO):
+        environment = {key: value for key, value in ENVIRONMENT.items() if not SETTINGS.match(key)}
         environment |= {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
         environment |= {"HF_HUB_ETAG_TIMEOUT": "3", "HF_HUB_DOWNLOAD_TIMEOUT": "3", "HF_HUB_OFFLINE": "0"}
-        environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        arguments = ["--model", repo, "--output", str(tmp_path / "out"), "--method", "rtn", "--group-size", "32"]
-        command = [sys.executable, "-m", "llmq.quantize", *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+        environment |= {"HF_HUB_DISABLE_TELEMETRY": "1"}
+        arguments = ("--model", repo, "--output", tmp_path / "out", "--method", "rtn", "--group-size", "32")
+        return run("llmq.quantize", *arguments, cwd=tmp_path, env=environment)
 
-    return run
-
-
-def error_of(result):
-    assert "Traceback" not in result.stderr
-    lines = result.stderr.splitlines()
-    starts = [i for i, line in enumerate(lines) if line.startswith("error: ")]
-    assert len(starts) == 1, result.stderr
-    assert len(lines) - starts[0] <= 2, result.stderr
-    return "\n".join(lines[starts[0] :])
+    return quantize_from
 
 
 def test_a_sharded_model_quantizes_from_its_hub_id_as_from_its_directory(hub, sharded, quantize_from, tmp_path):

@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from commands import error_of, run_here
 from packed import pack, rewrite
 from tiny import save_tiny
 
@@ -124,8 +123,7 @@ def test_the_digest_of_a_weight_knows_every_part_of_it():
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
 def test_the_command_prints_one_verdict(sound, arguments):
-    command = [sys.executable, "-m", "llmq.verify", str(sound), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_here("llmq.verify", sound, *arguments)
     assert done.returncode == 0, done.stderr
     if arguments:
         assert json.loads(done.stdout)["packed_layers"] == 21
@@ -135,8 +133,7 @@ def test_the_command_prints_one_verdict(sound, arguments):
 
 def test_the_command_fails_on_damage_in_one_line(checkpoint):
     rewrite(checkpoint, lambda tensors: tensors.pop("model.norm.weight"))
-    done = subprocess.run([sys.executable, "-m", "llmq.verify", str(checkpoint)], capture_output=True, text=True)
+    done = run_here("llmq.verify", checkpoint)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: ")
-    assert "model.norm.weight" in done.stderr
+    assert "model.norm.weight" in error_of(done)
     assert len(done.stderr.splitlines()) == 1
