@@ -29,7 +29,7 @@ class DemoConfig:
     """Where the three checkpoints go; replaced on every run."""
     bits: int = 4
     """Bits per weight."""
-    samples: int = 32
+    samples: int = 16
     """Calibration sequences of 512 tokens."""
     chunks: int = 6
     """Evaluation chunks of 1024 tokens."""
