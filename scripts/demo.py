@@ -1,4 +1,4 @@
-"""`make demo`: quantize the real demo model in three ways, compare each with the original, let the last one talk.
+"""`make demo`: quantize the real demo model in two ways, compare each with the original, let the last one talk.
 
 SmolLM2-135M-Instruct, calibrated on Python's docstrings (`pydoc`), evaluated on its language reference (`pytopics`).
 """
@@ -18,18 +18,18 @@ from llmq.errors import WorkError
 from llmq.evaluate import evaluate, logits_of, remembered, score
 from llmq.load import load_any
 
-METHODS = ("rtn", "awq", "gptq")
+METHODS = ("rtn", "gptq")
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Quantize the demo model with RTN, AWQ and GPTQ and compare."""
+    """Quantize the demo model with RTN and GPTQ and compare."""
 
     output: Path = Path("demo-out")
-    """Where the three checkpoints go; replaced on every run."""
+    """Where the checkpoints go; replaced on every run."""
     bits: int = 4
     """Bits per weight."""
-    samples: int = 16
+    samples: int = 32
     """Calibration sequences of 512 tokens."""
     chunks: int = 6
     """Evaluation chunks of 1024 tokens."""
