@@ -50,6 +50,10 @@ class Checkpoint:
         tensors = instead if instead is not None and parts <= instead.keys() else {p: self.files.read(p) for p in parts}
         return self.format.decode(name, tensors, self.schemes[name])
 
+    def read(self, name: str) -> Tensor:
+        """One other tensor, as stored. Raises CheckpointError if it cannot be read."""
+        return self.files.read(name)
+
     @cached_property
     def packed_names(self) -> set[str]:
         """The tensors of packed linears."""

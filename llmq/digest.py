@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,3 +34,25 @@ def digests_of(checkpoint: Checkpoint, tensors: Mapping[str, Tensor] | None = No
     for name in checkpoint.other_names:
         found[name] = digest(tensors[name] if name in tensors else checkpoint.files.read(name))
     return found
+
+
+class Noted(Checkpoint):
+    """A checkpoint that notes the digest of each packed linear and other tensor when it is first read."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.digests: dict[str, str] = {}
+
+    def weight(self, name: str, instead: Mapping[str, Tensor] | None = None) -> QuantizedWeight:
+        value = super().weight(name, instead)
+        self._note(name, value)
+        return value
+
+    def read(self, name: str) -> Tensor:
+        value = super().read(name)
+        self._note(name, value)
+        return value
+
+    def _note(self, name: str, value: Tensor | QuantizedWeight) -> None:
+        if name not in self.digests:  # tied embeddings are read twice
+            self.digests[name] = digest(value)

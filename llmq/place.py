@@ -20,7 +20,7 @@ LinearMaker: TypeAlias = Callable[[str, QuantizedWeight, "Tensor | None"], nn.Mo
 def check_fit(model: Any, checkpoint: Checkpoint) -> set[str]:
     """The names of the tensors a model wants beside packed weights, if the files hold these and no others.
 
-    Raises CheckpointError otherwise. Packed weights themselves are compared as they are decoded: see `place_packed`.
+    Raises CheckpointError otherwise. Packed weights themselves are compared as they are decoded: see `fitting`.
     """
     for name in checkpoint.linears:
         packed_target(model, checkpoint, name)
@@ -85,14 +85,18 @@ def harmless(checkpoint: Checkpoint, model: Any, name: str) -> bool:
 def place_packed(model: Any, checkpoint: Checkpoint, make_linear: LinearMaker) -> None:
     """Replace every linear whose weight is packed. Raises CheckpointError for a weight or bias that does not fit."""
     for name in checkpoint.linears:
-        linear = packed_target(model, checkpoint, name)
-        weight = checkpoint.weight(name)
-        if tuple(weight.q.shape) != (linear.out_features, linear.in_features):
-            wanted = (linear.out_features, linear.in_features)
-            raise CheckpointError(f"{name}: packed as {tuple(weight.q.shape)}, the model wants {wanted}")
-        bias = None if linear.bias is None else checkpoint.files.read(f"{name}.bias")
-        if bias is not None and (tuple(bias.shape) != (linear.out_features,) or not bias.is_floating_point()):
-            raise CheckpointError(
-                f"{name}.bias: {bias.dtype} {tuple(bias.shape)} fits no {linear.out_features} outputs"
-            )
+        weight, bias = fitting(model, checkpoint, name)
         model.set_submodule(name, make_linear(name, weight, bias))
+
+
+def fitting(model: Any, checkpoint: Checkpoint, name: str) -> tuple[QuantizedWeight, Tensor | None]:
+    """The packed weight and the bias of a linear. Raises CheckpointError if one does not fit the model's."""
+    linear = packed_target(model, checkpoint, name)
+    weight = checkpoint.weight(name)
+    if tuple(weight.q.shape) != (linear.out_features, linear.in_features):
+        wanted = (linear.out_features, linear.in_features)
+        raise CheckpointError(f"{name}: packed as {tuple(weight.q.shape)}, the model wants {wanted}")
+    bias = None if linear.bias is None else checkpoint.read(f"{name}.bias")
+    if bias is not None and (tuple(bias.shape) != (linear.out_features,) or not bias.is_floating_point()):
+        raise CheckpointError(f"{name}.bias: {bias.dtype} {tuple(bias.shape)} fits no {linear.out_features} outputs")
+    return weight, bias

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
+
 from llmq.check import DIGESTS, check
 from llmq.checkpoint import Checkpoint, is_packed
 from llmq.cli import Positional, run
@@ -16,7 +18,7 @@ from llmq.errors import CheckpointError, RequestError
 from llmq.evaluate import evaluate, logits_of
 from llmq.files import read_json
 from llmq.hub import locate
-from llmq.load import load_any
+from llmq.load import load, load_any
 from llmq.source import ModelSource
 from llmq.writer import REPORT
 
@@ -51,7 +53,7 @@ class VerifyConfig:
 def verify(config: VerifyConfig) -> dict[str, Any]:
     """What was found of a sound checkpoint. Raises CheckpointError if it is not sound."""
     checkpoint, digests = Checkpoint(config.directory), recorded(config.directory)
-    model = check(config.directory, digests, config.trust_remote_code)
+    check(config.directory, digests, config.trust_remote_code)
     found: dict[str, Any] = {
         "directory": str(config.directory),
         "packed_layers": len(checkpoint.linears),
@@ -61,6 +63,7 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     if config.reference is None:
         return found
     errors = relative_errors(checkpoint, config.reference, config.trust_remote_code)
+    model = load(config.directory, "cpu", torch.float32, config.trust_remote_code)
     original, tokenizer = load_any(config.reference, "cpu", config.trust_remote_code)
     if original.config.vocab_size != model.config.vocab_size:
         raise RequestError(f"{config.reference} and {config.directory} have different vocabularies: no KL between them")
