@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from math import fsum
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llmq.arch import Group, Part, linear_of
+from llmq.hidden import HiddenStates
+from llmq.ranks import ALONE, Ranks
+from llmq.shares import Share, split
 
 # Of a block's intermediate results, in bytes; what does not fit is computed again.
 _MOST_KEPT = 1 << 30
@@ -40,17 +44,23 @@ class Block:
 
     name: str
     module: nn.Module
-    hidden: list[Tensor]
-    """Micro-batches [samples, tokens, features] on the CPU, the held-out ones last."""
+    hidden: HiddenStates
+    """Those of this process, the held-out ones last."""
     held_out_from: int
     """Index of the first held-out micro-batch in `hidden`."""
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     """What else the model passes to this very block: mask, rotary embedding, …"""
     compute: Compute
-    original: list[Tensor] | None = None
+    original: HiddenStates | None = None
     """The same micro-batches as they enter this block in the original model, where that is asked for. Whoever runs the
     block on them leaves its outputs here."""
+    ranks: Ranks = ALONE
+    shares: list[Share] = field(default_factory=list)
+    """The micro-batches of all processes, in the order in which they are summed."""
+    sample: Tensor | None = None
+    """A sequence that is the same in all processes."""
     _replaced: dict[str, Tensor] = field(default_factory=dict)
+    """Parameters of the original model that the block does not compute with any more."""
     _expected: list[Group] = field(default_factory=list)
     _unfinished: set[str] = field(default_factory=set)
     _parts: dict[str, Part] = field(default_factory=dict)
@@ -60,18 +70,23 @@ class Block:
     _leaving: dict[tuple[str, int, bool], Tensor] = field(default_factory=dict)
     """What leaves it, once its weight is final."""
 
+    def __post_init__(self) -> None:
+        if not self.shares:
+            self.shares = split(self.held_out_from, len(self.hidden) - self.held_out_from, self.ranks)
+        if self.sample is None:
+            self.sample = self.hidden[0][:1]
+
     @property
     def drift(self) -> float | None:
         """Share of what enters that differs from the original model on held-out tokens; None where it is not known."""
         if self.original is None:
             return None
-        lost = whole = 0.0
-        for hidden, original in zip(
-            self.hidden[self.held_out_from :], self.original[self.held_out_from :], strict=True
-        ):
-            lost += float((hidden - original).float().square().sum())
-            whole += float(original.float().square().sum())
-        return lost / whole
+        energies: list[tuple[float, float]] = []
+        for i in range(self.held_out_from, len(self.hidden)):
+            original = self.original[i].float()
+            energies.append((float((self.hidden[i] - original).square().sum()), float(original.square().sum())))
+        lost, whole = zip(*(pair for pairs in self.ranks.each(energies) for pair in pairs), strict=True)
+        return fsum(lost) / fsum(whole)  # exact: whoever has which micro-batch
 
     @contextmanager
     def many_runs(self) -> Iterator[None]:
@@ -178,21 +193,33 @@ class Block:
         """The linear of that name computes with W from here on."""
         linear = linear_of(self.module, name)
         if self.original is not None:
-            self._replaced.setdefault(name, linear.weight.data.to(self.compute.factors))
+            self._replaced.setdefault(f"{name}.weight", linear.weight.data.to(self.compute.factors))
         linear.weight.data = W.to(linear.weight.dtype)
         if name in self._unfinished:
             self._unfinished.remove(name)
         else:  # a second thought: what came of the first one is no longer true
             self.forget()
 
+    def keep_original(self) -> None:
+        """What is done to any parameter from here on is not done to the original model."""
+        if self.original is not None:
+            for name, parameter in self.module.named_parameters():
+                dtype = self.compute.factors if parameter.ndim == 2 else parameter.dtype
+                self._replaced[name] = parameter.data.to(dtype, copy=True)
+
+    def forget_original(self) -> None:
+        """The original model will not run through this block again."""
+        self._replaced.clear()
+
     @contextmanager
     def _as_original(self) -> Iterator[None]:
-        """Inside, the block computes with the weights that were replaced."""
-        now = {name: linear_of(self.module, name).weight.data for name in self._replaced}
-        for name, W in self._replaced.items():
-            linear_of(self.module, name).weight.data = W
+        """Inside, the block computes with the parameters that were replaced."""
+        parameters = {name: self.module.get_parameter(name) for name in self._replaced}
+        now = {name: parameter.data for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            parameter.data = self._replaced[name]
         try:
             yield
         finally:
-            for name, W in now.items():
-                linear_of(self.module, name).weight.data = W
+            for name, parameter in parameters.items():
+                parameter.data = now[name]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+from math import fsum
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmq.algorithms import ALGORITHMS
-from llmq.algorithms.match import match
-from llmq.algorithms.problem import Problem, Solution, relative_error, round_to_nearest
+from llmq.algorithms.match import Match, choose, matched
+from llmq.algorithms.problem import TOGETHER, Problem, Solution, energy, lost_energy, round_to_nearest
 from llmq.arch import (
     Group,
     find_groups,
@@ -28,8 +30,10 @@ from llmq.digest import digest
 from llmq.errors import RequestError, WorkError
 from llmq.formats import FORMATS
 from llmq.formats.scheme import Scheme
+from llmq.journal import Line
 from llmq.layer_bits import bits_of_linears
 from llmq.memory import release_memory
+from llmq.ranks import ALONE, Ranks
 from llmq.report import Report
 from llmq.settings import Grid
 from llmq.source import ModelSource
@@ -40,14 +44,40 @@ from llmq.weight import QuantizedWeight
 _NOT_CLIPPED = ("q_proj", "k_proj", "qkv_proj")
 
 
-class Run:
-    """The state of one quantization: what holds for all blocks, and the report."""
+@dataclass
+class _Solved:
+    """A group of linears whose weights are rounded."""
 
-    def __init__(self, config: QuantizeConfig, source: ModelSource, device: torch.device, clock: Clock) -> None:
-        self.config, self.source, self.device, self.clock = config, source, device, clock
+    group: Group
+    solution: Solution
+    entry: Line
+    """For the report."""
+    problem: Problem | None
+    """Where it will be needed once more."""
+
+
+class Run:
+    """The state of one quantization: what holds for all blocks, and the report.
+
+    Args:
+        tell: is given the report's entry of each group as it comes.
+    """
+
+    def __init__(
+        self,
+        config: QuantizeConfig,
+        source: ModelSource,
+        device: torch.device,
+        clock: Clock,
+        ranks: Ranks = ALONE,
+        tell: Callable[[Line], None] = lambda _: None,
+    ) -> None:
+        self.config, self.source, self.device, self.clock, self.ranks = config, source, device, clock, ranks
         self.algorithm = ALGORITHMS[config.method]
         self.format = FORMATS[config.stored_as]
-        self.report = Report(config)
+        self.report = Report(config, clock, tell)
+        self.chosen = [source.block_names[i] for i in config.chosen_blocks(len(source.blocks))]
+        """Names of the blocks to quantize."""
         self.grid = self._fitted_grid()
         self.bits = bits_of_linears(config, source)
         self.schemes: dict[str, Scheme] = {}
@@ -65,9 +95,24 @@ class Run:
         if self.matching and config.samples < 2:
             self.report.note("model", ["a single sample leaves none to hold out: outputs are not matched"])
 
+    def outside(self) -> Iterator[dict[str, Tensor]]:
+        """The tensors outside the blocks, one at a time, in the process that writes."""
+        for name in self.source.outer_names() if self.ranks.is_first else ():
+            yield self.unchanged({name: self.source.read(name)})
+
+    def untouched(self, block: str) -> Iterator[dict[str, Tensor]]:
+        """The tensors of a block that stays as it is, module by module, in the process that writes."""
+        names = self.source.block_tensor_names(block) if self.ranks.is_first else []
+        for _, together in groupby(names, key=lambda name: name.rpartition(".")[0]):
+            yield self.unchanged({name: self.source.read(name) for name in together})
+
     def quantize_block(self, block: Block, show: Callable[[str], None]) -> dict[str, Tensor]:
-        """Put the quantized values into the block; returns all of its tensors for the checkpoint."""
-        groups, skipped = split_packable(block.module, find_groups(block.module, block.run, block.hidden[0][:1]))
+        """Put the quantized values into the block; returns its tensors, for the process that writes."""
+        if block.name not in self.chosen:
+            collect_statistics(block, [], self.clock)  # the original model's own way through
+            return self._remaining(block, [], set())
+        assert block.sample is not None
+        groups, skipped = split_packable(block.module, find_groups(block.module, block.run, block.sample))
         self.report.note(block.name, [f"{name} left in float: {reason}" for name, reason in skipped.items()])
         drift = block.drift
         if drift is not None:
@@ -75,23 +120,22 @@ class Run:
         changed, transformed = self._transform(block, groups)
         if self.sequential:
             block.expect(groups)
-        problems: list[Problem] = []  # of all groups, where they are refined together
-        solutions: list[Solution] = []
+        solved: list[_Solved] = []
         # Without groups there is still the original model's own way through the block.
         stages = ([[group] for group in groups] or [[]]) if self.sequential else [groups]
         for stage in stages:
             posed = transformed or self._problems(block, stage, last=stage is stages[-1])
-            for group, problem in zip(stage, posed, strict=True):
-                solutions.append(self._solve(block, group, problem, show))
-                if self.refine is not None:
-                    problems.append(problem)
-        solutions = self._refine(block, groups, problems, solutions)
+            for group in stage:
+                # Popped, so that statistics are gone when those of the next stage are summed.
+                solved.append(self._solve(block, group, posed.pop(0), show))
+        if self.refine is not None and solved:
+            self._refine(block, solved)
         packed: dict[str, Tensor] = {}
         with self.clock("write"):
-            for group, solution in zip(groups, solutions, strict=True):
-                for name, weight in self._weights(block, group, solution).items():
+            for each in solved if self.ranks.is_first else ():
+                for name, weight in self._weights(block, each.group, each.solution).items():
                     packed |= self._encoded(f"{block.name}.{name}", weight)
-        return packed | self.unchanged(self._remaining(block, groups, changed))
+        return packed | self._remaining(block, groups, changed)
 
     def unchanged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors that are stored as they are, noted for the check."""
@@ -112,39 +156,59 @@ class Run:
         if self.algorithm.transform is None:
             return set(), None
         problems = self._problems(replace(block, original=None), groups, last=False)
+        block.keep_original()
         with self.clock("solve"):
             changed, notes = self.algorithm.transform(block, groups, problems, self.config)
         self.report.note(block.name, notes)
         return changed, None if self.matching or self.sequential else problems
 
-    def _solve(self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]) -> Solution:
+    def _solve(self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]) -> _Solved:
         """Round the linears of one group, with whose quantized weights the block computes from here on."""
         with self.clock("solve"):
-            matched = match(problem)
-            problem.W = matched.W
-            baseline = _loss(problem, round_to_nearest(problem))
-            solution = replace(self.algorithm.solve(problem, self.config), matched=matched.step)
-            loss = _loss(problem, solution)
+            choice = choose(problem)
+            if self.algorithm.rows_apart(self.config):
+                slices = self.ranks.rows(len(problem.W), TOGETHER)
+                mine = slices[self.ranks.rank]
+                _take_matched(problem := problem.rows(mine.start, mine.stop), choice)
+                solution = self.algorithm.solve(problem, self.config)
+                errors = self._errors(problem, solution)
+                parts = {part: self.ranks.joined(getattr(solution, part), slices) for part in ("q", "scale", "zero")}
+                solution = replace(solution, **parts)
+            else:
+                _take_matched(problem, choice)
+                solution = self.ranks.first(lambda: self.algorithm.solve(problem, self.config))
+                errors = self._errors(problem, solution)
+            solution = replace(solution, matched=choice.step)
             self._put_back(block, group, solution)
-            self.report.add_group(block.name, group.linears, (loss, baseline), solution, problem.statistics)
+            entry = self.report.group(block.name, group.linears, errors, solution, problem.statistics)
             release_memory()
-        show(f"{group.linears[-1]} loss {loss:.2e}")
-        return solution
+        show(f"{group.linears[-1]} loss {errors[0]:.2e}")
+        if self.refine is None:
+            self.report.add(entry)
+        return _Solved(group, solution, entry, problem if self.refine is not None else None)
 
-    def _refine(
-        self, block: Block, groups: list[Group], problems: list[Problem], solutions: list[Solution]
-    ) -> list[Solution]:
-        """Let the method improve on what it found for the groups, seen together, if it can."""
-        if self.refine is None or not groups:
-            return solutions
+    def _errors(self, problem: Problem, solution: Solution) -> tuple[float, float]:
+        """Relative error of a solution and of plain rounding to nearest, over the rows of all processes."""
+        H = None if problem.statistics is None else problem.statistics.H_val
+        lost = [lost_energy(problem, solution, H)]
+        if not self.algorithm.is_nearest(self.config):
+            lost.append(lost_energy(problem, round_to_nearest(problem), H))
+        mine = (lost[0], lost[-1], energy(problem.W, H))
+        error, nearest_error, whole = (fsum(column) for column in zip(*self.ranks.each(mine), strict=True))
+        return (error / whole, nearest_error / whole) if whole > 0 else (0.0, 0.0)
+
+    def _refine(self, block: Block, solved: list[_Solved]) -> None:
+        """Let the method improve on what it found for the groups, seen together."""
+        groups, solutions = [each.group for each in solved], [each.solution for each in solved]
+        problems = [each.problem for each in solved if each.problem is not None]
+        assert self.refine is not None
         with self.clock("refine"):
             solutions, objective = self.refine(block, groups, problems, solutions, self.config)
         self.report.refined[block.name] = objective
-        entries = self.report.groups[-len(groups) :]
-        for group, entry, problem, solution in zip(groups, entries, problems, solutions, strict=True):
-            entry["error"] = _loss(problem, solution)
-            self._put_back(block, group, solution)
-        return solutions
+        for each, problem, solution in zip(solved, problems, solutions, strict=True):
+            each.solution = solution
+            self.report.add(each.entry | {"error": self._errors(problem, solution)[0]})
+            self._put_back(block, each.group, solution)
 
     def _weights(self, block: Block, group: Group, solution: Solution) -> dict[str, QuantizedWeight]:
         """The solution of a group, by linear."""
@@ -174,7 +238,7 @@ class Run:
 
     def _fitted_grid(self) -> Grid:
         """The requested grid with a group size that divides every layer, known from the shapes alone."""
-        widths = packable_widths(self.source.blocks)
+        widths = packable_widths([self.source.skeleton.get_submodule(name) for name in self.chosen])
         if not widths:
             raise RequestError("no linear of this model can be packed: none has both sides in multiples of 32")
         requested = self.config.grid_settings
@@ -208,15 +272,16 @@ class Run:
         packed = {f"{name}.weight" for group in groups for name in group.linears}
         current = block.module.state_dict()
         remaining: dict[str, Tensor] = {}
-        for name in self.source.block_tensor_names(block.name):
+        for name in self.source.block_tensor_names(block.name) if self.ranks.is_first else ():
             inner = name.removeprefix(block.name + ".")
             if inner not in packed:
                 stored = self.source.read(name)
                 remaining[name] = current[inner].to(stored.dtype) if inner in changed else stored
-        return remaining
+        return self.unchanged(remaining)
 
 
-def _loss(problem: Problem, solution: Solution) -> float:
-    """Relative output error on held-out tokens; relative weight error where there are no statistics."""
-    H = None if problem.statistics is None else problem.statistics.H_val
-    return relative_error(problem.W, solution.dequantize(problem.grid.group_size), H)
+def _take_matched(problem: Problem, choice: Match) -> None:
+    """Round these weights, and forget what they were found by."""
+    problem.W = matched(problem, choice)
+    if problem.statistics is not None:
+        problem.statistics = replace(problem.statistics, lack=None, lack_val=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,12 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self._inner = [0.0]
         self._started = time.perf_counter()
+
+    def go_on(self, total: float, seconds: Mapping[str, float]) -> None:
+        """Count what an earlier process needed too."""
+        self._started -= total
+        for phase, each in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + each
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -33,7 +39,7 @@ class Clock:
 
     @property
     def total(self) -> float:
-        """Seconds since the clock was made."""
+        """Seconds since the clock was made, and those of earlier processes."""
         return time.perf_counter() - self._started
 
 

@@ -35,6 +35,8 @@ class QuantizeConfig:
     layer_bits: tuple[str, ...] = ()
     """Other bits for some layers, as NAME=BITS with * for any part of the name: down_proj=8 layers.0.*=8. The first
     that fits a layer counts. Layers that engines fuse (q, k, v; gate, up) need the same."""
+    blocks: str = ""
+    """Quantize these blocks only, as numbers and ranges: 0-2,5. The others keep their weights. All by default."""
     symmetric: bool = True
     """A fixed zero point in the middle of the codes. --no-symmetric stores a zero point per group."""
     grid: str = "auto"
@@ -64,6 +66,16 @@ class QuantizeConfig:
     """Where to compute: auto (cuda when present), cpu or cuda."""
     overwrite: bool = False
     """Replace a checkpoint that is already in the output directory."""
+    resume: bool = False
+    """Go on with what an interrupted run of the same request left in the output directory, with the same result. Where
+    there is nothing, begin."""
+    dry_run: bool = False
+    """Only say what would be done: layers, sizes, memory, time. Reads no weights, writes nothing."""
+    offload_dir: Path | None = None
+    """Directory, on a fast disk, where hidden states of the calibration text wait instead of in memory. Without it they
+    go into the output directory when they would take more than a quarter of the free memory."""
+    plot: bool = False
+    """Also draw llmq_report.png: error per layer, time per phase, memory over time (needs matplotlib)."""
     trust_remote_code: bool = False
     """Run modelling code that ships with the model. Only for sources you trust."""
     gptq: Gptq = field(default_factory=Gptq)
@@ -84,8 +96,10 @@ class QuantizeConfig:
             raise RequestError(f"awq clips the grids that span the weights; grid {self.grid} is for the other methods")
         if self.stored_as == "awq" and (self.bits != 4 or self.layer_bits):
             raise RequestError("format awq stores 4-bit weights only; use gptq or compressed-tensors for others")
+        if self.resume and self.overwrite:
+            raise RequestError("resume goes on with what is there, overwrite removes it; pass one of the two")
         # The nested views validate themselves.
-        _ = self.grid_settings, self.calibration_settings, self.other_bits
+        _ = self.grid_settings, self.calibration_settings, self.other_bits, self.chosen_blocks(1 << 20)
 
     def _check_effort(self) -> None:
         """Raise RequestError for what would do nothing, or has nothing to go by."""
@@ -128,6 +142,20 @@ class QuantizeConfig:
                 raise RequestError(f"layer bits are NAME=BITS with bits one of {listed(BITS)}; got {each!r}")
             found.setdefault(pattern, int(bits))
         return found
+
+    def chosen_blocks(self, depth: int) -> list[int]:
+        """Indices of the blocks to quantize in a model that has so many. Raises RequestError for others."""
+        if not self.blocks:
+            return list(range(depth))
+        chosen: set[int] = set()
+        for part in self.blocks.split(","):
+            first, dash, last = part.strip().partition("-")
+            last = last if dash else first
+            if not (first.isdigit() and last.isdigit() and int(first) <= int(last) < depth):
+                rule = f"blocks are numbers and ranges such as 0-2,5, below {depth}"
+                raise RequestError(f"{rule}; got {part.strip()!r} in {self.blocks!r}")
+            chosen |= set(range(int(first), int(last) + 1))
+        return sorted(chosen)
 
     @property
     def end_to_end(self) -> bool:

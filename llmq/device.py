@@ -13,8 +13,11 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, default_index: int = 0) -> torch.device:
     """auto (cuda where there is one), cpu, cuda or cuda:N.
+
+    Args:
+        default_index: of the GPU where the name leaves it open.
 
     Raises RequestError for any other name, and for a GPU that is not there.
     """
@@ -23,8 +26,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cpu")
     if kind not in ("auto", "cuda") or (index and not (kind == "cuda" and index.isdigit())) or name.endswith(":"):
         raise RequestError(f"device must be one of auto, cpu, cuda, cuda:N; got {name!r}")
-    if int(index or 0) >= torch.cuda.device_count():
+    if int(index or default_index) >= torch.cuda.device_count():
         raise RequestError(
             f"device {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA GPUs; use cpu"
         )
-    return torch.device("cuda", int(index)) if index else torch.device("cuda")
+    return torch.device("cuda", int(index or default_index))

@@ -40,16 +40,35 @@ def choose_scale_zero(
     Returns:
         scale in `dtype` (never zero; negative in half of the symmetric groups) and the zero point in code units.
     """
-    half = 2 ** (bits - 1)
-    if symmetric:
-        largest = W.gather(-1, W.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        step = -largest * shrink / half
-        scale = storable(step, dtype)
-        return scale, torch.full(scale.shape, half, dtype=torch.uint8, device=W.device)
+    return _spanning(_range(W, symmetric), bits, symmetric, dtype, shrink)
+
+
+def _range(W: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """What the grid of each group must reach: least and greatest weight; if symmetric, the largest and 0."""
     # The range must contain 0, or the zero point would not be a code.
-    low, high = W.amin(-1).clamp(max=0) * shrink, W.amax(-1).clamp(min=0) * shrink
+    low, high = W.amin(-1).clamp(max=0), W.amax(-1).clamp(min=0)
+    if not symmetric:
+        return low, high
+    largest = torch.where(high > -low, high, low)
+    # Of two that are as large the first one counts. torch's argmax is slow: it is asked in these cases only.
+    tied = high == -low
+    if bool(tied.any()):
+        few = W[tied]
+        largest[tied] = few.gather(-1, few.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    return largest.clamp(max=0), largest.clamp(min=0)
+
+
+def _spanning(
+    ends: tuple[Tensor, Tensor], bits: int, symmetric: bool, dtype: torch.dtype, shrink: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero of the grids over this fraction of these ranges."""
+    low, high = ends[0] * shrink, ends[1] * shrink
+    if symmetric:
+        half = 2 ** (bits - 1)
+        scale = storable(-(low + high) / half, dtype)
+        return scale, torch.full(scale.shape, half, dtype=torch.uint8, device=scale.device)
     scale = storable((high - low) / (2**bits - 1), dtype)
-    zero = (-low / scale.to(W.dtype)).round().clamp(0, 2**bits - 1)
+    zero = (-low / scale.to(low.dtype)).round().clamp(0, 2**bits - 1)
     return scale, zero.to(torch.uint8)
 
 
@@ -78,26 +97,27 @@ def search_scale_zero(
     """
 
     def error(scale: Tensor, zero: Tensor) -> Tensor:
-        q = quantize(W, scale[..., None], zero[..., None], bits)
-        E = W - dequantize(q, scale[..., None], zero[..., None], W.dtype)
-        return ((E.square() if power == 2 else E.abs().pow(power)) * importance).sum(-1)
+        E = _steps(W, scale[..., None], zero[..., None], bits).mul_(scale[..., None].to(W.dtype)).sub_(W)
+        return (E.square_() if power == 2 else E.abs_().pow_(power)).mul_(importance).sum(-1)
 
     def better(best: tuple[Tensor, ...], scale: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
         found = error(scale, zero), scale, zero
         wins = found[0] < best[0]
         return tuple(torch.where(wins, new, old) for new, old in zip(found, best, strict=True))
 
-    whole = choose_scale_zero(W, bits, symmetric, dtype)
+    ends = _range(W, symmetric)
+    whole = _spanning(ends, bits, symmetric, dtype, 1.0)
     best: tuple[Tensor, ...] = error(*whole), *whole
     for width in _WIDTHS:
-        best = better(best, *choose_scale_zero(W, bits, symmetric, dtype, width))
+        best = better(best, *_spanning(ends, bits, symmetric, dtype, width))
     for shift in (-1, 1) if not symmetric and bits <= 3 else ():
         zero = (best[2].to(torch.int16) + shift).clamp(0, 2**bits - 1).to(torch.uint8)
         best = better(best, best[1], zero)
     for _ in range(_LEAST_SQUARES):
         _, scale, zero = best
-        codes = quantize(W, scale[..., None], zero[..., None], bits).to(W.dtype) - zero[..., None].to(W.dtype)
-        fitted = (W * codes * importance).sum(-1) / (codes.square() * importance).sum(-1)
+        steps = _steps(W, scale[..., None], zero[..., None], bits)
+        weighted = steps * importance
+        fitted = (W * weighted).sum(-1) / (steps * weighted).sum(-1)
         best = better(best, storable(fitted, dtype), zero)  # 0/0 is not better
     return best[1], best[2]
 
@@ -117,14 +137,23 @@ def quantize(
     W: Float[Tensor, "*shape"], scale: Float[Tensor, "*#shape"], zero: UInt8[Tensor, "*#shape"], bits: int
 ) -> UInt8[Tensor, "*shape"]:
     """The nearest code of every weight. `scale` and `zero` broadcast against `W`."""
-    return torch.round(W / scale.to(W.dtype) + zero.to(W.dtype)).clamp_(0, 2**bits - 1).to(torch.uint8)
+    return _codes(W, scale, zero, bits).to(torch.uint8)
+
+
+def _codes(W: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    return (W / scale.to(W.dtype)).add_(zero.to(W.dtype)).round_().clamp_(0, 2**bits - 1)
+
+
+def _steps(W: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """q - zero of the nearest codes, as real numbers."""
+    return _codes(W, scale, zero, bits).sub_(zero.to(W.dtype))
 
 
 def dequantize(
     q: UInt8[Tensor, "*shape"], scale: Float[Tensor, "*#shape"], zero: UInt8[Tensor, "*#shape"], dtype: torch.dtype
 ) -> Float[Tensor, "*shape"]:
     """scale * (q - zero), computed in `dtype`."""
-    return scale.to(dtype) * (q.to(dtype) - zero.to(dtype))
+    return q.to(dtype).sub_(zero.to(dtype)).mul_(scale.to(dtype))
 
 
 def group_view(W: Tensor, group_size: int) -> Tensor:

@@ -5,13 +5,34 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 
-def peak_memory() -> int:
-    """Largest resident memory of this program so far, in bytes."""
+class PeakMemory:
+    """Largest resident memory of this program, of a while and of all the time."""
+
+    def __init__(self) -> None:
+        self._before = 0
+
+    def take(self) -> int:
+        """Bytes since the last call, where the system starts anew when asked (Linux), else since the beginning."""
+        peak = resident_peak()
+        self._before = max(self._before, peak)
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        return peak
+
+    @property
+    def largest(self) -> int:
+        """Bytes of all the time."""
+        return max(self._before, resident_peak())
+
+
+def resident_peak() -> int:
+    """Bytes since the program began, or since PeakMemory last looked."""
     if sys.platform == "linux":
         # Not ru_maxrss: a child inherits it from the process that started it.
         status = Path("/proc/self/status").read_text()

@@ -2,94 +2,185 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor
 from tqdm import tqdm
 
-from llmq.algorithms import ALGORITHMS
-from llmq.block import Compute
 from llmq.blockwise import Run
 from llmq.check import DIGESTS, check
 from llmq.checkpoint import Checkpoint
-from llmq.clock import Clock
 from llmq.companions import companions_of
 from llmq.config import QuantizeConfig
-from llmq.data import MORE, Tokens, check_context, split, windows
-from llmq.device import multiplies_bfloat16, pick_device
+from llmq.device import pick_device
 from llmq.digest import digests_of
-from llmq.distill import Student, check_memory, distill
-from llmq.errors import RequestError, WorkError
-from llmq.memory import release_memory
-from llmq.sample import SELF, sample_sequences
-from llmq.settings import Calibration
-from llmq.source import ModelSource
-from llmq.stream import stream
-from llmq.writer import Writer, check_output
+from llmq.distill import Student, distill
+from llmq.errors import WorkError
+from llmq.journal import Journal
+from llmq.memory import free_memory, release_memory
+from llmq.plot import draw
+from llmq.progress import OUTSIDE, TRAINING, Progress
+from llmq.ranks import joined_ranks, local_rank
+from llmq.request import FINGERPRINT, Request, open_request, whole_model
+from llmq.stream import Journey, stream
+from llmq.writer import PROGRESS, Writer, remove_leftovers, unfinished_work
+
+_MEMORY_SHARE = 0.25  # of what is free: hidden states that need more wait on disk
 
 
 def quantize(config: QuantizeConfig, progress: bool = False) -> Path:
     """Quantize a model and write a packed checkpoint; returns its directory.
 
+    Started by a launcher of several processes, all of them call this and work together; the first writes.
+
     Args:
         progress: show a progress bar and the table of the worst layers on stderr.
 
     Raises RequestError before any work for what cannot be asked for, WorkError for what fails on the way;
-    in both cases nothing that looks like a checkpoint is left in the output directory.
+    in both cases nothing that looks like a checkpoint is left in the output directory. What was finished by then is
+    left there for `resume`.
     """
-    check_output(config.output, config.overwrite)
-    clock = Clock()
-    with clock("open"):
-        source = ModelSource(config.model, config.trust_remote_code)
-        if source.directory.resolve() == config.output.resolve():
-            raise RequestError("the output directory is the model's own; choose another")
-        device = pick_device(config.device)
-        if config.end_to_end:
-            check_memory(source.skeleton, source.blocks, config.tuned, compute_for(source, device))
-    tokens, training = _tokens(source, config, device, clock, progress)
-    run = Run(config, source, device, clock)
-    with torch.no_grad(), Writer(config.output, config.overwrite) as writer:
-        if config.end_to_end:
-            with writer.workroom() as directory:
-                with Writer(directory) as first:
-                    _block_by_block(run, tokens, first, progress)
-                _end_to_end(run, training, directory, writer, progress)
-        else:
-            _block_by_block(run, tokens, writer, progress)
-    if progress:
-        run.report.show(clock, config.output)
+    device = pick_device(config.device, local_rank())
+    with joined_ranks(device) as ranks, torch.no_grad():
+        request = open_request(config, device, ranks, progress and ranks.is_first)
+        if not request.is_met:
+            _work(request)
+        elif ranks.is_first:
+            remove_leftovers(config.output)
+        if request.is_met and request.progress:
+            print(f"{config.output} holds the whole result already", file=sys.stderr)
+        if config.plot and ranks.is_first:
+            draw(config.output)
     return config.output
 
 
-def _block_by_block(run: Run, tokens: Tokens, writer: Writer, progress: bool) -> None:
+def _work(request: Request) -> None:
+    config, ranks = request.config, request.ranks
+    journal = Journal(config.output / PROGRESS if ranks.is_first else None)
+    run = Run(config, request.source, request.compute.device, request.clock, ranks, journal.add)
+    with _writer(request) as writer:
+        if writer is not None and writer.is_checked:
+            return writer.publish()
+        journal.begin(request.fingerprint, request.steps)
+        request.keep_tokens()
+        if not config.end_to_end:
+            _block_by_block(request, run, Progress(run, writer, journal, request.steps))
+            _finish(request, run, writer)
+        else:
+            assert writer is not None
+            with writer.workroom() as first:
+                progress = Progress(run, first, journal, request.steps)
+                if not progress.is_done(TRAINING):
+                    if not first.is_finished:
+                        _block_by_block(request, run, progress)
+                        _finish(request, run, first)
+                    _end_to_end(request, run, first.directory, writer, progress)
+                writer.keep_parts(progress.parts)
+                _finish(request, run, writer)
+    if request.progress:
+        run.report.show(config.output)
+    return None
+
+
+@contextmanager
+def _writer(request: Request) -> Iterator[Writer | None]:
+    """The writer, in the first process; what is left when the work inside fails, is said."""
+    config = request.config
+    if not request.ranks.is_first:
+        yield None
+        return
+    # An unfinished run of which nothing is known is as good as none.
+    anew = config.overwrite or (config.resume and not request.steps)
+    writer = Writer(config.output, anew, resume=bool(request.steps))
+    try:
+        with writer:
+            yield writer
+    except BaseException:
+        if writer.resumable and request.progress:
+            print(
+                f"\nwhat is finished is kept: the same command with --resume goes on in {config.output}",
+                file=sys.stderr,
+            )
+        raise
+
+
+def _block_by_block(request: Request, run: Run, progress: Progress) -> None:
     """Quantize all blocks, of which only one is in memory at a time."""
-    source, clock = run.source, run.clock
-    with clock("write"):
-        for name in source.outer_names():
-            writer.put(run.unchanged({name: source.read(name)}))
-    blocks = stream(source, tokens, compute_for(source, run.device), clock, keep_original=run.matching)
-    bar = tqdm(blocks, "blocks", total=len(source.block_names), disable=not progress, unit="block")
-    for block in bar:
-        tensors = run.quantize_block(block, lambda text: bar.set_postfix_str(text))
-        with clock("write"):
-            writer.put(tensors)
-    _finish(run, writer)
+    source, names = request.source, request.source.block_names
+    if not progress.is_done(OUTSIDE):
+        progress.save(OUTSIDE, run.outside())
+        progress.commit()
+    stop = names.index(run.chosen[-1]) + 1
+    finished = sum(map(progress.is_done, names[:stop]))
+    if finished < stop:
+        with _states_directory(request, run) as directory:
+            journey = Journey(
+                keep_original=run.matching,
+                ranks=run.ranks,
+                stop=stop,
+                as_stored=run.algorithm.transform is None,
+                still=not run.algorithm.needs_statistics(run.config),
+                finished=finished,
+                restore=progress.restore_block,
+                directory=directory,
+                turn=progress.turn_of_states(directory),
+            )
+            blocks = stream(source, request.tokens, request.compute, request.clock, journey)
+            bar = tqdm(blocks, "blocks", total=stop, initial=finished, disable=not request.progress, unit="block")
+            for block in bar:
+                progress.commit()
+                progress.save(block.name, [run.quantize_block(block, bar.set_postfix_str)], block)
+            progress.commit()
+    for name in names[stop:]:
+        if not progress.is_done(name):
+            progress.save(name, run.untouched(name))
+            progress.commit()
 
 
-def _end_to_end(run: Run, tokens: Tokens, directory: Path, writer: Writer, progress: bool) -> None:
+@contextmanager
+def _states_directory(request: Request, run: Run) -> Iterator[Path | None]:
+    """Where the hidden states of this process wait on disk; None for those that fit into memory."""
+    config, ranks = request.config, request.ranks
+    tokens = request.tokens.train.numel() + request.tokens.held_out.numel()
+    size = tokens * request.source.config.get_text_config().hidden_size * request.compute.dtype.itemsize
+    size = size * (2 if run.matching else 1) // ranks.size
+    free = free_memory(torch.device("cpu"))
+    if config.offload_dir is None and (free is None or size <= _MEMORY_SHARE * free):
+        yield None
+        return
+    which = hashlib.sha256(str(config.output.resolve()).encode()).hexdigest()[:12]
+    directory = (config.offload_dir or unfinished_work(config.output)) / f"llmq-{which}-{ranks.rank}.partial"
+    if config.offload_dir is None:
+        run.report.note(
+            "model", [f"hidden states wait on disk: {size / 1e9:.1f} GB, more than a quarter of free memory"]
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield directory
+    except OSError as error:
+        raise WorkError(f"hidden states cannot wait in {directory}: {error}; name another --offload-dir") from None
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _end_to_end(request: Request, run: Run, directory: Path, writer: Writer, progress: Progress) -> None:
     """Train the whole checkpoint in `directory`, and write it as the result."""
-    config, compute = run.config, compute_for(run.source, run.device)
+    config, compute = run.config, request.compute
     with run.clock("distill"):
         release_memory()
         try:
-            original = _whole_model(config, device=compute.device, dtype=compute.dtype)
+            original = whole_model(config, device=compute.device, dtype=compute.dtype)
             student = Student(directory, original, compute, config.trust_remote_code)
-            changed, run.report.distilled = distill(student, original, tokens, config.tuned, compute, progress)
+            changed, run.report.distilled = distill(
+                student, original, request.training, config.tuned, compute, request.progress
+            )
         except torch.OutOfMemoryError:
             raise WorkError(
                 "training the whole model does not fit into the GPU's memory.\n"
@@ -98,70 +189,25 @@ def _end_to_end(run: Run, tokens: Tokens, directory: Path, writer: Writer, progr
             ) from None
     checkpoint = Checkpoint(directory)
     files, run.digests = checkpoint.files, digests_of(checkpoint, changed)
-    with run.clock("write"):
-        # Tensors of one module stay together.
+
+    def tensors() -> Iterator[dict[str, Tensor]]:
+        # Those of one module stay together.
         for _, names in groupby(sorted(files.names()), key=lambda name: name.rpartition(".")[0]):
-            writer.put({name: changed[name] if name in changed else files.read(name) for name in names})
-    _finish(run, writer)
+            yield {name: changed[name] if name in changed else files.read(name) for name in names}
+
+    progress.save(TRAINING, tensors(), writer=writer)
+    progress.commit()
 
 
-def _finish(run: Run, writer: Writer) -> None:
-    with run.clock("write"):
-        writer.flush()
+def _finish(request: Request, run: Run, writer: Writer | None) -> None:
+    if writer is None:
+        return
 
     def read_back(directory: Path) -> None:
         with run.clock("check"):
             check(directory, run.digests, run.config.trust_remote_code)
 
     def report() -> dict[str, Any]:
-        return run.report.to_json(run.clock) | {DIGESTS: run.digests}
+        return run.report.to_json() | {DIGESTS: run.digests, FINGERPRINT: request.fingerprint}
 
     writer.finish(companions_of(run.source), run.source.dtype, run.hf_config(), report, read_back)
-
-
-def _whole_model(config: QuantizeConfig, device: torch.device, dtype: torch.dtype) -> Any:
-    """The original, ready to run, in a skeleton of its own that is gone with it."""
-    return ModelSource(config.model, config.trust_remote_code).load_all(device, dtype).requires_grad_(False)
-
-
-def compute_for(source: ModelSource, device: torch.device) -> Compute:
-    """float32, in which nothing overflows, but products in bfloat16 where the device is made for them.
-
-    bfloat16 models stay bfloat16 on a GPU, whose memory is dear.
-    """
-    precision = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-    dtype = torch.bfloat16 if device.type == "cuda" and source.dtype == torch.bfloat16 else torch.float32
-    return Compute(device, dtype, precision)
-
-
-def _tokens(
-    source: ModelSource, config: QuantizeConfig, device: torch.device, clock: Clock, progress: bool
-) -> tuple[Tokens, Tokens]:
-    """What to calibrate on, and what to train on from end to end: that and some more, judged by the same."""
-    if not ALGORITHMS[config.method].needs_statistics(config):
-        # Only to see which linears share an input; the values do not matter.
-        ids = torch.arange(16)[None] % source.config.get_text_config().vocab_size
-        few = Tokens(ids, ids[:0])
-        return few, few
-    check_context(source.config, config.sequence_length)
-
-    def sequences(settings: Calibration, more: int = 0) -> Int64[Tensor, "samples length"]:
-        if settings.text != SELF:
-            with clock("open"):
-                return windows(source.tokenizer, settings, more)
-        with clock("sample"):
-            whole = _whole_model(config, device, compute_for(source, device).precision)
-            enough = replace(settings, samples=settings.samples + more)
-            written = sample_sequences(whole, source.tokenizer.bos_token_id, enough, progress)
-            del whole
-            release_memory()
-            return written
-
-    settings, tuned = config.calibration_settings, config.tuned
-    wanted = tuned.end_samples if config.end_to_end else 0
-    drawn = sequences(settings, wanted if tuned.end_text == MORE else 0)  # at once, so that no two overlap
-    spread = torch.linspace(0, len(drawn) - 1, settings.samples).round().long()
-    tokens, others = split(drawn[spread]), drawn[torch.isin(torch.arange(len(drawn)), spread, invert=True)]
-    if wanted and tuned.end_text != MORE:
-        others = sequences(replace(settings, text=tuned.end_text, samples=wanted, seed=settings.seed + 1))
-    return tokens, replace(tokens, train=torch.cat([tokens.train, others]))

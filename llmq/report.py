@@ -6,25 +6,32 @@ import dataclasses
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from llmq.algorithms.problem import Solution
 from llmq.clock import Clock
 from llmq.config import VERSION, QuantizeConfig
-from llmq.memory import peak_memory
+from llmq.journal import Line
+from llmq.memory import PeakMemory
 from llmq.statistics import InputStatistics
 
 _WORST = 5
 
 
 class Report:
-    """Collects one entry per group of linears and every fallback."""
+    """Collects one entry per group of linears and every fallback.
 
-    def __init__(self, config: QuantizeConfig) -> None:
-        self.config = config
-        self.groups: list[dict[str, Any]] = []
+    Args:
+        clock: of the run.
+        tell: is given each entry as it comes.
+    """
+
+    def __init__(self, config: QuantizeConfig, clock: Clock, tell: Callable[[Line], None] = lambda _: None) -> None:
+        self.config, self.clock, self.tell = config, clock, tell
+        self.memory = PeakMemory()
+        self.groups: list[Line] = []
         self.notes: list[dict[str, str]] = []
         self.drifts: dict[str, float] = {}
         """Share of the hidden states entering each block that differs from the original model, on held-out tokens."""
@@ -32,30 +39,38 @@ class Report:
         """What learned rounding minimises in each block, on held-out tokens, before and after."""
         self.distilled: tuple[float, float] | None = None
         """KL to the original model on held-out tokens, before and after training from end to end."""
+        self.resumed: list[str] = []
+        """The blocks at which earlier processes were interrupted."""
 
     def note(self, where: str, notes: list[str]) -> None:
         """Record fallbacks: anything done otherwise than asked."""
         self.notes += [{"where": where, "note": note} for note in notes]
 
-    def add_group(
+    def group(
         self,
         block: str,
         linears: tuple[str, ...],
         errors: tuple[float, float],
         solution: Solution,
         statistics: InputStatistics | None,
-    ) -> None:
-        """Record one group. `errors`: relative output error of the method and of plain rounding to nearest."""
-        entry: dict[str, Any] = {"block": block, "linears": list(linears), "error": errors[0], "rtn_error": errors[1]}
+    ) -> Line:
+        """The entry of one group. `errors`: relative output error of the method and of plain rounding to nearest."""
+        entry: Line = {"block": block, "linears": list(linears), "error": errors[0], "rtn_error": errors[1]}
         entry |= {"damping": solution.damping, "matched": solution.matched, "kept": solution.kept}
+        fallbacks = list(solution.fallbacks)
         if statistics is not None:
             entry |= {"tokens": statistics.tokens, "dropped_rows": statistics.dropped}
             if statistics.dropped:
-                solution.fallbacks.append(f"{statistics.dropped} token rows with NaN or infinity left out")
-        self.groups.append(entry)
-        self.note(f"{block}.{'+'.join(name.rpartition('.')[2] for name in linears)}", solution.fallbacks)
+                fallbacks.append(f"{statistics.dropped} token rows with NaN or infinity left out")
+        self.note(f"{block}.{'+'.join(name.rpartition('.')[2] for name in linears)}", fallbacks)
+        return entry
 
-    def to_json(self, clock: Clock) -> dict[str, Any]:
+    def add(self, entry: Line) -> None:
+        """Take an entry, which is final, and tell of it."""
+        self.groups.append(entry | {"at": self.clock.total, "peak_memory_bytes": self.memory.take()})
+        self.tell(self.groups[-1])
+
+    def to_json(self) -> Line:
         """Everything, ready for json.dump.
 
         Seconds are split by phase; `error` is measured on held-out tokens, before any training from end to end.
@@ -64,10 +79,11 @@ class Report:
             "llmq": VERSION,
             "command": " ".join([program(), shlex.join(sys.argv[1:])]),
             "config": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self.config).items()},
-            "versions": {name: _version(name) for name in ("torch", "transformers", "safetensors")},
+            "versions": versions(),
             "machine": {"system": platform.platform(), "python": platform.python_version()},
-            "seconds": {"total": clock.total, **clock.seconds},
-            "peak_memory_bytes": peak_memory(),
+            "seconds": {"total": self.clock.total, **self.clock.seconds},
+            "peak_memory_bytes": self.memory.largest,
+            "resumed": self.resumed,
             "fallbacks": self.notes,
             "drifts": self.drifts,
             "refined": self.refined,
@@ -75,13 +91,13 @@ class Report:
             "groups": self.groups,
         }
 
-    def show(self, clock: Clock, output: Path) -> None:
+    def show(self, output: Path) -> None:
         """The summary a person reads after a run, on stderr."""
 
         def say(text: str = "") -> None:
             print(text, file=sys.stderr)
 
-        what = "held-out output error" if self.groups[0].get("tokens") else "weight error"
+        what = "held-out output error" if self.groups and self.groups[0].get("tokens") else "weight error"
         say(f"\nworst layers by relative {what}:")
         say(f"  {'layer':<58} {self.config.method:>9} {'rtn':>9}")
         for entry in sorted(self.groups, key=lambda e: -e["error"])[:_WORST]:
@@ -93,8 +109,8 @@ class Report:
             say(f"… and {len(self.notes) - _WORST} more notes in the report")
         if self.distilled is not None:
             say("KL to the original on held-out text {:.4f}, after training {:.4f}".format(*self.distilled))
-        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in clock.seconds.items())
-        say(f"{clock.total:.1f} s ({phases}); peak memory {peak_memory() / 1e9:.2f} GB")
+        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.clock.seconds.items())
+        say(f"{self.clock.total:.1f} s ({phases}); peak memory {self.memory.largest / 1e9:.2f} GB")
         say(f"wrote {output}")
 
 
@@ -102,6 +118,11 @@ def program() -> str:
     """How a user starts the running program: `python -m llmq.quantize`, `llmq quantize`, `scripts/demo.py`."""
     path = Path(sys.argv[0])
     return f"python -m llmq.{path.stem}" if path.parent.name == "llmq" else sys.argv[0]
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that compute."""
+    return {name: _version(name) for name in ("torch", "transformers", "safetensors")}
 
 
 def _version(package: str) -> str:

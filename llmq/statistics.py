@@ -14,6 +14,7 @@ from llmq.arch import Group, linear_of
 from llmq.block import Block
 from llmq.clock import Clock
 from llmq.memory import release_memory
+from llmq.shares import Share
 
 # Only the lower triangle of XᵀX is computed, in strips of this many columns: a third less arithmetic at 1536 columns
 # and still wide enough for full matmul speed (2-core AVX2 machine, 2026-11: 256 and 512 alike, 128 a tenth slower).
@@ -50,24 +51,38 @@ def collect_statistics(block: Block, groups: list[Group], clock: Clock, last: bo
     sums = [_Sums(group, block) for group in groups]
     names = {name for group in groups for name in (group.linears[0], group.residual) if name}
     with block.many_runs():
-        for i, micro_batch in enumerate(block.hidden):
-            originals: dict[str, Tensor] = {}
-            if block.original is not None:
-                originals[""] = block.original[i]
-                with clock("forward"), _inputs(block, names, originals, stop=not last):
-                    output = block.run_batch(i, original=True)
-                    if last:
-                        block.original[i] = output.cpu()
-            inputs = {"": micro_batch}
-            if groups:
-                with clock("forward"), _inputs(block, names, inputs, stop=True):
-                    block.run_batch(i)
+        for share in block.shares:
+            for i in share.batches:
+                inputs, originals = _run(block, i, names, clock, last)
+                with clock("statistics"):
+                    for each in sums:
+                        each.add(inputs, originals, share.held_out)
             with clock("statistics"):
                 for each in sums:
-                    each.add(inputs, originals, held_out=i >= block.held_out_from)
+                    each.fold(share)
+    if last:
+        block.forget_original()
     with clock("statistics"):
         release_memory()
         return [each.finish() for each in sums]
+
+
+def _run(
+    block: Block, i: int, names: set[str], clock: Clock, last: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What enters the modules of these names for micro-batch i, in this model and in the original one."""
+    originals: dict[str, Tensor] = {}
+    if block.original is not None:
+        originals[""] = block.original[i]
+        with clock("forward"), _inputs(block, names, originals, stop=not last):
+            output = block.run_batch(i, original=True)
+            if last:
+                block.original[i] = output.cpu()
+    inputs = {"": block.hidden[i]}
+    if names:
+        with clock("forward"), _inputs(block, names, inputs, stop=True):
+            block.run_batch(i)
+    return inputs, originals
 
 
 class _EnoughError(Exception):
@@ -95,36 +110,66 @@ def _inputs(block: Block, names: set[str], inputs: dict[str, Tensor], stop: bool
 
 
 class _Sums:
-    """Running sums over token rows; only the lower triangle of H is filled until `finish`."""
+    """Sums over token rows, within one share after the other; only the lower triangle of H is filled until `finish`.
+
+    Memory: what is returned. While sums of one kind grow within a share, those of the other kind are not there yet.
+    """
 
     def __init__(self, group: Group, block: Block) -> None:
-        self.first, self.residual = group.linears[0], group.residual
-        self.paired, self.precision = block.original is not None, block.compute.precision
+        self.first, self.residual, self.ranks = group.linears[0], group.residual, block.ranks
+        self.paired, self.precision, self.device = (
+            block.original is not None,
+            block.compute.precision,
+            block.compute.device,
+        )
         self.tokens = self.tokens_val = self.dropped = 0
         self.W = torch.cat([linear_of(block.module, name).weight.data for name in group.linears])
         out, width = self.W.shape
         # TᵀX = W (X_o - X)ᵀX + …: two products with T, or one of square size. T may have something added to it.
         self.narrow = self.residual is not None or 2 * out < width
-        shapes: dict[str, tuple[int, ...]] = {"H": (width, width), "H_val": (width, width), "abs": (width,)}
-        if self.paired:
-            shape = (out if self.narrow else width, width)
-            shapes |= {"lack": shape, "lack_val": shape}
-        self.sums = {name: torch.zeros(shape, device=block.compute.device) for name, shape in shapes.items()}
+        lack = {"lack": (out if self.narrow else width, width)} if self.paired else {}
+        self.shapes: dict[str, tuple[int, ...]] = {"H": (width, width), "abs": (width,)} | lack
+        self.sums: dict[str, Tensor] = {}
+        """Over the shares so far, in the first process."""
+        self.running: dict[str, Tensor] = {}
+        """Within the current share."""
 
     def add(self, inputs: dict[str, Tensor], originals: dict[str, Tensor], held_out: bool) -> None:
         """Inputs of the block's modules by name, in this model and, where it runs along, in the original one."""
         X, dX, dR = self._rows(inputs, originals)
-        kind = "_val" if held_out else ""
         X32 = X.float()
-        _add_lower(self.sums["H" + kind], X32)
+        _add_lower(self._within("H", held_out), X32)
+        self._within("abs", held_out).add_(X32.abs().sum(0))
         if held_out:
             self.tokens_val += len(X)
         else:
             self.tokens += len(X)
-            self.sums["abs"] += X32.abs().sum(0)
         if dX is not None:
             T = self._product(dX, self.W.T) if self.narrow else dX
-            self.sums["lack" + kind] += self._product((T if dR is None else T + dR).T, X)
+            self._within("lack", held_out).add_(self._product((T if dR is None else T + dR).T, X))
+
+    def _within(self, name: str, held_out: bool) -> Tensor:
+        """A sum within the current share."""
+        key = name + "_val" * held_out
+        if key not in self.running:
+            for other in [k for k in self.running if k.endswith("_val") != held_out]:
+                del self.running[other]
+            self.running[key] = torch.zeros(self.shapes[name], device=self.device)
+        return self.running[key]
+
+    def fold(self, share: Share) -> None:
+        """Add the sums of a finished share, whichever process has them, to those of the shares before it."""
+        for name in self.shapes if self.ranks.rank in (0, share.rank) else ():
+            key = name + "_val" * share.held_out
+            part = self._within(name, share.held_out)
+            self.ranks.to_first(part, share.rank)
+            if key in self.sums:
+                self.sums[key] += part
+                part.zero_()
+            elif self.ranks.is_first:
+                self.sums[key] = self.running.pop(key)
+            else:
+                part.zero_()
 
     def _rows(
         self, inputs: dict[str, Tensor], originals: dict[str, Tensor]
@@ -151,16 +196,22 @@ class _Sums:
         return (A.to(self.precision) @ B.to(self.precision)).float()
 
     def finish(self) -> InputStatistics:
-        means = {
-            name: each.div_(max(1, self.tokens_val if name.endswith("_val") else self.tokens))
-            for name, each in self.sums.items()
-        }
+        self.running.clear()
+        counts = self.ranks.each((self.tokens, self.tokens_val, self.dropped))
+        tokens, tokens_val, dropped = (sum(column) for column in zip(*counts, strict=True))
+        kinds = {"": tokens, "_val": tokens_val} if tokens_val else {"": tokens}
+        means: dict[str, Tensor] = {}
+        for name, shape in self.shapes.items():
+            for kind, count in kinds.items():
+                total = self.sums.pop(name + kind, None)
+                total = torch.zeros(shape, device=self.device) if total is None else total
+                means[name + kind] = self.ranks.share(total).div_(max(1, count))
         H = _mirrored(means["H"])
-        H_val = _mirrored(means["H_val"]) if self.tokens_val else H
+        H_val = _mirrored(means["H_val"]) if tokens_val else H
         lack, lack_val = (means.get(name) for name in ("lack", "lack_val"))
         if lack is not None and lack_val is not None and not self.narrow:
             lack, lack_val = self.W.float() @ lack, self.W.float() @ lack_val
-        return InputStatistics(H, H_val, means["abs"], self.tokens, self.dropped, lack, lack_val)
+        return InputStatistics(H, H_val, means["abs"], tokens, dropped, lack, lack_val)
 
 
 def _add_lower(H: Tensor, X: Tensor) -> None:
@@ -169,7 +220,11 @@ def _add_lower(H: Tensor, X: Tensor) -> None:
         H[start:stop, :stop].addmm_(X[:, start:stop].T, X[:, :stop])
 
 
-def _mirrored(lower: Tensor) -> Tensor:
-    # Within a strip the square on the diagonal is full already, hence tril first.
-    full = lower.tril()
-    return full.add_(lower.tril_(-1).T)
+def _mirrored(H: Tensor) -> Tensor:
+    """The lower triangle above the diagonal too, in place."""
+    for start in range(0, len(H), _STRIP):
+        stop = min(start + _STRIP, len(H))
+        square = H[start:stop, start:stop]  # on the diagonal: full, but both halves need not agree to the last bit
+        square.copy_(square.tril() + square.tril(-1).T)
+        H[start:stop, stop:] = H[stop:, start:stop].T
+    return H

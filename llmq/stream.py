@@ -9,65 +9,164 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from llmq.block import Block, Compute
 from llmq.clock import Clock
 from llmq.data import Tokens
 from llmq.errors import RequestError
+from llmq.hidden import HiddenStates, StoredStates
 from llmq.memory import release_memory
+from llmq.ranks import ALONE, Ranks
+from llmq.shares import portion_of
 from llmq.source import ModelSource, move_buffers
 
-# Enough to keep matmuls busy: what a run needs beside its results stays in the caches (SmolLM2-135M on 2 cores with
-# AVX-512: 4 blocks in 28.7 s; 29.9 s with twice, 31.4 s with four times as many; 2026-11-23).
-_TOKENS_PER_RUN = 1024
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a block is given beside hidden states."""
+
+
+@dataclass(frozen=True)
+class Journey:
+    """How the hidden states travel through the model, and where they set out."""
+
+    keep_original: bool = False
+    """Blocks come with the original model's hidden states too, if there are held-out samples to tell by how far to
+    follow them."""
+    ranks: Ranks = ALONE
+    stop: int | None = None
+    """Index of the block after the last one that is wanted."""
+    as_stored: bool = False
+    """Weights stay in the dtype they are stored in where matmuls take it, in half the memory. Not for blocks whose
+    weights are changed before they are rounded."""
+    still: bool = False
+    """Nobody looks at the hidden states: they stay what they are."""
+    finished: int = 0
+    """Blocks that an earlier run has finished: they are not yielded."""
+    restore: Callable[[Block], None] = lambda _: None
+    """Gives such a block the weights it was left with."""
+    directory: Path | None = None
+    """Where hidden states wait for their turn; None for memory."""
+    turn: int | None = None
+    """Which of the files there holds the inputs of the first block that is not finished; None where none does."""
 
 
 def stream(
-    source: ModelSource, tokens: Tokens, compute: Compute, clock: Clock, keep_original: bool = False
+    source: ModelSource, tokens: Tokens, compute: Compute, clock: Clock, journey: Journey | None = None
 ) -> Iterator[Block]:
     """Yield each block in order. What the caller leaves in its weights decides what the next block sees.
 
+    When a block is yielded, all that the ones before it had to do is done.
+
     Args:
         tokens: calibration sequences; they may be few and short for methods that need no statistics.
-        keep_original: blocks come with the original model's hidden states too, if there are held-out samples to tell
-            by how far to follow them.
     """
-    with clock("forward"):
-        hidden, arguments = record_block_inputs(source, tokens, compute)
-    held_out_from = len(_micro_batches(tokens.train))
-    original = list(hidden) if keep_original and held_out_from < len(hidden) else None
-    for name, block_arguments in zip(source.block_names, arguments, strict=True):
+    journey = journey or Journey()
+    travellers = _Travellers(source, tokens, compute, clock, journey)
+    for index, name in enumerate(source.block_names[: journey.stop]):
+        if index < journey.finished and (journey.still or journey.turn is not None):
+            continue
         names = source.block_tensor_names(name)
-        with clock("read"):
-            source.load(names, compute.device, compute.dtype)
-        module = source.skeleton.get_submodule(name)
-        block = Block(name, module, hidden, held_out_from, block_arguments, compute, original)
-        yield block
-        if name != source.block_names[-1]:
+        block = travellers.enter(index, name, names)
+        if index >= journey.finished:
+            yield block
+        else:
+            with clock("forward"):
+                travellers.original_passes(block)
+            journey.restore(block)
+        if not journey.still and name != source.block_names[: journey.stop][-1]:
             with clock("forward"), block.many_runs():
-                for i in range(len(hidden)):
-                    hidden[i] = block.run_batch(i).cpu()
+                for i in range(len(block.hidden)):
+                    block.hidden[i] = block.run_batch(i).cpu()
         source.free(names)
         block.forget()
         release_memory()
+    travellers.arrive()
+
+
+class _Travellers:
+    """The hidden states of this process, and what each block is to know of them."""
+
+    def __init__(self, source: ModelSource, tokens: Tokens, compute: Compute, clock: Clock, journey: Journey) -> None:
+        self.source, self.compute, self.clock, self.journey = source, compute, clock, journey
+        self.portion = portion_of(tokens, journey.ranks)
+        self.shapes = [
+            torch.Size((*batch.shape, source.config.get_text_config().hidden_size)) for batch in self.portion.batches
+        ]
+        self.hidden = self._waiting("quantized")
+        self.original = self._waiting("original") if journey.keep_original and len(tokens.held_out) > 0 else None
+        with clock("forward"):
+            batches = self.portion.batches if journey.turn is None else []
+            sample, self.arguments = record_block_inputs(source, tokens.train[:1], compute, batches, self._set_out)
+            self.sample = journey.ranks.share(sample).cpu()
+
+    def _waiting(self, name: str) -> HiddenStates:
+        """Where they wait."""
+        journey = self.journey
+        if journey.directory is None:
+            return [torch.empty(0)] * len(self.shapes)
+        return StoredStates(journey.directory, name, self.shapes, self.compute.dtype, journey.turn)
+
+    def _set_out(self, i: int, hidden: Tensor) -> None:
+        self.hidden[i] = hidden
+        if self.original is not None:
+            self.original[i] = hidden
+
+    def enter(self, index: int, name: str, names: list[str]) -> Block:
+        """The block with its weights loaded."""
+        source, compute = self.source, self.compute
+        module = source.skeleton.get_submodule(name)
+        linears = {f"{name}.{inner}.weight" for inner, m in module.named_modules() if isinstance(m, nn.Linear)}
+        narrow = linears if self.journey.as_stored and source.dtype == compute.factors else set[str]()
+        with self.clock("read"):
+            source.load([each for each in names if each in narrow], compute.device, compute.factors)
+            source.load([each for each in names if each not in narrow], compute.device, compute.dtype)
+        arguments, ranks, portion = self.arguments[index], self.journey.ranks, self.portion
+        states = (self.hidden, portion.held_out_from, arguments, compute, self.original, ranks)
+        return Block(name, module, *states, portion.shares, self.sample)
+
+    def original_passes(self, block: Block) -> None:
+        """The original model's hidden states go through a block whose weights are still its own."""
+        if block.original is None:
+            return
+        with block.many_runs():
+            for i in range(len(block.original)):
+                block.original[i] = block.run_batch(i, original=True).cpu()
+
+    def arrive(self) -> None:
+        """Nobody needs them any more."""
+        for states in (self.hidden, self.original):
+            if isinstance(states, StoredStates):
+                states.close()
 
 
 @torch.no_grad()
 def record_block_inputs(
-    source: ModelSource, tokens: Tokens, compute: Compute
-) -> tuple[list[Tensor], list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    source: ModelSource,
+    one: Int64[Tensor, "1 length"],
+    compute: Compute,
+    batches: Sequence[Tensor] = (),
+    keep: Callable[[int, Tensor], None] = lambda *_: None,
+) -> tuple[Float[Tensor, "1 length features"], list[Arguments]]:
     """Hidden states entering the first block, and the other arguments of every block.
 
     All blocks are recorders that pass their input on, so one cheap forward through embeddings and masks shows what the
     model gives to each of them (Gemma-style models give different masks), and no exception has to stop it.
     Arguments are recorded for one sequence and broadcast over a micro-batch.
+
+    Args:
+        one: a sequence.
+        keep: is given the hidden states of each of the batches, on the CPU.
+
+    Returns:
+        the hidden states of the one sequence, on the device; the arguments of each block.
     """
     decoder = source.skeleton.get_decoder()
     inside = {id(tensor) for tensor in decoder.state_dict(keep_vars=True).values()}
@@ -82,19 +181,19 @@ def record_block_inputs(
             decoder(input_ids=ids.to(compute.device), use_cache=False)
             return list(calls)
 
-        one, other = recorded(tokens.train[:1]), recorded(tokens.train[:1].flip(1))
-        arguments = [(args, kwargs) for _, args, kwargs in one]
-        if not _same(*([(args, list(kwargs.items())) for _, args, kwargs in each] for each in (one, other))):
+        first, other = recorded(one), recorded(one.flip(1))
+        arguments = [(args, kwargs) for _, args, kwargs in first]
+        if not _same(*([(args, list(kwargs.items())) for _, args, kwargs in each] for each in (first, other))):
             name = type(decoder).__name__
             raise RequestError(f"the blocks of {name} take arguments that depend on the tokens; llmq cannot stream it")
-        batches = _micro_batches(tokens.train) + _micro_batches(tokens.held_out)
-        hidden = [recorded(batch)[0][0].cpu() for batch in batches]
+        for i, batch in enumerate(batches):
+            keep(i, recorded(batch)[0][0].cpu())
     source.free(names)
     if len(arguments) != len(source.blocks) or calls[-1][0].shape != calls[0][0].shape:
         raise RequestError(
             f"{type(decoder).__name__} does not run its blocks one after the other; llmq cannot stream it"
         )
-    return hidden, arguments
+    return first[0][0], arguments
 
 
 @contextmanager
@@ -125,7 +224,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return bool(a) and isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     return a is b or bool(a == b)
-
-
-def _micro_batches(tokens: Int64[Tensor, "samples length"]) -> list[Tensor]:
-    return list(tokens.split(max(1, _TOKENS_PER_RUN // tokens.shape[1]))) if len(tokens) else []

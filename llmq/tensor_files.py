@@ -25,6 +25,11 @@ _HOW = "convert it once with transformers: AutoModelForCausalLM.from_pretrained(
 class TensorFiles(Protocol):
     """What a source needs from a file format: the names, and one tensor at a time."""
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files."""
+        ...
+
     def names(self) -> set[str]: ...
 
     def read(self, name: str) -> Tensor:
@@ -51,6 +56,10 @@ class SafetensorsDirectory:
                 raise CheckpointError(f"{path} lacks {absent[0]}, which the index promises; fetch it again")
             for name in names or present:
                 self._shard_of[name], self._about[name] = path, present[name]
+
+    @property
+    def paths(self) -> list[Path]:
+        return sorted(set(self._shard_of.values()))
 
     def names(self) -> set[str]:
         return set(self._shard_of)
@@ -136,7 +145,7 @@ class GgufFile:
         reader = GGUFReader(path)
         architecture = hf_gguf.read_field(reader, "general.architecture")[0]
         processor = hf_gguf.TENSOR_PROCESSORS.get(architecture, hf_gguf.TensorProcessor)
-        self.path, self._mapped = path, cast(Any, reader.data)._mmap
+        self.paths, self._mapped = [path], cast(Any, reader.data)._mmap
         self._processor = processor(config=config.to_dict())
         # Asked for a whole model, transformers maps the names of every submodule anew: seconds for nothing on most.
         names = hf_gguf.get_gguf_hf_weights_map(cast(Any, _Leaf(skeleton)), self._processor)
@@ -153,7 +162,7 @@ class GgufFile:
 
         stored = self._tensors.get(self._gguf_name.get(name, ""))
         if stored is None:
-            raise CheckpointError(f"{self.path}: no tensor is named {name}")
+            raise CheckpointError(f"{self.paths[0]}: no tensor is named {name}")
         weights = dequantize(stored.data, stored.tensor_type)
         # The pages just read would count as this program's memory for as long as the file is mapped.
         self._mapped.madvise(mmap.MADV_DONTNEED)

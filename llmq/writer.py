@@ -14,79 +14,101 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmq.checkpoint import LEGACY
 from llmq.companions import COPIED, TEMPLATES, Companions
-from llmq.errors import RequestError, WorkError
+from llmq.errors import CheckpointError, RequestError, WorkError
+from llmq.shards import grouped, join, sizes_in
 from llmq.tensor_files import INDEX, SINGLE
 
 REPORT = "llmq_report.json"
-# Finished tensors wait in memory for their shard, and once more while it is written.
-_SHARD_BYTES = 500_000_000
-_OURS = ("config.json", INDEX, "model*.safetensors", "*.partial", *LEGACY, REPORT, *COPIED, TEMPLATES)
+PROGRESS = "llmq_progress.jsonl"
+_SHARD_BYTES = 5_000_000_000
+# Finished tensors wait in memory for their part, and once more while it is written.
+_PART_BYTES = 100_000_000
+_UNFINISHED, _EMPTIED = "unfinished.partial", "emptied.partial"
+_CHECKED = "checked"
+_OURS = ("config.json", INDEX, "model*.safetensors", "*.partial", *LEGACY, REPORT, PROGRESS, *COPIED, TEMPLATES)
 
 
 class Writer:
-    """Streams tensors into shards; a context manager that leaves nothing behind when the work fails.
+    """Streams tensors into parts on disk and joins them to shards; leaves nothing that looks finished when it fails.
 
-    Everything is written to `stage`, a directory inside the one asked for, and moved from there when it is finished.
+        OUTPUT/unfinished.partial/work/part-00007.safetensors    tensors as they come, and what a resumed run needs
+        OUTPUT/unfinished.partial/checkpoint/                    the whole, once all are there
+        OUTPUT/                                                  where it is moved when it has been checked
 
     Args:
         overwrite: replace the checkpoint files that are already there (other files are left alone).
+        resume: go on with what an earlier Writer left in `work`; the caller says with `keep_parts` what of it.
 
     Raises RequestError if the directory is in use, WorkError if the disk is full.
     """
 
-    def __init__(self, directory: Path, overwrite: bool = False, shard_bytes: int = _SHARD_BYTES) -> None:
-        self.directory, self.stage = directory, directory / "unfinished.partial"
-        self._overwrite, self._shard_bytes = overwrite, shard_bytes
+    def __init__(
+        self, directory: Path, overwrite: bool = False, resume: bool = False, shard_bytes: int = _SHARD_BYTES
+    ) -> None:
+        self.directory, root = directory, directory / _UNFINISHED
+        self.stage, self.work = root / "checkpoint", unfinished_work(directory)
+        self.resumable = resume
+        """Whether to leave `work` there when the work fails."""
+        self._overwrite, self._resume, self._shard_bytes = overwrite, resume, shard_bytes
         self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = self._total_bytes = 0
-        self._shards: list[list[str]] = []
+        self._pending_bytes = 0
+        self.parts = 0
+        """On disk so far."""
         self._made_directory = False
 
     def __enter__(self) -> Writer:
-        check_output(self.directory, self._overwrite)
+        check_output(self.directory, self._overwrite, self._resume)
         self._made_directory = not self.directory.exists()
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._clear()
-            self.stage.mkdir()
+            if not self._resume:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._clear()
+            for directory in (self.stage, self.work):
+                directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _explained(error, self.directory) from None
+            raise explained(error, self.directory) from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is None:
             return
-        if self._made_directory:
-            shutil.rmtree(self.directory, ignore_errors=True)
-        else:  # whatever is there under our names is ours: __enter__ removed what was there before
-            self._clear()
+        if not self.resumable:
+            if self._made_directory:
+                shutil.rmtree(self.directory, ignore_errors=True)
+            else:  # whatever is there under our names is ours: __enter__ removed what was there before
+                self._clear()
         if isinstance(error, OSError | SafetensorError):
-            raise _explained(error, self.directory) from None
+            raise explained(error, self.directory) from None
 
     def put(self, tensors: dict[str, Tensor]) -> None:
         """Take tensors that belong together (those of one module never straddle two shards)."""
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if self._pending and self._pending_bytes + size > self._shard_bytes:
+        if self._pending and self._pending_bytes + size > min(_PART_BYTES, self._shard_bytes):
             self.flush()
         # A copy on the CPU of our own: safetensors wants contiguous tensors that share no memory.
         self._pending.update({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
         self._pending_bytes += size
-        self._total_bytes += size
 
     def flush(self) -> None:
-        """Write what still waits for its shard."""
+        """Write what still waits for its part."""
         if self._pending:
-            path = self._partial(len(self._shards))
-            save_file(self._pending, path, metadata={"format": "pt"})
-            path.chmod(0o666 & ~_umask())  # safetensors makes files only their owner can read
-            _sync(path)
-            self._shards.append(sorted(self._pending))
+            save_file(self._pending, self._part(self.parts), metadata={"format": "pt"})
+            _sync(self._part(self.parts))
+            self.parts += 1
             self._pending, self._pending_bytes = {}, 0
+
+    def keep_parts(self, count: int) -> None:
+        """Go on after this many parts of an earlier Writer; what it wrote after them is written anew."""
+        self.parts = count
+
+    def read_parts(self, first: int, stop: int) -> dict[str, Tensor]:
+        """The tensors of these parts."""
+        return {name: tensor for i in range(first, stop) for name, tensor in load_file(self._part(i)).items()}
 
     def finish(
         self,
@@ -96,7 +118,7 @@ class Writer:
         report: Callable[[], dict[str, Any]] | None = None,
         check: Callable[[Path], object] | None = None,
     ) -> None:
-        """Name the shards, copy the tokenizer, let `check` look at the whole, and only then let others see it.
+        """Join the shards, copy the tokenizer, let `check` look at the whole, and only then let others see it.
 
         Args:
             dtype: of the unquantized weights, for config.json; None keeps what it says.
@@ -104,43 +126,84 @@ class Writer:
             check: given the directory where all but the report lies; what it raises ends the work.
         """
         self.flush()
-        weight_map: dict[str, str] = {}
-        for i, names in enumerate(self._shards):
-            final = SINGLE if len(self._shards) == 1 else f"model-{i + 1:05}-of-{len(self._shards):05}.safetensors"
-            os.replace(self._partial(i), self.stage / final)
-            weight_map.update(dict.fromkeys(names, final))
-        if len(self._shards) > 1:
-            metadata = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            self._write_json(INDEX, metadata)
+        for path in self.stage.iterdir():  # of a process that came this far before
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.suffix != ".safetensors":
+                path.unlink()
+        self._join()
         companions.write(self.stage)
         for name in LEGACY[:1] if (quantization_config or {}).get("quant_method") == "gptq" else ():
             self._write_json(name, quantization_config or {})  # where GPTQModel and AutoGPTQ look first
         self._write_json("config.json", _config(companions.config, dtype, quantization_config))
         if check is not None:
-            check(self.stage)
+            try:
+                check(self.stage)
+            except CheckpointError:
+                self.resumable = False  # the parts are gone: there is nothing to go on from
+                raise
         if report is not None:
             self._write_json(REPORT, report())
-        self._publish()
+        self.publish()
 
-    def _publish(self) -> None:
+    def _join(self) -> None:
+        """Parts become shards, one after the other: the disk holds one shard twice at most.
+
+        What is where is written down first, so that this too can be gone on with.
+        """
+        plan_file = self.work / "shards.json"
+        if not plan_file.exists():
+            sizes = [sum(sizes_in(self._part(i)).values()) for i in range(self.parts)]
+            write_json(plan_file, {"shards": grouped(sizes, self._shard_bytes), "total_size": sum(sizes)})
+        plan = json.loads(plan_file.read_text())
+        shards: list[list[int]] = plan["shards"]
+        weight_map: dict[str, str] = {}
+        for i, parts in enumerate(shards):
+            final = SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+            if not (self.stage / final).exists():
+                joined = self.work / "joined.partial"
+                join([self._part(part) for part in parts], joined)
+                os.replace(joined, self.stage / final)
+            for part in parts:
+                self._part(part).unlink(missing_ok=True)
+            weight_map.update(dict.fromkeys(sizes_in(self.stage / final), final))
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": plan["total_size"]}, "weight_map": dict(sorted(weight_map.items()))}
+            self._write_json(INDEX, index)
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether an earlier Writer had finished but for moving its files to where they belong."""
+        return (self.stage.parent / _CHECKED).exists()
+
+    def publish(self) -> None:
         """Move what is finished to where it was asked for, config.json last."""
+        (self.stage.parent / _CHECKED).touch()
         for path in sorted(self.stage.iterdir(), key=lambda path: path.name == "config.json"):
             if path.name == "config.json":
                 _sync(self.directory)
             if path.is_dir():
                 shutil.rmtree(self.directory / path.name, ignore_errors=True)
             os.replace(path, self.directory / path.name)
-        self.stage.rmdir()
+        os.replace(self.stage.parent, self.directory / _EMPTIED)
+        remove_leftovers(self.directory)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the checkpoint is where it belongs."""
+        return (self.directory / "config.json").exists() and not self.is_checked
 
     @contextmanager
-    def workroom(self) -> Iterator[Path]:
-        """A directory for what is not the result yet; gone afterwards."""
-        room = self.directory / "work.partial"
-        room.mkdir()
+    def workroom(self) -> Iterator[Writer]:
+        """A writer for what is not the result yet; gone with the work."""
+        room = self.work / "first"
+        inner = Writer(room, resume=room.exists())
         try:
-            yield room
+            with inner:
+                yield inner
         finally:
-            shutil.rmtree(room, ignore_errors=True)
+            self.resumable |= inner.resumable
+        shutil.rmtree(room, ignore_errors=True)
 
     def _clear(self) -> None:
         for pattern in _OURS:
@@ -150,21 +213,43 @@ class Writer:
                 else:
                     path.unlink(missing_ok=True)
 
-    def _partial(self, index: int) -> Path:
-        return self.stage / f"shard-{index:05}.partial"
+    def _part(self, index: int) -> Path:
+        return self.work / f"part-{index:05}.safetensors"
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        path = self.stage / name
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _sync(path)
+        write_json(self.stage / name, content)
 
 
-def check_output(directory: Path, overwrite: bool) -> None:
-    """Raise RequestError unless `directory` is new, empty, or may be overwritten."""
+def unfinished_work(directory: Path) -> Path:
+    """Where an unfinished run into `directory` keeps what it needs to go on."""
+    return directory / _UNFINISHED / "work"
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what a finished run into `directory` left there, if it was killed while it removed that itself."""
+    shutil.rmtree(directory / _EMPTIED, ignore_errors=True)
+
+
+def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None:
+    """Raise RequestError unless `directory` is new, empty, may be overwritten, or holds what may be gone on with."""
     if directory.exists() and not directory.is_dir():
         raise RequestError(f"output {directory} is a file; name a directory")
-    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
-        raise RequestError(f"output {directory} is not empty; choose another, or pass --overwrite to replace it")
+    unfinished = (directory / _UNFINISHED).is_dir()
+    if overwrite or not directory.is_dir() or not any(directory.iterdir()):
+        return
+    if resume and (unfinished or (directory / REPORT).exists()):
+        return
+    if unfinished:
+        raise RequestError(f"{directory} holds an unfinished run; --resume goes on with it, --overwrite begins anew")
+    raise RequestError(f"output {directory} is not empty; choose another, or pass --overwrite to replace it")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file that is there whole or not at all."""
+    partial = path.with_name(path.name + ".new")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(partial)
+    os.replace(partial, path)
 
 
 def _config(
@@ -177,12 +262,6 @@ def _config(
     return config if quantization_config is None else config | {"quantization_config": quantization_config}
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -191,7 +270,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _explained(error: Exception, directory: Path) -> WorkError:
+def explained(error: Exception, directory: Path) -> WorkError:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or any(
         sign in str(error) for sign in ("No space left", "File too large", "quota")
     )

@@ -46,7 +46,7 @@ def write(
     **options: Any,
 ) -> None:
     """Write a checkpoint of these tensors; `options` go to `finish`."""
-    with Writer(directory, overwrite, shard_bytes) as writer:
+    with Writer(directory, overwrite, shard_bytes=shard_bytes) as writer:
         for name, tensor in tensors.items():
             writer.put({name: tensor})
         options = {"quantization_config": {"quant_method": "ours"}} | options

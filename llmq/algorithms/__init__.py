@@ -32,6 +32,11 @@ class Algorithm:
     refine: Refine | None = None
     needs_statistics: Callable[[QuantizeConfig], bool] = lambda _: True
 
+    rows_apart: Callable[[QuantizeConfig], bool] = lambda _: True
+    """Whether `solve` gives rows that are solved apart the codes that they get together."""
+    is_nearest: Callable[[QuantizeConfig], bool] = lambda _: False
+    """Whether `solve` is plain rounding to nearest."""
+
     def includes(self, part: str, config: QuantizeConfig) -> bool:
         """Whether this part of an effort is wanted: see QuantizeConfig.without."""
         return self.needs_statistics(config) and config.effort != "fast" and part not in config.without
@@ -53,10 +58,19 @@ def _tuned(
     return tuned.refine(block, groups, problems, solutions, config.tuned)
 
 
+def _not_gated(config: QuantizeConfig) -> bool:
+    """What effort best keeps is decided for all rows."""
+    return config.effort != "best"
+
+
 ALGORITHMS = {
-    "rtn": Algorithm(lambda problem, _: rtn.solve(problem), needs_statistics=lambda config: config.grid == "hessian"),
-    "gptq": Algorithm(_gptq),
+    "rtn": Algorithm(
+        lambda problem, _: rtn.solve(problem),
+        needs_statistics=lambda config: config.grid == "hessian",
+        is_nearest=lambda config: config.grid in ("auto", "minmax"),
+    ),
+    "gptq": Algorithm(_gptq, rows_apart=_not_gated),
     "awq": Algorithm(lambda problem, config: awq.solve(problem, config.awq), _awq_transform),
-    "awq+gptq": Algorithm(_gptq, _awq_transform),
-    "tuned": Algorithm(_gptq, refine=_tuned),
+    "awq+gptq": Algorithm(_gptq, _awq_transform, rows_apart=_not_gated),
+    "tuned": Algorithm(_gptq, refine=_tuned, rows_apart=_not_gated),
 }

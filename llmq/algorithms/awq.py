@@ -47,7 +47,8 @@ def transform(block: Block, groups: list[Group], problems: list[Problem], settin
     Returns:
         the tensors of the block that changed besides the linears of `groups`, and fallbacks.
     """
-    sample = block.hidden[0][:1]
+    sample = block.sample
+    assert sample is not None
     expected = block.run(sample)
     changed: set[str] = set()
     notes: list[str] = []

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from llmq.algorithms import gptq
 from llmq.algorithms.descent import descend
-from llmq.algorithms.problem import Problem, Solution, damped, energy
+from llmq.algorithms.problem import Problem, Solution, damped, lost_energy, spread
 from llmq.algorithms.refit import refit_scales
 from llmq.settings import Gptq
 
 _DAMPINGS = (1.0, 0.4, 3.0)  # times the one asked for
-_ROWS = 256  # of W, spread evenly, that choose the damping
 _PASSES = 2
 
 Step = Callable[[Problem, Solution, Tensor], Solution]
@@ -49,7 +48,7 @@ def solve(problem: Problem, settings: Gptq) -> Solution:
 
 def _best_damping(problem: Problem, settings: Gptq) -> float:
     """Rows do not interact, so a few of them tell what suits all."""
-    rows = slice(None, None, max(1, len(problem.W) // _ROWS))
+    rows = spread(len(problem.W))
     few = replace(problem, W=problem.W[rows], clippable=problem.clippable[rows])
     tried = (settings.damping * factor for factor in _DAMPINGS)
     return min(
@@ -60,4 +59,4 @@ def _best_damping(problem: Problem, settings: Gptq) -> float:
 def held_out_loss(problem: Problem, solution: Solution) -> float:
     """tr(ΔW H_val ΔWᵀ)"""
     assert problem.statistics is not None
-    return energy(problem.W - solution.dequantize(problem.grid.group_size), problem.statistics.H_val)
+    return lost_energy(problem, solution, problem.statistics.H_val)

@@ -12,47 +12,76 @@ from jaxtyping import Int32, UInt8
 from torch import Tensor
 
 _WORD = 32
+_CODES = 1 << 20  # at a time
 
 
 def pack_stream(codes: UInt8[Tensor, "rows columns"], bits: int, axis: int = 1) -> Int32[Tensor, "..."]:
     """Pack along `axis` (0 or 1): `ceil(n * bits / 32)` words as two's complement int32."""
     if axis == 0:
         return pack_stream(codes.T, bits).T.contiguous()
-    rows, n = codes.shape
-    # Codes straddle words only every lcm(bits, 32) bits; within such a period the shifts are the same for all.
-    per_period, words_per_period = _period(bits)
-    periods = -(-n // per_period)
-    padded = torch.zeros(rows, periods * per_period, dtype=torch.int64, device=codes.device)
-    padded[:, :n] = codes
-    padded = padded.view(rows, periods, per_period)
-    words = torch.zeros(rows, periods, words_per_period, dtype=torch.int64, device=codes.device)
-    for i in range(per_period):
-        word, shift = divmod(i * bits, _WORD)
-        shifted = padded[..., i] << shift
-        words[..., word] |= shifted & 0xFFFFFFFF
-        if shift + bits > _WORD:
-            words[..., word + 1] |= shifted >> _WORD
-    return words.view(rows, -1)[:, : packed_length(n, bits)].to(torch.int32).contiguous()
+    words = torch.empty(len(codes), packed_length(codes.shape[1], bits), dtype=torch.int32, device=codes.device)
+    for rows in _strips(codes.shape):
+        words[rows] = _pack(codes[rows], bits)[:, : words.shape[1]]
+    return words
 
 
 def unpack_stream(words: Int32[Tensor, "rows words"], bits: int, n: int, axis: int = 1) -> UInt8[Tensor, "..."]:
     """The first `n` codes along `axis`; exact inverse of `pack_stream`."""
     if axis == 0:
         return unpack_stream(words.T, bits, n).T.contiguous()
-    rows = words.shape[0]
+    codes = torch.empty(len(words), n, dtype=torch.uint8, device=words.device)
+    for rows in _strips(codes.shape):
+        codes[rows] = _unpack(words[rows], bits)[:, :n]
+    return codes
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """Whole periods of words, zeros behind the last code."""
+    # Codes straddle words only every lcm(bits, 32) bits; within such a period the shifts are the same for all.
     per_period, words_per_period = _period(bits)
-    periods = -(-n // per_period)
-    stream = torch.zeros(rows, periods * words_per_period, dtype=torch.int64, device=words.device)
-    stream[:, : words.shape[1]] = words.to(torch.int64) & 0xFFFFFFFF
-    stream = stream.view(rows, periods, words_per_period)
-    codes = torch.empty(rows, periods, per_period, dtype=torch.uint8, device=words.device)
+    # Where none straddles, a shift may lose high bits of a signed word: they are 0.
+    dtype = torch.int32 if words_per_period == 1 else torch.int64
+    codes = _padded(codes, per_period)
+    words = torch.zeros(*codes.shape[:2], words_per_period, dtype=dtype, device=codes.device)
     for i in range(per_period):
         word, shift = divmod(i * bits, _WORD)
-        value = stream[..., word] >> shift
+        shifted = codes[..., i].to(dtype) << shift
+        if words_per_period == 1:
+            words[..., 0] |= shifted
+            continue
+        words[..., word] |= shifted & 0xFFFFFFFF
+        if shift + bits > _WORD:
+            words[..., word + 1] |= shifted >> _WORD
+    return words.flatten(1).to(torch.int32)
+
+
+def _unpack(words: Tensor, bits: int) -> Tensor:
+    """All codes of whole periods, with what follows the last one."""
+    per_period, words_per_period = _period(bits)
+    stream = _padded(words, words_per_period)
+    if words_per_period > 1:
+        stream = stream.to(torch.int64) & 0xFFFFFFFF
+    codes = torch.empty(*stream.shape[:2], per_period, dtype=torch.uint8, device=words.device)
+    for i in range(per_period):
+        word, shift = divmod(i * bits, _WORD)
+        value = stream[..., word] >> shift  # the sign that is shifted in is masked off
         if shift + bits > _WORD:
             value = value | (stream[..., word + 1] << (_WORD - shift))
         codes[..., i] = (value & (2**bits - 1)).to(torch.uint8)
-    return codes.view(rows, -1)[:, :n].contiguous()
+    return codes.flatten(1)
+
+
+def _padded(rows: Tensor, period: int) -> Tensor:
+    """[rows, periods, period], with zeros behind the last number."""
+    padded = rows.new_zeros(len(rows), -(-rows.shape[1] // period) * period)
+    padded[:, : rows.shape[1]] = rows
+    return padded.unflatten(1, (-1, period))
+
+
+def _strips(shape: torch.Size) -> list[slice]:
+    """Rows whose codes stay in the caches while they are looked at."""
+    size = max(1, _CODES // max(1, shape[1]))
+    return [slice(start, start + size) for start in range(0, shape[0], size)]
 
 
 def packed_length(n: int, bits: int) -> int:

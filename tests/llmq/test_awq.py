@@ -1,11 +1,12 @@
 import pytest
 import torch
 from problems import correlated_inputs, loss, make_problem
+from test_cholesky import threads
 from tiny import save_tiny
 
 from llmq import grid
 from llmq.algorithms import awq
-from llmq.algorithms.problem import Problem, round_to_nearest
+from llmq.algorithms.problem import Problem, joined, round_to_nearest
 from llmq.arch import find_groups, linear_of
 from llmq.block import Compute
 from llmq.clock import Clock
@@ -67,6 +68,18 @@ def test_clipping_lowers_the_error_of_each_group_and_spares_queries_and_keys():
         assert (errors[0][5:] < errors[1][5:]).any()
     assert torch.equal(clipped.q[:5], plain.q[:5])
     assert not torch.equal(clipped.q[5:], plain.q[5:])
+
+
+def test_rows_are_clipped_alike_together_and_apart_by_any_number_of_threads():
+    problem = make_problem(correlated_inputs(width=192, dtype=torch.float32), rows=272, bits=3)
+    problem.clippable[:100] = False
+    together = awq.solve(problem, Awq())
+    parts = [problem.rows(start, stop) for start, stop in ((0, 16), (16, 112), (112, 272))]
+    for count in (1, 2, 3):
+        with threads(count):
+            for solution in (awq.solve(problem, Awq()), joined([awq.solve(part, Awq()) for part in parts])):
+                assert torch.equal(solution.q, together.q)
+                assert torch.equal(solution.scale, together.scale)
 
 
 def first_block(directory, dtype=torch.float32):

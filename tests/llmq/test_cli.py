@@ -133,12 +133,12 @@ def test_a_corrupt_shard_exits_with_1_and_names_the_file(tmp_path):
 def test_nan_weights_exit_with_1_and_name_the_tensor(tmp_path):
     model = save_tiny(tmp_path / "model")
     weights = load_file(model / "model.safetensors")
-    weights["model.layers.1.mlp.down_proj.weight"][5, 7] = math.nan
+    weights["model.layers.0.mlp.down_proj.weight"][5, 7] = math.nan
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     arguments = ("--model", model, "--output", tmp_path / "out", "--method", "rtn", "--group-size", "32")
     result = run_here("llmq.quantize", *arguments)
     assert result.returncode == 1
-    assert "model.layers.1.mlp.down_proj.weight" in error_of(result)
+    assert "model.layers.0.mlp.down_proj.weight" in error_of(result)
     assert "NaN" in error_of(result)
     assert not (tmp_path / "out").exists()
 

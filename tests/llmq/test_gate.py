@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from problems import correlated_inputs, make_problem
+from test_cholesky import threads
 
 from llmq.algorithms import gate, gptq
 from llmq.algorithms.descent import descend
@@ -31,6 +32,17 @@ def test_never_worse_than_gptq_on_held_out_tokens_and_better_on_the_whole(bits, 
         gated.append(gate.held_out_loss(problem, gate.solve(problem, Gptq())))
     assert all(new <= old for new, old in zip(gated, plain, strict=True))
     assert sum(gated) < sum(plain)
+
+
+def test_what_is_kept_does_not_depend_on_the_number_of_threads():
+    X = correlated_inputs(tokens=600, width=192, dtype=torch.float32)
+    problem, found = make_problem(X, rows=320, bits=3), []
+    for count in (1, 2):
+        with threads(count):
+            found.append(gate.solve(problem, Gptq()))
+    assert (found[1].damping, found[1].kept) == (found[0].damping, found[0].kept)
+    assert torch.equal(found[1].q, found[0].q)
+    assert torch.equal(found[1].scale, found[0].scale)
 
 
 def test_few_tokens_ask_for_more_damping_than_many():

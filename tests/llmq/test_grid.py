@@ -29,6 +29,15 @@ def test_symmetric_largest_weight_is_represented_exactly_by_code_zero(bits, sign
     assert torch.sign(scale[0]) == -sign
 
 
+def test_of_two_weights_of_largest_magnitude_the_first_is_on_code_zero():
+    W = weights(rows=300).mul(2).round()  # full of ties
+    first = W.gather(1, W.abs().argmax(1, keepdim=True))[:, 0]
+    for layout in (W, W.T.contiguous().T):
+        scale, _ = grid.choose_scale_zero(layout, 4, True, torch.float32)
+        assert torch.equal(scale, -first / 8)
+    assert ((W.amax(1) == -W.amin(1)).float().mean() > 0.1).all()
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_symmetric_step_is_smaller_than_that_of_half_range_grids(bits):
     W = weights()

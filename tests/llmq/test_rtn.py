@@ -1,9 +1,11 @@
 import pytest
 import torch
-from problems import correlated_inputs, make_problem
+from problems import correlated_inputs, loss, make_problem
+from test_cholesky import threads
 
+from llmq.algorithms import problem as problem_module
 from llmq.algorithms import rtn
-from llmq.algorithms.problem import relative_error
+from llmq.algorithms.problem import energy, joined, lost_energy, mean, relative_error
 
 
 def test_every_weight_goes_to_the_nearest_point_of_its_group():
@@ -44,3 +46,55 @@ def test_relative_error_is_the_lost_share_of_the_output_energy():
     assert abs(relative_error(problem.W, W_hat, problem.statistics.H) / expected - 1) < 1e-12
     assert relative_error(problem.W, problem.W, None) == 0
     assert relative_error(torch.zeros(2, 64), torch.zeros(2, 64), None) == 0
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("search", ["minmax", "common", "mse", "hessian"])
+def test_strips_and_slices_of_rows_change_nothing(search, symmetric, monkeypatch):
+    X = correlated_inputs(dtype=torch.float32)
+    problem = make_problem(X, rows=101, bits=3, symmetric=symmetric, search=search)
+    whole, W_hat = rtn.solve(problem), rtn.solve(problem).dequantize(32)
+    apart = joined([rtn.solve(problem.rows(start, stop)) for start, stop in ((0, 1), (1, 37), (37, 101))])
+    monkeypatch.setitem(problem_module._WEIGHTS, "cpu", 64 * 7)
+    stripped = rtn.solve(problem)
+    for other in (apart, stripped):
+        assert torch.equal(other.q, whole.q)
+        assert torch.equal(other.scale, whole.scale)
+        assert torch.equal(other.zero, whole.zero)
+    assert torch.equal(stripped.dequantize(32), W_hat)
+
+
+def test_rows_of_a_problem_are_views_of_what_belongs_to_them():
+    problem = make_problem(correlated_inputs(), rows=6)
+    assert problem.rows(2, 5).statistics == problem.statistics
+    problem.statistics.lack = problem.W + 1
+    problem.clippable[3] = False
+    part = problem.rows(2, 5)
+    assert part.W.data_ptr() == problem.W[2].data_ptr()
+    assert torch.equal(part.statistics.lack, problem.W[2:5] + 1)
+    assert part.statistics.lack_val is None
+    assert part.statistics.H is problem.statistics.H
+    assert part.clippable.tolist() == [True, False, True]
+    problem.statistics = None
+    assert problem.rows(0, 1).statistics is None
+
+
+def test_energies_are_summed_in_one_order(monkeypatch):
+    problem = make_problem(correlated_inputs(width=192, dtype=torch.float32), rows=400)
+    H, solution, found = problem.statistics.H, rtn.solve(problem), []
+    for count in (1, 2, 3):
+        with threads(count):
+            found.append((energy(problem.W, H), energy(problem.W, None), lost_energy(problem, solution, H)))
+    assert found[0] == found[1] == found[2]
+    assert found[0][2] == pytest.approx(loss(problem, solution), rel=1e-4)
+    monkeypatch.setattr(problem_module, "_ROWS", 48)
+    strips = energy(problem.W, H), energy(problem.W, None), lost_energy(problem, solution, H)
+    assert strips == pytest.approx(found[0], rel=1e-12)
+
+
+def test_means_of_long_diagonals_are_summed_in_one_order():
+    terms, found = torch.rand(100_001, generator=torch.Generator().manual_seed(0)), []
+    for count in (1, 2, 3):
+        with threads(count):
+            found.append(mean(terms))
+    assert found[0] == found[1] == found[2] == pytest.approx(float(terms.double().mean()), rel=1e-12)

@@ -60,8 +60,8 @@ def test_the_first_tokens_are_drawn_hotter_than_the_rest():
 
 def test_a_model_is_quantized_on_its_own_text(tmp_path, llama, text_file, monkeypatch):
     seen = []
-    monkeypatch.setattr("llmq.pipeline.multiplies_bfloat16", lambda _: False)
-    monkeypatch.setattr("llmq.pipeline.split", lambda sequences: seen.append(sequences) or split(sequences))
+    monkeypatch.setattr("llmq.request.multiplies_bfloat16", lambda _: False)
+    monkeypatch.setattr("llmq.request.split", lambda sequences: seen.append(sequences) or split(sequences))
     run(llama, SELF, tmp_path / "out", samples=12)
     written = sample_sequences(load_any(str(llama), "cpu")[0], None, Calibration(SELF, 12, 32))
     assert torch.equal(seen[0], written)

@@ -8,7 +8,7 @@ import stat
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from written import KILOBYTE, complete_source, names_in, numbers, write
 
 from llmq import writer as writer_module
@@ -27,23 +27,53 @@ def fail_midway(directory, error, overwrite=False):
     with Writer(directory, overwrite, shard_bytes=1024) as writer:
         writer.put({"a": numbers(KILOBYTE)})
         writer.put({"b": numbers(KILOBYTE)})
-        assert names_in(writer.stage) == ["shard-00000.partial"]
+        assert names_in(writer.work) == ["part-00000.safetensors"]
         raise error
 
 
-def test_shards_are_on_disk_as_soon_as_they_are_full(tmp_path):
+def test_parts_are_on_disk_as_soon_as_they_are_full_or_flushed(tmp_path):
     with Writer(tmp_path, shard_bytes=2048) as writer:
         writer.put({"a": numbers(KILOBYTE)})
         writer.put({"b": numbers(KILOBYTE, 7)})
-        assert names_in(writer.stage) == []
+        assert names_in(writer.work) == []
         writer.put({"c": numbers(KILOBYTE)})
-        assert names_in(writer.stage) == ["shard-00000.partial"]
-        written = load_file(writer.stage / "shard-00000.partial")
+        assert names_in(writer.work) == ["part-00000.safetensors"]
+        assert writer.parts == 1
+        written = writer.read_parts(0, 1)
         assert written.keys() == {"a", "b"}
         assert torch.equal(written["b"], numbers(KILOBYTE, 7))
-        writer.put({"d": numbers(KILOBYTE), "e": numbers(KILOBYTE)})
-        assert names_in(writer.stage) == ["shard-00000.partial", "shard-00001.partial"]
+        writer.flush()
+        assert writer.read_parts(1, 2).keys() == {"c"}
+        writer.flush()
+        assert writer.parts == 2
+        assert names_in(writer.stage) == []
         assert names_in(tmp_path) == ["unfinished.partial"]
+
+
+def test_parts_are_joined_to_shards_that_are_as_large_as_allowed(tmp_path, source):
+    with Writer(tmp_path, shard_bytes=2048) as writer:
+        for i in range(5):
+            writer.put({f"layer.{i}": numbers(KILOBYTE, i)})
+            writer.flush()
+        writer.finish(companions_of(source), torch.float16)
+    shards = [sorted(load_file(path)) for path in sorted(tmp_path.glob("model-*"))]
+    assert shards == [["layer.0", "layer.1"], ["layer.2", "layer.3"], ["layer.4"]]
+
+
+def test_a_shard_of_several_parts_is_what_safetensors_would_have_written(tmp_path, source):
+    tensors = {
+        "b": numbers(3),
+        "a": torch.arange(5, dtype=torch.int8),
+        "c": numbers(2).half(),
+        "d": numbers(1).double(),
+    }
+    with Writer(tmp_path / "out") as writer:
+        for name, tensor in tensors.items():
+            writer.put({name: tensor})
+            writer.flush()
+        writer.finish(companions_of(source), torch.float16)
+    save_file(tensors, tmp_path / "whole.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "out" / SINGLE).read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
 def test_tensors_put_together_share_a_shard_however_small_it_is(tmp_path, source):
@@ -150,15 +180,21 @@ def test_a_failure_midway_leaves_only_foreign_files_in_a_directory_that_was_ther
 
 def test_a_workroom_is_gone_whether_the_work_succeeds_or_fails_and_one_left_over_is_cleared(tmp_path, source):
     def work(directory, end, overwrite=False):
-        with Writer(directory, overwrite) as writer, writer.workroom() as room:
-            assert names_in(room) == []
-            (room / "config.json").write_text("{}")
-            end(writer)
+        with Writer(directory, overwrite) as writer:
+            with writer.workroom() as first:
+                assert names_in(first.work) == []
+                first.put({"a": numbers(4)})
+                end(first)
+            assert not first.directory.exists()
+            writer.put({"b": numbers(4)})
+            writer.finish(companions_of(source), torch.float16)
 
-    work(tmp_path / "good", lambda writer: writer.finish(companions_of(source), torch.float16))
+    work(tmp_path / "good", lambda first: first.finish(companions_of(source), torch.float16))
     assert not list((tmp_path / "good").glob("*.partial"))
-    (tmp_path / "old" / "work.partial").mkdir(parents=True)
-    (tmp_path / "old" / "work.partial" / "shard-00000.partial").write_text("left over")
+    assert load_file(tmp_path / "good" / SINGLE).keys() == {"b"}
+    left_over = tmp_path / "old" / "unfinished.partial" / "work" / "first"
+    left_over.mkdir(parents=True)
+    (left_over / "part-00000.safetensors").write_text("left over")
     with pytest.raises(KeyboardInterrupt):
         work(tmp_path / "old", interrupt, overwrite=True)
     assert names_in(tmp_path / "old") == []
