@@ -120,8 +120,8 @@ def _block_by_block(request: Request, run: Run, progress: Progress) -> None:
         progress.commit()
     stop = names.index(run.chosen[-1]) + 1
     finished = sum(map(progress.is_done, names[:stop]))
-    if finished < stop:
-        with _states_directory(request, run) as directory:
+    with _states_directory(request, run) as directory:
+        if finished < stop:
             journey = Journey(
                 keep_original=run.matching,
                 ranks=run.ranks,
@@ -130,15 +130,14 @@ def _block_by_block(request: Request, run: Run, progress: Progress) -> None:
                 still=not run.algorithm.needs_statistics(run.config),
                 finished=finished,
                 restore=progress.restore_block,
+                passed=progress.commit,
                 directory=directory,
                 turn=progress.turn_of_states(directory),
             )
             blocks = stream(source, request.tokens, request.compute, request.clock, journey)
             bar = tqdm(blocks, "blocks", total=stop, initial=finished, disable=not request.progress, unit="block")
             for block in bar:
-                progress.commit()
                 progress.save(block.name, [run.quantize_block(block, bar.set_postfix_str)], block)
-            progress.commit()
     for name in names[stop:]:
         if not progress.is_done(name):
             progress.save(name, run.untouched(name))

@@ -52,6 +52,8 @@ class Journey:
     """Blocks that an earlier run has finished: they are not yielded."""
     restore: Callable[[Block], None] = lambda _: None
     """Gives such a block the weights it was left with."""
+    passed: Callable[[], None] = lambda: None
+    """Called when the hidden states have passed a block: nothing more is done with it."""
     directory: Path | None = None
     """Where hidden states wait for their turn; None for memory."""
     turn: int | None = None
@@ -62,8 +64,6 @@ def stream(
     source: ModelSource, tokens: Tokens, compute: Compute, clock: Clock, journey: Journey | None = None
 ) -> Iterator[Block]:
     """Yield each block in order. What the caller leaves in its weights decides what the next block sees.
-
-    When a block is yielded, all that the ones before it had to do is done.
 
     Args:
         tokens: calibration sequences; they may be few and short for methods that need no statistics.
@@ -85,6 +85,7 @@ def stream(
             with clock("forward"), block.many_runs():
                 for i in range(len(block.hidden)):
                     block.hidden[i] = block.run_batch(i).cpu()
+        journey.passed()
         source.free(names)
         block.forget()
         release_memory()

@@ -1,50 +1,93 @@
-"""Runs that are killed as `kill -9` does it, at a moment that is counted in what they do to the disk."""
+"""Runs in forked processes: some are killed as `kill -9` does it, some work together.
 
+A moment at which a run is killed is counted in what it does to the disk, so that none between two changes is missed.
+"""
+
+import hashlib
 import os
 import signal
+import socket
 import sys
 
+import torch
+
 import llmq
+from llmq.errors import LlmqError
 
-# Every way in which the writer, the journal, the report and the hidden states change what is on the disk.
+# Ways in which the writer, the journal, the report and the hidden states change what is on the disk.
 _CHANGES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
-
-
-def in_child(work):
-    """Exit code of a child process that does this; negative for a signal."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_NOT_COMPARED = {"llmq_report.json", "llmq_progress.jsonl"}  # which tell of times
 
 
 def quantize_until(moment, config, count=None):
-    """Quantize in a child process that is killed at the moment-th change of the disk, where there are so many.
+    """Exit code of a run that is killed at the moment-th change of the disk, where there are so many.
 
     Args:
-        count: a file that gets the number of changes so far.
+        count: a file that gets the number of changes of a run that is not killed.
     """
 
     def work():
-        state = {"changes": 0, "busy": False}
+        changes = 0
 
         def hook(event, arguments):
-            writes = event != "open" or "w" in str(arguments[1]) or "a" in str(arguments[1]) or "+" in str(arguments[1])
-            if event not in _CHANGES or not writes or state["busy"]:
-                return
-            state["changes"] += 1
-            if state["changes"] == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
+            nonlocal changes
+            if event in _CHANGES and (event != "open" or arguments[2] & _WRITES):
+                changes += 1
+                if changes == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
         llmq.quantize(config)
         if count is not None:
-            state["busy"] = True
-            count.write_text(str(state["changes"]))
+            text = str(changes)
+            count.write_text(text)
 
-    return in_child(work)
+    return _exit_code(_forked(work))
+
+
+def quantize_together(config, processes, fails=None):
+    """Exit codes of processes that quantize together.
+
+    Args:
+        fails: called in each of them, with its number, before it begins.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def work(rank):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(processes)}
+        if fails is not None:
+            fails(rank)
+        llmq.quantize(config)
+
+    children = [_forked(lambda rank=rank: work(rank)) for rank in range(processes)]
+    return [_exit_code(child) for child in children]
+
+
+def result_of(directory):
+    """What a checkpoint's files hold, by name."""
+    files = (path for path in directory.iterdir() if path.is_file() and path.name not in _NOT_COMPARED)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _forked(work):
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        work()
+        code = 0
+    except LlmqError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(code)
+
+
+def _exit_code(child):
+    """Negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

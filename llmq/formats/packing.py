@@ -73,9 +73,10 @@ def _unpack(words: Tensor, bits: int) -> Tensor:
 
 def _padded(rows: Tensor, period: int) -> Tensor:
     """[rows, periods, period], with zeros behind the last number."""
-    padded = rows.new_zeros(len(rows), -(-rows.shape[1] // period) * period)
+    periods = -(-rows.shape[1] // period)
+    padded = torch.zeros(len(rows), periods * period, dtype=rows.dtype, device=rows.device)
     padded[:, : rows.shape[1]] = rows
-    return padded.unflatten(1, (-1, period))
+    return padded.view(len(rows), periods, period)
 
 
 def _strips(shape: torch.Size) -> list[slice]:

@@ -1,0 +1,124 @@
+"""Several processes that work together end in the bytes of one."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from killed import quantize_together, result_of
+from tiny import save_tiny
+
+import llmq
+from llmq.data import Tokens
+from llmq.errors import RequestError
+from llmq.ranks import ALONE, Ranks
+from llmq.shares import portion_of, split
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"), "llama-gqa", torch.bfloat16)
+
+
+@pytest.fixture
+def config(model, text_file, tmp_path):
+    settings = {"samples": 60, "sequence_length": 128, "group_size": 32, "device": "cpu"}
+    return llmq.QuantizeConfig(model=str(model), output=tmp_path / "one", calibration=str(text_file), **settings)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("changes", [{}, {"method": "awq+gptq"}, {"effort": "best"}, {"method": "rtn"}], ids=str)
+def test_together_they_write_the_bytes_of_one(changes, processes, config, tmp_path):
+    config = replace(config, **changes)
+    llmq.quantize(config)
+    together = replace(config, output=tmp_path / "together")
+    assert quantize_together(together, processes) == [0] * processes
+    assert result_of(together.output) == result_of(config.output)
+
+
+def test_more_processes_than_shares_of_the_text_help_with_the_rows(config, tmp_path):
+    config = replace(config, samples=4, sequence_length=256)
+    llmq.quantize(config)
+    together = replace(config, output=tmp_path / "together")
+    assert quantize_together(together, 4) == [0] * 4
+    assert result_of(together.output) == result_of(config.output)
+
+
+def test_hidden_states_on_disk_are_each_process_own(config, tmp_path):
+    llmq.quantize(config)
+    together = replace(config, output=tmp_path / "together", offload_dir=tmp_path / "states")
+    assert quantize_together(together, 2) == [0, 0]
+    assert result_of(together.output) == result_of(config.output)
+    assert not list((tmp_path / "states").iterdir())
+
+
+def test_one_that_dies_ends_the_others_and_any_number_goes_on(config, tmp_path, capfd):
+    llmq.quantize(config)
+    together = replace(config, output=tmp_path / "together")
+
+    def fails(rank):
+        if rank == 1:
+            enter = llmq.stream._Travellers.enter
+
+            def dies(self, index, *arguments):
+                if index == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return enter(self, index, *arguments)
+
+            llmq.stream._Travellers.enter = dies
+
+    started = time.monotonic()
+    assert quantize_together(together, 2, fails) == [1, -9]
+    assert time.monotonic() - started < 60
+    assert "another process of this run ended" in capfd.readouterr().err
+    assert not (together.output / "config.json").exists()
+    assert quantize_together(replace(together, resume=True), 3) == [0, 0, 0]
+    assert result_of(together.output) == result_of(config.output)
+
+
+def test_a_wrong_request_ends_all(config, tmp_path, capfd):
+    tmp_path.joinpath("there").mkdir()
+    tmp_path.joinpath("there", "notes.md").write_text("mine")
+    assert quantize_together(replace(config, output=tmp_path / "there"), 2) == [1, 1]
+    assert "is not empty" in capfd.readouterr().err
+
+
+def test_training_needs_one_process(config, monkeypatch):
+    from llmq.request import open_request
+
+    with pytest.raises(RequestError, match="one process"):
+        open_request(replace(config, method="tuned"), torch.device("cpu"), Ranks(1, 2), False)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 100])
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 11])
+def test_shares_do_not_depend_on_how_many_there_are(count, size):
+    tokens = Tokens(torch.arange(count * 1024).view(count, 1024), torch.arange(2 * 1024).view(2, 1024))
+    alone = portion_of(tokens, ALONE)
+    portions = [portion_of(tokens, Ranks(rank, size)) for rank in range(size)]
+    assert len(alone.shares) == min(8, count) + 2
+    for i, share in enumerate(alone.shares):
+        owner = portions[0].shares[i].rank
+        assert [len(portion.shares[i].batches) > 0 for portion in portions] == [rank == owner for rank in range(size)]
+        mine = portions[owner]
+        ours = [mine.batches[j] for j in mine.shares[i].batches]
+        theirs = [alone.batches[j] for j in share.batches]
+        assert torch.equal(torch.cat(ours), torch.cat(theirs))
+        assert all((j >= mine.held_out_from) == share.held_out for j in mine.shares[i].batches)
+    assert sum(len(portion.batches) for portion in portions) == len(alone.batches)
+
+
+def test_two_processes_have_about_the_same_to_do():
+    shares = split(58, 3, Ranks(0, 2))
+    assert sum(len(share.batches) for share in shares) in range(29, 33)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [16, 32, 64, 960, 100])
+def test_rows_are_shared_out_in_multiples_and_none_is_left(count, size):
+    parts = Ranks(0, size).rows(count, 16)
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(count))
+    assert all(part.start % 16 == 0 for part in parts)
+    assert max(part.stop - part.start for part in parts) - count / size < 32
