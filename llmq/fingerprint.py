@@ -31,7 +31,8 @@ def fingerprint(
 ) -> dict[str, Any]:
     """JSON object. `training`: what the whole model is trained on in the end."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _WITHOUT_EFFECT}
-    name = torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else "cpu"
+    on_gpu = compute.device.type == "cuda"
+    name = torch.cuda.get_device_name(compute.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
     return {
         "source": {path.name: _sampled(path) for path in source.files.paths},
         "config": settings,

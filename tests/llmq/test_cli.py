@@ -41,6 +41,7 @@ REFUSED = {
     "format": (("--format", "gguf"), ("format", "compressed-tensors", "gguf")),
     "without": (("--without", "sequential"), ("match needs sequential", "--without match sequential")),
     "group_size": (("--group-size", "24"), ("group size 24", "64, 96")),
+    "blocks": (("--blocks", "1-7"), ("blocks are numbers and ranges", "below 3", "1-7")),
     "empty_text": (("--calibration", "{texts}/empty.txt"), ("text is empty",)),
     "short_text": (("--calibration", "{texts}/short.txt"), ("has 500 tokens", "need 640", "--samples")),
     "context": (("--sequence-length", "512"), ("512", "256")),

@@ -1,4 +1,6 @@
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,9 +9,13 @@ from tiny import save_tiny
 import llmq
 from llmq.arch import split_packable
 from llmq.blockwise import Run
+from llmq.checkpoint import Checkpoint
 from llmq.config import METHODS, QuantizeConfig
+from llmq.errors import RequestError
+from llmq.linear import PackedLinear
 from llmq.load import load, load_any
 from llmq.settings import Tuned
+from llmq.source import ModelSource
 from llmq.writer import REPORT
 
 
@@ -144,3 +150,33 @@ def test_effort_best_reports_what_it_kept(tmp_path, llama, text_file):
         report = json.loads((run(llama, text_file, tmp_path / effort, effort=effort) / REPORT).read_text())
         kept[effort] = {step for group in report["groups"] for step in group["kept"]}
     assert kept == {"normal": set(), "best": {"descent", "scale refit"}}
+
+
+@pytest.mark.parametrize("blocks", ["0", "1", "0,2", "1-2"])
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_blocks_that_are_not_chosen_keep_their_weights(method, blocks, tmp_path, llama, text_file):
+    output = run(llama, text_file, tmp_path / "out", method=method, blocks=blocks)
+    chosen = {"0": [0], "1": [1], "0,2": [0, 2], "1-2": [1, 2]}[blocks]
+    model, original = load(output, device="cpu"), ModelSource(str(llama))
+    for i, block in enumerate(model.model.layers):
+        weight = block.mlp.up_proj
+        assert isinstance(weight, PackedLinear) == (i in chosen)
+        if i not in chosen:
+            assert torch.equal(weight.weight, original.read(f"model.layers.{i}.mlp.up_proj.weight"))
+    assert {int(name.split(".")[2]) for name in Checkpoint(output).linears} == set(chosen)
+
+
+def test_blocks_before_the_chosen_ones_distort_nothing(tmp_path, llama, text_file):
+    """What the first chosen block sees is the original model's, and it gets the codes it gets when it comes first."""
+    report = json.loads((run(llama, text_file, tmp_path / "out", blocks="1-2") / REPORT).read_text())
+    assert report["drifts"]["model.layers.1"] == 0
+    assert report["drifts"]["model.layers.2"] > 0
+
+
+def test_a_methods_blocks_may_be_any_numbers_and_ranges():
+    config = QuantizeConfig(model="m", output=Path("o"), blocks="0-2, 5,1")
+    assert config.chosen_blocks(6) == [0, 1, 2, 5]
+    assert QuantizeConfig(model="m", output=Path("o")).chosen_blocks(3) == [0, 1, 2]
+    for wrong in ("x", "3-1", "-1", "1-", "6", "1,,2"):
+        with pytest.raises(RequestError, match="numbers and ranges"):
+            replace(config, blocks=wrong).chosen_blocks(6)
