@@ -179,7 +179,8 @@ class Run:
                 solution = self.ranks.first(lambda: self.algorithm.solve(problem, self.config))
                 errors = self._errors(problem, solution)
             solution = replace(solution, matched=choice.step)
-            self._put_back(block, group, solution)
+            if problem.statistics is not None:  # else nobody looks at what the block computes
+                self._put_back(block, group, solution)
             entry = self.report.group(block.name, group.linears, errors, solution, problem.statistics)
             release_memory()
         show(f"{group.linears[-1]} loss {errors[0]:.2e}")
@@ -257,7 +258,9 @@ class Run:
         problems = []
         for group, stats in zip(groups, statistics, strict=True):
             linears = [linear_of(block.module, name) for name in group.linears]
-            W = torch.cat([linear.weight.float() for linear in linears])
+            # As stored where only they are looked at, strip by strip.
+            weights = [linear.weight.data if stats is None else linear.weight.data.float() for linear in linears]
+            W = weights[0] if len(weights) == 1 else torch.cat(weights)
             clippable = [
                 torch.full((linear.out_features,), name.rpartition(".")[2] not in _NOT_CLIPPED, device=W.device)
                 for name, linear in zip(group.linears, linears, strict=True)

@@ -18,6 +18,16 @@ from llmq.files import read_json, regular_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _HOW = "convert it once with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
 
 
@@ -31,6 +41,10 @@ class TensorFiles(Protocol):
         ...
 
     def names(self) -> set[str]: ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """In which the tensor is read; known without reading it."""
+        ...
 
     def read(self, name: str) -> Tensor:
         """The tensor on the CPU in its stored dtype. Raises CheckpointError if it cannot be read."""
@@ -73,6 +87,11 @@ class SafetensorsDirectory:
         except (SafetensorError, RuntimeError, OSError, AttributeError, TypeError, ValueError) as error:
             # The last three come from the bindings, for types that torch has not.
             raise CheckpointError(f"{self.directory}: tensor {name} cannot be read ({error})") from None
+
+    def dtype(self, name: str) -> torch.dtype:
+        """From the header alone, if it says one of those that weights come in."""
+        found = _DTYPES.get(self._about[name][1])
+        return self.read(name).dtype if found is None else found
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape, from the header alone."""
@@ -156,6 +175,9 @@ class GgufFile:
 
     def names(self) -> set[str]:
         return {hf for hf, gguf in self._gguf_name.items() if gguf in self._tensors}
+
+    def dtype(self, name: str) -> torch.dtype:  # noqa: ARG002 all alike
+        return torch.float16
 
     def read(self, name: str) -> Tensor:
         from gguf import dequantize

@@ -31,7 +31,7 @@ class Problem:
     """Choose codes for W so that the outputs X Wᵀ change least: minimise tr(ΔW H ΔWᵀ)."""
 
     W: Float[Tensor, "out in"]
-    """Weights of all linears of a group, stacked along the outputs, float32."""
+    """Weights of all linears of a group, stacked along the outputs: float32, or as stored where there are no statistics."""
     statistics: InputStatistics | None
     """None for methods that look at the weights only."""
     grid: Grid
@@ -70,7 +70,7 @@ class Problem:
         zero = torch.empty(W.shape[:-1], dtype=torch.uint8, device=W.device)
         for rows in strips(W):
             # Contiguous: sums over columns that are not depend on how many rows there are.
-            scale[rows], zero[rows] = self._searched(W[rows].contiguous(), importance)
+            scale[rows], zero[rows] = self._searched(W[rows].float().contiguous(), importance)
         return scale, zero
 
     def _searched(self, W: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,7 @@ def spread(rows: int) -> slice:
 def round_to_nearest(problem: Problem, shrink: Float[Tensor, "out groups"] | None = None) -> Solution:
     """Every weight to the nearest point of its own group's grid. `shrink` narrows the grids."""
     W = problem.groups()
-    return rounded(problem, lambda rows: problem.grid_of(W[rows], 1.0 if shrink is None else shrink[rows]))
+    return rounded(problem, lambda rows: problem.grid_of(W[rows].float(), 1.0 if shrink is None else shrink[rows]))
 
 
 def rounded(problem: Problem, grid_of: Callable[[slice], tuple[Tensor, Tensor]]) -> Solution:
@@ -152,7 +152,7 @@ def rounded(problem: Problem, grid_of: Callable[[slice], tuple[Tensor, Tensor]])
     zero = torch.empty(W.shape[:-1], dtype=torch.uint8, device=W.device)
     for rows in strips(W):
         scale[rows], zero[rows] = grid_of(rows)
-        q[rows] = grid.quantize(W[rows], scale[rows][..., None], zero[rows][..., None], problem.grid.bits)
+        q[rows] = grid.quantize(W[rows].float(), scale[rows][..., None], zero[rows][..., None], problem.grid.bits)
     return Solution(q.flatten(-2), scale, zero)
 
 
@@ -187,12 +187,12 @@ def lost_energy(problem: Problem, solution: Solution, H: Tensor | None) -> float
     """tr(ΔW H ΔWᵀ). H None means the identity."""
     size, rows = problem.grid.group_size, range(0, len(problem.W), _ROWS)
     parts = ((problem.W[at : at + _ROWS], solution.rows(at, at + _ROWS)) for at in rows)
-    return sum(energy(W - part.dequantize(size), H) for W, part in parts)
+    return sum(energy(W.float() - part.dequantize(size), H) for W, part in parts)
 
 
 def energy(W: Tensor, H: Tensor | None) -> float:
     """tr(W H Wᵀ): mean squared output of a layer with these weights. H None means the identity."""
-    return sum(inner(w, w if H is None else w @ H) for w in W.split(_ROWS))
+    return sum(inner(w, w if H is None else w @ H) for w in map(torch.Tensor.float, W.split(_ROWS)))
 
 
 def inner(A: Float[Tensor, "rows in"], B: Float[Tensor, "rows in"]) -> float:
