@@ -12,7 +12,7 @@ it gets small blocks and a single thread. All else is products whose inner side 
 all sides are multiples of 16, as those of packable linears are (torch 2.13 with MKL, 1 to 64 threads): a thread's last
 few rows would be summed in another way, as are long inner sides in float64.
 
-As fast as LAPACK's factor and three times as fast as its inverse (n = 576 to 4096; 2-core AVX-512 machine, 2026-11-25).
+Factor and inverse take 0.8 of LAPACK's time at n = 576, half of it at 1536 and 4096 (one AVX-512 core, 2026-11-25).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_BLOCK = 128  # 256 is a tenth slower at 1536: more is left to LAPACK, on its one thread
+_BLOCK = 128  # with 256 factors take a tenth longer at 1536: more is left to LAPACK, on its one thread
 _STRIP = 512  # rows updated at once; what is above the diagonal in them is computed in vain
 
 

@@ -19,7 +19,7 @@ from llmq.statistics import InputStatistics
 # Rows whose products with H are held at once.
 _ROWS = 1024
 # Weights rounded at once: at 4 MB what is made of them stays in the cache. All 22016 x 4096 weights of a layer take
-# 0.2 s, 1.9 s when rounded as one (2-core machine with 32 MB of cache, 2026-11-25).
+# 0.2 s, 0.6 s when rounded as one (one core, 32 MB of cache, 2026-11-25). A GPU takes more, for fewer launches.
 _WEIGHTS = {"cpu": 2**20, "cuda": 2**25}
 # Products give a row the same bits whatever is beside it, and however many threads there are, in multiples of so many
 # rows (cholesky.py). Those of linears that can be packed are multiples of 32.
@@ -31,7 +31,7 @@ class Problem:
     """Choose codes for W so that the outputs X Wᵀ change least: minimise tr(ΔW H ΔWᵀ)."""
 
     W: Float[Tensor, "out in"]
-    """Weights of all linears of a group, stacked along the outputs: float32, or as stored where there are no statistics."""
+    """Weights of a group's linears, stacked along the outputs: float32, or as stored where there are no statistics."""
     statistics: InputStatistics | None
     """None for methods that look at the weights only."""
     grid: Grid
@@ -70,7 +70,7 @@ class Problem:
         zero = torch.empty(W.shape[:-1], dtype=torch.uint8, device=W.device)
         for rows in strips(W):
             # Contiguous: sums over columns that are not depend on how many rows there are.
-            scale[rows], zero[rows] = self._searched(W[rows].float().contiguous(), importance)
+            scale[rows], zero[rows] = self._searched(computable(W[rows]).contiguous(), importance)
         return scale, zero
 
     def _searched(self, W: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -131,6 +131,11 @@ def strips(W: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(W), size)]
 
 
+def computable(W: Tensor) -> Tensor:
+    """W in float32 if it is stored in fewer bits."""
+    return W.to(torch.promote_types(W.dtype, torch.float32))
+
+
 def spread(rows: int) -> slice:
     """Some 256 of so many rows, evenly spread: what suits them suits all."""
     step = max(1, rows // 256)
@@ -141,7 +146,7 @@ def spread(rows: int) -> slice:
 def round_to_nearest(problem: Problem, shrink: Float[Tensor, "out groups"] | None = None) -> Solution:
     """Every weight to the nearest point of its own group's grid. `shrink` narrows the grids."""
     W = problem.groups()
-    return rounded(problem, lambda rows: problem.grid_of(W[rows].float(), 1.0 if shrink is None else shrink[rows]))
+    return rounded(problem, lambda rows: problem.grid_of(computable(W[rows]), 1.0 if shrink is None else shrink[rows]))
 
 
 def rounded(problem: Problem, grid_of: Callable[[slice], tuple[Tensor, Tensor]]) -> Solution:
@@ -152,7 +157,7 @@ def rounded(problem: Problem, grid_of: Callable[[slice], tuple[Tensor, Tensor]])
     zero = torch.empty(W.shape[:-1], dtype=torch.uint8, device=W.device)
     for rows in strips(W):
         scale[rows], zero[rows] = grid_of(rows)
-        q[rows] = grid.quantize(W[rows].float(), scale[rows][..., None], zero[rows][..., None], problem.grid.bits)
+        q[rows] = grid.quantize(computable(W[rows]), scale[rows][..., None], zero[rows][..., None], problem.grid.bits)
     return Solution(q.flatten(-2), scale, zero)
 
 
@@ -187,12 +192,12 @@ def lost_energy(problem: Problem, solution: Solution, H: Tensor | None) -> float
     """tr(ΔW H ΔWᵀ). H None means the identity."""
     size, rows = problem.grid.group_size, range(0, len(problem.W), _ROWS)
     parts = ((problem.W[at : at + _ROWS], solution.rows(at, at + _ROWS)) for at in rows)
-    return sum(energy(W.float() - part.dequantize(size), H) for W, part in parts)
+    return sum(energy(W - part.dequantize(size), H) for W, part in parts)
 
 
 def energy(W: Tensor, H: Tensor | None) -> float:
     """tr(W H Wᵀ): mean squared output of a layer with these weights. H None means the identity."""
-    return sum(inner(w, w if H is None else w @ H) for w in map(torch.Tensor.float, W.split(_ROWS)))
+    return sum(inner(w, w if H is None else w @ H) for w in map(computable, W.split(_ROWS)))
 
 
 def inner(A: Float[Tensor, "rows in"], B: Float[Tensor, "rows in"]) -> float:
