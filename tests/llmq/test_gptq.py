@@ -144,7 +144,6 @@ def test_the_factor_follows_the_order_and_takes_the_diagonal_that_it_is_given(n,
     U, _, _ = gptq.factorise(H, diagonal, order, 0.05)
     damped = H - torch.diag(H.diagonal()) + torch.diag(diagonal + 0.05 * diagonal.mean())
     assert torch.allclose(U.T @ U, torch.linalg.inv(damped[order][:, order]), rtol=1e-10, atol=1e-12)
-    assert torch.equal(U, U.triu())
 
 
 def test_orders_visit_the_loudest_first_and_the_group_aware_one_keeps_groups_whole():
