@@ -1,9 +1,10 @@
 # Everything runs in .venv, made on first use. Needs Python >= 3.10 and make, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
+MODEL_7B ?= model-7b
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test interop lint format clean
+.PHONY: demo test interop soak scale lint format clean
 
 demo: .venv/demo   ## quantize the real demo model to 4 bit, compare it with the original, let it talk
 	$(BIN)/python scripts/demo.py
@@ -13,6 +14,12 @@ test: lint         ## lint, check types and import directions, run all tests
 
 interop: .venv-peers/done   ## GPTQModel and AutoRound read our files, and we theirs
 	GPTQMODEL_CPU_WORKERS=2 .venv-peers/bin/python -m pytest -m peers tests/interop
+
+soak: .venv/demo   ## kill a run of the demo model 20 times; each must end in the bytes of one that was left alone
+	$(BIN)/python scripts/soak.py --offload
+
+scale: .venv/demo  ## measure what docs/scale.md says; MODEL_7B is made (13.5 GB) if it is not there
+	$(BIN)/python scripts/check_scale.py --model-7b $(MODEL_7B)
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .

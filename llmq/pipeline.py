@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
 from collections.abc import Iterator
@@ -25,21 +24,23 @@ from llmq.digest import digests_of
 from llmq.distill import Student, distill
 from llmq.errors import WorkError
 from llmq.journal import Journal
-from llmq.memory import free_memory, release_memory
+from llmq.memory import release_memory
+from llmq.plan import check_plan, lines, plan_of, states_of
 from llmq.plot import draw
+from llmq.probe import prove
 from llmq.progress import OUTSIDE, TRAINING, Progress
 from llmq.ranks import joined_ranks, local_rank
 from llmq.request import FINGERPRINT, Request, open_request, whole_model
 from llmq.stream import Journey, stream
-from llmq.writer import PROGRESS, Writer, remove_leftovers, unfinished_work
-
-_MEMORY_SHARE = 0.25  # of what is free: hidden states that need more wait on disk
+from llmq.writer import PROGRESS, Writer, remove_leftovers
 
 
 def quantize(config: QuantizeConfig, progress: bool = False) -> Path:
     """Quantize a model and write a packed checkpoint; returns its directory.
 
     Started by a launcher of several processes, all of them call this and work together; the first writes.
+
+    Of a dry run there is a plan on stdout, and nothing else.
 
     Args:
         progress: show a progress bar and the table of the worst layers on stderr.
@@ -53,11 +54,11 @@ def quantize(config: QuantizeConfig, progress: bool = False) -> Path:
         request = open_request(config, device, ranks, progress and ranks.is_first)
         if not request.is_met:
             _work(request)
-        elif ranks.is_first:
+        elif ranks.is_first and not config.dry_run:
             remove_leftovers(config.output)
         if request.is_met and request.progress:
             print(f"{config.output} holds the whole result already", file=sys.stderr)
-        if config.plot and ranks.is_first:
+        if config.plot and ranks.is_first and not config.dry_run:
             draw(config.output)
     return config.output
 
@@ -66,6 +67,15 @@ def _work(request: Request) -> None:
     config, ranks = request.config, request.ranks
     journal = Journal(config.output / PROGRESS if ranks.is_first else None)
     run = Run(config, request.source, request.compute.device, request.clock, ranks, journal.add)
+    plan = plan_of(request, run, timed=config.dry_run)
+    if config.dry_run and ranks.is_first:
+        print(*lines(plan), sep="\n")
+    check_plan(plan)
+    if config.dry_run:
+        return None
+    if ranks.is_first and not request.steps:
+        with run.clock("proof"):
+            prove(run)
     with _writer(request) as writer:
         if writer is not None and writer.is_checked:
             return writer.publish()
@@ -147,20 +157,14 @@ def _block_by_block(request: Request, run: Run, progress: Progress) -> None:
 @contextmanager
 def _states_directory(request: Request, run: Run) -> Iterator[Path | None]:
     """Where the hidden states of this process wait on disk; None for those that fit into memory."""
-    config, ranks = request.config, request.ranks
-    tokens = request.tokens.train.numel() + request.tokens.held_out.numel()
-    size = tokens * request.source.config.get_text_config().hidden_size * request.compute.dtype.itemsize
-    size = size * (2 if run.matching else 1) // ranks.size
-    free = free_memory(torch.device("cpu"))
-    if config.offload_dir is None and (free is None or size <= _MEMORY_SHARE * free):
+    config, states = request.config, states_of(request, run)
+    directory = states.directory
+    if directory is None:
         yield None
         return
-    which = hashlib.sha256(str(config.output.resolve()).encode()).hexdigest()[:12]
-    directory = (config.offload_dir or unfinished_work(config.output)) / f"llmq-{which}-{ranks.rank}.partial"
     if config.offload_dir is None:
-        run.report.note(
-            "model", [f"hidden states wait on disk: {size / 1e9:.1f} GB, more than a quarter of free memory"]
-        )
+        what = f"hidden states wait on disk: {states.nbytes / 1e9:.1f} GB, more than a quarter of free memory"
+        run.report.note("model", [what])
     try:
         directory.mkdir(parents=True, exist_ok=True)
         yield directory

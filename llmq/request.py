@@ -75,7 +75,7 @@ def open_request(config: QuantizeConfig, device: torch.device, ranks: Ranks, pro
         if source.directory.resolve() == config.output.resolve():
             raise RequestError("the output directory is the model's own; choose another")
         compute = compute_for(source, device)
-        if config.end_to_end:
+        if config.end_to_end and not config.dry_run:  # which says all that is needed, not only this
             check_memory(source.skeleton, source.blocks, config.tuned, compute)
     tokens, training = ranks.first(lambda: _tokens(source, config, compute, clock, progress))
     identity = fingerprint(config, source, tokens, training, compute)
@@ -152,6 +152,8 @@ def _tokens(
         if settings.text != SELF:
             with clock("open"):
                 return windows(source.tokenizer, settings, more)
+        if config.dry_run:  # how long the text is will do
+            return torch.zeros(settings.samples + more, settings.sequence_length, dtype=torch.int64)
         with clock("sample"):
             whole = whole_model(config, compute.device, compute.precision)
             enough = replace(settings, samples=settings.samples + more)
