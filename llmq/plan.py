@@ -28,7 +28,6 @@ from llmq.arch import Group
 from llmq.block import _MOST_KEPT
 from llmq.blockwise import Run
 from llmq.clock import Clock
-from llmq.data import Tokens
 from llmq.errors import RequestError
 from llmq.memory import free_memory, resident_peak
 from llmq.probe import (
@@ -37,6 +36,7 @@ from llmq.probe import (
     imagined_blocks,
     layout_of,
     layouts,
+    linear_dtype,
     packed_bytes,
     speeds_of,
     token_seconds,
@@ -127,14 +127,13 @@ def load_of(request: Request, run: Run, states: States) -> Load:
     portion, compute, tokens = portion_of(request.tokens, request.ranks), request.compute, request.tokens
     counts = [sum(share.held_out == kind for share in portion.shares) for kind in (False, True)]
     sizes = [batch.numel() for batch in portion.batches]
-    as_stored = run.algorithm.transform is None and request.source.dtype == compute.factors
     return Load(
         tokens=sum(sizes[: portion.held_out_from]),
         held_out=sum(sizes[portion.held_out_from :]),
         batch=max(sizes, default=0),
         sums=max(min(2, counts[0]), 1 + min(2, counts[1])),
         streams=2 if run.matching and len(tokens.held_out) else 1,
-        stored=(compute.factors if as_stored else compute.dtype).itemsize,
+        stored=linear_dtype(request, run).itemsize,
         factors=compute.factors.itemsize,
         others=compute.dtype.itemsize,
         sequential=run.sequential,
@@ -266,23 +265,23 @@ def other_moments(request: Request, run: Run, load: Load) -> Iterator[Moment]:
     decoder = {id(tensor) for tensor in source.skeleton.get_decoder().state_dict(keep_vars=True).values()}
     inside = sum(count for name, count in outer.items() if id(state[name]) in decoder)
     stored, dtype, largest = source.dtype.itemsize, request.compute.dtype.itemsize, max(outer.values(), default=0)
-    looked_at = largest * (9 if source.is_gguf else 3 * stored)  # as they are read
+    looked_at = largest * (9 if source.is_gguf else 2 * stored)  # as they are read, or wait to be written
     yield Moment("the reading of embeddings", inside * stored + looked_at - largest * stored)
     yield Moment("the embeddings", inside * stored, inside * dtype * (dtype != stored))
     yield Moment("the recording of hidden states", load.states // load.streams, inside * dtype)
     yield Moment("the writing of embeddings", looked_at)
-    last, sizes = source.block_names.index(run.chosen[-1]), dict[int, str]()
+    last, sizes = source.block_names.index(run.chosen[-1]), set[tuple[int, bool, bool]]()
     for i, name in enumerate(source.block_names):
         numbers = sum(state[each].numel() for each in source.block_tensor_names(name))
-        sizes.setdefault(numbers, name)
-        if name not in run.chosen:
-            if i < last:
-                yield Moment("the writing of a block that stays", 2 * numbers * stored + load.states, numbers * dtype)
-            yield Moment("the check of a block that stays", numbers * (stored + 4))
-    for numbers in sizes:
+        sizes.add((numbers, name in run.chosen, i < last))
+    for numbers, is_chosen, comes_by in sorted(sizes):
         yield Moment(
             "the reading of a block", load.states + numbers * stored, numbers * dtype * (load.stored != stored)
         )
+        if not is_chosen and comes_by:
+            yield Moment("the writing of a block that stays", 2 * numbers * stored + load.states, numbers * dtype)
+        if not is_chosen:
+            yield Moment("the check of a block that stays", numbers * (stored + 4))
     whole = _numbers(source)
     if SELF in (config.calibration, config.tuned.end_text if config.end_to_end else ""):
         yield Moment("the writing of calibration text", device=whole * request.compute.precision.itemsize + 512_000_000)
@@ -486,6 +485,8 @@ class Plan:
     """By what is done; empty where nothing was timed."""
     probe: float = 0.0
     """Seconds that this took."""
+    busy: bool = False
+    """Whether other programs slowed it, as they would the run."""
 
     @property
     def worst(self) -> Moment:
@@ -509,31 +510,35 @@ def plan_of(request: Request, run: Run, timed: bool = False) -> Plan:
     """
     states, source, program, clock = states_of(request, run), request.source, _resident(), Clock()
     load = load_of(request, run, states)
+    free = free_memory(torch.device("cpu")), free_memory(request.compute.device)
     probed = _probed(request, run) if timed else None
     found = probed[0] if probed else list(layouts(request, run))
     shapes = packed_shapes(found)
     packed, plain = output_bytes(run, shapes)
-    moments = [*(each for layout in found for each in block_moments(load, layout, run))]
     return Plan(
-        f"{request.config.model} ({type(source.skeleton).__name__})",
-        _numbers(source),
-        source.block_names,
-        found,
-        run.bits,
-        list(_in_float(run, found)),
-        _format_of(run),
-        (sum(map(math.prod, shapes.values())), packed),
-        packed + plain,
-        _text_of(request, load),
-        states,
-        (request.ranks.size, _local(request)),
-        request.compute.device.type,
-        program,
-        [*moments, *other_moments(request, run, load)],
-        (free_memory(torch.device("cpu")), free_memory(request.compute.device)),
-        disks(request, states, packed + plain),
-        all_seconds(request, run, *probed, plain) if probed else {},
-        clock.total,
+        model=f"{request.config.model} ({type(source.skeleton).__name__})",
+        numbers=_numbers(source),
+        blocks=source.block_names,
+        layouts=found,
+        bits=run.bits,
+        in_float=list(_in_float(run, found)),
+        stored_as=_format_of(run),
+        packed=(sum(map(math.prod, shapes.values())), packed),
+        output=packed + plain,
+        text=_text_of(request, load),
+        states=states,
+        processes=(request.ranks.size, _local(request)),
+        device=request.compute.device.type,
+        program=program,
+        moments=[
+            *(moment for layout in found for moment in block_moments(load, layout, run)),
+            *other_moments(request, run, load),
+        ],
+        free=free,
+        disks=disks(request, states, packed + plain),
+        seconds=all_seconds(request, run, *probed, plain) if probed else {},
+        probe=clock.total,
+        busy=hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1),
     )
 
 
@@ -543,7 +548,7 @@ def _probed(request: Request, run: Run) -> tuple[list[Layout], Timed]:
     numbers = max(sum(p.numel() for p in block.parameters()) for block in request.source.blocks)
     train, most = micro_batches(request.tokens.train)[0], max(_FEWEST, int(_PRODUCTS / numbers))
     train = train[:1, :most] if train.numel() > most else train
-    for names, block in imagined_blocks(request, run, Tokens(train, train[:0])):
+    for names, block in imagined_blocks(request, run, train):
         found.append(layout_of(names, block))
         tokens.append(token_seconds(block))
     widest = max((columns for layout in found for _, columns in layout.shapes.values()), default=0)
@@ -670,7 +675,8 @@ def lines(plan: Plan) -> Iterator[str]:
     if plan.seconds:
         parts = ", ".join(f"{what} {_time(seconds)}" for what, seconds in plan.seconds.items() if seconds >= 1)
         yield f"time      about {_time(sum(plan.seconds.values()))} ({parts or 'moments'})"
-        yield f"          estimated in {plan.probe:.1f} s from random numbers in a block of each kind, on this machine"
+        busy = "; other programs are at work, which makes it longer" if plan.busy else ""
+        yield f"          estimated in {plan.probe:.1f} s from work on random numbers in a block of each kind{busy}"
 
 
 def _needs(plan: Plan) -> Iterator[str]:

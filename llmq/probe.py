@@ -18,19 +18,22 @@ from llmq.arch import Group, find_groups, packable_widths, split_packable
 from llmq.block import Block
 from llmq.blockwise import Run
 from llmq.clock import Clock
-from llmq.data import Tokens
 from llmq.digest import digest
 from llmq.errors import CheckpointError, WorkError
 from llmq.formats.scheme import Scheme
+from llmq.memory import release_memory
 from llmq.request import Request
 from llmq.settings import Grid
 from llmq.source import ModelSource
 from llmq.statistics import InputStatistics
-from llmq.stream import Journey, stream
+from llmq.stream import record_block_inputs
 from llmq.weight import QuantizedWeight
 
 _RANDOM = 1 << 20  # numbers that are drawn; more are these over again
 _FEW = 16  # tokens that show what a block is made of
+_TRIES, _LONG = 5, 0.2  # of work that is timed; seconds after which it is not tried again
+# A group of n columns takes some 3 n³ products, and 5 n² for each row (gptq, 2026-11-25); more than this is noise.
+_PRODUCTS = (6, 10)
 _ROWS = (256, 768)  # of problems that are timed: 256 rows choose for all in any case
 _STRIP = 1024  # rows proved at once
 
@@ -90,34 +93,41 @@ def _repeated(shape: torch.Size, base: Tensor) -> Tensor:
     return base[: shape[1:].numel()].view(1, *shape[1:]).expand(shape)
 
 
-def imagined_blocks(request: Request, run: Run, tokens: Tokens) -> Iterator[tuple[tuple[str, ...], Block]]:
+def imagined_blocks(request: Request, run: Run, ids: Tensor) -> Iterator[tuple[tuple[str, ...], Block]]:
     """One block for each structure among those to quantize, with the names of all that have it; freed afterwards.
 
     Args:
-        tokens: that enter it; the hidden states are random.
+        ids: [samples, length] tokens that enter it; their hidden states are random.
     """
     alike: dict[object, list[str]] = {}
     for name in run.chosen:
         module = request.source.skeleton.get_submodule(name)
         parts = tuple((inner, type(m).__name__, run.bits.get(f"{name}.{inner}")) for inner, m in module.named_modules())
         alike.setdefault((parts, tuple(p.shape for p in module.parameters())), []).append(name)
-    source, as_stored = _Imagined(request.source), run.algorithm.transform is None
+    source, compute = _Imagined(request.source), request.compute
+    hidden, arguments = record_block_inputs(source, ids[:1], compute)
+    drawn = torch.Generator().manual_seed(0)
+    states = torch.randn(len(ids), *hidden.shape[1:], generator=drawn).to(hidden.dtype)
     for names in alike.values():
-        at = source.block_names.index(names[0])
-        here = Journey(run.matching, as_stored=as_stored, still=True, finished=at, stop=at + 1)
-        for block in stream(source, tokens, request.compute, Clock(), here):
-            drawn = torch.Generator().manual_seed(0)
-            for states in (block.hidden, block.original or []):
-                for i in range(len(states)):
-                    states[i] = torch.randn(states[i].shape, generator=drawn).to(states[i].dtype)
-            block.sample = block.hidden[0][:1]
-            yield tuple(names), block
+        here, module = source.block_tensor_names(names[0]), source.skeleton.get_submodule(names[0])
+        linears = {f"{names[0]}.{inner}.weight" for inner, m in module.named_modules() if isinstance(m, nn.Linear)}
+        source.load([name for name in here if name in linears], compute.device, linear_dtype(request, run))
+        source.load([name for name in here if name not in linears], compute.device, compute.dtype)
+        yield tuple(names), Block(names[0], module, [states], 1, arguments[source.block_names.index(names[0])], compute)
+        source.free(here)
+        release_memory()
+
+
+def linear_dtype(request: Request, run: Run) -> torch.dtype:
+    """In which a block's linears are loaded: as they are stored, where matmuls take that and nothing changes them."""
+    compute = request.compute
+    as_stored = run.algorithm.transform is None and request.source.dtype == compute.factors
+    return compute.factors if as_stored else compute.dtype
 
 
 def layouts(request: Request, run: Run) -> Iterator[Layout]:
     """What the blocks to quantize are made of, each structure once."""
-    train = request.tokens.train[:1, :_FEW]
-    for names, block in imagined_blocks(request, run, Tokens(train, train[:0])):
+    for names, block in imagined_blocks(request, run, request.tokens.train[:1, :_FEW]):
         yield layout_of(names, block)
 
 
@@ -157,10 +167,11 @@ def speeds_of(run: Run, widest: int) -> Speeds:
     A, H = torch.randn(1024, 2048, generator=drawn).to(run.device), torch.zeros(256, 2048, device=run.device)
     plain = A.to(run.scale_dtype)
     weight = _some_weight(run)
+    product = _seconds(lambda: H.addmm_(A[:, :256].T, A)) / (A.numel() * 256)
     return Speeds(
-        product=_seconds(lambda: H.addmm_(A[:, :256].T, A)) / (A.numel() * 256),
+        product=product,
         number=_seconds(lambda: A.add_(A)) / A.numel(),
-        solve=_solve_seconds(run, *((512, 1024) if widest <= 2048 else (1024, 2048))),
+        solve=_solve_seconds(run, product, *((512, 1024) if widest <= 2048 else (1024, 2048))),
         weight=_seconds(lambda: (digest(weight), digest(_there_and_back(run, "linear", weight)))) / weight.q.numel(),
         byte=_seconds(lambda: (torch.isfinite(plain).all(), digest(plain), digest(plain))) / plain.nbytes,
     )
@@ -173,21 +184,28 @@ def token_seconds(block: Block) -> float:
         return _seconds(lambda: block.run(hidden)) / hidden.shape[:2].numel()
 
 
-def _seconds(work: Callable[[], object], tries: int = 2) -> float:
-    """The best of so many tries."""
-    clocks = [Clock() for _ in range(tries)]
-    for clock in clocks:
+def _seconds(work: Callable[[], object]) -> float:
+    """The best of a few tries, of one if that took long: others may be at work on the machine."""
+    found: list[float] = []
+    while len(found) < _TRIES and sum(found) < _LONG:
+        clock = Clock()
         with clock("work"):
             work()
-    return min(clock.seconds["work"] for clock in clocks)
+        found.append(clock.seconds["work"])
+    return min(found)
 
 
-def _solve_seconds(run: Run, narrow: int, wide: int) -> tuple[float, float, float, float]:
+def _solve_seconds(run: Run, product: float, narrow: int, wide: int) -> tuple[float, float, float, float]:
     """Factors of n, n³, and for each row of n and n², for groups of n columns: see Speeds."""
     _line(run, _ROWS[0])  # the first time is the slowest
-    (whole, row), (whole_wide, row_wide) = _line(run, narrow), _line(run, wide)
-    b = max(0.0, (whole_wide / wide - whole / narrow) / (wide**2 - narrow**2))
-    d = max(0.0, (row_wide / wide - row / narrow) / (wide - narrow))
+    whole_wide, row_wide = _line(run, wide)
+    if not run.algorithm.needs_statistics(run.config):  # every weight by itself
+        return whole_wide / wide, 0.0, row_wide / wide, 0.0
+    whole, row = _line(run, narrow)
+    # What other programs add to one of them would grow with the columns beyond all reason.
+    most = tuple(product * times * (2 if run.config.effort == "best" else 1) for times in _PRODUCTS)
+    b = min(most[0], max(0.0, (whole_wide / wide - whole / narrow) / (wide**2 - narrow**2)))
+    d = min(most[1], max(0.0, (row_wide / wide - row / narrow) / (wide - narrow)))
     return max(0.0, whole_wide / wide - b * wide**2), b, max(0.0, row_wide / wide - d * wide), d
 
 
@@ -196,7 +214,7 @@ def _line(run: Run, columns: int) -> tuple[float, float]:
     size = columns if run.grid.group_size == -1 else min(columns, run.grid.group_size)
     grid = replace(run.grid, group_size=size)
     problems = [_posed(run, rows, columns // size * size, grid) for rows in _ROWS]
-    less, more = (_seconds(partial(_solve, run, problem), tries=1) for problem in problems)
+    less, more = (_seconds(partial(_solve, run, problem)) for problem in problems)
     row = max(0.0, more - less) / (_ROWS[1] - _ROWS[0])
     return max(0.0, less - row * _ROWS[0]), row
 

@@ -99,8 +99,9 @@ class Progress:
         self._told |= news
         self._told_notes, self._open = len(report.notes), None
         if writer is not None:
-            self._journal.add(line)
+            # Before the line is there: who is interrupted meanwhile must not remove what it speaks of.
             writer.resumable |= step != OUTSIDE  # which is read again in no time
+            self._journal.add(line)
 
     def _restore(self, step: Step) -> None:
         """Know of a step what the process that finished it knew."""

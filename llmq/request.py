@@ -98,6 +98,10 @@ def _earlier(config: QuantizeConfig, identity: dict[str, Any]) -> tuple[list[Ste
             raise RequestError(f"{error}; nothing to resume there. --overwrite begins anew") from None
     else:
         return [], False
+    if not before and is_met:
+        raise RequestError(
+            f"{config.output} holds a checkpoint that says not what it was made of; --overwrite replaces it"
+        )
     if not before:  # killed before anything was written down
         return [], False
     if found := differences(before, identity):
