@@ -121,10 +121,13 @@ class Progress:
         for name, parameter in block.module.named_parameters():
             if prefix + name in tensors:
                 parameter.data = tensors[prefix + name].to(parameter.device, parameter.dtype)
-        for name, scheme in run.schemes.items():
-            if name.startswith(prefix):
-                weight = run.format.decode(name, tensors, scheme)
-                block.replace_weight(name.removeprefix(prefix), weight.dequantize().to(block.compute.device))
+        packed = {name: scheme for name, scheme in run.schemes.items() if name.startswith(prefix)}
+        if packed:
+            # As a reader of the file would: a format may store other zero points than the scheme that was asked for.
+            packed = run.format.schemes_of(run.format.hf_config(packed, []), packed)
+        for name, scheme in packed.items():
+            weight = run.format.decode(name, tensors, scheme)
+            block.replace_weight(name.removeprefix(prefix), weight.dequantize().to(block.compute.device))
 
     def _tensors_of(self, step: str) -> dict[str, Tensor]:
         """What was saved in a step."""

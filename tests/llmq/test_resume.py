@@ -61,7 +61,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(config, tm
         {"method": "awq+gptq"},
         {"method": "rtn"},
         {"effort": "best", "bits": 3},
-        {"format": "gptq", "blocks": "1"},
+        {"format": "gptq", "blocks": "0-1"},
         {"method": "tuned", "tuned": Tuned(steps=2, end_steps=0)},
     ],
     ids=str,
