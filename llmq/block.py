@@ -19,7 +19,7 @@ from llmq.ranks import ALONE, Ranks
 from llmq.shares import Share, split
 
 # Of a block's intermediate results, in bytes; what does not fit is computed again.
-_MOST_KEPT = 1 << 30
+MOST_KEPT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Block:
 
                 def keep(_: nn.Module, args: tuple[Tensor, ...], key: Any = key) -> None:
                     kept = sum(tensor.nbytes for tensor in (*self._entering.values(), *self._leaving.values()))
-                    if kept + args[0].nbytes <= _MOST_KEPT:
+                    if kept + args[0].nbytes <= MOST_KEPT:
                         self._entering[key] = args[0].cpu()
 
                 handles.append(linear.register_forward_pre_hook(keep, prepend=True))

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
-from math import fsum
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmq.algorithms import ALGORITHMS
-from llmq.algorithms.match import Match, choose, matched
-from llmq.algorithms.problem import TOGETHER, Problem, Solution, energy, lost_energy, round_to_nearest
+from llmq.algorithms.match import choose
+from llmq.algorithms.problem import TOGETHER, Problem, Solution
 from llmq.arch import (
     Group,
     find_groups,
@@ -33,15 +32,13 @@ from llmq.formats.scheme import Scheme
 from llmq.journal import Line
 from llmq.layer_bits import bits_of_linears
 from llmq.memory import release_memory
+from llmq.pose import errors_of, posed, take_matched
 from llmq.ranks import ALONE, Ranks
 from llmq.report import Report
 from llmq.settings import Grid
 from llmq.source import ModelSource
 from llmq.statistics import collect_statistics
 from llmq.weight import QuantizedWeight
-
-# Queries and keys meet in a dot product, where a clipped outlier costs more than its own error says (as in AWQ).
-_NOT_CLIPPED = ("q_proj", "k_proj", "qkv_proj")
 
 
 @dataclass
@@ -124,10 +121,10 @@ class Run:
         # Without groups there is still the original model's own way through the block.
         stages = ([[group] for group in groups] or [[]]) if self.sequential else [groups]
         for stage in stages:
-            posed = transformed or self._problems(block, stage, last=stage is stages[-1])
+            problems = transformed or self._problems(block, stage, last=stage is stages[-1])
             for group in stage:
                 # Popped, so that statistics are gone when those of the next stage are summed.
-                solved.append(self._solve(block, group, posed.pop(0), show))
+                solved.append(self._solve(block, group, problems.pop(0), show))
         if self.refine is not None and solved:
             self._refine(block, solved)
         packed: dict[str, Tensor] = {}
@@ -164,20 +161,21 @@ class Run:
 
     def _solve(self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]) -> _Solved:
         """Round the linears of one group, with whose quantized weights the block computes from here on."""
+        is_nearest = self.algorithm.is_nearest(self.config)
         with self.clock("solve"):
             choice = choose(problem)
             if self.algorithm.rows_apart(self.config):
                 slices = self.ranks.rows(len(problem.W), TOGETHER)
                 mine = slices[self.ranks.rank]
-                _take_matched(problem := problem.rows(mine.start, mine.stop), choice)
+                take_matched(problem := problem.rows(mine.start, mine.stop), choice)
                 solution = self.algorithm.solve(problem, self.config)
-                errors = self._errors(problem, solution)
+                errors = errors_of(problem, solution, is_nearest, self.ranks)
                 parts = {part: self.ranks.joined(getattr(solution, part), slices) for part in ("q", "scale", "zero")}
                 solution = replace(solution, **parts)
             else:
-                _take_matched(problem, choice)
+                take_matched(problem, choice)
                 solution = self.ranks.first(lambda: self.algorithm.solve(problem, self.config))
-                errors = self._errors(problem, solution)
+                errors = errors_of(problem, solution, is_nearest, self.ranks)
             solution = replace(solution, matched=choice.step)
             if problem.statistics is not None:  # else nobody looks at what the block computes
                 self._put_back(block, group, solution)
@@ -187,16 +185,6 @@ class Run:
         if self.refine is None:
             self.report.add(entry)
         return _Solved(group, solution, entry, problem if self.refine is not None else None)
-
-    def _errors(self, problem: Problem, solution: Solution) -> tuple[float, float]:
-        """Relative error of a solution and of plain rounding to nearest, over the rows of all processes."""
-        H = None if problem.statistics is None else problem.statistics.H_val
-        lost = [lost_energy(problem, solution, H)]
-        if not self.algorithm.is_nearest(self.config):
-            lost.append(lost_energy(problem, round_to_nearest(problem), H))
-        mine = (lost[0], lost[-1], energy(problem.W, H))
-        error, nearest_error, whole = (fsum(column) for column in zip(*self.ranks.each(mine), strict=True))
-        return (error / whole, nearest_error / whole) if whole > 0 else (0.0, 0.0)
 
     def _refine(self, block: Block, solved: list[_Solved]) -> None:
         """Let the method improve on what it found for the groups, seen together."""
@@ -208,7 +196,7 @@ class Run:
         self.report.refined[block.name] = objective
         for each, problem, solution in zip(solved, problems, solutions, strict=True):
             each.solution = solution
-            self.report.add(each.entry | {"error": self._errors(problem, solution)[0]})
+            self.report.add(each.entry | {"error": errors_of(problem, solution, False, self.ranks)[0]})
             self._put_back(block, each.group, solution)
 
     def _weights(self, block: Block, group: Group, solution: Solution) -> dict[str, QuantizedWeight]:
@@ -255,20 +243,10 @@ class Run:
             statistics = collect_statistics(block, groups, self.clock, last)
         else:
             statistics = [None] * len(groups)
-        problems = []
-        for group, stats in zip(groups, statistics, strict=True):
-            linears = [linear_of(block.module, name) for name in group.linears]
-            # As stored where only they are looked at, strip by strip.
-            weights = [linear.weight.data if stats is None else linear.weight.data.float() for linear in linears]
-            W = weights[0] if len(weights) == 1 else torch.cat(weights)
-            clippable = [
-                torch.full((linear.out_features,), name.rpartition(".")[2] not in _NOT_CLIPPED, device=W.device)
-                for name, linear in zip(group.linears, linears, strict=True)
-            ]
-            size = W.shape[1] if self.grid.group_size == -1 else self.grid.group_size
-            grid = replace(self.grid, group_size=size, bits=self._bits_of(block, group))
-            problems.append(Problem(W, stats, grid, self.scale_dtype, torch.cat(clippable)))
-        return problems
+        return [
+            posed(block, group, stats, replace(self.grid, bits=self._bits_of(block, group)), self.scale_dtype)
+            for group, stats in zip(groups, statistics, strict=True)
+        ]
 
     def _remaining(self, block: Block, groups: list[Group], changed: set[str]) -> dict[str, Tensor]:
         """Everything of the block that is not a packed weight: as on disk, unless the transform changed it."""
@@ -281,10 +259,3 @@ class Run:
                 stored = self.source.read(name)
                 remaining[name] = current[inner].to(stored.dtype) if inner in changed else stored
         return self.unchanged(remaining)
-
-
-def _take_matched(problem: Problem, choice: Match) -> None:
-    """Round these weights, and forget what they were found by."""
-    problem.W = matched(problem, choice)
-    if problem.statistics is not None:
-        problem.statistics = replace(problem.statistics, lack=None, lack_val=None)

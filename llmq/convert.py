@@ -21,9 +21,10 @@ from llmq.errors import RequestError
 from llmq.formats import FORMATS
 from llmq.formats.scheme import Scheme
 from llmq.load import model_config
+from llmq.output import check_output
 from llmq.place import harmless
 from llmq.source import build_skeleton
-from llmq.writer import Writer, check_output
+from llmq.writer import Writer
 
 
 @dataclass(frozen=True)

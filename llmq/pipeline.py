@@ -25,14 +25,14 @@ from llmq.distill import Student, distill
 from llmq.errors import WorkError
 from llmq.journal import Journal
 from llmq.memory import release_memory
-from llmq.plan import check_plan, lines, plan_of, states_of
+from llmq.output import PROGRESS, remove_leftovers
+from llmq.plan import check_plan, lines, plan_of, prove, states_of
 from llmq.plot import draw
-from llmq.probe import prove
 from llmq.progress import OUTSIDE, TRAINING, Progress
 from llmq.ranks import joined_ranks, local_rank
 from llmq.request import FINGERPRINT, Request, open_request, whole_model
 from llmq.stream import Journey, stream
-from llmq.writer import PROGRESS, Writer, remove_leftovers
+from llmq.writer import Writer
 
 
 def quantize(config: QuantizeConfig, progress: bool = False) -> Path:

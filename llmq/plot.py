@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from llmq.errors import RequestError, WorkError
 from llmq.files import read_json
-from llmq.writer import REPORT
+from llmq.output import PICTURE, REPORT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PICTURE = "llmq_report.png"
 _BELOW: dict[str, Any] = {"frameon": False, "fontsize": "small", "loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
 
 

@@ -70,6 +70,11 @@ class Report:
         self.groups.append(entry | {"at": self.clock.total, "peak_memory_bytes": self.memory.take()})
         self.tell(self.groups[-1])
 
+    @property
+    def peak_memory(self) -> int:
+        """Bytes, of this process and of those whose work it goes on with."""
+        return max([self.memory.largest, *(entry["peak_memory_bytes"] for entry in self.groups)])
+
     def to_json(self) -> Line:
         """Everything, ready for json.dump.
 
@@ -82,7 +87,7 @@ class Report:
             "versions": versions(),
             "machine": {"system": platform.platform(), "python": platform.python_version()},
             "seconds": {"total": self.clock.total, **self.clock.seconds},
-            "peak_memory_bytes": self.memory.largest,
+            "peak_memory_bytes": self.peak_memory,
             "resumed": self.resumed,
             "fallbacks": self.notes,
             "drifts": self.drifts,
@@ -110,7 +115,7 @@ class Report:
         if self.distilled is not None:
             say("KL to the original on held-out text {:.4f}, after training {:.4f}".format(*self.distilled))
         phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.clock.seconds.items())
-        say(f"{self.clock.total:.1f} s ({phases}); peak memory {self.memory.largest / 1e9:.2f} GB")
+        say(f"{self.clock.total:.1f} s ({phases}); peak memory {self.peak_memory / 1e9:.2f} GB")
         say(f"wrote {output}")
 
 

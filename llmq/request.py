@@ -23,12 +23,12 @@ from llmq.files import read_json
 from llmq.fingerprint import differences, fingerprint
 from llmq.journal import Step, read_journal
 from llmq.memory import release_memory
+from llmq.output import PROGRESS, REPORT, check_output, unfinished_work
 from llmq.plot import check_plot
 from llmq.ranks import Ranks
 from llmq.sample import SELF, sample_sequences
 from llmq.settings import Calibration
 from llmq.source import ModelSource
-from llmq.writer import PROGRESS, REPORT, check_output, unfinished_work
 
 FINGERPRINT = "fingerprint"
 """Entry of the report that says what the checkpoint depends on."""

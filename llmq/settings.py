@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmq.errors import RequestError
 
@@ -106,6 +106,10 @@ class Grid:
             raise RequestError(f"bits must be one of {listed(BITS)}; got {self.bits}")
         if self.group_size != -1 and self.group_size < 1:
             raise RequestError(f"group size must be positive, or -1 for one group per row; got {self.group_size}")
+
+    def on(self, columns: int) -> Grid:
+        """The same for rows of so many columns: with a positive group size."""
+        return replace(self, group_size=columns) if self.group_size == -1 else self
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,12 @@ class ModelSource:
         return [self.skeleton.get_submodule(name) for name in self.block_names]
 
     @cached_property
+    def size(self) -> int:
+        """Numbers in the model, each stored once."""
+        state = self.skeleton.state_dict()
+        return sum(state[name].numel() for name in self.tensor_names)
+
+    @cached_property
     def tensor_names(self) -> list[str]:
         """Every tensor of the model, each stored once: aliases of tied weights are left out."""
         aliases = tied_aliases(self.skeleton)

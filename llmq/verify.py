@@ -19,8 +19,8 @@ from llmq.evaluate import evaluate, logits_of
 from llmq.files import read_json
 from llmq.hub import locate
 from llmq.load import load, load_any
+from llmq.output import REPORT
 from llmq.source import ModelSource
-from llmq.writer import REPORT
 
 
 @dataclass(frozen=True)

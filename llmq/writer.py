@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -18,19 +17,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmq.checkpoint import LEGACY
-from llmq.companions import COPIED, TEMPLATES, Companions
-from llmq.errors import CheckpointError, RequestError, WorkError
+from llmq.companions import Companions
+from llmq.errors import CheckpointError
+from llmq.output import (
+    EMPTIED,
+    REPORT,
+    UNFINISHED,
+    Claim,
+    check_output,
+    clear,
+    explained,
+    remove_leftovers,
+    sync,
+    unfinished_work,
+    write_json,
+)
 from llmq.shards import grouped, join, sizes_in
 from llmq.tensor_files import INDEX, SINGLE
 
-REPORT = "llmq_report.json"
-PROGRESS = "llmq_progress.jsonl"
 _SHARD_BYTES = 5_000_000_000
 # Finished tensors wait in memory for their part, and once more while it is written.
 _PART_BYTES = 100_000_000
-_UNFINISHED, _EMPTIED = "unfinished.partial", "emptied.partial"
 _CHECKED = "checked"
-_OURS = ("config.json", INDEX, "model*.safetensors", "*.partial", *LEGACY, REPORT, PROGRESS, *COPIED, TEMPLATES)
 
 
 class Writer:
@@ -50,7 +58,7 @@ class Writer:
     def __init__(
         self, directory: Path, overwrite: bool = False, resume: bool = False, shard_bytes: int = _SHARD_BYTES
     ) -> None:
-        self.directory, root = directory, directory / _UNFINISHED
+        self.directory, root = directory, directory / UNFINISHED
         self.stage, self.work = root / "checkpoint", unfinished_work(directory)
         self.resumable = resume
         """Whether to leave `work` there when the work fails."""
@@ -60,28 +68,41 @@ class Writer:
         self.parts = 0
         """On disk so far."""
         self._made_directory = False
+        self._claim: Claim | None = None
 
     def __enter__(self) -> Writer:
         check_output(self.directory, self._overwrite, self._resume)
         self._made_directory = not self.directory.exists()
         try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._claim = Claim(self.directory)
             if not self._resume:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                self._clear()
+                clear(self.directory)
             for directory in (self.stage, self.work):
                 directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
+            self._release()
             raise explained(error, self.directory) from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is None:
-            return
+        try:
+            if error is not None:
+                self._fail(error)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+
+    def _fail(self, error: BaseException) -> None:
+        """Leave what a run can go on with, and nothing else."""
         if not self.resumable:
             if self._made_directory:
                 shutil.rmtree(self.directory, ignore_errors=True)
             else:  # whatever is there under our names is ours: __enter__ removed what was there before
-                self._clear()
+                clear(self.directory)
         if isinstance(error, OSError | SafetensorError):
             raise explained(error, self.directory) from None
 
@@ -98,7 +119,7 @@ class Writer:
         """Write what still waits for its part."""
         if self._pending:
             save_file(self._pending, self._part(self.parts), metadata={"format": "pt"})
-            _sync(self._part(self.parts))
+            sync(self._part(self.parts))
             self.parts += 1
             self._pending, self._pending_bytes = {}, 0
 
@@ -181,11 +202,11 @@ class Writer:
         (self.stage.parent / _CHECKED).touch()
         for path in sorted(self.stage.iterdir(), key=lambda path: path.name == "config.json"):
             if path.name == "config.json":
-                _sync(self.directory)
+                sync(self.directory)
             if path.is_dir():
                 shutil.rmtree(self.directory / path.name, ignore_errors=True)
             os.replace(path, self.directory / path.name)
-        os.replace(self.stage.parent, self.directory / _EMPTIED)
+        os.replace(self.stage.parent, self.directory / EMPTIED)
         remove_leftovers(self.directory)
 
     @property
@@ -205,51 +226,11 @@ class Writer:
             self.resumable |= inner.resumable
         shutil.rmtree(room, ignore_errors=True)
 
-    def _clear(self) -> None:
-        for pattern in _OURS:
-            for path in self.directory.glob(pattern):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
-
     def _part(self, index: int) -> Path:
         return self.work / f"part-{index:05}.safetensors"
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         write_json(self.stage / name, content)
-
-
-def unfinished_work(directory: Path) -> Path:
-    """Where an unfinished run into `directory` keeps what it needs to go on."""
-    return directory / _UNFINISHED / "work"
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Remove what a finished run into `directory` left there, if it was killed while it removed that itself."""
-    shutil.rmtree(directory / _EMPTIED, ignore_errors=True)
-
-
-def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None:
-    """Raise RequestError unless `directory` is new, empty, may be overwritten, or holds what may be gone on with."""
-    if directory.exists() and not directory.is_dir():
-        raise RequestError(f"output {directory} is a file; name a directory")
-    unfinished = (directory / _UNFINISHED).is_dir()
-    if overwrite or not directory.is_dir() or not any(directory.iterdir()):
-        return
-    if resume and (unfinished or (directory / REPORT).exists()):
-        return
-    if unfinished:
-        raise RequestError(f"{directory} holds an unfinished run; --resume goes on with it, --overwrite begins anew")
-    raise RequestError(f"output {directory} is not empty; choose another, or pass --overwrite to replace it")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file that is there whole or not at all."""
-    partial = path.with_name(path.name + ".new")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(partial)
-    os.replace(partial, path)
 
 
 def _config(
@@ -260,21 +241,3 @@ def _config(
         name = str(dtype).removeprefix("torch.")
         config = config | {"dtype": name, "torch_dtype": name}  # old readers know torch_dtype, new ones dtype
     return config if quantization_config is None else config | {"quantization_config": quantization_config}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def explained(error: Exception, directory: Path) -> WorkError:
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or any(
-        sign in str(error) for sign in ("No space left", "File too large", "quota")
-    )
-    if full:
-        free = shutil.disk_usage(directory if directory.exists() else Path.cwd()).free / 1e9
-        return WorkError(f"cannot write to {directory}: disk full or file size limited ({free:.1f} GB free)")
-    return WorkError(f"cannot write to {directory}: {error}")

@@ -32,8 +32,8 @@ from soak import STOPS, dead_process, differing, finish, hashes, interrupted, qu
 
 from llmq.cli import run
 from llmq.errors import WorkError
+from llmq.output import PROGRESS, REPORT
 from llmq.settings import one_of
-from llmq.writer import PROGRESS, REPORT
 
 Row = dict[str, Any]
 

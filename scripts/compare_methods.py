@@ -33,7 +33,7 @@ from llmq.errors import RequestError, WorkError
 from llmq.evaluate import Logits, evaluate, logits_of, remembered, score
 from llmq.inspect import describe
 from llmq.load import load_any
-from llmq.writer import REPORT
+from llmq.output import REPORT
 
 Row = dict[str, Any]
 Key = tuple[str, int, int, int]

@@ -33,7 +33,7 @@ from typing import Any
 from llmq.cli import run
 from llmq.errors import WorkError
 from llmq.journal import read_journal
-from llmq.writer import PROGRESS, REPORT
+from llmq.output import PROGRESS, REPORT
 
 PATIENCE = 60  # seconds until whatever is stopped must have ended
 FLAGS = "--calibration pydoc --samples 8 --sequence-length 256 --group-size 64"

@@ -14,7 +14,7 @@ from soak import STOPS, SoakConfig, quantization
 
 from llmq.config import QuantizeConfig
 from llmq.errors import RequestError, WorkError
-from llmq.writer import PROGRESS, REPORT
+from llmq.output import PROGRESS, REPORT
 
 GOOD = {
     "rtn-7b": {"peak_bytes": 2.0e9, "seconds": 230.0, "disk_seconds": 100.0},

@@ -15,7 +15,7 @@ from soak import STOPS, SoakConfig, case, dead_process, finish, hashes, interrup
 from llmq.config import QuantizeConfig
 from llmq.errors import WorkError
 from llmq.journal import read_journal
-from llmq.writer import PROGRESS, REPORT
+from llmq.output import PROGRESS, REPORT
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -19,9 +19,9 @@ from llmq.evaluate import evaluate, logits_of
 from llmq.latent import Latent
 from llmq.load import load
 from llmq.memory import free_memory
+from llmq.output import REPORT
 from llmq.settings import Calibration, Tuned
 from llmq.source import ModelSource
-from llmq.writer import REPORT
 
 CPU = Compute(torch.device("cpu"))
 SETTINGS = Tuned(steps=0, end_steps=50, end_samples=0, end_batch=4, end_rate=0.003, end_scale_rate=0.001)

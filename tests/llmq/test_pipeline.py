@@ -14,9 +14,9 @@ from llmq.config import METHODS, QuantizeConfig
 from llmq.errors import RequestError
 from llmq.linear import PackedLinear
 from llmq.load import load, load_any
+from llmq.output import REPORT
 from llmq.settings import Tuned
 from llmq.source import ModelSource
-from llmq.writer import REPORT
 
 
 def run(model, text, output, **options):

@@ -16,8 +16,10 @@ from llmq import formats
 from llmq.blockwise import Run
 from llmq.config import METHODS, QuantizeConfig
 from llmq.errors import RequestError, WorkError
-from llmq.plan import Moment, check_plan, lines, load_of, plan_of, states_of
-from llmq.probe import layouts, prove
+from llmq.plan import check_plan, lines, plan_of, prove, states_of
+from llmq.plan.layout import layouts
+from llmq.plan.load import load_of
+from llmq.plan.memory import Moment
 from llmq.ranks import ALONE, Ranks
 from llmq.request import open_request
 from llmq.settings import Tuned
@@ -107,7 +109,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(more, llama, tex
 
 @pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["run", "dry"])
 def test_too_little_memory_is_refused_before_anything_is_written(more, llama, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmq.plan.free_memory", lambda _: 1000)
+    monkeypatch.setattr("llmq.plan.plan.free_memory", lambda _: 1000)
     message = refused(("--model", llama, "--calibration", text_file, *SMALL, *more), tmp_path)
     assert re.search(r"will take \d+ MB of memory, but 0 MB are free", message)
     assert "--samples" in message

@@ -11,8 +11,8 @@ import llmq.plot
 from llmq.config import QuantizeConfig
 from llmq.errors import RequestError, WorkError
 from llmq.load import load
-from llmq.plot import PICTURE, figure_of, plot
-from llmq.writer import REPORT
+from llmq.output import PICTURE, REPORT
+from llmq.plot import figure_of, plot
 
 
 def quantize(model, text, output, **options):

@@ -11,9 +11,9 @@ from tiny import save_tiny
 import llmq
 from llmq.errors import CheckpointError, RequestError
 from llmq.journal import read_journal
+from llmq.output import PROGRESS, REPORT
 from llmq.settings import Tuned
 from llmq.stream import _Travellers
-from llmq.writer import PROGRESS, REPORT
 
 
 @pytest.fixture(scope="module")

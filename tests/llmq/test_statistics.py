@@ -220,7 +220,7 @@ def test_an_input_is_kept_only_when_everything_before_it_is_replaced():
 @torch.no_grad()
 @pytest.mark.parametrize("most", [0, 3 * 2 * 50 * 96 * 4, 1 << 30])
 def test_what_does_not_fit_is_computed_again(most, monkeypatch):
-    monkeypatch.setattr("llmq.block._MOST_KEPT", most)
+    monkeypatch.setattr("llmq.block.MOST_KEPT", most)
     hidden = hidden_states()
     block, groups = two_parts(hidden, list(hidden))
     block.expect(groups)

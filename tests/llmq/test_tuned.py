@@ -13,8 +13,8 @@ from llmq.arch import Group
 from llmq.block import Block, Compute
 from llmq.config import QuantizeConfig
 from llmq.errors import RequestError
+from llmq.output import REPORT
 from llmq.settings import Gptq, Tuned
-from llmq.writer import REPORT
 
 
 class OneLinear(nn.Module):

@@ -14,8 +14,9 @@ from written import KILOBYTE, complete_source, names_in, numbers, write
 from llmq import writer as writer_module
 from llmq.companions import companions_of
 from llmq.errors import RequestError, WorkError
+from llmq.output import REPORT
 from llmq.tensor_files import INDEX, SINGLE
-from llmq.writer import REPORT, Writer
+from llmq.writer import Writer
 
 
 @pytest.fixture(scope="module")

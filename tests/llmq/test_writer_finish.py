@@ -12,9 +12,10 @@ from written import KILOBYTE, complete_source, names_in, numbers, write
 from llmq import companions as companions_module
 from llmq.companions import companions_in, companions_of
 from llmq.errors import CheckpointError, WorkError
+from llmq.output import REPORT
 from llmq.source import ModelSource
 from llmq.tensor_files import SINGLE
-from llmq.writer import REPORT, Writer
+from llmq.writer import Writer
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,179 @@
+"""What a run will do and need: layers, sizes, memory, disk and, for a dry run, time."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from llmq.blockwise import Run
+from llmq.clock import Clock
+from llmq.memory import free_memory, resident_peak
+from llmq.plan.disk import Disk, disks, output_bytes, packed_shapes
+from llmq.plan.layout import Layout, imagined_blocks, layout_of, layouts, numbers_of
+from llmq.plan.load import Load, States, load_of, states_of
+from llmq.plan.memory import Moment, block_moments, other_moments
+from llmq.plan.seconds import Timed, all_seconds
+from llmq.plan.speeds import speeds_of, token_seconds
+from llmq.ranks import processes_here
+from llmq.request import Request
+from llmq.shares import micro_batches
+from llmq.source import tied_aliases
+
+_PRODUCTS, _FEWEST = 5e10, 16  # multiplications of a forward that is timed; tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do and need."""
+
+    model: str
+    numbers: int
+    """Weights of the model."""
+    blocks: list[str]
+    """All of the model, by name."""
+    layouts: list[Layout]
+    bits: dict[str, int]
+    """Of every linear of the blocks, by its name in the model."""
+    in_float: list[str]
+    """What stays in float, and why."""
+    stored_as: str
+    packed: tuple[int, int]
+    """Weights that are packed, and the bytes they take."""
+    output: int
+    """Bytes of all tensors."""
+    text: str
+    states: States
+    processes: tuple[int, int]
+    """Of the run, and those on this machine."""
+    device: str
+    program: int
+    """Bytes that the program has already."""
+    moments: list[Moment]
+    """What a process takes beside them."""
+    free: tuple[int | None, int | None]
+    """Bytes on the machine and on the device; None where nobody says."""
+    disks: list[Disk]
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By what is done; empty where nothing was timed."""
+    probe: float = 0.0
+    """Seconds that this took."""
+    busy: bool = False
+    """Whether other programs slowed it, as they would the run."""
+
+    @property
+    def worst(self) -> Moment:
+        """The moment that takes the most memory of the machine."""
+        return max(self.moments, key=self.host_bytes)
+
+    def host_bytes(self, moment: Moment) -> int:
+        """Memory of the machine that a moment takes."""
+        return moment.host + (moment.device if self.device == "cpu" else 0)
+
+    @property
+    def worst_on_device(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.device)
+
+
+def plan_of(request: Request, run: Run, timed: bool = False) -> Plan:
+    """The plan of a run. Reads no weights.
+
+    Args:
+        timed: also estimate how long it takes, from work on random numbers: some seconds.
+    """
+    states, source, program, clock = states_of(request, run), request.source, _resident(), Clock()
+    load = load_of(request, run, states)
+    free = free_memory(torch.device("cpu")), free_memory(request.compute.device)
+    probed = _probed(request, run) if timed else None
+    found = probed[0] if probed else list(layouts(request, run))
+    shapes = packed_shapes(found)
+    packed, plain = output_bytes(run, shapes)
+    return Plan(
+        model=f"{request.config.model} ({type(source.skeleton).__name__})",
+        numbers=source.size,
+        blocks=source.block_names,
+        layouts=found,
+        bits=run.bits,
+        in_float=list(_in_float(run, found)),
+        stored_as=_format_of(run),
+        packed=(sum(map(math.prod, shapes.values())), packed),
+        output=packed + plain,
+        text=_text_of(request, load),
+        states=states,
+        processes=(request.ranks.size, processes_here(request.ranks)),
+        device=request.compute.device.type,
+        program=program,
+        moments=[
+            *(moment for layout in found for moment in block_moments(load, layout, run)),
+            *other_moments(request, run, load),
+        ],
+        free=free,
+        disks=disks(request, states, packed + plain),
+        seconds=all_seconds(request, run, *probed, plain) if probed else {},
+        probe=clock.total,
+        busy=hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1),
+    )
+
+
+def _probed(request: Request, run: Run) -> tuple[list[Layout], Timed]:
+    """Every structure, and how fast its work is done: it sees a micro-batch, or a part of one if it is large."""
+    found, tokens = list[Layout](), list[float]()
+    numbers = max(sum(p.numel() for p in block.parameters()) for block in request.source.blocks)
+    train, most = micro_batches(request.tokens.train)[0], max(_FEWEST, int(_PRODUCTS / numbers))
+    train = train[:1, :most] if train.numel() > most else train
+    for names, block in imagined_blocks(request, run, train):
+        found.append(layout_of(names, block))
+        tokens.append(token_seconds(block))
+    widest = max((columns for layout in found for _, columns in layout.shapes.values()), default=0)
+    return found, Timed(speeds_of(run, widest), tokens)
+
+
+def _in_float(run: Run, found: Iterable[Layout]) -> Iterator[str]:
+    """What is not packed, with the reason."""
+    source, state = run.source, run.source.skeleton.state_dict()
+    for name in source.outer_names():
+        if state[name].ndim > 1:
+            why = "the blocks' linears alone are packed"
+            yield f"{name} ({'x'.join(map(str, state[name].shape))}): {why}"
+    for name in sorted(tied_aliases(source.skeleton)):
+        yield f"{name}: the embeddings once more"
+    for layout in found:
+        for name, why in layout.skipped.items():
+            yield f"{name} of blocks {numbers_of(source.block_names, layout.blocks)}: {why}"
+    if others := set(source.block_names) - set(run.chosen):
+        yield f"blocks {numbers_of(source.block_names, others)}: not among --blocks {run.config.blocks}"
+    yield "norms and biases"
+
+
+def _format_of(run: Run) -> str:
+    grid = run.grid
+    size = "whole rows" if grid.group_size == -1 else f"groups of {grid.group_size}"
+    bits = ", ".join(map(str, sorted({run.bits[name] for name in run.bits if name.startswith(tuple(run.chosen))})))
+    kind = "symmetric" if grid.symmetric else "with zero points"
+    return f"{run.config.stored_as}: {bits} bit, {size}, {kind}, scales in {_name(run.scale_dtype)}"
+
+
+def _text_of(request: Request, load: Load) -> str:
+    tokens, config = request.tokens, request.config
+    if not load.statistics:
+        return f"none: {config.method} looks at the weights alone"
+    train, held_out, length = tokens.train.numel(), tokens.held_out.numel(), tokens.train.shape[1]
+    more = f", {request.training.train.numel():,} to train on from end to end" if config.end_to_end else ""
+    return f"{config.calibration}: {train:,} tokens, {held_out:,} held out{more}, in sequences of {length}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _resident() -> int:
+    """Bytes of memory that this process has now, or had at most where the system does not say."""
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmRSS:")[2].split()[0])
+    return resident_peak()
