@@ -27,8 +27,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from interruptions import STOPS, dead_process, interrupted
 from make_model import MakeConfig, make_model
-from soak import STOPS, dead_process, differing, finish, hashes, interrupted, quantization
+from soak import differing, finish, hashes, quantization
 
 from llmq.cli import run
 from llmq.errors import WorkError

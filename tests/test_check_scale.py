@@ -9,8 +9,9 @@ import pytest
 import tyro
 from check_scale import ScaleConfig, check, claims, disk_speed, measured
 from commands import ENVIRONMENT
+from interruptions import STOPS
 from make_model import MakeConfig, make_model
-from soak import STOPS, SoakConfig, quantization
+from soak import SoakConfig, quantization
 
 from llmq.config import QuantizeConfig
 from llmq.errors import RequestError, WorkError

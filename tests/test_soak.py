@@ -9,8 +9,9 @@ import pytest
 import soak
 import tyro
 from commands import ENVIRONMENT, run_here
+from interruptions import STOPS, dead_process, interrupted
 from make_model import MakeConfig, make_model
-from soak import STOPS, SoakConfig, case, dead_process, finish, hashes, interrupted, quantization
+from soak import SoakConfig, case, finish, hashes, quantization
 
 from llmq.config import QuantizeConfig
 from llmq.errors import WorkError

@@ -1,5 +1,7 @@
 """Rounding problems for the algorithm tests."""
 
+from contextlib import contextmanager
+
 import torch
 
 from llmq.algorithms.problem import Problem
@@ -31,3 +33,14 @@ def loss(problem, solution):
     """tr(ΔW H ΔWᵀ), written out."""
     E = problem.W - solution.dequantize(problem.grid.group_size).to(problem.W.dtype)
     return float(torch.trace(E @ problem.statistics.H @ E.T))
+
+
+@contextmanager
+def threads(count):
+    """Work with so many of them inside."""
+    kept = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(kept)

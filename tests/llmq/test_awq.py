@@ -1,7 +1,6 @@
 import pytest
 import torch
-from problems import correlated_inputs, loss, make_problem
-from test_cholesky import threads
+from problems import correlated_inputs, loss, make_problem, threads
 from tiny import save_tiny
 
 from llmq import grid

@@ -1,21 +1,10 @@
-import contextlib
-
 import pytest
 import torch
+from problems import threads
 
 from llmq.cholesky import cholesky_
 
 SIZES = (1, 2, 127, 128, 129, 255, 256, 257, 600, 1300)
-
-
-@contextlib.contextmanager
-def threads(count):
-    kept = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(kept)
 
 
 def positive(n, dtype=torch.float32, seed=0):

@@ -2,8 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import correlated_inputs, make_problem
-from test_cholesky import threads
+from problems import correlated_inputs, make_problem, threads
 
 from llmq.algorithms import gate, gptq
 from llmq.algorithms.descent import descend

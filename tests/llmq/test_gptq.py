@@ -3,8 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import correlated_inputs, loss, make_problem
-from test_cholesky import threads
+from problems import correlated_inputs, loss, make_problem, threads
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

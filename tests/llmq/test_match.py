@@ -1,7 +1,6 @@
 import pytest
 import torch
-from problems import correlated_inputs, make_problem
-from test_cholesky import threads
+from problems import correlated_inputs, make_problem, threads
 
 from llmq.algorithms.match import Match, choose, matched
 from llmq.algorithms.problem import TOGETHER, spread

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from problems import threads
 from torch import nn
 
 from llmq.arch import Group, find_groups, linear_of
@@ -68,14 +69,10 @@ def test_rows_that_are_not_finite_are_dropped_and_counted():
 
 
 def test_nothing_changes_with_the_number_of_threads():
-    kept = torch.get_num_threads()
-    try:
-        moments = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
+    moments = []
+    for count in (1, 2):
+        with threads(count):
             moments.append(collect_statistics(block_of(hidden_states(), 2), GROUPS[:1], Clock())[0].H)
-    finally:
-        torch.set_num_threads(kept)
     assert torch.equal(moments[0], moments[1])
 
 
