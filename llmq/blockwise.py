@@ -163,7 +163,7 @@ class Run:
         """Round the linears of one group, with whose quantized weights the block computes from here on."""
         is_nearest = self.algorithm.is_nearest(self.config)
         with self.clock("solve"):
-            choice = choose(problem)
+            choice = choose(problem, self.ranks)
             if self.algorithm.rows_apart(self.config):
                 slices = self.ranks.rows(len(problem.W), TOGETHER)
                 mine = slices[self.ranks.rank]

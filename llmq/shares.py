@@ -48,20 +48,19 @@ def portion_of(tokens: Tokens, ranks: Ranks) -> Portion:
     """The part of this process."""
     train, held_out = micro_batches(tokens.train), micro_batches(tokens.held_out)
     shares = split(len(train), len(held_out), ranks)
-    mine = [i for i, rank in enumerate(_ranks_of(len(train), ranks.size)) if rank == ranks.rank]
-    mine_held_out = [i for i, rank in enumerate(_ranks_of(len(held_out), ranks.size)) if rank == ranks.rank]
-    return Portion([*(train[i] for i in mine), *(held_out[i] for i in mine_held_out)], len(mine), shares)
+    owners = [rank for rank, size, _ in _sizes(len(train), len(held_out), ranks.size) for _ in range(size)]
+    batches = [batch for batch, rank in zip([*train, *held_out], owners, strict=True) if rank == ranks.rank]
+    return Portion(batches, owners[: len(train)].count(ranks.rank), shares)
 
 
 def split(train: int, held_out: int, ranks: Ranks) -> list[Share]:
     """The shares of so many micro-batches."""
     shares: list[Share] = []
     mine = 0
-    for count, kind in ((train, False), (held_out, True)):
-        for rank, size in _sizes(count, ranks.size):
-            own = size if rank == ranks.rank else 0
-            shares.append(Share(rank, range(mine, mine + own), kind))
-            mine += own
+    for rank, size, kind in _sizes(train, held_out, ranks.size):
+        own = size if rank == ranks.rank else 0
+        shares.append(Share(rank, range(mine, mine + own), kind))
+        mine += own
     return shares
 
 
@@ -70,12 +69,11 @@ def micro_batches(tokens: Int64[Tensor, "samples length"]) -> list[Tensor]:
     return list(tokens.split(max(1, _TOKENS_PER_RUN // tokens.shape[1]))) if len(tokens) else []
 
 
-def _ranks_of(count: int, ranks: int) -> list[int]:
-    """Who runs each micro-batch."""
-    return [rank for rank, size in _sizes(count, ranks) for _ in range(size)]
-
-
-def _sizes(count: int, ranks: int) -> list[tuple[int, int]]:
-    """(process, micro-batches) of each share."""
-    shares = min(_SHARES, count)
-    return [(i % ranks, count * (i + 1) // shares - count * i // shares) for i in range(shares)]
+def _sizes(train: int, held_out: int, ranks: int) -> list[tuple[int, int, bool]]:
+    """(process, micro-batches, whether they are held out) of each share."""
+    found: list[tuple[int, int, bool]] = []
+    for count, kind in ((train, False), (held_out, True)):
+        shares = min(_SHARES, count)
+        for i in range(shares):
+            found.append((len(found) % ranks, count * (i + 1) // shares - count * i // shares, kind))
+    return found

@@ -20,13 +20,15 @@ give is W X_o, with the inputs X_o of the original model. Weights that come clos
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float
 from torch import Tensor
 
 from llmq.algorithms.problem import Problem, damped, energy, inner, spread
 from llmq.cholesky import cholesky_
+from llmq.ranks import ALONE, Ranks
+from llmq.statistics import InputStatistics
 
 _DAMPINGS = (0.01, 0.05, 0.25)
 _ROWS = 1024  # solved for at once
@@ -42,28 +44,34 @@ class Match:
     """α: 0 keeps the original weights."""
 
 
-def choose(problem: Problem) -> Match:
+def choose(problem: Problem, ranks: Ranks = ALONE) -> Match:
     """What brings the held-out outputs of the problem closest to the original model's.
 
-    A few rows choose for all (SmolLM2-135M, 4 bit: KL 0.0802; 0.0801 when all of them did; 2026-11-23).
+    A few rows choose for all (SmolLM2-135M, 4 bit: KL 0.0802; 0.0801 when all of them did; 2026-11-23). Each process
+    tries some of the λ.
     """
-    best, best_gain, stats = Match(_DAMPINGS[0], 0.0), 0.0, problem.statistics
+    none = Match(_DAMPINGS[0], 0.0)
+    stats, rows = problem.statistics, spread(len(problem.W))
     if stats is None or stats.lack is None or stats.lack_val is None:
-        return best
-    rows = spread(len(problem.W))
-    for damping in _DAMPINGS:
-        factor = cholesky_(damped(stats.H, damping))
-        if factor is None:
-            continue
-        P = factor.solve_(stats.lack[rows].clone())
-        del factor  # as large as H, and so is the next one
-        # |T - X αPᵀ|² = |T|² - 2α⟨P, TᵀX⟩ + α²⟨P H, P⟩ on held-out tokens
-        along, across = inner(P, stats.lack_val[rows]), energy(P, stats.H_val)
-        step = min(1.0, max(0.0, along / across)) if across > 0 else 0.0
-        gain = 2 * step * along - step**2 * across
-        if gain > best_gain:
-            best, best_gain = Match(damping, step), gain
-    return best
+        return none
+    of_rows = replace(stats, lack=stats.lack[rows], lack_val=stats.lack_val[rows])
+    tried = ranks.each([_tried(of_rows, damping) for damping in _DAMPINGS[ranks.rank :: ranks.size]])
+    found = [(0.0, none), *(each for those in tried for each in those)]
+    return max(found, key=lambda each: (each[0], -each[1].damping))[1]
+
+
+def _tried(stats: InputStatistics, damping: float) -> tuple[float, Match]:
+    """The best step with a damping, and what it gains on held-out tokens."""
+    assert stats.lack is not None
+    assert stats.lack_val is not None
+    factor = cholesky_(damped(stats.H, damping))
+    if factor is None:
+        return 0.0, Match(damping, 0.0)
+    P = factor.solve_(stats.lack.clone())
+    # |T - X αPᵀ|² = |T|² - 2α⟨P, TᵀX⟩ + α²⟨P H, P⟩ on held-out tokens
+    along, across = inner(P, stats.lack_val), energy(P, stats.H_val)
+    step = min(1.0, max(0.0, along / across)) if across > 0 else 0.0
+    return 2 * step * along - step**2 * across, Match(damping, step)
 
 
 def matched(problem: Problem, match: Match) -> Float[Tensor, "out in"]:
