@@ -64,14 +64,23 @@ class Ranks:
                 distributed.broadcast(tensor, src=source)
         return tensor
 
-    def to_first(self, tensor: Tensor, source: int) -> None:
-        """The tensor of one process takes the place of the first one's; the others have no part in it."""
-        if source != 0 and self.rank in (0, source):
+    def send(self, tensor: Tensor) -> Callable[[], None]:
+        """Send a tensor to the first process. Returns what waits until it has left: so long it must stay as it is."""
+        with _explained():
+            work = distributed.isend(tensor, dst=0)
+
+        def wait() -> None:
             with _explained():
-                if self.is_first:
-                    distributed.recv(tensor, src=source)
-                else:
-                    distributed.send(tensor, dst=0)
+                if work is not None:
+                    work.wait()
+
+        return wait
+
+    def receive(self, tensor: Tensor, source: int) -> None:
+        """In the first process: what another one sends takes the place of what is in the tensor."""
+        if source != 0:
+            with _explained():
+                distributed.recv(tensor, src=source)
 
     def rows(self, count: int, together: int) -> list[slice]:
         """So many rows shared out to the processes as evenly as it goes, in multiples of `together`."""

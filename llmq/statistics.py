@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -133,6 +133,8 @@ class _Sums:
         """Over the shares so far, in the first process."""
         self.running: dict[str, Tensor] = {}
         """Within the current share."""
+        self.leaving: list[Callable[[], None]] = []
+        """Wait for sums that are on their way to the first process."""
 
     def add(self, inputs: dict[str, Tensor], originals: dict[str, Tensor], held_out: bool) -> None:
         """Inputs of the block's modules by name, in this model and, where it runs along, in the original one."""
@@ -159,17 +161,28 @@ class _Sums:
 
     def fold(self, share: Share) -> None:
         """Add the sums of a finished share, whichever process has them, to those of the shares before it."""
-        for name in self.shapes if self.ranks.rank in (0, share.rank) else ():
+        if share.rank == self.ranks.rank != 0:
+            self._send(share)
+        for name in self.shapes if self.ranks.is_first else ():
             key = name + "_val" * share.held_out
             part = self._within(name, share.held_out)
-            self.ranks.to_first(part, share.rank)
+            self.ranks.receive(part, share.rank)
             if key in self.sums:
                 self.sums[key] += part
                 part.zero_()
-            elif self.ranks.is_first:
-                self.sums[key] = self.running.pop(key)
             else:
-                part.zero_()
+                self.sums[key] = self.running.pop(key)
+
+    def _send(self, share: Share) -> None:
+        """The next share need not wait until these have left, but the one after it: memory is that of two."""
+        self._wait()
+        self.leaving = [self.ranks.send(self._within(name, share.held_out)) for name in self.shapes]
+        self.running.clear()
+
+    def _wait(self) -> None:
+        for wait in self.leaving:
+            wait()
+        self.leaving.clear()
 
     def _rows(
         self, inputs: dict[str, Tensor], originals: dict[str, Tensor]
@@ -196,6 +209,7 @@ class _Sums:
         return (A.to(self.precision) @ B.to(self.precision)).float()
 
     def finish(self) -> InputStatistics:
+        self._wait()
         self.running.clear()
         counts = self.ranks.each((self.tokens, self.tokens_val, self.dropped))
         tokens, tokens_val, dropped = (sum(column) for column in zip(*counts, strict=True))
