@@ -22,7 +22,7 @@ from llmq.arch import (
     packable_widths,
     split_packable,
 )
-from llmq.block import Block
+from llmq.block import Block, Compute
 from llmq.clock import Clock
 from llmq.config import QuantizeConfig
 from llmq.digest import digest
@@ -91,6 +91,12 @@ class Run:
         self.refine = self.algorithm.refine if config.tuned.steps else None
         if self.matching and config.samples < 2:
             self.report.note("model", ["a single sample leaves none to hold out: outputs are not matched"])
+
+    def linear_dtype(self, compute: Compute) -> torch.dtype:
+        """In which a block's linears are loaded: as stored, in half the memory, where matmuls take that and nothing
+        changes them before they are rounded."""
+        as_stored = self.algorithm.transform is None and self.source.dtype == compute.factors
+        return compute.factors if as_stored else compute.dtype
 
     def outside(self) -> Iterator[dict[str, Tensor]]:
         """The tensors outside the blocks, one at a time, in the process that writes."""
@@ -174,7 +180,9 @@ class Run:
                 solution = replace(solution, **parts)
             else:
                 take_matched(problem, choice)
-                solution = self.ranks.first(lambda: self.algorithm.solve(problem, self.config))
+                # On its way to other processes it must not name the first one's GPU.
+                way = self.device if self.ranks.size == 1 else torch.device("cpu")
+                solution = self.ranks.first(lambda: self.algorithm.solve(problem, self.config).to(way)).to(self.device)
                 errors = errors_of(problem, solution, is_nearest, self.ranks)
             solution = replace(solution, matched=choice.step)
             if problem.statistics is not None:  # else nobody looks at what the block computes

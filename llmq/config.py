@@ -24,7 +24,7 @@ class QuantizeConfig:
     model: str
     """What to quantize: a directory, a hub id (org/name), a .gguf file, or `demo` (SmolLM2-135M-Instruct)."""
     output: Path
-    """Directory for the packed checkpoint. Must be new or empty unless --overwrite is given."""
+    """Directory for the packed checkpoint. Must be new or empty unless --overwrite or --resume is given."""
     method: str = "gptq"
     """gptq (best for its time), tuned (gptq, then training: minutes to hours), awq (for activation
     outliers), awq+gptq or rtn (needs no calibration text, seconds)."""
@@ -65,7 +65,7 @@ class QuantizeConfig:
     device: str = "auto"
     """Where to compute: auto (cuda when present), cpu or cuda."""
     overwrite: bool = False
-    """Replace a checkpoint that is already in the output directory."""
+    """Replace a checkpoint, or what an unfinished run left, in the output directory."""
     resume: bool = False
     """Go on with what an interrupted run of the same request left in the output directory, with the same result. Where
     there is nothing, begin."""

@@ -1,5 +1,7 @@
 """Where to compute."""
 
+import os
+
 import torch
 
 from llmq.errors import RequestError
@@ -11,6 +13,11 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, but nothing public names them
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def cores() -> int:
+    """Of the CPU, that this program may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pick_device(name: str, default_index: int = 0) -> torch.device:

@@ -34,7 +34,7 @@ def fingerprint(
     on_gpu = compute.device.type == "cuda"
     name = torch.cuda.get_device_name(compute.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
     return {
-        "source": {path.name: _sampled(path) for path in source.files.paths},
+        "source": {path.name: _sampled(path) for path in (*source.files.paths, *_code(source))},
         "config": settings,
         "tokens": _hash(tokens.train, tokens.held_out, training.train),
         "versions": {"llmq": VERSION, **versions()},
@@ -60,6 +60,12 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
 def _short(value: Any) -> str:
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 40 else text[:12] + "…"
+
+
+def _code(source: ModelSource) -> list[Path]:
+    """What says how the weights are used; in a GGUF file they say it themselves."""
+    patterns = () if source.is_gguf else ("config.json", "*.py")
+    return [path for pattern in patterns for path in sorted(source.directory.glob(pattern))]
 
 
 def _sampled(path: Path) -> str:

@@ -11,7 +11,9 @@ a mapping would count as this program's memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,31 +21,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.errors import WorkError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the hidden states of a process wait."""
+
+    directory: Path
+    name: str
+    """What the names of the files begin with: another for every run that begins with none, so that what one run left
+    is never taken for what another did."""
+    turn: int | None = None
+    """Which of the two files holds what is there already (see `complete`); None to begin with none."""
+
+    def files(self, kind: str) -> list[Path]:
+        """The two files of one kind of states."""
+        return [self.directory / f"{self.name}-{kind}-{turn}.states" for turn in (0, 1)]
+
+
+def new_place(directory: Path, name: str) -> Place:
+    """A place with nothing in it. Raises WorkError if it cannot be made."""
+    with _explained(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in directory.glob("*.states"):
+            path.unlink()
+    return Place(directory, name)
+
 
 class StoredStates:
     """A list of tensors of one dtype whose items are on disk.
 
     Args:
-        directory: where the two files are, or are made.
-        name: their names begin with it.
+        place: where the two files are, or are made.
+        kind: tells them from others there.
         shapes: of all items.
-        turn: which of two files holds what is there, for files that are (see `complete`); None to begin with none.
 
-    Raises OSError if the disk is full.
+    Raises WorkError if the disk is full, or the files are not what was written.
     """
 
-    def __init__(
-        self, directory: Path, name: str, shapes: Sequence[torch.Size], dtype: torch.dtype, turn: int | None = None
-    ) -> None:
+    def __init__(self, place: Place, kind: str, shapes: Sequence[torch.Size], dtype: torch.dtype) -> None:
+        self.place = place
         self._shapes, self._dtype = list(shapes), dtype
         sizes = [shape.numel() * dtype.itemsize for shape in self._shapes]
-        *self._offsets, self.nbytes = accumulate(sizes, initial=0)
-        self.paths = [stored_files(directory, [name], i)[0] for i in (0, 1)]
-        if turn is None:
-            for path in self.paths:
-                path.unlink(missing_ok=True)
-        self._files = [os.open(path, os.O_RDWR | os.O_CREAT, 0o600) for path in self.paths]
-        self._turns = [turn or 0] * len(sizes)
+        self._offsets = [0, *accumulate(sizes)]
+        with _explained(place.directory):
+            self._files = [os.open(path, os.O_RDWR | os.O_CREAT, 0o600) for path in place.files(kind)]
+        self._turns = [place.turn or 0] * len(sizes)
 
     def __len__(self) -> int:
         return len(self._shapes)
@@ -53,20 +77,22 @@ class StoredStates:
         tensor = torch.empty(shape, dtype=self._dtype)
         view, file = _bytes(tensor), self._files[self._turns[i]]
         at = self._offsets[i]
-        while view:
-            count = os.preadv(file, [view], at)
-            if count == 0:
-                raise OSError(f"{self.paths[self._turns[i]]} is shorter than it was written")
-            view, at = view[count:], at + count
+        with _explained(self.place.directory):
+            while view:
+                count = os.preadv(file, [view], at)
+                if count == 0:
+                    raise OSError("a file is shorter than it was written")
+                view, at = view[count:], at + count
         return tensor
 
     def __setitem__(self, i: int, tensor: Tensor) -> None:
         assert tensor.shape == self._shapes[i], (tensor.shape, self._shapes[i])
         turn = 1 - self._turns[i]
         view, at = _bytes(tensor.to(self._dtype).contiguous()), self._offsets[i]
-        while view:
-            count = os.pwrite(self._files[turn], view, at)
-            view, at = view[count:], at + count
+        with _explained(self.place.directory):
+            while view:
+                count = os.pwrite(self._files[turn], view, at)
+                view, at = view[count:], at + count
         self._turns[i] = turn
 
     @property
@@ -75,19 +101,21 @@ class StoredStates:
         return self._turns[0] if len(set(self._turns)) == 1 else None
 
     def close(self) -> None:
-        """Close and remove the files."""
-        for file, path in zip(self._files, self.paths, strict=True):
-            os.close(file)
-            path.unlink(missing_ok=True)
+        """Close the files, which stay. May be called twice."""
+        while self._files:
+            os.close(self._files.pop())
 
 
 HiddenStates = list[Tensor] | StoredStates
 """Micro-batches [samples, tokens, features] on the CPU, in memory or on disk."""
 
 
-def stored_files(directory: Path, names: Sequence[str], turn: int) -> list[Path]:
-    """The files that hold the states of these names in a turn."""
-    return [directory / f"{name}-{turn}.states" for name in names]
+@contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WorkError(f"hidden states cannot wait in {directory}: {error}; name another --offload-dir") from None
 
 
 def _bytes(tensor: Tensor) -> memoryview:

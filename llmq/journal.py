@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmq.errors import RequestError
+
 Line = dict[str, Any]
 
 
@@ -54,7 +56,10 @@ class Journal:
 
 
 def read_journal(path: Path) -> tuple[Line, list[Step]]:
-    """The fingerprint and the finished steps of a journal; empty where there is none that can be read."""
+    """The fingerprint and the finished steps of a journal; empty where there is none.
+
+    Raises RequestError if it cannot be read.
+    """
     fingerprint, steps, groups = Line(), list[Step](), list[Line]()
     try:
         lines = path.read_bytes().split(b"\n")[:-1]  # what has no end was being written
@@ -66,8 +71,10 @@ def read_journal(path: Path) -> tuple[Line, list[Step]]:
                 groups = []
             else:
                 groups.append(line)
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         pass  # a line that was never finished: what comes before it stands
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
     return fingerprint, steps
 
 

@@ -35,9 +35,17 @@ def resident_peak() -> int:
     """Bytes since the program began, or since PeakMemory last looked."""
     if sys.platform == "linux":
         # Not ru_maxrss: a child inherits it from the process that started it.
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+        return _status("VmHWM:")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def resident_now() -> int:
+    """Bytes that this process has, or had at most where the system does not say."""
+    return _status("VmRSS:") if sys.platform == "linux" else resident_peak()
+
+
+def _status(entry: str) -> int:
+    return 1024 * int(Path("/proc/self/status").read_text().partition(entry)[2].split()[0])
 
 
 def release_memory() -> None:

@@ -20,12 +20,18 @@ PROGRESS = "llmq_progress.jsonl"
 PICTURE = "llmq_report.png"
 UNFINISHED, EMPTIED = "unfinished.partial", "emptied.partial"
 _REPORTS = (REPORT, PROGRESS, PICTURE)
-_OURS = ("config.json", INDEX, "model*.safetensors", "*.partial", *LEGACY, *_REPORTS, *COPIED, TEMPLATES)
+# In this order they are removed: what says that a run can be gone on with, or is finished, before what it speaks of.
+_OURS = (*_REPORTS, "config.json", INDEX, "model*.safetensors", "*.partial", *LEGACY, *COPIED, TEMPLATES)
 
 
 def unfinished_work(directory: Path) -> Path:
     """Where an unfinished run into `directory` keeps what it needs to go on."""
     return directory / UNFINISHED / "work"
+
+
+def existing_parent(path: Path) -> Path:
+    """The path, or the innermost directory above it that is there. Raises OSError where one may not look."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from llmq.errors import WorkError
 from llmq.journal import Journal
 from llmq.memory import release_memory
 from llmq.output import PROGRESS, remove_leftovers
-from llmq.plan import check_plan, lines, plan_of, prove, states_of
+from llmq.plan import States, check_plan, lines, plan_of, prove
 from llmq.plot import draw
 from llmq.progress import OUTSIDE, TRAINING, Progress
 from llmq.ranks import joined_ranks, local_rank
@@ -76,32 +76,38 @@ def _work(request: Request) -> None:
     if ranks.is_first and not request.steps:
         with run.clock("proof"):
             prove(run)
-    with _writer(request) as writer:
+    with _writer(request, plan.states) as writer:
+        ranks.each(None)  # others touch the output only when it is the first one's
         if writer is not None and writer.is_checked:
             return writer.publish()
         journal.begin(request.fingerprint, request.steps)
         request.keep_tokens()
-        if not config.end_to_end:
-            _block_by_block(request, run, Progress(run, writer, journal, request.steps))
-            _finish(request, run, writer)
+        if config.end_to_end and writer is not None:
+            _two_checkpoints(request, run, writer, journal, plan.states)
         else:
-            assert writer is not None
-            with writer.workroom() as first:
-                progress = Progress(run, first, journal, request.steps)
-                if not progress.is_done(TRAINING):
-                    if not first.is_finished:
-                        _block_by_block(request, run, progress)
-                        _finish(request, run, first)
-                    _end_to_end(request, run, first.directory, writer, progress)
-                writer.keep_parts(progress.parts)
-                _finish(request, run, writer)
+            _block_by_block(request, run, Progress(run, writer, journal, request.steps), plan.states)
+        _finish(request, run, writer)
     if request.progress:
         run.report.show(config.output)
     return None
 
 
+def _two_checkpoints(request: Request, run: Run, writer: Writer, journal: Journal, states: States) -> None:
+    """One is made block by block; training makes another of it, which is the result."""
+    with writer.workroom() as first:
+        progress = Progress(run, first, journal, request.steps)
+        if not progress.is_done(TRAINING):
+            if first.is_checked:
+                first.publish()
+            if not first.is_finished:
+                _block_by_block(request, run, progress, states)
+                _finish(request, run, first)
+            _end_to_end(request, run, first.directory, writer, progress)
+    writer.keep_parts(progress.parts)
+
+
 @contextmanager
-def _writer(request: Request) -> Iterator[Writer | None]:
+def _writer(request: Request, states: States) -> Iterator[Writer | None]:
     """The writer, in the first process; what is left when the work inside fails, is said."""
     config = request.config
     if not request.ranks.is_first:
@@ -114,7 +120,9 @@ def _writer(request: Request) -> Iterator[Writer | None]:
         with writer:
             yield writer
     except BaseException:
-        if writer.resumable and request.progress:
+        if not writer.resumable:
+            _forget(states)
+        elif request.progress:
             print(
                 f"\nwhat is finished is kept: the same command with --resume goes on in {config.output}",
                 file=sys.stderr,
@@ -122,29 +130,31 @@ def _writer(request: Request) -> Iterator[Writer | None]:
         raise
 
 
-def _block_by_block(request: Request, run: Run, progress: Progress) -> None:
-    """Quantize all blocks, of which only one is in memory at a time."""
+def _block_by_block(request: Request, run: Run, progress: Progress, states: States) -> None:
+    """Quantize all blocks, of which only one is in memory at a time. `states`: where hidden states wait."""
     source, names = request.source, request.source.block_names
     if not progress.is_done(OUTSIDE):
         progress.save(OUTSIDE, run.outside())
         progress.commit()
+    if states.directory is not None and request.config.offload_dir is None and not request.steps:
+        what = f"hidden states wait on disk: {states.nbytes / 1e9:.1f} GB, more than a quarter of free memory"
+        run.report.note("model", [what])
     stop = names.index(run.chosen[-1]) + 1
     finished = sum(map(progress.is_done, names[:stop]))
-    with _states_directory(request, run) as directory:
-        if finished < stop:
-            journey = Journey(
-                keep_original=run.matching,
-                ranks=run.ranks,
-                stop=stop,
-                as_stored=run.algorithm.transform is None,
-                still=not run.algorithm.needs_statistics(run.config),
-                finished=finished,
-                restore=progress.restore_block,
-                passed=progress.commit,
-                directory=directory,
-                turn=progress.turn_of_states(directory),
-            )
-            blocks = stream(source, request.tokens, request.compute, request.clock, journey)
+    if finished < stop:
+        journey = Journey(
+            keep_original=run.matching,
+            ranks=run.ranks,
+            stop=stop,
+            linears=run.linear_dtype(request.compute),
+            states_unused=not run.algorithm.needs_statistics(run.config),
+            finished=finished,
+            restore=progress.restore_block,
+            passed=progress.commit,
+            place=progress.place_of_states(states.directory),
+        )
+        blocks = stream(source, request.tokens, request.compute, request.clock, journey)
+        with closing(blocks):
             bar = tqdm(blocks, "blocks", total=stop, initial=finished, disable=not request.progress, unit="block")
             for block in bar:
                 progress.save(block.name, [run.quantize_block(block, bar.set_postfix_str)], block)
@@ -152,25 +162,16 @@ def _block_by_block(request: Request, run: Run, progress: Progress) -> None:
         if not progress.is_done(name):
             progress.save(name, run.untouched(name))
             progress.commit()
+    run.ranks.each(None)  # no process needs its hidden states any more
+    _forget(states)
 
 
-@contextmanager
-def _states_directory(request: Request, run: Run) -> Iterator[Path | None]:
-    """Where the hidden states of this process wait on disk; None for those that fit into memory."""
-    config, states = request.config, states_of(request, run)
+def _forget(states: States) -> None:
+    """Remove what waits on disk, also of other processes on this machine, of this run or an earlier one."""
     directory = states.directory
-    if directory is None:
-        yield None
-        return
-    if config.offload_dir is None:
-        what = f"hidden states wait on disk: {states.nbytes / 1e9:.1f} GB, more than a quarter of free memory"
-        run.report.note("model", [what])
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        yield directory
-    except OSError as error:
-        raise WorkError(f"hidden states cannot wait in {directory}: {error}; name another --offload-dir") from None
-    shutil.rmtree(directory, ignore_errors=True)
+    if directory is not None:
+        for each in directory.parent.glob(f"{directory.name.rpartition('-')[0]}-*.partial"):
+            shutil.rmtree(each, ignore_errors=True)
 
 
 def _end_to_end(request: Request, run: Run, directory: Path, writer: Writer, progress: Progress) -> None:

@@ -9,6 +9,7 @@ again unless they wait on disk anyway.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from llmq.block import Block
 from llmq.blockwise import Run
 from llmq.formats.scheme import Scheme
-from llmq.hidden import StoredStates, stored_files
+from llmq.hidden import Place, StoredStates, new_place
 from llmq.journal import Journal, Line, Step
 from llmq.writer import Writer
 
@@ -80,6 +81,7 @@ class Progress:
         """The step that was saved last, if it is not finished yet, is finished: a new process would go on after it."""
         if self._open is None:
             return
+        self._run.ranks.each(None)  # what waits on the disks of the others is there, too
         (step, block, writer), report = self._open, self._run.report
         news = {name: value for name, value in self._run.digests.items() if self._told.get(name) != value}
         schemes = {name: self._run.schemes[name] for name in news if name in self._run.schemes}
@@ -135,26 +137,31 @@ class Progress:
         at = next(i for i, line in enumerate(self._done) if line["finished"] == step)
         return self._writer.read_parts(self._done[at - 1]["parts"] if at else 0, self._done[at]["parts"])
 
-    def turn_of_states(self, directory: Path | None) -> int | None:
-        """Which of the files there holds the hidden states that enter the first block that is not finished.
+    def place_of_states(self, directory: Path | None) -> Place | None:
+        """Where hidden states wait there, with those that enter the first block that is not finished if they are there.
 
-        None where none does, in some process, for sure. They were not forced onto the disk: after the machine went
-        down they may be anything.
+        They are there for all processes or for none. They were not forced onto the disk: after the machine went down
+        they may be anything.
         """
-        states = self._done[-1]["states"] if self._done else None
+        ranks, found = self._run.ranks, self._done[-1]["states"] if self._done else None
+        place = Place(directory, found["name"], found["turn"]) if directory is not None and found is not None else None
         here = False
-        if states is not None and directory is not None and states["boot"] is not None:
-            same = states["boot"] == _boot() and states["ranks"] == self._run.ranks.size
-            here = same and all(path.is_file() for path in stored_files(directory, states["names"], states["turn"]))
-        return states["turn"] if states is not None and all(self._run.ranks.each(here)) else None
+        if place is not None and found is not None and found["boot"] is not None:
+            same = found["boot"] == _boot() and found["ranks"] == ranks.size
+            here = same and all(place.files(kind)[found["turn"]].is_file() for kind in found["kinds"])
+        name = ranks.first(lambda: secrets.token_hex(4))
+        if all(ranks.each(here)):
+            return place
+        return None if directory is None else new_place(directory, name)
 
 
 def _states_of(block: Block) -> Line | None:
     """How a new process finds the hidden states that leave a block; None if they are in memory."""
     if not isinstance(block.hidden, StoredStates) or block.hidden.complete is None:
         return None
-    names = ["quantized"] + ["original"] * (block.original is not None)
-    return {"turn": block.hidden.complete, "names": names, "ranks": block.ranks.size, "boot": _boot()}
+    kinds = ["quantized"] + ["original"] * (block.original is not None)
+    about = {"name": block.hidden.place.name, "turn": block.hidden.complete, "kinds": kinds}
+    return about | {"ranks": block.ranks.size, "boot": _boot()}
 
 
 def _boot() -> str | None:

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from llmq.errors import WorkError
+from llmq.device import cores
+from llmq.errors import RequestError, WorkError
 
 _T = TypeVar("_T")
 
@@ -117,14 +118,23 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     """The processes that a launcher started, if one did: inside, they can talk to each other.
 
     On CPUs over gloo, where the machine's cores are split evenly; on GPUs over NCCL.
+
+    Raises RequestError if the environment speaks of several processes but does not say how they meet.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE
         return
+    if missing := {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        raise RequestError(
+            f"WORLD_SIZE says {size} processes, but {', '.join(sorted(missing))} are not set; "
+            "start them by torchrun, or unset WORLD_SIZE"
+        )
     threads = torch.get_num_threads()
     if device.type == "cpu":  # torchrun leaves one thread to each, however many cores there are
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
+        torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
+    else:
+        torch.cuda.set_device(device)  # by which NCCL tells the processes apart
     with _explained():
         backend = "nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=_PATIENCE)

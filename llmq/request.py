@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from llmq.files import read_json
 from llmq.fingerprint import differences, fingerprint
 from llmq.journal import Step, read_journal
 from llmq.memory import release_memory
-from llmq.output import PROGRESS, REPORT, check_output, unfinished_work
+from llmq.output import PROGRESS, REPORT, check_output, existing_parent, sync, unfinished_work
 from llmq.plot import check_plot
 from llmq.ranks import Ranks
 from llmq.sample import SELF, sample_sequences
@@ -56,9 +57,24 @@ class Request:
 
     def keep_tokens(self) -> None:
         """Text that the model wrote is not written again by a process that goes on."""
-        if self.ranks.is_first and _is_written(self.config):
+        path = _kept_tokens(self.config.output)
+        if self.ranks.is_first and _is_written(self.config) and not path.exists():
             tensors = {"train": self.tokens.train, "held_out": self.tokens.held_out, "training": self.training.train}
-            save_file(tensors, _kept_tokens(self.config.output))
+            new = path.with_name(path.name + ".new")
+            save_file(tensors, new)
+            sync(new)
+            os.replace(new, path)
+
+
+def _check_offload(directory: Path) -> None:
+    """Raise RequestError unless hidden states can wait there, as far as one can tell without writing."""
+    try:
+        there = existing_parent(directory)
+        fits = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    except OSError:
+        fits = False
+    if not fits:
+        raise RequestError(f"hidden states cannot wait in {directory}: no directory that may be written to")
 
 
 def open_request(config: QuantizeConfig, device: torch.device, ranks: Ranks, progress: bool) -> Request:
@@ -66,6 +82,8 @@ def open_request(config: QuantizeConfig, device: torch.device, ranks: Ranks, pro
     clock = Clock()
     if config.plot:
         check_plot()
+    if config.offload_dir is not None:
+        _check_offload(config.offload_dir)
     if ranks.is_first:
         check_output(config.output, config.overwrite, config.resume)
     if ranks.size > 1 and config.method == "tuned":
@@ -91,7 +109,7 @@ def _earlier(config: QuantizeConfig, identity: dict[str, Any]) -> tuple[list[Ste
     if unfinished_work(config.output).is_dir():
         before, steps = read_journal(config.output / PROGRESS)
         is_met = False
-    elif (config.output / REPORT).exists():
+    elif (config.output / REPORT).exists() and (config.output / "config.json").exists():
         try:
             before, steps, is_met = read_json(config.output, REPORT).get(FINGERPRINT), [], True
         except CheckpointError as error:
@@ -130,7 +148,10 @@ def whole_model(config: QuantizeConfig, device: torch.device, dtype: torch.dtype
 
 def _is_written(config: QuantizeConfig) -> bool:
     """Whether the model writes (some of) the text."""
-    return SELF in (config.calibration, config.tuned.end_text if config.end_to_end else "")
+    return ALGORITHMS[config.method].needs_statistics(config) and SELF in (
+        config.calibration,
+        config.tuned.end_text if config.end_to_end else "",
+    )
 
 
 def _kept_tokens(output: Path) -> Path:

@@ -97,5 +97,7 @@ def _copy(source: BinaryIO, entry: _Entry, target: BinaryIO) -> None:
     left = entry.size
     while left:
         data = source.read(min(left, _BUFFER))
+        if not data:
+            raise OSError(f"{entry.part} is shorter than it was written")
         target.write(data)
         left -= len(data)

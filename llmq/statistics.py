@@ -125,8 +125,7 @@ class _Sums:
         self.tokens = self.tokens_val = self.dropped = 0
         self.W = torch.cat([linear_of(block.module, name).weight.data for name in group.linears])
         out, width = self.W.shape
-        # TᵀX = W (X_o - X)ᵀX + …: two products with T, or one of square size. T may have something added to it.
-        self.narrow = self.residual is not None or 2 * out < width
+        self.narrow = lack_is_narrow(group, out, width)
         lack = {"lack": (out if self.narrow else width, width)} if self.paired else {}
         self.shapes: dict[str, tuple[int, ...]] = {"H": (width, width), "abs": (width,)} | lack
         self.sums: dict[str, Tensor] = {}
@@ -226,6 +225,14 @@ class _Sums:
         if lack is not None and lack_val is not None and not self.narrow:
             lack, lack_val = self.W.float() @ lack, self.W.float() @ lack_val
         return InputStatistics(H, H_val, means["abs"], tokens, dropped, lack, lack_val)
+
+
+def lack_is_narrow(group: Group, out: int, width: int) -> bool:
+    """Whether the sum grows as TᵀX, not as (X_o - X)ᵀX of width x width, which W makes TᵀX of in the end.
+
+    Two products with T for every token, or one of square size. T may have something added to it.
+    """
+    return group.residual is not None or 2 * out < width
 
 
 def _add_lower(H: Tensor, X: Tensor) -> None:

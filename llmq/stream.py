@@ -9,10 +9,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from llmq.block import Block, Compute
 from llmq.clock import Clock
 from llmq.data import Tokens
 from llmq.errors import RequestError
-from llmq.hidden import HiddenStates, StoredStates
+from llmq.hidden import HiddenStates, Place, StoredStates
 from llmq.memory import release_memory
 from llmq.ranks import ALONE, Ranks
 from llmq.shares import portion_of
@@ -43,10 +42,9 @@ class Journey:
     ranks: Ranks = ALONE
     stop: int | None = None
     """Index of the block after the last one that is wanted."""
-    as_stored: bool = False
-    """Weights stay in the dtype they are stored in where matmuls take it, in half the memory. Not for blocks whose
-    weights are changed before they are rounded."""
-    still: bool = False
+    linears: torch.dtype | None = None
+    """In which the weights of linears are loaded, if not in the one of computation."""
+    states_unused: bool = False
     """Nobody looks at the hidden states: they stay what they are."""
     finished: int = 0
     """Blocks that an earlier run has finished: they are not yielded."""
@@ -54,42 +52,47 @@ class Journey:
     """Gives such a block the weights it was left with."""
     passed: Callable[[], None] = lambda: None
     """Called when the hidden states have passed a block: nothing more is done with it."""
-    directory: Path | None = None
-    """Where hidden states wait for their turn; None for memory."""
-    turn: int | None = None
-    """Which of the files there holds the inputs of the first block that is not finished; None where none does."""
+    place: Place | None = None
+    """Where hidden states wait on disk, perhaps with the inputs of the first block that is not finished; None for
+    memory."""
+
+    @property
+    def sets_out_late(self) -> bool:
+        """The first block that is not finished can be entered at once."""
+        return self.states_unused or (self.place is not None and self.place.turn is not None)
 
 
 def stream(
     source: ModelSource, tokens: Tokens, compute: Compute, clock: Clock, journey: Journey | None = None
-) -> Iterator[Block]:
+) -> Generator[Block]:
     """Yield each block in order. What the caller leaves in its weights decides what the next block sees.
 
     Args:
         tokens: calibration sequences; they may be few and short for methods that need no statistics.
     """
     journey = journey or Journey()
-    travellers = _Travellers(source, tokens, compute, clock, journey)
-    for index, name in enumerate(source.block_names[: journey.stop]):
-        if index < journey.finished and (journey.still or journey.turn is not None):
-            continue
-        names = source.block_tensor_names(name)
-        block = travellers.enter(index, name, names)
-        if index >= journey.finished:
-            yield block
-        else:
-            with clock("forward"):
-                travellers.original_passes(block)
-            journey.restore(block)
-        if not journey.still and name != source.block_names[: journey.stop][-1]:
-            with clock("forward"), block.many_runs():
-                for i in range(len(block.hidden)):
-                    block.hidden[i] = block.run_batch(i).cpu()
-        journey.passed()
-        source.free(names)
-        block.forget()
-        release_memory()
-    travellers.arrive()
+    travellers, names = _Travellers(source, tokens, compute, clock, journey), source.block_names[: journey.stop]
+    try:
+        for index, name in enumerate(names):
+            if index < journey.finished and journey.sets_out_late:
+                continue
+            block = travellers.enter(index, name)
+            if index >= journey.finished:
+                yield block
+            else:
+                with clock("forward"):
+                    travellers.original_passes(block)
+                journey.restore(block)
+            if not journey.states_unused and name != names[-1]:
+                with clock("forward"), block.many_runs():
+                    for i in range(len(block.hidden)):
+                        block.hidden[i] = block.run_batch(i).cpu()
+            journey.passed()
+            source.free(source.block_tensor_names(name))
+            block.forget()
+            release_memory()
+    finally:
+        travellers.close()
 
 
 class _Travellers:
@@ -104,31 +107,27 @@ class _Travellers:
         self.hidden = self._waiting("quantized")
         self.original = self._waiting("original") if journey.keep_original and len(tokens.held_out) > 0 else None
         with clock("forward"):
-            batches = self.portion.batches if journey.turn is None else []
+            on_disk = journey.place is not None and journey.place.turn is not None
+            batches = [] if on_disk else self.portion.batches
             sample, self.arguments = record_block_inputs(source, tokens.train[:1], compute, batches, self._set_out)
             self.sample = journey.ranks.share(sample).cpu()
 
-    def _waiting(self, name: str) -> HiddenStates:
+    def _waiting(self, kind: str) -> HiddenStates:
         """Where they wait."""
-        journey = self.journey
-        if journey.directory is None:
+        if self.journey.place is None:
             return [torch.empty(0)] * len(self.shapes)
-        return StoredStates(journey.directory, name, self.shapes, self.compute.dtype, journey.turn)
+        return StoredStates(self.journey.place, kind, self.shapes, self.compute.dtype)
 
     def _set_out(self, i: int, hidden: Tensor) -> None:
         self.hidden[i] = hidden
         if self.original is not None:
             self.original[i] = hidden
 
-    def enter(self, index: int, name: str, names: list[str]) -> Block:
+    def enter(self, index: int, name: str) -> Block:
         """The block with its weights loaded."""
-        source, compute = self.source, self.compute
-        module = source.skeleton.get_submodule(name)
-        linears = {f"{name}.{inner}.weight" for inner, m in module.named_modules() if isinstance(m, nn.Linear)}
-        narrow = linears if self.journey.as_stored and source.dtype == compute.factors else set[str]()
+        compute = self.compute
         with self.clock("read"):
-            source.load([each for each in names if each in narrow], compute.device, compute.factors)
-            source.load([each for each in names if each not in narrow], compute.device, compute.dtype)
+            module = load_block(self.source, name, compute, self.journey.linears)
         arguments, ranks, portion = self.arguments[index], self.journey.ranks, self.portion
         states = (self.hidden, portion.held_out_from, arguments, compute, self.original, ranks)
         return Block(name, module, *states, portion.shares, self.sample)
@@ -141,11 +140,19 @@ class _Travellers:
             for i in range(len(block.original)):
                 block.original[i] = block.run_batch(i, original=True).cpu()
 
-    def arrive(self) -> None:
-        """Nobody needs them any more."""
+    def close(self) -> None:
         for states in (self.hidden, self.original):
             if isinstance(states, StoredStates):
                 states.close()
+
+
+def load_block(source: ModelSource, name: str, compute: Compute, linears: torch.dtype | None) -> nn.Module:
+    """The block of this name with its weights. `linears`: dtype of those of its linears, if not that of `compute`."""
+    module, names = source.skeleton.get_submodule(name), source.block_tensor_names(name)
+    apart = {f"{name}.{inner}.weight" for inner, m in module.named_modules() if isinstance(m, nn.Linear)}
+    source.load([each for each in names if each in apart], compute.device, linears or compute.dtype)
+    source.load([each for each in names if each not in apart], compute.device, compute.dtype)
+    return module
 
 
 @torch.no_grad()

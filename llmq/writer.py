@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,7 +35,7 @@ from llmq.output import (
 from llmq.shards import grouped, join, sizes_in
 from llmq.tensor_files import INDEX, SINGLE
 
-_SHARD_BYTES = 5_000_000_000
+SHARD_BYTES = 5_000_000_000
 # Finished tensors wait in memory for their part, and once more while it is written.
 _PART_BYTES = 100_000_000
 _CHECKED = "checked"
@@ -56,7 +56,7 @@ class Writer:
     """
 
     def __init__(
-        self, directory: Path, overwrite: bool = False, resume: bool = False, shard_bytes: int = _SHARD_BYTES
+        self, directory: Path, overwrite: bool = False, resume: bool = False, shard_bytes: int = SHARD_BYTES
     ) -> None:
         self.directory, root = directory, directory / UNFINISHED
         self.stage, self.work = root / "checkpoint", unfinished_work(directory)
@@ -102,7 +102,8 @@ class Writer:
             if self._made_directory:
                 shutil.rmtree(self.directory, ignore_errors=True)
             else:  # whatever is there under our names is ours: __enter__ removed what was there before
-                clear(self.directory)
+                with suppress(OSError):  # from a directory that became read-only: nothing there looks finished
+                    clear(self.directory)
         if isinstance(error, OSError | SafetensorError):
             raise explained(error, self.directory) from None
 
@@ -222,6 +223,9 @@ class Writer:
         try:
             with inner:
                 yield inner
+        except CheckpointError:
+            self.resumable = False  # what was made is damaged: there is nothing to go on from
+            raise
         finally:
             self.resumable |= inner.resumable
         shutil.rmtree(room, ignore_errors=True)

@@ -32,6 +32,7 @@ from make_model import MakeConfig, make_model
 from soak import differing, finish, hashes, quantization
 
 from llmq.cli import run
+from llmq.device import cores
 from llmq.errors import WorkError
 from llmq.output import PROGRESS, REPORT
 from llmq.settings import one_of
@@ -40,7 +41,7 @@ Row = dict[str, Any]
 
 _RTN = "--method rtn --grid minmax --bits 4"
 _GPTQ = "--calibration pydoc --samples 8 --sequence-length 512 --blocks 0-2"
-_DEMO = "--calibration pydoc --samples 16 --sequence-length 512 --group-size 64"
+_DEMO = "--calibration pydoc --samples 32 --sequence-length 512 --group-size 64"
 # On a model for tests, with text enough for a run that can be met on its way.
 SMALL = "--calibration pydoc --samples 64 --sequence-length 256 --group-size 64"
 _KILLS = "--times 20 --offload"
@@ -93,6 +94,7 @@ def claims(name: str, row: Row) -> Iterator[tuple[str, float, float, str]]:
         yield "GB of memory, 7B, rtn", row["peak_bytes"] / 1e9, 2.5, f"{quantize} model-7b {_RTN}"
         bar = max(240.0, row["disk_seconds"])
         yield f"seconds ({row['disk_seconds']:.0f} for the disk alone)", row["seconds"], bar, "the same"
+        yield "memory in block 30 / in block 3", row["late_bytes"] / row["early_bytes"], 1.03, "the same"
     elif name == "gptq-7b":
         yield "GB of memory, 7B, gptq", row["peak_bytes"] / 1e9, 4.0, f"{quantize} model-7b {_GPTQ}"
     elif name == "flat":
@@ -115,8 +117,7 @@ def claims(name: str, row: Row) -> Iterator[tuple[str, float, float, str]]:
 
 def machine() -> str:
     """What the numbers depend on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{platform.system()} {platform.machine()}, {cores} cores"
+    return f"{platform.system()} {platform.machine()}, {cores()} cores"
 
 
 def measured(words: list[str]) -> Row:
@@ -144,6 +145,7 @@ def _rtn_7b(config: ScaleConfig, room: Path) -> Row:
     model, made = (sum(path.stat().st_size for path in at.glob("*.safe*")) for at in (config.model_7b, room / "out"))
     read_speed, write_speed = disk_speed(room)
     # The result is written in parts, which become shards, which are read back.
+    row |= memory_of_blocks(room / "out", _EARLY, _LATE)
     return row | {"disk_seconds": (model + 2 * made) / read_speed + 2 * made / write_speed}
 
 
@@ -177,11 +179,15 @@ def disk_speed(directory: Path) -> tuple[float, float]:
 
 
 def _flat(_: ScaleConfig, room: Path) -> Row:
-    row = measured(quantization("demo", _DEMO, room / "out"))
-    lines = map(json.loads, (room / "out" / PROGRESS).read_text().splitlines())
+    return measured(quantization("demo", _DEMO, room / "out")) | memory_of_blocks(room / "out", _EARLY, _LATE)
+
+
+def memory_of_blocks(output: Path, early: str, late: str) -> Row:
+    """The peak while each of two blocks was quantized."""
+    lines = map(json.loads, (output / PROGRESS).read_text().splitlines())
     peaks = [(line["block"], line["peak_memory_bytes"]) for line in lines if "block" in line]
-    early, late = (max(peak for block, peak in peaks if block == each) for each in (_EARLY, _LATE))
-    return row | {"early_bytes": early, "late_bytes": late}
+    first, last = (max(peak for block, peak in peaks if block == each) for each in (early, late))
+    return {"early_bytes": first, "late_bytes": last}
 
 
 def _two_processes(_: ScaleConfig, room: Path) -> Row:
@@ -190,8 +196,9 @@ def _two_processes(_: ScaleConfig, room: Path) -> Row:
     for i in range(3):
         for count in (1, 2):  # taking turns: a machine that slows down slows both
             output = room / f"{i}-{count}"
+            started = time.perf_counter()
             finish(quantization("demo", _DEMO, output, count))
-            seconds[count].append(json.loads((output / REPORT).read_text())["seconds"]["total"])
+            seconds[count].append(time.perf_counter() - started)
             others += differing(hashes(output), hashes(room / "0-1"))
     return {"one_seconds": seconds[1], "two_seconds": seconds[2], "differing": others}
 

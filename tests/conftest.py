@@ -32,6 +32,12 @@ def llama(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def gemma(tmp_path_factory):
+    """Directory of a tiny Gemma 2, bfloat16."""
+    return save_tiny(tmp_path_factory.mktemp("gemma"), "gemma2", torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
     """A .txt with about 12,000 tokens for the tiny tokenizer."""
     path = tmp_path_factory.mktemp("text") / "text.txt"

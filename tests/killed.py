@@ -9,10 +9,12 @@ import signal
 import socket
 import sys
 
+import pytest
 import torch
 
 import llmq
 from llmq.errors import LlmqError
+from llmq.stream import _Travellers
 
 # Ways in which the writer, the journal, the report and the hidden states change what is on the disk.
 _CHANGES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
@@ -44,6 +46,27 @@ def quantize_until(moment, config, count=None):
             count.write_text(text)
 
     return _exit_code(_forked(work))
+
+
+def small_run(model, text, output):
+    """Of a model for tests, with just enough text for two micro-batches to be held out."""
+    settings = {"samples": 20, "sequence_length": 32, "group_size": 32, "device": "cpu"}
+    return llmq.QuantizeConfig(model=str(model), output=output / "out", calibration=str(text), **settings)
+
+
+def interrupted(config, monkeypatch, blocks=2):
+    """A run that ends, politely, when so many blocks are finished."""
+    enter = _Travellers.enter
+
+    def stop(self, index, *arguments):
+        if index == blocks:
+            raise KeyboardInterrupt
+        return enter(self, index, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Travellers, "enter", stop)
+        with pytest.raises(KeyboardInterrupt):
+            llmq.quantize(config)
 
 
 def quantize_together(config, processes, fails=None):

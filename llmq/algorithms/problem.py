@@ -110,6 +110,10 @@ class Solution:
         """That of some of the rows, as views."""
         return replace(self, q=self.q[start:stop], scale=self.scale[start:stop], zero=self.zero[start:stop])
 
+    def to(self, device: torch.device) -> Solution:
+        """The same on another device."""
+        return replace(self, q=self.q.to(device), scale=self.scale.to(device), zero=self.zero.to(device))
+
     def dequantize(self, group_size: int) -> Float[Tensor, "out in"]:
         codes = grid.group_view(self.q, group_size)
         W = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
@@ -181,18 +185,11 @@ def mean(terms: Float[Tensor, "n"]) -> float:
     return sum(float(part.sum(dtype=torch.float64)) for part in terms.split(_ROWS)) / len(terms)
 
 
-def relative_error(W: Tensor, W_hat: Tensor, H: Tensor | None) -> float:
-    """tr(ΔW H ΔWᵀ) / tr(W H Wᵀ): the share of the layer's output energy that is lost. H None means the identity."""
-    lost = sum(energy(w - w_hat, H) for w, w_hat in zip(W.split(_ROWS), W_hat.split(_ROWS), strict=True))
-    whole = energy(W, H)
-    return lost / whole if whole > 0 else 0.0
-
-
 def lost_energy(problem: Problem, solution: Solution, H: Tensor | None) -> float:
     """tr(ΔW H ΔWᵀ). H None means the identity."""
     size, rows = problem.grid.group_size, range(0, len(problem.W), _ROWS)
     parts = ((problem.W[at : at + _ROWS], solution.rows(at, at + _ROWS)) for at in rows)
-    return sum(energy(W - part.dequantize(size), H) for W, part in parts)
+    return sum((energy(W - part.dequantize(size), H) for W, part in parts), 0.0)
 
 
 def energy(W: Tensor, H: Tensor | None) -> float:
@@ -202,4 +199,4 @@ def energy(W: Tensor, H: Tensor | None) -> float:
 
 def inner(A: Float[Tensor, "rows in"], B: Float[Tensor, "rows in"]) -> float:
     """⟨A, B⟩, row by row: torch shares out a sum to one number by the number of threads, with other bits."""
-    return sum(float((A[rows] * B[rows]).sum(-1, dtype=torch.float64).sum()) for rows in strips(A))
+    return sum((float((A[rows] * B[rows]).sum(-1, dtype=torch.float64).sum()) for rows in strips(A)), 0.0)

@@ -11,13 +11,13 @@ import torch
 
 from llmq.blockwise import Run
 from llmq.formats.scheme import Scheme
+from llmq.output import existing_parent
 from llmq.plan.layout import Layout
-from llmq.plan.load import States
+from llmq.plan.workload import States
 from llmq.ranks import processes_here
 from llmq.request import Request
 from llmq.weight import QuantizedWeight
-
-_SHARD = 5_000_000_000  # bytes of a checkpoint that the disk holds twice while its files are put together
+from llmq.writer import SHARD_BYTES
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ def disks(request: Request, states: States, output: int) -> list[Disk]:
     """What is to be written where, without what is there already or will make room."""
     config, local = request.config, processes_here(request.ranks)
     twice = 2 if config.end_to_end else 1  # what was made block by block stays until the training is done
-    needed = [(config.output, "the checkpoint", twice * output + min(output, _SHARD) - _there(request))]
+    needed = [(config.output, "the checkpoint", twice * output + min(output, SHARD_BYTES) - _there(request))]
     if states.directory is not None:
         there = sum(path.stat().st_size for path in states.directory.glob("*.states"))
         needed.append((states.directory, "hidden states", local * max(0, 2 * states.nbytes - there)))
     found: dict[int, Disk] = {}
     for path, what, size in needed:
-        parent = next(each for each in (path, *path.absolute().parents) if each.exists())
+        parent = existing_parent(path)
         disk = found.get(parent.stat().st_dev, Disk(path, "", 0, shutil.disk_usage(parent).free))
         what = " and ".join(filter(None, (disk.what, what)))
         found[parent.stat().st_dev] = Disk(disk.path, what, disk.needed + max(0, size), disk.free)

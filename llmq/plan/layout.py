@@ -14,7 +14,7 @@ from llmq.blockwise import Run
 from llmq.memory import release_memory
 from llmq.request import Request
 from llmq.source import ModelSource
-from llmq.stream import record_block_inputs
+from llmq.stream import load_block, record_block_inputs
 
 _RANDOM = 1 << 20  # numbers that are drawn; more are these over again
 _FEW = 16  # tokens that show what a block is made of
@@ -100,20 +100,10 @@ def imagined_blocks(request: Request, run: Run, ids: Tensor) -> Iterator[tuple[t
     drawn = torch.Generator().manual_seed(0)
     states = torch.randn(len(ids), *hidden.shape[1:], generator=drawn).to(hidden.dtype)
     for names in alike.values():
-        here, module = source.block_tensor_names(names[0]), source.skeleton.get_submodule(names[0])
-        linears = {f"{names[0]}.{inner}.weight" for inner, m in module.named_modules() if isinstance(m, nn.Linear)}
-        source.load([name for name in here if name in linears], compute.device, linear_dtype(request, run))
-        source.load([name for name in here if name not in linears], compute.device, compute.dtype)
+        module = load_block(source, names[0], compute, run.linear_dtype(compute))
         yield tuple(names), Block(names[0], module, [states], 1, arguments[source.block_names.index(names[0])], compute)
-        source.free(here)
+        source.free(source.block_tensor_names(names[0]))
         release_memory()
-
-
-def linear_dtype(request: Request, run: Run) -> torch.dtype:
-    """In which a block's linears are loaded: as they are stored, where matmuls take that and nothing changes them."""
-    compute = request.compute
-    as_stored = run.algorithm.transform is None and request.source.dtype == compute.factors
-    return compute.factors if as_stored else compute.dtype
 
 
 def layouts(request: Request, run: Run) -> Iterator[Layout]:

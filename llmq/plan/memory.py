@@ -21,7 +21,7 @@ from llmq.arch import Group
 from llmq.block import MOST_KEPT
 from llmq.blockwise import Run
 from llmq.plan.layout import Layout
-from llmq.plan.load import Load
+from llmq.plan.workload import Workload
 from llmq.request import Request
 from llmq.sample import SELF
 
@@ -41,7 +41,7 @@ class Moment:
     device: int = 0
 
 
-def block_moments(load: Load, layout: Layout, run: Run) -> Iterator[Moment]:
+def block_moments(load: Workload, layout: Layout, run: Run) -> Iterator[Moment]:
     """While a block is quantized."""
     weights = layout.numbers * load.stored + layout.others * load.others
     if run.algorithm.transform is not None:
@@ -70,7 +70,7 @@ def block_moments(load: Load, layout: Layout, run: Run) -> Iterator[Moment]:
         yield Moment("the training of a block", load.states, weights + trained + posed + batch)
 
 
-def _transform_moments(load: Load, layout: Layout, weights: int) -> Iterator[Moment]:
+def _transform_moments(load: Workload, layout: Layout, weights: int) -> Iterator[Moment]:
     """While a method changes a block, which takes the statistics of all its groups."""
     sums = sum(4 * load.sums * layout.square(g) + load.stored * layout.size(g) for g in layout.groups)
     yield Moment("the sums of all layers", load.states, weights + _running(load, layout, layout.groups) + sums)
@@ -79,7 +79,7 @@ def _transform_moments(load: Load, layout: Layout, weights: int) -> Iterator[Mom
     yield Moment("the search for scales", load.states, weights + posed + 3 * 4 * rows)
 
 
-def kept_bytes(load: Load, layout: Layout, done: list[Group], stage: list[Group], last: bool) -> int:
+def kept_bytes(load: Workload, layout: Layout, done: list[Group], stage: list[Group], last: bool) -> int:
     """What a block keeps for its next run: what leaves its parts, and what enters the linear that ends the next one."""
     if not (load.sequential and load.statistics):
         return 0
@@ -89,14 +89,14 @@ def kept_bytes(load: Load, layout: Layout, done: list[Group], stage: list[Group]
     return min(MOST_KEPT, (load.tokens + load.held_out) * numbers * load.factors)
 
 
-def _running(load: Load, layout: Layout, groups: Sequence[Group]) -> int:
+def _running(load: Workload, layout: Layout, groups: Sequence[Group]) -> int:
     """A micro-batch on its way to the last of these groups, and weights as matmuls want them."""
     widest = max((max(layout.shape(group)) for group in groups), default=0)
     copies = layout.numbers * load.factors if load.stored != load.factors else 0
     return _SCRATCH + load.batch * widest * 4 * _ACTIVATIONS + copies
 
 
-def _sums(load: Load, layout: Layout, group: Group) -> int:
+def _sums(load: Workload, layout: Layout, group: Group) -> int:
     """Statistics of a group while they grow, or when they are finished if that is more."""
     (rows, columns), (lack, multiplied) = layout.shape(group), load.lack(layout, group)
     grow = 4 * load.sums * (columns**2 + lack)
@@ -104,7 +104,7 @@ def _sums(load: Load, layout: Layout, group: Group) -> int:
     return rows * columns * load.stored + max(grow, ready)
 
 
-def _posed(load: Load, layout: Layout, group: Group) -> int:
+def _posed(load: Workload, layout: Layout, group: Group) -> int:
     """A problem that waits; weights of a single linear are the block's own if they are as wanted."""
     numbers, square = layout.size(group), layout.square(group)
     dtype = 4 if load.statistics else load.stored
@@ -112,7 +112,7 @@ def _posed(load: Load, layout: Layout, group: Group) -> int:
     return W + 4 * (2 * square + 2 * numbers * (load.streams == 2)) if load.statistics else W
 
 
-def _solving(load: Load, layout: Layout, group: Group, run: Run) -> int:
+def _solving(load: Workload, layout: Layout, group: Group, run: Run) -> int:
     """A problem while it is solved: when the weights move, when they are rounded, or when they are put back."""
     (rows, columns), posed = layout.shape(group), _posed(load, layout, group)
     numbers, square, strip = rows * columns, columns**2, 4 * _STRIP * columns
@@ -126,7 +126,7 @@ def _solving(load: Load, layout: Layout, group: Group, run: Run) -> int:
     return max(back, moving, rounding)
 
 
-def other_moments(request: Request, run: Run, load: Load) -> Iterator[Moment]:
+def other_moments(request: Request, run: Run, load: Workload) -> Iterator[Moment]:
     """Before, between and after the blocks that are quantized."""
     source, config = request.source, request.config
     state = source.skeleton.state_dict(keep_vars=True)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from llmq.blockwise import Run
 from llmq.clock import Clock
-from llmq.memory import free_memory, resident_peak
+from llmq.memory import free_memory, resident_now
 from llmq.plan.disk import Disk, disks, output_bytes, packed_shapes
 from llmq.plan.layout import Layout, imagined_blocks, layout_of, layouts, numbers_of
-from llmq.plan.load import Load, States, load_of, states_of
 from llmq.plan.memory import Moment, block_moments, other_moments
 from llmq.plan.seconds import Timed, all_seconds
 from llmq.plan.speeds import speeds_of, token_seconds
+from llmq.plan.workload import States, Workload, states_of, workload_of
 from llmq.ranks import processes_here
 from llmq.request import Request
 from llmq.shares import micro_batches
@@ -86,8 +84,8 @@ def plan_of(request: Request, run: Run, timed: bool = False) -> Plan:
     Args:
         timed: also estimate how long it takes, from work on random numbers: some seconds.
     """
-    states, source, program, clock = states_of(request, run), request.source, _resident(), Clock()
-    load = load_of(request, run, states)
+    states, source, program, clock = states_of(request, run), request.source, resident_now(), Clock()
+    load = workload_of(request, run, states)
     free = free_memory(torch.device("cpu")), free_memory(request.compute.device)
     probed = _probed(request, run) if timed else None
     found = probed[0] if probed else list(layouts(request, run))
@@ -158,7 +156,7 @@ def _format_of(run: Run) -> str:
     return f"{run.config.stored_as}: {bits} bit, {size}, {kind}, scales in {_name(run.scale_dtype)}"
 
 
-def _text_of(request: Request, load: Load) -> str:
+def _text_of(request: Request, load: Workload) -> str:
     tokens, config = request.tokens, request.config
     if not load.statistics:
         return f"none: {config.method} looks at the weights alone"
@@ -169,11 +167,3 @@ def _text_of(request: Request, load: Load) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _resident() -> int:
-    """Bytes of memory that this process has now, or had at most where the system does not say."""
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.partition("VmRSS:")[2].split()[0])
-    return resident_peak()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from llmq.block import MOST_KEPT
 from llmq.blockwise import Run
 from llmq.plan.layout import Layout
-from llmq.plan.load import Load, States, load_of
 from llmq.plan.speeds import Speeds
+from llmq.plan.workload import States, Workload, workload_of
 from llmq.request import Request
 
 _DISK = 5e8  # bytes a second that a disk is taken to read and write: a dry run writes nothing to find out
@@ -25,7 +25,7 @@ class Timed:
     """Seconds of a token in a block of each structure."""
 
 
-def block_seconds(load: Load, layout: Layout, token: float, run: Run, speeds: Speeds) -> dict[str, float]:
+def block_seconds(load: Workload, layout: Layout, token: float, run: Run, speeds: Speeds) -> dict[str, float]:
     """Of one block, by what is done. `token`: seconds of one that goes through it."""
     tokens, found, apart = load.tokens + load.held_out, dict[str, float](), run.algorithm.rows_apart(run.config)
     if load.statistics:
@@ -48,7 +48,7 @@ def block_seconds(load: Load, layout: Layout, token: float, run: Run, speeds: Sp
     return found
 
 
-def _passes(load: Load, layout: Layout) -> float:
+def _passes(load: Workload, layout: Layout) -> float:
     """How often a block is run, whole or in part."""
     sizes = [layout.size(group) for group in layout.groups]
     before = [sum(sizes[:i]) / max(1, layout.numbers) for i in range(len(sizes))]
@@ -63,7 +63,7 @@ def _passes(load: Load, layout: Layout) -> float:
     return share * (load.streams + ends) + (1 - share) * again
 
 
-def _sum_seconds(load: Load, layout: Layout, group: Group, factor: float, speeds: Speeds) -> float:
+def _sum_seconds(load: Workload, layout: Layout, group: Group, factor: float, speeds: Speeds) -> float:
     """Sums over all tokens, and those of the shares. `factor`: seconds of a multiplication as blocks do them."""
     (rows, columns), (lack, multiplied) = layout.shape(group), load.lack(layout, group)
     tokens = load.tokens + load.held_out
@@ -78,7 +78,7 @@ def all_seconds(request: Request, run: Run, found: list[Layout], timed: Timed, p
     """Of the whole run, but for what is done already. `plain`: bytes that are written as they are."""
     source, speeds = request.source, timed.speeds
     total = {"opening": request.clock.seconds.get("open", 0.0)}
-    load, done = load_of(request, run, States(0, None)), {step.finished["finished"] for step in request.steps}
+    load, done = workload_of(request, run, States(0, None)), {step.finished["finished"] for step in request.steps}
     for layout, token in zip(found, timed.tokens, strict=True):
         left = sum(block not in done for block in layout.blocks)
         for what, seconds in block_seconds(load, layout, token, run, speeds).items():

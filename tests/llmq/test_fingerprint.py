@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -63,3 +64,13 @@ def test_a_single_changed_byte_at_either_end_of_the_weights_is_seen(config, tmp_
     content[-1] ^= 1
     (copy / "model.safetensors").write_bytes(content)
     assert [each.partition(":")[0] for each in differences(before, of(config))] == ["source.model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "modeling_own.py"])
+def test_so_does_what_says_how_the_weights_are_used(name, config, tmp_path):
+    copy = shutil.copytree(config.model, tmp_path / "copy")
+    config = replace(config, model=str(copy))
+    before = of(config)
+    with (copy / name).open("a") as file:
+        file.write("\n")
+    assert [each.partition(":")[0] for each in differences(before, of(config))] == [f"source.{name}"]

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from llmq.hidden import StoredStates, stored_files
+from llmq.errors import WorkError
+from llmq.hidden import Place, StoredStates, new_place
 
 
 def states(dtype=torch.float32, count=3):
@@ -10,7 +11,7 @@ def states(dtype=torch.float32, count=3):
 
 
 def stored(directory, tensors, turn=None):
-    return StoredStates(directory, "quantized", [each.shape for each in tensors], tensors[0].dtype, turn)
+    return StoredStates(Place(directory, "run", turn), "quantized", [each.shape for each in tensors], tensors[0].dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -46,18 +47,23 @@ def test_a_file_that_is_too_short_is_an_error_not_numbers(tmp_path):
     kept = stored(tmp_path, states())
     for i, each in enumerate(states()):
         kept[i] = each
-    path = stored_files(tmp_path, ["quantized"], kept.complete)[0]
+    path = kept.place.files("quantized")[kept.complete]
     path.write_bytes(path.read_bytes()[:-4])
     assert torch.equal(kept[0], states()[0])
-    with pytest.raises(OSError, match="shorter"):
+    with pytest.raises(WorkError, match=r"shorter.*--offload-dir"):
         kept[2]
 
 
-def test_nothing_is_left_when_they_are_not_needed_any_more(tmp_path):
-    kept = stored(tmp_path, states())
+def test_a_new_place_is_made_and_emptied_of_states(tmp_path):
+    kept = stored(new_place(tmp_path / "states", "run").directory, states())
     kept[0] = states()[0]
     kept.close()
-    assert not list(tmp_path.iterdir())
+    kept.close()
+    (tmp_path / "states" / "notes.md").write_text("mine")
+    assert new_place(tmp_path / "states", "other").turn is None
+    assert [path.name for path in (tmp_path / "states").iterdir()] == ["notes.md"]
+    with pytest.raises(WorkError, match="--offload-dir"):
+        new_place(tmp_path / "states" / "notes.md", "run")
 
 
 def test_states_of_another_shape_are_a_mistake(tmp_path):

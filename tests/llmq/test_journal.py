@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from llmq.errors import RequestError
 from llmq.journal import Journal, read_journal
 
 FINGERPRINT = {"config": {"bits": 4}}
@@ -52,3 +53,9 @@ def test_without_a_path_nothing_is_written():
     nothing = Journal(None)
     nothing.begin(FINGERPRINT)
     nothing.add({"finished": "0"})
+
+
+def test_one_that_is_there_but_cannot_be_read_is_not_taken_for_none(tmp_path):
+    assert read_journal(tmp_path / "none") == ({}, [])
+    with pytest.raises(RequestError, match="cannot be read"):
+        read_journal(tmp_path)

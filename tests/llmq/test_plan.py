@@ -16,10 +16,10 @@ from llmq import formats
 from llmq.blockwise import Run
 from llmq.config import METHODS, QuantizeConfig
 from llmq.errors import RequestError, WorkError
-from llmq.plan import check_plan, lines, plan_of, prove, states_of
+from llmq.plan import check_plan, lines, plan_of, prove
 from llmq.plan.layout import layouts
-from llmq.plan.load import load_of
 from llmq.plan.memory import Moment
+from llmq.plan.workload import states_of, workload_of
 from llmq.ranks import ALONE, Ranks
 from llmq.request import open_request
 from llmq.settings import Tuned
@@ -135,12 +135,12 @@ def test_hidden_states_are_counted_where_they_wait(llama, text_file, tmp_path):
     request, run = opened(llama, text_file, waiting)
     states = states_of(request, run)
     assert states.nbytes == 2 * 10 * 64 * 64 * 4  # both streams of ten sequences of 64 tokens, in float32
-    assert load_of(request, run, states).states == states.nbytes
+    assert workload_of(request, run, states).states == states.nbytes
     request, run = opened(llama, text_file, waiting, offload_dir=offload)
     elsewhere = states_of(request, run)
     assert elsewhere.nbytes == states.nbytes
     assert elsewhere.directory.parent == offload
-    assert load_of(request, run, elsewhere).states == 0
+    assert workload_of(request, run, elsewhere).states == 0
     plan = plan_of(request, run)
     assert f"wait on disk, in {offload}" in "\n".join(lines(plan))
     assert sum(disk.needed for disk in plan.disks) == 2 * plan.output + 2 * states.nbytes
@@ -161,7 +161,7 @@ class Halves(Ranks):
 
 def load(model, text, tmp_path, ranks):
     request, run = opened(model, text, tmp_path / "out", ranks, samples=40)
-    return load_of(request, run, states_of(request, run))
+    return workload_of(request, run, states_of(request, run))
 
 
 def test_what_an_earlier_run_left_need_not_be_written_again(llama, text_file, tmp_path):

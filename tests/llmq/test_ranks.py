@@ -13,6 +13,10 @@ from tiny import save_tiny
 import llmq
 from llmq.data import Tokens
 from llmq.errors import RequestError
+from llmq.files import read_json
+from llmq.journal import read_journal
+from llmq.output import PROGRESS, REPORT
+from llmq.progress import Progress
 from llmq.ranks import ALONE, Ranks
 from llmq.shares import portion_of, split
 
@@ -78,6 +82,50 @@ def test_one_that_dies_ends_the_others_and_any_number_goes_on(config, tmp_path, 
     assert result_of(together.output) == result_of(config.output)
 
 
+def test_a_block_is_finished_when_the_hidden_states_of_all_processes_have_passed_it(config, tmp_path):
+    together = replace(config, output=tmp_path / "together", offload_dir=tmp_path / "states")
+
+    def fails(rank):
+        if rank == 1:
+            commit = Progress.commit
+
+            def dies(self):
+                if self._open is not None and self._open[0].endswith(".1"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                commit(self)
+
+            Progress.commit = dies
+
+    assert quantize_together(together, 2, fails) == [1, -9]
+    steps = read_journal(together.output / PROGRESS)[1]
+    assert [step.finished["finished"] for step in steps] == ["outside the blocks", "model.layers.0"]
+    assert quantize_together(replace(together, resume=True), 2) == [0, 0]
+    llmq.quantize(config)
+    assert result_of(together.output) == result_of(config.output)
+
+
+def test_hidden_states_that_go_to_disk_by_themselves_are_not_in_the_way(config, tmp_path):
+    llmq.quantize(config)
+    together = replace(config, output=tmp_path / "together")
+
+    def fails(rank):
+        llmq.plan.workload._MEMORY_SHARE = 0.0
+        if rank == 0:  # the other one is ready long before
+            prove = llmq.pipeline.prove
+            llmq.pipeline.prove = lambda run: (time.sleep(1), prove(run))
+
+    assert quantize_together(together, 2, fails) == [0, 0]
+    assert result_of(together.output) == result_of(config.output)
+    assert any("wait on disk" in note["note"] for note in read_json(together.output, REPORT)["fallbacks"])
+
+
+def test_processes_that_cannot_meet_are_a_wrong_request(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(RequestError, match=r"WORLD_SIZE says 2 processes, but .*RANK.* not set"):
+        llmq.quantize(config)
+
+
 def test_a_wrong_request_ends_all(config, tmp_path, capfd):
     tmp_path.joinpath("there").mkdir()
     tmp_path.joinpath("there", "notes.md").write_text("mine")
@@ -110,9 +158,11 @@ def test_shares_do_not_depend_on_how_many_there_are(count, size):
     assert sum(len(portion.batches) for portion in portions) == len(alone.batches)
 
 
-def test_two_processes_have_about_the_same_to_do():
-    shares = split(58, 3, Ranks(0, 2))
-    assert sum(len(share.batches) for share in shares) in range(29, 33)
+@pytest.mark.parametrize(("train", "held_out"), [(58, 3), (7, 1), (8, 2), (1, 1)])
+def test_two_processes_have_about_the_same_to_do(train, held_out):
+    counts = [sum(len(share.batches) for share in split(train, held_out, Ranks(rank, 2))) for rank in (0, 1)]
+    assert sum(counts) == train + held_out
+    assert abs(counts[0] - counts[1]) <= max(2, train // 8)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from killed import quantize_until, result_of
+from killed import interrupted, quantize_until, result_of, small_run
 from tiny import save_tiny
 
 import llmq
@@ -16,15 +16,9 @@ from llmq.settings import Tuned
 from llmq.stream import _Travellers
 
 
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("gemma"), "gemma2", torch.bfloat16)
-
-
 @pytest.fixture
 def config(gemma, text_file, tmp_path):
-    settings = {"samples": 20, "sequence_length": 32, "group_size": 32, "device": "cpu"}
-    return llmq.QuantizeConfig(model=str(gemma), output=tmp_path / "out", calibration=str(text_file), **settings)
+    return small_run(gemma, text_file, tmp_path)
 
 
 def killed_and_resumed(config, moments, tmp_path):
@@ -79,21 +73,6 @@ def test_so_it_does_with_hidden_states_on_disk(config, tmp_path):
 def test_so_it_does_when_trained_from_end_to_end(config, tmp_path):
     settings = Tuned(end_steps=2, end_samples=0)
     killed_and_resumed(replace(config, method="tuned", tuned=settings), some(5), tmp_path)
-
-
-def interrupted(config, monkeypatch, blocks=2):
-    """A run that ends, politely, when so many blocks are finished."""
-    enter = _Travellers.enter
-
-    def stop(self, index, *arguments):
-        if index == blocks:
-            raise KeyboardInterrupt
-        return enter(self, index, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_Travellers, "enter", stop)
-        with pytest.raises(KeyboardInterrupt):
-            llmq.quantize(config)
 
 
 @pytest.mark.parametrize("on_disk", [False, True])

@@ -1,10 +1,15 @@
+from pathlib import Path
+
 import pytest
 import torch
 from problems import correlated_inputs, loss, make_problem, threads
 
+from llmq.algorithms import ALGORITHMS, rtn
 from llmq.algorithms import problem as problem_module
-from llmq.algorithms import rtn
-from llmq.algorithms.problem import energy, joined, lost_energy, mean, relative_error
+from llmq.algorithms.problem import energy, joined, lost_energy, mean
+from llmq.config import METHODS, QuantizeConfig
+from llmq.pose import errors_of
+from llmq.ranks import ALONE
 
 
 def test_every_weight_goes_to_the_nearest_point_of_its_group():
@@ -24,6 +29,10 @@ def test_needs_no_statistics_unless_the_grid_does():
     assert not torch.equal(rtn.solve(weighted).q, with_statistics)
 
 
+def config_of(method):
+    return QuantizeConfig(model="m", output=Path("out"), method=method)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_each_search_is_best_in_what_it_looks_for(bits, symmetric):
@@ -36,15 +45,18 @@ def test_each_search_is_best_in_what_it_looks_for(bits, symmetric):
     assert errors["hessian"][1] < min(errors["minmax"][1], errors["mse"][1])
 
 
-def test_relative_error_is_the_lost_share_of_the_output_energy():
+def test_the_relative_error_is_the_lost_share_of_the_output_energy():
     X = correlated_inputs()
     problem = make_problem(X)
-    W_hat = rtn.solve(problem).dequantize(32).double()
-    lost, whole = X @ (problem.W - W_hat).T, X @ problem.W.T
+    solution = rtn.solve(problem)
+    lost, whole = X @ (problem.W - solution.dequantize(32).double()).T, X @ problem.W.T
     expected = float(lost.square().sum() / whole.square().sum())
-    assert abs(relative_error(problem.W, W_hat, problem.statistics.H) / expected - 1) < 1e-12
-    assert relative_error(problem.W, problem.W, None) == 0
-    assert relative_error(torch.zeros(2, 64), torch.zeros(2, 64), None) == 0
+    error, nearest = errors_of(problem, solution, False, ALONE)
+    assert abs(error / expected - 1) < 1e-12
+    assert error < nearest  # which does not search for its grid
+    assert errors_of(problem, solution, True, ALONE) == (error, error)
+    problem.W.zero_()
+    assert errors_of(problem, rtn.solve(problem), True, ALONE) == (0, 0)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -97,3 +109,15 @@ def test_means_of_long_diagonals_are_summed_in_one_order():
         with threads(count):
             found.append(mean(terms))
     assert found[0] == found[1] == found[2] == pytest.approx(float(terms.double().mean()), rel=1e-12)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if ALGORITHMS[name].rows_apart(config_of(name))])
+def test_a_process_that_gets_no_rows_has_none_to_give(method):
+    problem = make_problem(correlated_inputs(dtype=torch.float32))
+    solution = ALGORITHMS[method].solve(problem.rows(24, 24), config_of(method))
+    whole = ALGORITHMS[method].solve(problem, config_of(method))
+    for part in ("q", "scale", "zero"):
+        none, all_rows = getattr(solution, part), getattr(whole, part)
+        assert none.shape == (0, *all_rows.shape[1:])
+        assert none.dtype == all_rows.dtype
+    assert errors_of(problem.rows(24, 24), solution, False, ALONE) == (0, 0)

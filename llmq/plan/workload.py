@@ -8,13 +8,16 @@ from pathlib import Path
 
 import torch
 
+from llmq.algorithms.gptq import rows_together
 from llmq.arch import Group
 from llmq.blockwise import Run
 from llmq.memory import free_memory
 from llmq.output import unfinished_work
-from llmq.plan.layout import Layout, linear_dtype
+from llmq.plan.layout import Layout
+from llmq.ranks import processes_here
 from llmq.request import Request
 from llmq.shares import portion_of
+from llmq.statistics import lack_is_narrow
 
 _MEMORY_SHARE = 0.25  # of what is free: hidden states that need more wait on disk
 
@@ -29,7 +32,7 @@ class States:
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What of a run, and of this process in it, decides how much memory and time a block takes."""
 
     tokens: int
@@ -58,28 +61,28 @@ class Load:
     def lack(self, layout: Layout, group: Group) -> tuple[int, bool]:
         """Numbers of a sum of what the outputs of a group lack, and whether it still is to be multiplied by W."""
         rows, columns = layout.shape(group)
-        narrow = group.residual is not None or 2 * rows < columns
+        narrow = lack_is_narrow(group, rows, columns)
         return ((rows if narrow else columns) * columns if self.streams == 2 else 0), not narrow
 
 
-def load_of(request: Request, run: Run, states: States) -> Load:
+def workload_of(request: Request, run: Run, states: States) -> Workload:
     """That of this process."""
     portion, compute, tokens = portion_of(request.tokens, request.ranks), request.compute, request.tokens
     counts = [sum(share.held_out == kind for share in portion.shares) for kind in (False, True)]
     sizes = [batch.numel() for batch in portion.batches]
-    return Load(
+    return Workload(
         tokens=sum(sizes[: portion.held_out_from]),
         held_out=sum(sizes[portion.held_out_from :]),
         batch=max(sizes, default=0),
         sums=max(min(2, counts[0]), 1 + min(2, counts[1])),
         streams=2 if run.matching and len(tokens.held_out) else 1,
-        stored=linear_dtype(request, run).itemsize,
+        stored=run.linear_dtype(compute).itemsize,
         factors=compute.factors.itemsize,
         others=compute.dtype.itemsize,
         sequential=run.sequential,
         statistics=run.algorithm.needs_statistics(run.config),
         states=0 if states.directory is not None else states.nbytes,
-        together=4096 if compute.device.type == "cpu" else 1 << 30,
+        together=rows_together(compute.device),
     )
 
 
@@ -90,7 +93,7 @@ def states_of(request: Request, run: Run) -> States:
     size = tokens * request.source.config.get_text_config().hidden_size * request.compute.dtype.itemsize
     size = size * (2 if run.matching else 1) // ranks.size
     free = free_memory(torch.device("cpu"))
-    if config.offload_dir is None and (free is None or size <= _MEMORY_SHARE * free):
+    if config.offload_dir is None and (free is None or size * processes_here(ranks) <= _MEMORY_SHARE * free):
         return States(size, None)
     which = hashlib.sha256(str(config.output.resolve()).encode()).hexdigest()[:12]
     parent = config.offload_dir or unfinished_work(config.output)
