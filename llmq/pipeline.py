@@ -77,9 +77,9 @@ def _work(request: Request) -> None:
         with run.clock("proof"):
             prove(run)
     with _writer(request, plan.states) as writer:
-        ranks.each(None)  # others touch the output only when it is the first one's
-        if writer is not None and writer.is_checked:
-            return writer.publish()
+        # All wait for the first one: until the output is its own, nobody touches that.
+        if ranks.first(lambda: writer is not None and writer.is_checked):
+            return writer.publish() if writer is not None else None
         journal.begin(request.fingerprint, request.steps)
         request.keep_tokens()
         if config.end_to_end and writer is not None:

@@ -67,21 +67,11 @@ class Ranks:
 
     def send(self, tensor: Tensor) -> Callable[[], None]:
         """Send a tensor to the first process. Returns what waits until it has left: so long it must stay as it is."""
-        with _explained():
-            work = distributed.isend(tensor, dst=0)
+        return _begun(lambda: distributed.isend(tensor, dst=0))
 
-        def wait() -> None:
-            with _explained():
-                if work is not None:
-                    work.wait()
-
-        return wait
-
-    def receive(self, tensor: Tensor, source: int) -> None:
-        """In the first process: what another one sends takes the place of what is in the tensor."""
-        if source != 0:
-            with _explained():
-                distributed.recv(tensor, src=source)
+    def receive(self, tensor: Tensor, source: int) -> Callable[[], None]:
+        """In the first process: fill the tensor with what another one sends. Returns what waits until it is there."""
+        return _begun(lambda: distributed.irecv(tensor, src=source))
 
     def rows(self, count: int, together: int) -> list[slice]:
         """So many rows shared out to the processes as evenly as it goes, in multiples of `together`."""
@@ -143,6 +133,19 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     finally:
         distributed.destroy_process_group()
         torch.set_num_threads(threads)
+
+
+def _begun(begin: Callable[[], distributed.Work | None]) -> Callable[[], None]:
+    """What waits for the end of what is begun."""
+    with _explained():
+        work = begin()
+
+    def wait() -> None:
+        with _explained():
+            if work is not None:
+                work.wait()
+
+    return wait
 
 
 @contextmanager

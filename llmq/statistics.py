@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from llmq.arch import Group, linear_of
 from llmq.block import Block
 from llmq.clock import Clock
 from llmq.memory import release_memory
-from llmq.shares import Share
+from llmq.sums import ShareSums
 
 # Only the lower triangle of XᵀX is computed, in strips of this many columns: a third less arithmetic at 1536 columns
 # and still wide enough for full matmul speed (2-core AVX2 machine, 2026-11: 256 and 512 alike, 128 a tenth slower).
@@ -59,7 +59,7 @@ def collect_statistics(block: Block, groups: list[Group], clock: Clock, last: bo
                         each.add(inputs, originals, share.held_out)
             with clock("statistics"):
                 for each in sums:
-                    each.fold(share)
+                    each.sums.fold(share)
     if last:
         block.forget_original()
     with clock("statistics"):
@@ -110,78 +110,36 @@ def _inputs(block: Block, names: set[str], inputs: dict[str, Tensor], stop: bool
 
 
 class _Sums:
-    """Sums over token rows, within one share after the other; only the lower triangle of H is filled until `finish`.
+    """Sums over token rows, of H only the lower triangle until `finish`.
 
-    Memory: what is returned. While sums of one kind grow within a share, those of the other kind are not there yet.
+    Memory: what is returned, and one more of each while it grows.
     """
 
     def __init__(self, group: Group, block: Block) -> None:
         self.first, self.residual, self.ranks = group.linears[0], group.residual, block.ranks
-        self.paired, self.precision, self.device = (
-            block.original is not None,
-            block.compute.precision,
-            block.compute.device,
-        )
+        self.paired = block.original is not None
+        self.precision, self.device = block.compute.precision, block.compute.device
         self.tokens = self.tokens_val = self.dropped = 0
         self.W = torch.cat([linear_of(block.module, name).weight.data for name in group.linears])
         out, width = self.W.shape
         self.narrow = lack_is_narrow(group, out, width)
         lack = {"lack": (out if self.narrow else width, width)} if self.paired else {}
         self.shapes: dict[str, tuple[int, ...]] = {"H": (width, width), "abs": (width,)} | lack
-        self.sums: dict[str, Tensor] = {}
-        """Over the shares so far, in the first process."""
-        self.running: dict[str, Tensor] = {}
-        """Within the current share."""
-        self.leaving: list[Callable[[], None]] = []
-        """Wait for sums that are on their way to the first process."""
+        self.sums = ShareSums(self.shapes, block.ranks, self.device)
 
     def add(self, inputs: dict[str, Tensor], originals: dict[str, Tensor], held_out: bool) -> None:
         """Inputs of the block's modules by name, in this model and, where it runs along, in the original one."""
         X, dX, dR = self._rows(inputs, originals)
         X32 = X.float()
-        _add_lower(self._within("H", held_out), X32)
-        self._within("abs", held_out).add_(X32.abs().sum(0))
+        _add_lower(self.sums.growing("H"), X32)
+        self.sums.growing("abs").add_(X32.abs().sum(0))
         if held_out:
             self.tokens_val += len(X)
         else:
             self.tokens += len(X)
         if dX is not None:
             T = self._product(dX, self.W.T) if self.narrow else dX
-            self._within("lack", held_out).add_(self._product((T if dR is None else T + dR).T, X))
-
-    def _within(self, name: str, held_out: bool) -> Tensor:
-        """A sum within the current share."""
-        key = name + "_val" * held_out
-        if key not in self.running:
-            for other in [k for k in self.running if k.endswith("_val") != held_out]:
-                del self.running[other]
-            self.running[key] = torch.zeros(self.shapes[name], device=self.device)
-        return self.running[key]
-
-    def fold(self, share: Share) -> None:
-        """Add the sums of a finished share, whichever process has them, to those of the shares before it."""
-        if share.rank == self.ranks.rank != 0:
-            self._send(share)
-        for name in self.shapes if self.ranks.is_first else ():
-            key = name + "_val" * share.held_out
-            part = self._within(name, share.held_out)
-            self.ranks.receive(part, share.rank)
-            if key in self.sums:
-                self.sums[key] += part
-                part.zero_()
-            else:
-                self.sums[key] = self.running.pop(key)
-
-    def _send(self, share: Share) -> None:
-        """The next share need not wait until these have left, but the one after it: memory is that of two."""
-        self._wait()
-        self.leaving = [self.ranks.send(self._within(name, share.held_out)) for name in self.shapes]
-        self.running.clear()
-
-    def _wait(self) -> None:
-        for wait in self.leaving:
-            wait()
-        self.leaving.clear()
+            self.sums.growing("lack").add_(self._product((T if dR is None else T + dR).T, X))
 
     def _rows(
         self, inputs: dict[str, Tensor], originals: dict[str, Tensor]
@@ -208,23 +166,22 @@ class _Sums:
         return (A.to(self.precision) @ B.to(self.precision)).float()
 
     def finish(self) -> InputStatistics:
-        self._wait()
-        self.running.clear()
+        totals = self.sums.finish()
         counts = self.ranks.each((self.tokens, self.tokens_val, self.dropped))
         tokens, tokens_val, dropped = (sum(column) for column in zip(*counts, strict=True))
-        kinds = {"": tokens, "_val": tokens_val} if tokens_val else {"": tokens}
-        means: dict[str, Tensor] = {}
+        kinds = {False: tokens, True: tokens_val} if tokens_val else {False: tokens}
+        means: dict[tuple[str, bool], Tensor] = {}
         for name, shape in self.shapes.items():
-            for kind, count in kinds.items():
-                total = self.sums.pop(name + kind, None)
+            for held_out, count in kinds.items():
+                total = totals.pop((name, held_out), None)
                 total = torch.zeros(shape, device=self.device) if total is None else total
-                means[name + kind] = self.ranks.share(total).div_(max(1, count))
-        H = _mirrored(means["H"])
-        H_val = _mirrored(means["H_val"]) if tokens_val else H
-        lack, lack_val = (means.get(name) for name in ("lack", "lack_val"))
+                means[name, held_out] = self.ranks.share(total).div_(max(1, count))
+        H = _mirrored(means["H", False])
+        H_val = _mirrored(means["H", True]) if tokens_val else H
+        lack, lack_val = means.get(("lack", False)), means.get(("lack", True))
         if lack is not None and lack_val is not None and not self.narrow:
             lack, lack_val = self.W.float() @ lack, self.W.float() @ lack_val
-        return InputStatistics(H, H_val, means["abs"], tokens, dropped, lack, lack_val)
+        return InputStatistics(H, H_val, means["abs", False], tokens, dropped, lack, lack_val)
 
 
 def lack_is_narrow(group: Group, out: int, width: int) -> bool:

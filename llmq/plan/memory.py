@@ -24,6 +24,7 @@ from llmq.plan.layout import Layout
 from llmq.plan.workload import Workload
 from llmq.request import Request
 from llmq.sample import SELF
+from llmq.sums import shares_ahead
 
 END_TO_END = "training from end to end"
 _SCRATCH = 50_000_000  # bytes that libraries take for themselves
@@ -99,7 +100,8 @@ def _running(load: Workload, layout: Layout, groups: Sequence[Group]) -> int:
 def _sums(load: Workload, layout: Layout, group: Group) -> int:
     """Statistics of a group while they grow, or when they are finished if that is more."""
     (rows, columns), (lack, multiplied) = layout.shape(group), load.lack(layout, group)
-    grow = 4 * load.sums * (columns**2 + lack)
+    late = shares_ahead({"H": (columns, columns), "lack": (lack,)}, load.ranks)
+    grow = 4 * (load.sums + late) * (columns**2 + lack)
     ready = 4 * (2 * columns**2 + 2 * lack + 3 * rows * columns) if multiplied and lack else 0
     return rows * columns * load.stored + max(grow, ready)
 

@@ -14,7 +14,7 @@ from llmq.blockwise import Run
 from llmq.memory import free_memory
 from llmq.output import unfinished_work
 from llmq.plan.layout import Layout
-from llmq.ranks import processes_here
+from llmq.ranks import Ranks, processes_here
 from llmq.request import Request
 from llmq.shares import portion_of
 from llmq.statistics import lack_is_narrow
@@ -53,6 +53,7 @@ class Workload:
     """Bytes of hidden states in memory."""
     together: int
     """Rows solved at once."""
+    ranks: Ranks
 
     def stages(self, layout: Layout) -> list[list[Group]]:
         """Groups that are solved between two runs of the block."""
@@ -83,6 +84,7 @@ def workload_of(request: Request, run: Run, states: States) -> Workload:
         statistics=run.algorithm.needs_statistics(run.config),
         states=0 if states.directory is not None else states.nbytes,
         together=rows_together(compute.device),
+        ranks=request.ranks,
     )
 
 

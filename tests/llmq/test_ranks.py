@@ -104,6 +104,27 @@ def test_a_block_is_finished_when_the_hidden_states_of_all_processes_have_passed
     assert result_of(together.output) == result_of(config.output)
 
 
+def test_processes_have_nothing_to_do_where_only_the_moving_is_left(config, tmp_path):
+    together = replace(config, output=tmp_path / "together", method="rtn")
+
+    def fails(rank):
+        moved = os.replace
+
+        def dies(source, target):
+            if target == together.output / "config.json":
+                os.kill(os.getpid(), signal.SIGKILL)
+            moved(source, target)
+
+        llmq.writer.os.replace = dies
+
+    assert quantize_together(together, 2, fails) == [-9, 0]
+    assert not (together.output / "config.json").exists()
+    assert quantize_together(replace(together, resume=True), 2) == [0, 0]
+    assert quantize_together(replace(together, resume=True), 2) == [0, 0]
+    llmq.quantize(replace(config, method="rtn"))
+    assert result_of(together.output) == result_of(config.output)
+
+
 def test_hidden_states_that_go_to_disk_by_themselves_are_not_in_the_way(config, tmp_path):
     llmq.quantize(config)
     together = replace(config, output=tmp_path / "together")

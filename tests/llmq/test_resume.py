@@ -44,7 +44,7 @@ def some(number):
 def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(config, tmp_path):
     # Most changes are made while the result is put together, and the last ones are the most delicate.
     assert (
-        killed_and_resumed(config, lambda count: [*range(1, count - 12, 5), *range(count - 12, count + 1)], tmp_path)
+        killed_and_resumed(config, lambda count: [*range(1, count - 12, 7), *range(count - 12, count + 1)], tmp_path)
         > 40
     )
 
