@@ -52,7 +52,7 @@ def demo(config: DemoConfig) -> None:
         table.append(f"{method:<10} {result.perplexity:>11.3f} {result.kl:>15.4f}")
     print(f"\n{config.bits} bit, measured on {config.chunks} chunks of 1024 tokens of pytopics:")
     print("\n".join(table) + "\n")
-    _llmq("generate", "--model", str(output), "--prompt", "What is the capital of France?")
+    _llmq("generate", "--model", str(output), "--prompt", "Name the capital of France.")
 
 
 def _quantize(method: str, output: Path, config: DemoConfig) -> None:
