@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +102,19 @@ class Claim:
             self._descriptor = None
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that is to be at `path`, whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    yield new
+    sync(new)
+    os.replace(new, path)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that is there whole or not at all."""
-    partial = path.with_name(path.name + ".new")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(partial)
-    os.replace(partial, path)
+    with whole(path) as new:
+        new.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def sync(path: Path) -> None:

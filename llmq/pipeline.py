@@ -162,7 +162,7 @@ def _block_by_block(request: Request, run: Run, progress: Progress, states: Stat
         if not progress.is_done(name):
             progress.save(name, run.untouched(name))
             progress.commit()
-    run.ranks.each(None)  # no process needs its hidden states any more
+    run.ranks.meet()  # no process needs its hidden states any more
     _forget(states)
 
 

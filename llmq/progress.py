@@ -81,7 +81,7 @@ class Progress:
         """The step that was saved last, if it is not finished yet, is finished: a new process would go on after it."""
         if self._open is None:
             return
-        self._run.ranks.each(None)  # what waits on the disks of the others is there, too
+        self._run.ranks.meet()  # what waits on the disks of the others is there, too
         (step, block, writer), report = self._open, self._run.report
         news = {name: value for name, value in self._run.digests.items() if self._told.get(name) != value}
         schemes = {name: self._run.schemes[name] for name in news if name in self._run.schemes}

@@ -65,6 +65,10 @@ class Ranks:
                 distributed.broadcast(tensor, src=source)
         return tensor
 
+    def meet(self) -> None:
+        """Return when all processes have come this far."""
+        self.each(None)
+
     def send(self, tensor: Tensor) -> Callable[[], None]:
         """Send a tensor to the first process. Returns what waits until it has left: so long it must stay as it is."""
         return _begun(lambda: distributed.isend(tensor, dst=0))
@@ -122,7 +126,7 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
         )
     threads = torch.get_num_threads()
     if device.type == "cpu":  # torchrun leaves one thread to each, however many cores there are
-        torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
+        torch.set_num_threads(max(1, cores() // processes_here(Ranks(size=size))))
     else:
         torch.cuda.set_device(device)  # by which NCCL tells the processes apart
     with _explained():

@@ -24,7 +24,7 @@ from llmq.files import read_json
 from llmq.fingerprint import differences, fingerprint
 from llmq.journal import Step, read_journal
 from llmq.memory import release_memory
-from llmq.output import PROGRESS, REPORT, check_output, existing_parent, sync, unfinished_work
+from llmq.output import PROGRESS, REPORT, check_output, existing_parent, unfinished_work, whole
 from llmq.plot import check_plot
 from llmq.ranks import Ranks
 from llmq.sample import SELF, sample_sequences
@@ -60,10 +60,8 @@ class Request:
         path = _kept_tokens(self.config.output)
         if self.ranks.is_first and _is_written(self.config) and not path.exists():
             tensors = {"train": self.tokens.train, "held_out": self.tokens.held_out, "training": self.training.train}
-            new = path.with_name(path.name + ".new")
-            save_file(tensors, new)
-            sync(new)
-            os.replace(new, path)
+            with whole(path) as new:
+                save_file(tensors, new)
 
 
 def _check_offload(directory: Path) -> None:

@@ -57,9 +57,9 @@ class Journey:
     memory."""
 
     @property
-    def sets_out_late(self) -> bool:
-        """The first block that is not finished can be entered at once."""
-        return self.states_unused or (self.place is not None and self.place.turn is not None)
+    def is_under_way(self) -> bool:
+        """The inputs of the first block that is not finished wait on disk."""
+        return self.place is not None and self.place.turn is not None
 
 
 def stream(
@@ -74,7 +74,7 @@ def stream(
     travellers, names = _Travellers(source, tokens, compute, clock, journey), source.block_names[: journey.stop]
     try:
         for index, name in enumerate(names):
-            if index < journey.finished and journey.sets_out_late:
+            if index < journey.finished and (journey.states_unused or journey.is_under_way):
                 continue
             block = travellers.enter(index, name)
             if index >= journey.finished:
@@ -107,8 +107,7 @@ class _Travellers:
         self.hidden = self._waiting("quantized")
         self.original = self._waiting("original") if journey.keep_original and len(tokens.held_out) > 0 else None
         with clock("forward"):
-            on_disk = journey.place is not None and journey.place.turn is not None
-            batches = [] if on_disk else self.portion.batches
+            batches = [] if journey.is_under_way else self.portion.batches
             sample, self.arguments = record_block_inputs(source, tokens.train[:1], compute, batches, self._set_out)
             self.sample = journey.ranks.share(sample).cpu()
 

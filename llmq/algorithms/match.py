@@ -20,7 +20,7 @@ give is W X_o, with the inputs X_o of the original model. Weights that come clos
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
@@ -51,25 +51,24 @@ def choose(problem: Problem, ranks: Ranks = ALONE) -> Match:
     tries some of the λ.
     """
     none = Match(_DAMPINGS[0], 0.0)
-    stats, rows = problem.statistics, spread(len(problem.W))
+    stats = problem.statistics
     if stats is None or stats.lack is None or stats.lack_val is None:
         return none
-    of_rows = replace(stats, lack=stats.lack[rows], lack_val=stats.lack_val[rows])
-    tried = ranks.each([_tried(of_rows, damping) for damping in _DAMPINGS[ranks.rank :: ranks.size]])
+    rows = spread(len(problem.W))
+    lack, lack_val = stats.lack[rows], stats.lack_val[rows]
+    tried = ranks.each([_tried(stats, lack, lack_val, damping) for damping in _DAMPINGS[ranks.rank :: ranks.size]])
     found = [(0.0, none), *(each for those in tried for each in those)]
     return max(found, key=lambda each: (each[0], -each[1].damping))[1]
 
 
-def _tried(stats: InputStatistics, damping: float) -> tuple[float, Match]:
-    """The best step with a damping, and what it gains on held-out tokens."""
-    assert stats.lack is not None
-    assert stats.lack_val is not None
+def _tried(stats: InputStatistics, lack: Tensor, lack_val: Tensor, damping: float) -> tuple[float, Match]:
+    """What some rows gain on held-out tokens with a damping and the best step, and these."""
     factor = cholesky_(damped(stats.H, damping))
     if factor is None:
         return 0.0, Match(damping, 0.0)
-    P = factor.solve_(stats.lack.clone())
+    P = factor.solve_(lack.clone())
     # |T - X αPᵀ|² = |T|² - 2α⟨P, TᵀX⟩ + α²⟨P H, P⟩ on held-out tokens
-    along, across = inner(P, stats.lack_val), energy(P, stats.H_val)
+    along, across = inner(P, lack_val), energy(P, stats.H_val)
     step = min(1.0, max(0.0, along / across)) if across > 0 else 0.0
     return 2 * step * along - step**2 * across, Match(damping, step)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from llmq.algorithms.awq import ROWS_TOGETHER
 from llmq.arch import Group
 from llmq.block import MOST_KEPT
 from llmq.blockwise import Run
@@ -76,7 +77,7 @@ def _transform_moments(load: Workload, layout: Layout, weights: int) -> Iterator
     sums = sum(4 * load.sums * layout.square(g) + load.stored * layout.size(g) for g in layout.groups)
     yield Moment("the sums of all layers", load.states, weights + _running(load, layout, layout.groups) + sums)
     posed = sum(8 * layout.square(g) + 4 * layout.size(g) for g in layout.groups)
-    rows = max(columns for _, columns in map(layout.shape, layout.groups)) * 4096 if layout.groups else 0
+    rows = max(columns for _, columns in map(layout.shape, layout.groups)) * ROWS_TOGETHER if layout.groups else 0
     yield Moment("the search for scales", load.states, weights + posed + 3 * 4 * rows)
 
 

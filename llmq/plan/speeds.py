@@ -96,7 +96,7 @@ def _solve_seconds(run: Run, product: float, narrow: int, wide: int) -> tuple[fl
 
 def _line(run: Run, columns: int) -> tuple[float, float]:
     """Seconds of a problem of about so many columns, as (whole, each row)."""
-    size = columns if run.grid.group_size == -1 else min(columns, run.grid.group_size)
+    size = min(columns, run.grid.on(columns).group_size)
     grid = replace(run.grid, group_size=size)
     problems = [_posed(run, rows, columns // size * size, grid) for rows in _ROWS]
     less, more = (_seconds(partial(_solve, run, problem)) for problem in problems)
