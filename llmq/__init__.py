@@ -2,18 +2,65 @@
 
 llmq.quantize(llmq.QuantizeConfig(model="demo", output=Path("demo-4bit")))
 model = llmq.load("demo-4bit")
+
+Importing llmq imports neither torch nor transformers: each name below is imported when it is first used. The one thing
+that importing changes: once transformers is there, it knows the quantization method `llmq`.
 """
 
-# Eager on purpose: `llmq.load` and `llmq.quantize` mean these functions. (The program llmq/quantize.py is started with
-# python -m; it is not meant to be imported.)
-from llmq.config import VERSION, QuantizeConfig
-from llmq.hf import register
-from llmq.load import load
-from llmq.pipeline import quantize
-from llmq.weight import QuantizedWeight
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-# The one thing that importing changes: transformers learns a new name, {"quant_method": "llmq"}.
-register()
+from llmq.core.after_import import after_import
 
-__version__ = VERSION
+if TYPE_CHECKING:
+    from llmq.core.config import QuantizeConfig
+    from llmq.core.quantized_weight import QuantizedWeight
+    from llmq.pipeline import quantize
+    from llmq.runtime.load import load
+
 __all__ = ["QuantizeConfig", "QuantizedWeight", "load", "quantize"]
+
+_HOME_OF = {
+    "QuantizeConfig": "llmq.core.config",
+    "QuantizedWeight": "llmq.core.quantized_weight",
+    "load": "llmq.runtime.load",
+    "quantize": "llmq.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from llmq.core.config import VERSION
+
+        return VERSION
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'llmq' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+class _Package(ModuleType):
+    """`import llmq.quantize` would put the program of that name in the place of the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def _register() -> None:
+    from llmq.runtime.transformers_plugin import register
+
+    register()
+
+
+after_import("transformers.quantizers.auto", _register)

@@ -12,8 +12,8 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from llmq.errors import LlmqError, RequestError
-from llmq.report import program
+from llmq.core.command_line import program
+from llmq.core.errors import LlmqError, RequestError
 
 Positional = tyro.conf.Positional
 _Config = TypeVar("_Config")

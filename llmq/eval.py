@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from llmq.calibration.texts import check_context, evaluation_chunks, read_text
 from llmq.cli import run
-from llmq.data import check_context, evaluation_chunks, read_text
-from llmq.errors import RequestError
-from llmq.evaluate import evaluate, logits_of
-from llmq.load import load_any
+from llmq.core.errors import RequestError
+from llmq.runtime.evaluation import evaluate, logits_of
+from llmq.runtime.load import load_any
 
 
 @dataclass(frozen=True)

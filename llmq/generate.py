@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from llmq.cli import run
-from llmq.errors import RequestError
-from llmq.load import load_any
+from llmq.core.errors import RequestError
+from llmq.runtime.load import load_any
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from llmq.checkpoint import Checkpoint
+from llmq.checkpoint.reader import Checkpoint
 from llmq.cli import Positional, run
 
 

@@ -1,53 +1,53 @@
-"""The main road: source -> stream of blocks -> algorithm -> QuantizedWeight -> format -> checkpoint on disk."""
+"""The main road, from a model on disk to a packed checkpoint on disk. Read this file first.
+
+    prepare ──► plan ──► blocks, one after the other ──► (training of the whole model) ──► check, publish
+    run/        plan/    calibration/  statistics of      run/end_to_end.py              verification/
+    models/              algorithms/   codes and scales                                  checkpoint/
+                         formats/      packed tensors
+                         checkpoint/   files on disk
+
+Each block is on disk before the next one begins, so a run that was interrupted can be resumed: see run/resume.py.
+"""
 
 from __future__ import annotations
 
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from itertools import groupby
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from llmq.blockwise import Run
-from llmq.check import DIGESTS, check
-from llmq.checkpoint import Checkpoint
-from llmq.companions import companions_of
-from llmq.config import QuantizeConfig
-from llmq.device import pick_device
-from llmq.digest import digests_of
-from llmq.distill import Student, distill
-from llmq.errors import WorkError
-from llmq.journal import Journal
-from llmq.memory import release_memory
-from llmq.output import PROGRESS, remove_leftovers
-from llmq.plan import States, check_plan, lines, plan_of, prove
-from llmq.plot import draw
-from llmq.progress import OUTSIDE, TRAINING, Progress
-from llmq.ranks import joined_ranks, local_rank
-from llmq.request import FINGERPRINT, Request, open_request, whole_model
-from llmq.stream import Journey, stream
-from llmq.writer import Writer
+from llmq.calibration.block_stream import Journey, stream
+from llmq.calibration.hidden_states import remove_states
+from llmq.checkpoint.model_files import companions_of
+from llmq.checkpoint.output_dir import PROGRESS, remove_leftovers
+from llmq.checkpoint.writer import Writer
+from llmq.core.config import QuantizeConfig
+from llmq.core.device import pick_device
+from llmq.core.distributed import joined_ranks, local_rank
+from llmq.plan import States, check_plan, lines, plan_of
+from llmq.run.block_quantizer import Run
+from llmq.run.end_to_end import train_end_to_end
+from llmq.run.format_roundtrip import prove
+from llmq.run.journal import Journal
+from llmq.run.prepare import FINGERPRINT, Request, open_request
+from llmq.run.report_plot import draw
+from llmq.run.resume import OUTSIDE, TRAINING, Progress, open_writer
+from llmq.verification.check import DIGESTS, check
 
 
 def quantize(config: QuantizeConfig, progress: bool = False) -> Path:
-    """Quantize a model and write a packed checkpoint; returns its directory.
+    """Quantize a model and write a packed checkpoint; returns its directory. A dry run only prints a plan on stdout.
 
-    Started by a launcher of several processes, all of them call this and work together; the first writes.
-
-    Of a dry run there is a plan on stdout, and nothing else.
+    If a launcher (torchrun) started several processes, all of them call this and share the work; the first one writes.
 
     Args:
         progress: show a progress bar and the table of the worst layers on stderr.
 
-    Raises RequestError before any work for what cannot be asked for, WorkError for what fails on the way;
-    in both cases nothing that looks like a checkpoint is left in the output directory. What was finished by then is
-    left there for `resume`.
+    Raises RequestError before any work if the request is wrong, WorkError if the work fails. In both cases nothing in
+    the output directory looks like a finished checkpoint. Finished blocks stay there, and `resume` continues with them.
     """
     device = pick_device(config.device, local_rank())
     with joined_ranks(device) as ranks, torch.no_grad():
@@ -64,6 +64,7 @@ def quantize(config: QuantizeConfig, progress: bool = False) -> Path:
 
 
 def _work(request: Request) -> None:
+    """Plan the run, refuse what does not fit, then do it."""
     config, ranks = request.config, request.ranks
     journal = Journal(config.output / PROGRESS if ranks.is_first else None)
     run = Run(config, request.source, request.compute.device, request.clock, ranks, journal.add)
@@ -72,66 +73,43 @@ def _work(request: Request) -> None:
         print(*lines(plan), sep="\n")
     check_plan(plan)
     if config.dry_run:
-        return None
+        return
     if ranks.is_first and not request.steps:
         with run.clock("proof"):
             prove(run)
-    with _writer(request, plan.states) as writer:
-        # All wait for the first one: until the output is its own, nobody touches that.
+    with open_writer(request, plan.states.directory) as writer:
+        # The other processes wait here until the first one has claimed the output directory.
         if ranks.first(lambda: writer is not None and writer.is_checked):
-            return writer.publish() if writer is not None else None
+            if writer is not None:
+                writer.publish()
+            return
         journal.begin(request.fingerprint, request.steps)
         request.keep_tokens()
         if config.end_to_end and writer is not None:
-            _two_checkpoints(request, run, writer, journal, plan.states)
+            _quantize_and_train(request, run, writer, journal, plan.states)
         else:
-            _block_by_block(request, run, Progress(run, writer, journal, request.steps), plan.states)
+            _quantize_blocks(request, run, Progress(run, writer, journal, request.steps), plan.states)
         _finish(request, run, writer)
     if request.progress:
         run.report.show(config.output)
-    return None
 
 
-def _two_checkpoints(request: Request, run: Run, writer: Writer, journal: Journal, states: States) -> None:
-    """One is made block by block; training makes another of it, which is the result."""
+def _quantize_and_train(request: Request, run: Run, writer: Writer, journal: Journal, states: States) -> None:
+    """Write a first checkpoint block by block into a workroom, train it as a whole, write the trained one."""
     with writer.workroom() as first:
         progress = Progress(run, first, journal, request.steps)
         if not progress.is_done(TRAINING):
             if first.is_checked:
                 first.publish()
             if not first.is_finished:
-                _block_by_block(request, run, progress, states)
+                _quantize_blocks(request, run, progress, states)
                 _finish(request, run, first)
-            _end_to_end(request, run, first.directory, writer, progress)
+            train_end_to_end(request, run, first.directory, writer, progress)
     writer.keep_parts(progress.parts)
 
 
-@contextmanager
-def _writer(request: Request, states: States) -> Iterator[Writer | None]:
-    """The writer, in the first process; what is left when the work inside fails, is said."""
-    config = request.config
-    if not request.ranks.is_first:
-        yield None
-        return
-    # An unfinished run of which nothing is known is as good as none.
-    anew = config.overwrite or (config.resume and not request.steps)
-    writer = Writer(config.output, anew, resume=bool(request.steps))
-    try:
-        with writer:
-            yield writer
-    except BaseException:
-        if not writer.resumable:
-            _forget(states)
-        elif request.progress:
-            print(
-                f"\nwhat is finished is kept: the same command with --resume goes on in {config.output}",
-                file=sys.stderr,
-            )
-        raise
-
-
-def _block_by_block(request: Request, run: Run, progress: Progress, states: States) -> None:
-    """Quantize all blocks, of which only one is in memory at a time. `states`: where hidden states wait."""
+def _quantize_blocks(request: Request, run: Run, progress: Progress, states: States) -> None:
+    """Quantize all chosen blocks, with one block in memory at a time. `states`: where hidden states are kept."""
     source, names = request.source, request.source.block_names
     if not progress.is_done(OUTSIDE):
         progress.save(OUTSIDE, run.outside())
@@ -153,8 +131,7 @@ def _block_by_block(request: Request, run: Run, progress: Progress, states: Stat
             passed=progress.commit,
             place=progress.place_of_states(states.directory),
         )
-        blocks = stream(source, request.tokens, request.compute, request.clock, journey)
-        with closing(blocks):
+        with closing(stream(source, request.tokens, request.compute, request.clock, journey)) as blocks:
             bar = tqdm(blocks, "blocks", total=stop, initial=finished, disable=not request.progress, unit="block")
             for block in bar:
                 progress.save(block.name, [run.quantize_block(block, bar.set_postfix_str)], block)
@@ -163,47 +140,11 @@ def _block_by_block(request: Request, run: Run, progress: Progress, states: Stat
             progress.save(name, run.untouched(name))
             progress.commit()
     run.ranks.meet()  # no process needs its hidden states any more
-    _forget(states)
-
-
-def _forget(states: States) -> None:
-    """Remove what waits on disk, also of other processes on this machine, of this run or an earlier one."""
-    directory = states.directory
-    if directory is not None:
-        for each in directory.parent.glob(f"{directory.name.rpartition('-')[0]}-*.partial"):
-            shutil.rmtree(each, ignore_errors=True)
-
-
-def _end_to_end(request: Request, run: Run, directory: Path, writer: Writer, progress: Progress) -> None:
-    """Train the whole checkpoint in `directory`, and write it as the result."""
-    config, compute = run.config, request.compute
-    with run.clock("distill"):
-        release_memory()
-        try:
-            original = whole_model(config, device=compute.device, dtype=compute.dtype)
-            student = Student(directory, original, compute, config.trust_remote_code)
-            changed, run.report.distilled = distill(
-                student, original, request.training, config.tuned, compute, request.progress
-            )
-        except torch.OutOfMemoryError:
-            raise WorkError(
-                "training the whole model does not fit into the GPU's memory.\n"
-                "--tuned.end-rate 0 (the default) and --tuned.end-batch 1 need less; "
-                "--tuned.end-steps 0 --tuned.steps 100 trains one block after the other"
-            ) from None
-    checkpoint = Checkpoint(directory)
-    files, run.digests = checkpoint.files, digests_of(checkpoint, changed)
-
-    def tensors() -> Iterator[dict[str, Tensor]]:
-        # Those of one module stay together.
-        for _, names in groupby(sorted(files.names()), key=lambda name: name.rpartition(".")[0]):
-            yield {name: changed[name] if name in changed else files.read(name) for name in names}
-
-    progress.save(TRAINING, tensors(), writer=writer)
-    progress.commit()
+    remove_states(states.directory)
 
 
 def _finish(request: Request, run: Run, writer: Writer | None) -> None:
+    """Read the checkpoint back, check it, and publish it with its report."""
     if writer is None:
         return
 

@@ -1,7 +1,7 @@
 """python -m llmq.quantize: quantize a model and write a packed checkpoint."""
 
 from llmq.cli import run
-from llmq.config import QuantizeConfig
+from llmq.core.config import QuantizeConfig
 from llmq.pipeline import quantize
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import llmq
-from llmq.device import pick_device
-from llmq.source import ModelSource
+from llmq.core.device import pick_device
+from llmq.models.model_source import ModelSource
 
 
 def tokens_per_second(model: Any, ids: torch.Tensor, tokens: int) -> float:

@@ -18,7 +18,7 @@ from compare_methods import CompareConfig, Row, plot, rows_of, table
 from dither import DitherConfig, write_dithered
 
 from llmq.cli import run
-from llmq.errors import WorkError
+from llmq.core.errors import WorkError
 
 _COMMON, _FAST, _NORMAL = "common: --effort fast --grid common", "fast: --effort fast", "normal: --effort normal"
 _BEST, _TUNED = "best: --effort best", "tuned: --method tuned"

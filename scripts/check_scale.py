@@ -31,11 +31,11 @@ from interruptions import STOPS, dead_process, interrupted
 from make_model import MakeConfig, make_model
 from soak import differing, finish, hashes, quantization
 
+from llmq.checkpoint.output_dir import PROGRESS, REPORT
 from llmq.cli import run
-from llmq.device import cores
-from llmq.errors import WorkError
-from llmq.output import PROGRESS, REPORT
-from llmq.settings import one_of
+from llmq.core.device import cores
+from llmq.core.errors import WorkError
+from llmq.core.settings import one_of
 
 Row = dict[str, Any]
 

@@ -27,13 +27,13 @@ from typing import Any
 import torch
 
 import llmq
+from llmq.calibration.texts import evaluation_chunks, read_text
+from llmq.checkpoint.output_dir import REPORT
 from llmq.cli import run
-from llmq.data import evaluation_chunks, read_text
-from llmq.errors import RequestError, WorkError
-from llmq.evaluate import Logits, evaluate, logits_of, remembered, score
+from llmq.core.errors import RequestError, WorkError
 from llmq.inspect import describe
-from llmq.load import load_any
-from llmq.output import REPORT
+from llmq.runtime.evaluation import Logits, evaluate, logits_of, remembered, score
+from llmq.runtime.load import load_any
 
 Row = dict[str, Any]
 Key = tuple[str, int, int, int]

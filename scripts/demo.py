@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import llmq
+from llmq.calibration.texts import evaluation_chunks, read_text
 from llmq.cli import run
-from llmq.data import evaluation_chunks, read_text
-from llmq.errors import WorkError
-from llmq.evaluate import evaluate, logits_of, remembered, score
-from llmq.load import load_any
+from llmq.core.errors import WorkError
+from llmq.runtime.evaluation import evaluate, logits_of, remembered, score
+from llmq.runtime.load import load_any
 
 METHODS = ("rtn", "gptq")
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
+from llmq.checkpoint.model_files import companions_of
+from llmq.checkpoint.writer import Writer
 from llmq.cli import run
-from llmq.companions import companions_of
-from llmq.source import ModelSource
-from llmq.writer import Writer
+from llmq.models.model_source import ModelSource
 
 _GROUP = 32
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmq.calibration.texts import evaluation_chunks, read_text
 from llmq.cli import run
-from llmq.data import evaluation_chunks, read_text
-from llmq.device import pick_device
-from llmq.errors import RequestError
-from llmq.evaluate import evaluate
+from llmq.core.device import pick_device
+from llmq.core.errors import RequestError
+from llmq.runtime.evaluation import evaluate
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 from soak import blocks_finished, differing, finish, hashes, resumed
 
-from llmq.errors import WorkError
+from llmq.core.errors import WorkError
 
 PATIENCE = 60  # seconds until whatever is stopped must have ended
 

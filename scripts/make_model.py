@@ -30,8 +30,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmq.cli import run
-from llmq.errors import RequestError, WorkError
-from llmq.tensor_files import INDEX
+from llmq.core.errors import RequestError, WorkError
+from llmq.models.safetensors_files import INDEX
 
 _NAMES = ("hidden", "intermediate", "blocks", "heads", "kv_heads", "vocabulary")
 _SHAPES = {

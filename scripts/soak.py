@@ -21,10 +21,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmq.checkpoint.output_dir import PROGRESS, REPORT
 from llmq.cli import run
-from llmq.errors import WorkError
-from llmq.journal import read_journal
-from llmq.output import PROGRESS, REPORT
+from llmq.core.errors import WorkError
+from llmq.run.journal import read_journal
 
 FLAGS = "--calibration pydoc --samples 8 --sequence-length 256 --group-size 64"
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import llmq
-from llmq.errors import LlmqError
-from llmq.stream import _Travellers
+from llmq.calibration.block_stream import _Travellers
+from llmq.core.errors import LlmqError
 
 # Ways in which the writer, the journal, the report and the hidden states change what is on the disk.
 _CHANGES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmq
-from llmq.checkpoint import Checkpoint
-from llmq.source import ModelSource
-from llmq.weight import QuantizedWeight
+from llmq.checkpoint.reader import Checkpoint
+from llmq.core.quantized_weight import QuantizedWeight
+from llmq.models.model_source import ModelSource
 
 
 def random_weight(

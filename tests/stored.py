@@ -11,9 +11,9 @@ import torch
 from packed import assert_same_weight
 from torch import Tensor
 
-from llmq.errors import CheckpointError
+from llmq.core.errors import CheckpointError
+from llmq.core.quantized_weight import QuantizedWeight
 from llmq.formats.scheme import Scheme
-from llmq.weight import QuantizedWeight
 
 NAME = "model.layers.0.mlp.up_proj"
 LAYERS = [

@@ -11,8 +11,8 @@ import pytest
 import tyro
 from check_accuracy import CheckConfig, Rows, check
 
-from llmq.config import QuantizeConfig
-from llmq.errors import WorkError
+from llmq.core.config import QuantizeConfig
+from llmq.core.errors import WorkError
 
 CONFIG = CheckConfig("valid.txt", "test.txt", results=Path("rows"), dithered=Path("model"))
 

@@ -13,9 +13,9 @@ from interruptions import STOPS
 from make_model import MakeConfig, make_model
 from soak import SoakConfig, quantization
 
-from llmq.config import QuantizeConfig
-from llmq.errors import RequestError, WorkError
-from llmq.output import PROGRESS, REPORT
+from llmq.checkpoint.output_dir import PROGRESS, REPORT
+from llmq.core.config import QuantizeConfig
+from llmq.core.errors import RequestError, WorkError
 
 GOOD = {
     "rtn-7b": {"peak_bytes": 2.0e9, "seconds": 230.0, "disk_seconds": 100.0, "early_bytes": 1000, "late_bytes": 1029},

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 
 import llmq
-from llmq.config import QuantizeConfig
-from llmq.load import load, load_any
-from llmq.source import ModelSource
+from llmq.core.config import QuantizeConfig
+from llmq.models.model_source import ModelSource
+from llmq.runtime.load import load, load_any
 
 
 def made(directory, **options):

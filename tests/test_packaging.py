@@ -83,7 +83,7 @@ def test_importing_llmq_touches_neither_cuda_nor_the_environment_nor_threads(ins
 import json, os, torch
 import accelerate, datasets, transformers  # what these set is their own affair
 before = dict(os.environ), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
-import llmq, llmq.cli, llmq.data, llmq.evaluate
+import llmq, llmq.cli, llmq.calibration.texts, llmq.runtime.evaluation
 after = dict(os.environ), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
 print(json.dumps([before == after, torch.cuda.is_initialized()]))
 """

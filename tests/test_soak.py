@@ -13,10 +13,10 @@ from interruptions import STOPS, dead_process, interrupted
 from make_model import MakeConfig, make_model
 from soak import SoakConfig, case, finish, hashes, quantization
 
-from llmq.config import QuantizeConfig
-from llmq.errors import WorkError
-from llmq.journal import read_journal
-from llmq.output import PROGRESS, REPORT
+from llmq.checkpoint.output_dir import PROGRESS, REPORT
+from llmq.core.config import QuantizeConfig
+from llmq.core.errors import WorkError
+from llmq.run.journal import read_journal
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,9 +9,9 @@ import torch
 from tiny import save_tiny
 from torch import Tensor
 
-from llmq.companions import companions_of
-from llmq.source import ModelSource
-from llmq.writer import Writer
+from llmq.checkpoint.model_files import companions_of
+from llmq.checkpoint.writer import Writer
+from llmq.models.model_source import ModelSource
 
 KILOBYTE = 256  # float32 numbers
 

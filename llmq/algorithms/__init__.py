@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from llmq.algorithms import awq, gate, gptq, rtn, tuned
 from llmq.algorithms.problem import Problem, Solution
-from llmq.arch import Group
-from llmq.block import Block
-from llmq.config import QuantizeConfig
+from llmq.calibration.block_runner import Block
+from llmq.core.config import QuantizeConfig
+from llmq.models.block_structure import Group
 
 # Changes the block and its problems in place, without changing what the block computes, before the problems are solved.
 # Returns the names of the other tensors of the block that changed, and fallbacks.

@@ -30,11 +30,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmq import grid
 from llmq.algorithms.problem import Problem, Solution, energy, quantize_groups, round_to_nearest
-from llmq.arch import Group, linear_of
-from llmq.block import Block
-from llmq.settings import Awq
+from llmq.calibration.block_runner import Block
+from llmq.core import grid
+from llmq.core.settings import Awq
+from llmq.models.block_structure import Group, linear_of
 
 ROWS_TOGETHER = 4096  # rows searched at once; bounds memory on wide layers, rows do not interact
 # Relative to what the block adds to the residual stream, whose own rounding is most of it in half precision.

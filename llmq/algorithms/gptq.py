@@ -43,12 +43,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from llmq.algorithms.descent import descend
+from llmq.algorithms.cholesky import cholesky_
+from llmq.algorithms.coordinate_descent import descend
+from llmq.algorithms.gptq_columns import round_columns
 from llmq.algorithms.problem import Problem, Solution, joined, mean
-from llmq.cholesky import cholesky_
-from llmq.columns import round_columns
-from llmq.errors import WorkError
-from llmq.settings import Gptq
+from llmq.core.errors import WorkError
+from llmq.core.settings import Gptq
 
 # Multiples of the requested damping, tried in order when H is not numerically positive definite.
 _DAMPING_LADDER = (1, 2, 5, 10, 100)

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from llmq import grid
-from llmq.settings import Grid
-from llmq.statistics import InputStatistics
+from llmq.calibration.input_statistics import InputStatistics
+from llmq.core import grid
+from llmq.core.settings import Grid
 
 # Rows whose products with H are held at once.
 _ROWS = 1024

@@ -32,12 +32,12 @@ import torch
 from torch import Tensor
 
 from llmq.algorithms.problem import Problem, Solution
-from llmq.arch import Group, linear_of
-from llmq.block import Block
-from llmq.latent import Latent
-from llmq.settings import Tuned
-from llmq.training import Task, train
-from llmq.weight import QuantizedWeight
+from llmq.calibration.block_runner import Block
+from llmq.core.quantized_weight import QuantizedWeight
+from llmq.core.settings import Tuned
+from llmq.models.block_structure import Group, linear_of
+from llmq.training.learnable_weight import Latent
+from llmq.training.loop import Task, train
 
 
 def refine(

@@ -7,10 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from llmq.errors import CheckpointError
+from llmq.core.errors import CheckpointError
+from llmq.core.quantized_weight import QuantizedWeight
 from llmq.formats import auto_round, awq, compressed_tensors, gptq
 from llmq.formats.scheme import Scheme, Schemes
-from llmq.weight import QuantizedWeight
 
 
 @runtime_checkable  # the tests check annotations as they run

@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llmq.errors import CheckpointError
-from llmq.formats.patterns import Patterns
+from llmq.core.errors import CheckpointError
+from llmq.formats.name_patterns import Patterns
 from llmq.formats.scheme import Scheme, entry, tables
 
 METHOD = "auto-round"

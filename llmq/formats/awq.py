@@ -19,10 +19,10 @@ from typing import Any
 from jaxtyping import Int32, UInt8
 from torch import Tensor
 
-from llmq.errors import CheckpointError
+from llmq.core.errors import CheckpointError
+from llmq.core.quantized_weight import QuantizedWeight
 from llmq.formats.packing import pack_stream, unpack_stream
 from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, expect_words, part_of, the_only
-from llmq.weight import QuantizedWeight
 
 METHOD = "awq"
 PARTS = ("qweight", "qzeros", "scales")

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.errors import CheckpointError
+from llmq.core.errors import CheckpointError
+from llmq.core.quantized_weight import QuantizedWeight
+from llmq.formats.name_patterns import Patterns
 from llmq.formats.packing import pack_stream, packed_length, unpack_stream
-from llmq.formats.patterns import Patterns
 from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, expect_words, part_of, tables
-from llmq.weight import QuantizedWeight
 
 METHOD = "compressed-tensors"
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")

@@ -24,12 +24,12 @@ import torch
 from jaxtyping import Int32
 from torch import Tensor
 
-from llmq.config import VERSION
-from llmq.errors import CheckpointError
+from llmq.core.config import VERSION
+from llmq.core.errors import CheckpointError
+from llmq.core.quantized_weight import QuantizedWeight
+from llmq.formats.name_patterns import Patterns
 from llmq.formats.packing import pack_stream, packed_length, unpack_stream
-from llmq.formats.patterns import Patterns
 from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, expect_words, part_of, tables
-from llmq.weight import QuantizedWeight
 
 METHOD = "gptq"
 PARTS = ("qweight", "qzeros", "scales", "g_idx")

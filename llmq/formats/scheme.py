@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from llmq.errors import CheckpointError
-from llmq.settings import BITS
-from llmq.weight import QuantizedWeight
+from llmq.core.errors import CheckpointError
+from llmq.core.quantized_weight import QuantizedWeight
+from llmq.core.settings import BITS
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from llmq.blockwise import Run
+from llmq.checkpoint.output_dir import existing_parent
+from llmq.checkpoint.writer import SHARD_BYTES
+from llmq.core.distributed import processes_here
+from llmq.core.quantized_weight import QuantizedWeight
 from llmq.formats.scheme import Scheme
-from llmq.output import existing_parent
-from llmq.plan.layout import Layout
+from llmq.plan.block_shapes import Layout
 from llmq.plan.workload import States
-from llmq.ranks import processes_here
-from llmq.request import Request
-from llmq.weight import QuantizedWeight
-from llmq.writer import SHARD_BYTES
+from llmq.run.block_quantizer import Run
+from llmq.run.prepare import Request
 
 
 @dataclass(frozen=True)

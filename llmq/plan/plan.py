@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llmq.blockwise import Run
-from llmq.clock import Clock
-from llmq.memory import free_memory, resident_now
+from llmq.calibration.work_split import micro_batches
+from llmq.core.distributed import processes_here
+from llmq.core.memory import free_memory, resident_now
+from llmq.core.timing import Clock
+from llmq.models.model_source import tied_aliases
+from llmq.plan.block_shapes import Layout, imagined_blocks, layout_of, layouts, numbers_of
 from llmq.plan.disk import Disk, disks, output_bytes, packed_shapes
-from llmq.plan.layout import Layout, imagined_blocks, layout_of, layouts, numbers_of
-from llmq.plan.memory import Moment, block_moments, other_moments
-from llmq.plan.seconds import Timed, all_seconds
-from llmq.plan.speeds import speeds_of, token_seconds
+from llmq.plan.memory_model import Moment, block_moments, other_moments
+from llmq.plan.microbenchmarks import speeds_of, token_seconds
+from llmq.plan.time_model import Timed, all_seconds
 from llmq.plan.workload import States, Workload, states_of, workload_of
-from llmq.ranks import processes_here
-from llmq.request import Request
-from llmq.shares import micro_batches
-from llmq.source import tied_aliases
+from llmq.run.block_quantizer import Run
+from llmq.run.prepare import Request
 
 _PRODUCTS, _FEWEST = 5e10, 16  # multiplications of a forward that is timed; tokens
 

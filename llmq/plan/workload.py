@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 
 from llmq.algorithms.gptq import rows_together
-from llmq.arch import Group
-from llmq.blockwise import Run
-from llmq.memory import free_memory
-from llmq.output import unfinished_work
-from llmq.plan.layout import Layout
-from llmq.ranks import Ranks, processes_here
-from llmq.request import Request
-from llmq.shares import portion_of
-from llmq.statistics import lack_is_narrow
+from llmq.calibration.input_statistics import lack_is_narrow
+from llmq.calibration.work_split import portion_of
+from llmq.checkpoint.output_dir import unfinished_work
+from llmq.core.distributed import Ranks, processes_here
+from llmq.core.memory import free_memory
+from llmq.models.block_structure import Group
+from llmq.plan.block_shapes import Layout
+from llmq.run.block_quantizer import Run
+from llmq.run.prepare import Request
 
 _MEMORY_SHARE = 0.25  # of what is free: hidden states that need more wait on disk
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llmq.checkpoint import Checkpoint
+from llmq.checkpoint.reader import Checkpoint
 from llmq.formats.scheme import Scheme
 
 

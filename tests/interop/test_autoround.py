@@ -7,7 +7,7 @@ from packed import pack
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
-from llmq.checkpoint import Checkpoint
+from llmq.checkpoint.reader import Checkpoint
 
 pytestmark = pytest.mark.peers
 

@@ -9,9 +9,9 @@ from packed import logits, pack, put_dequantized
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmq
-from llmq.hub import locate
-from llmq.linear import PackedLinear
-from llmq.source import ModelSource
+from llmq.models.locate import locate
+from llmq.models.model_source import ModelSource
+from llmq.runtime.packed_linear import PackedLinear
 
 pytestmark = pytest.mark.demo
 

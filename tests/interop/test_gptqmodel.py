@@ -6,9 +6,9 @@ from agreement import assert_same_weights
 from packed import dequantized_model, logits, pack, some_tokens
 from tiny import save_tiny
 
-from llmq.convert import ConvertConfig, convert
+from llmq.core.settings import BITS
 from llmq.formats.scheme import Scheme
-from llmq.settings import BITS
+from llmq.run.convert import ConvertConfig, convert
 
 pytestmark = pytest.mark.peers
 

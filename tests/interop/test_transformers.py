@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 import llmq
-from llmq.settings import BITS
-from llmq.writer import Writer
+from llmq.checkpoint.writer import Writer
+from llmq.core.settings import BITS
 
 ARCHITECTURES = ("llama-gqa", "qwen2", "gemma2", "phi3")
 IDS = some_tokens(2, 19)
@@ -95,7 +95,7 @@ def test_asymmetric_weights_open_exactly_when_dequantized_on_loading(sources, tm
 
 def test_several_shards_open_exactly(sources, tmp_path, monkeypatch):
     whole = pack(sources("qwen2"), tmp_path / "whole")
-    monkeypatch.setattr("llmq.pipeline.Writer", functools.partial(Writer, shard_bytes=30_000))
+    monkeypatch.setattr("llmq.run.resume.Writer", functools.partial(Writer, shard_bytes=30_000))
     directory = pack(sources("qwen2"), tmp_path / "packed")
     shards = sorted(path.name for path in directory.glob("*.safetensors"))
     assert len(shards) > 3

@@ -4,7 +4,8 @@ import pytest
 import torch
 from oracle import FLOAT16
 
-from llmq import columns, grid
+from llmq.algorithms import gptq_columns as columns
+from llmq.core import grid
 
 
 def some_columns(G, rows, bits, symmetric, seed=0):

@@ -14,7 +14,7 @@ from oracle import ONE_ROUNDING, TWO_ROUNDINGS, WHERE, expected, relative_error,
 from packed import random_weight
 from weights import BITS, shuffled_groups, some_weight
 
-from llmq.linear import PackedLinear
+from llmq.runtime.packed_linear import PackedLinear
 
 CPU = ("cpu", torch.float32)
 GPU = [parameter for parameter in WHERE if parameter.values[0][0] == "cuda"]

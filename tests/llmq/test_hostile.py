@@ -34,8 +34,8 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
 import llmq
-from llmq.errors import CheckpointError, RequestError
-from llmq.linear import PackedLinear
+from llmq.core.errors import CheckpointError, RequestError
+from llmq.runtime.packed_linear import PackedLinear
 
 CASES = int(os.environ.get("FUZZ_CASES", "2000"))
 SECONDS = 20  # for one of them; a fiftieth is usual

@@ -7,16 +7,16 @@ import torch
 from tiny import save_tiny
 
 import llmq
-from llmq.arch import split_packable
-from llmq.blockwise import Run
-from llmq.checkpoint import Checkpoint
-from llmq.config import METHODS, QuantizeConfig
-from llmq.errors import RequestError
-from llmq.linear import PackedLinear
-from llmq.load import load, load_any
-from llmq.output import REPORT
-from llmq.settings import Tuned
-from llmq.source import ModelSource
+from llmq.checkpoint.output_dir import REPORT
+from llmq.checkpoint.reader import Checkpoint
+from llmq.core.config import METHODS, QuantizeConfig
+from llmq.core.errors import RequestError
+from llmq.core.settings import Tuned
+from llmq.models.block_structure import split_packable
+from llmq.models.model_source import ModelSource
+from llmq.run.block_quantizer import Run
+from llmq.runtime.load import load, load_any
+from llmq.runtime.packed_linear import PackedLinear
 
 
 def run(model, text, output, **options):
@@ -64,7 +64,7 @@ def test_methods_with_statistics_beat_rtn_on_held_out_tokens_on_average(bits, me
 @pytest.mark.parametrize("method", ["gptq", "tuned"])
 def test_a_block_without_groups_still_takes_the_original_model_along(method, tmp_path, llama, text_file, monkeypatch):
     """Or the next block would be held to what the original model has one block earlier."""
-    monkeypatch.setattr("llmq.blockwise.split_packable", skipping_the_first(split_packable))
+    monkeypatch.setattr("llmq.run.block_quantizer.split_packable", skipping_the_first(split_packable))
     settings = Tuned(steps=3, end_steps=0)
     output = run(llama, text_file, tmp_path / "out", bits=8, method=method, tuned=settings)
     drifts = json.loads((output / REPORT).read_text())["drifts"]

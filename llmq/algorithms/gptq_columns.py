@@ -1,0 +1,40 @@
+"""GPTQ's inner loop over a few columns: in torch, and on a GPU in one Triton kernel."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from llmq.core import grid
+
+
+def round_columns(
+    W: Float[Tensor, "size out"],
+    U: Float[Tensor, "size size"],
+    scale: Float[Tensor, "#size out"],
+    zero: UInt8[Tensor, "#size out"],
+    bits: int,
+) -> tuple[UInt8[Tensor, "size out"], Float[Tensor, "size out"]]:
+    """Round column after column (rows of W here: transposed, a column is contiguous), moving errors to later ones.
+
+        Err_i = (w_i - ŵ_i) / U_ii        w_j -= U_ij Err_i   for j > i
+
+    Args:
+        W: overwritten.
+        scale, zero: of each column, or the same for all.
+
+    Returns:
+        codes, and Err for the update of what follows these columns.
+    """
+    if W.is_cuda and W.dtype == torch.float32 and len(scale) == 1:
+        from llmq_kernels import gptq_columns
+
+        return gptq_columns.round_columns(W, U, scale[0], zero[0], bits)
+    Q, Err = torch.empty_like(W, dtype=torch.uint8), torch.empty_like(W)
+    for i in range(len(W)):
+        s, z = scale[min(i, len(scale) - 1)], zero[min(i, len(zero) - 1)]
+        Q[i] = grid.quantize(W[i], s, z, bits)
+        Err[i] = (W[i] - grid.dequantize(Q[i], s, z, W.dtype)) / U[i, i]
+        W[i + 1 :].addr_(U[i, i + 1 :], Err[i], alpha=-1)
+    return Q, Err

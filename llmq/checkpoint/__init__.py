@@ -1,0 +1,1 @@
+"""Packed checkpoints on disk: read, written, and what lies beside the weights."""

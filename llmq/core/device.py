@@ -1,0 +1,40 @@
+"""Where to compute."""
+
+import os
+
+import torch
+
+from llmq.core.errors import RequestError
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16 products, which make a forward 2 to 4 times as fast."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, but nothing public names them
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def cores() -> int:
+    """Of the CPU, that this program may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pick_device(name: str, default_index: int = 0) -> torch.device:
+    """auto (cuda where there is one), cpu, cuda or cuda:N.
+
+    Args:
+        default_index: of the GPU where the name leaves it open.
+
+    Raises RequestError for any other name, and for a GPU that is not there.
+    """
+    kind, _, index = name.partition(":")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if kind not in ("auto", "cuda") or (index and not (kind == "cuda" and index.isdigit())) or name.endswith(":"):
+        raise RequestError(f"device must be one of auto, cpu, cuda, cuda:N; got {name!r}")
+    if int(index or default_index) >= torch.cuda.device_count():
+        raise RequestError(
+            f"device {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA GPUs; use cpu"
+        )
+    return torch.device("cuda", int(index or default_index))

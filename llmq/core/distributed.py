@@ -1,0 +1,162 @@
+"""Several processes that quantize one model together: who they are, and what they tell each other.
+
+Started by `torchrun --nproc-per-node N -m llmq.quantize …` or `accelerate launch`, on one node or several. Calibration
+batches and the rows of each solve are split over them; the first writes. What floating-point sums depend on never
+depends on how many there are: see `shares` and statistics.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from llmq.core.device import cores
+from llmq.core.errors import RequestError, WorkError
+
+_T = TypeVar("_T")
+
+# Longer than any process works alone while others wait for it. One that dies is noticed at once: its connections close.
+_PATIENCE = timedelta(hours=4)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that work together."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def first(self, make: Callable[[], _T]) -> _T:
+        """What `make` returns in the first process; it is called there only."""
+        if self.size == 1:
+            return make()
+        box = [make() if self.is_first else None]
+        with _explained():
+            distributed.broadcast_object_list(box, src=0)
+        made: Any = box[0]
+        return made
+
+    def each(self, mine: _T) -> list[_T]:
+        """What every process has to say, in their order."""
+        if self.size == 1:
+            return [mine]
+        box: list[Any] = [None] * self.size
+        with _explained():
+            distributed.all_gather_object(box, mine)
+        return box
+
+    def share(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """The tensor of one process, in everybody's own of the same shape, which is returned."""
+        if self.size > 1:
+            with _explained():
+                distributed.broadcast(tensor, src=source)
+        return tensor
+
+    def meet(self) -> None:
+        """Return when all processes have come this far."""
+        self.each(None)
+
+    def send(self, tensor: Tensor) -> Callable[[], None]:
+        """Send a tensor to the first process. Returns what waits until it has left: so long it must stay as it is."""
+        return _begun(lambda: distributed.isend(tensor, dst=0))
+
+    def receive(self, tensor: Tensor, source: int) -> Callable[[], None]:
+        """In the first process: fill the tensor with what another one sends. Returns what waits until it is there."""
+        return _begun(lambda: distributed.irecv(tensor, src=source))
+
+    def rows(self, count: int, together: int) -> list[slice]:
+        """So many rows shared out to the processes as evenly as it goes, in multiples of `together`."""
+        bounds = [count // together * i // self.size * together for i in range(self.size)]
+        return [slice(start, stop) for start, stop in pairwise([*bounds, count])]
+
+    def joined(self, mine: Tensor, slices: Sequence[slice]) -> Tensor:
+        """The rows of all processes, of which this one has its own slice."""
+        if self.size == 1:
+            return mine
+        whole = mine.new_empty((slices[-1].stop, *mine.shape[1:]))
+        whole[slices[self.rank]] = mine
+        for source, part in enumerate(slices):
+            if part.stop > part.start:
+                whole[part] = self.share(whole[part].contiguous(), source)
+        return whole
+
+
+ALONE = Ranks()
+
+
+def local_rank() -> int:
+    """Which of the processes on this machine this one is, as the launcher says."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def processes_here(ranks: Ranks) -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+
+
+@contextmanager
+def joined_ranks(device: torch.device) -> Iterator[Ranks]:
+    """The processes that a launcher started, if one did: inside, they can talk to each other.
+
+    On CPUs over gloo, where the machine's cores are split evenly; on GPUs over NCCL.
+
+    Raises RequestError if the environment speaks of several processes but does not say how they meet.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    if missing := {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        raise RequestError(
+            f"WORLD_SIZE says {size} processes, but {', '.join(sorted(missing))} are not set; "
+            "start them by torchrun, or unset WORLD_SIZE"
+        )
+    threads = torch.get_num_threads()
+    if device.type == "cpu":  # torchrun leaves one thread to each, however many cores there are
+        torch.set_num_threads(max(1, cores() // processes_here(Ranks(size=size))))
+    else:
+        torch.cuda.set_device(device)  # by which NCCL tells the processes apart
+    with _explained():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=_PATIENCE)
+    try:
+        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()
+        torch.set_num_threads(threads)
+
+
+def _begun(begin: Callable[[], distributed.Work | None]) -> Callable[[], None]:
+    """What waits for the end of what is begun."""
+    with _explained():
+        work = begin()
+
+    def wait() -> None:
+        with _explained():
+            if work is not None:
+                work.wait()
+
+    return wait
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """torch says which socket was closed, not what that means."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise WorkError(f"another process of this run ended; its own message says why ({reason})") from None

@@ -1,0 +1,83 @@
+"""The value in the middle: what every algorithm returns and every format stores."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int32, UInt8
+from torch import Tensor
+
+from llmq.core import grid
+from llmq.core.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """w ~= scale * (q - zero): one (scale, zero) per output row and group of consecutive inputs."""
+
+    q: UInt8[Tensor, "out in"]
+    """Codes in [0, 2**bits), unpacked: packing is the format's business."""
+    scale: Float[Tensor, "out groups"]
+    """In storage dtype: q was rounded against this very value. May be negative."""
+    zero: UInt8[Tensor, "out groups"]
+    """Integer zero point in code units; symmetric = 2**(bits-1)."""
+    bits: int
+    group_of: Int32[Tensor, "in"] | None = None
+    """Group of each input, only for foreign act-order checkpoints; None = contiguous groups."""
+
+    @property
+    def group_size(self) -> int:
+        """Inputs per group (the average one where `group_of` is given)."""
+        return self.q.shape[1] // self.scale.shape[1]
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether every zero point is the middle of the codes."""
+        return bool((self.zero == 2 ** (self.bits - 1)).all())
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
+        """The weights these codes stand for, computed in `dtype`."""
+        if self.group_of is not None:
+            group_of = self.group_of.long()
+            return grid.dequantize(self.q, self.scale[:, group_of], self.zero[:, group_of], dtype)
+        codes = grid.group_view(self.q, self.group_size)
+        return grid.dequantize(codes, self.scale[..., None], self.zero[..., None], dtype).flatten(-2)
+
+    def even(self) -> QuantizedWeight:
+        """The same weights in groups of one size, as kernels want them: of the largest that divides all groups.
+
+        Without `group_of` where the groups are contiguous.
+        """
+        if self.group_of is None:
+            return self
+        group_of = self.group_of.long()
+        sizes = torch.bincount(group_of, minlength=self.scale.shape[1])
+        size = math.gcd(*(int(each) for each in sizes))
+        parts = sizes // size  # of each group
+        order = torch.argsort(group_of, stable=True)
+        finer = torch.empty_like(order)
+        finer[order] = torch.arange(len(order), device=order.device) // size
+        scale, zero = (each.repeat_interleave(parts, dim=1) for each in (self.scale, self.zero))
+        contiguous = torch.equal(order, torch.arange(len(order), device=order.device))
+        return QuantizedWeight(self.q, scale, zero, self.bits, None if contiguous else finer.to(torch.int32))
+
+    def validate(self, name: str = "weight") -> None:
+        """Raise CheckpointError unless the parts fit together and decode to finite numbers."""
+        rows, columns = self.q.shape
+        groups = self.scale.shape[1] if self.scale.ndim == 2 else 0
+        if self.scale.shape != self.zero.shape or self.scale.shape[0] != rows or groups < 1:
+            raise CheckpointError(
+                f"{name}: scales {tuple(self.scale.shape)} and zeros {tuple(self.zero.shape)} do not fit {rows} rows"
+            )
+        if self.group_of is None and columns % groups:
+            raise CheckpointError(f"{name}: {groups} groups do not divide {columns} inputs")
+        if self.group_of is not None and not (
+            self.group_of.shape == (columns,) and int(self.group_of.min()) >= 0 and int(self.group_of.max()) < groups
+        ):
+            raise CheckpointError(f"{name}: group indices must lie in [0, {groups})")
+        if not bool(torch.isfinite(self.scale).all()):
+            raise CheckpointError(f"{name}: a scale is not finite")
+        if int(self.q.max()) >= 2**self.bits or int(self.zero.max()) >= 2**self.bits:
+            raise CheckpointError(f"{name}: a code or zero point exceeds {self.bits} bits")

@@ -1,0 +1,1 @@
+"""Weights in: from what the user typed to the blocks of a model."""

@@ -1,0 +1,232 @@
+"""What a decoder block is made of, found by running it once instead of listing models.
+
+Linears that receive the very same tensor share one Hessian, one factorisation and one column loop. A llama block gives
+
+    [[q_proj, k_proj, v_proj], [o_proj], [gate_proj, up_proj], [down_proj]]
+
+and the same run shows which norm produced that tensor, which is where AWQ folds its scales. Only the pairs with an
+operation between them that is not a module (v -> attention -> o, up -> multiply -> down) are declared below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llmq.core.errors import RequestError
+
+# (producer, consumer): output channel c of the producer's last rows only ever reaches input channel c of the consumer.
+_DECLARED_FOLDS = (("v_proj", "o_proj"), ("up_proj", "down_proj"), ("gate_up_proj", "down_proj"))
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears that read the same input and that engines run as one."""
+# Packed formats and the engines' kernels want both sides of a weight in multiples of this.
+_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears of one block that share their input, by name inside the block, in call order."""
+
+    linears: tuple[str, ...]
+    producer: str | None = None
+    """The module whose output can absorb a scale per channel: a norm, or a linear whose last rows feed this group."""
+    norm_offset: float | None = None
+    """A norm producer multiplies by weight + offset (Gemma stores weight - 1). None: the producer is a linear."""
+    residual: str | None = None
+    """The output is added to what enters the module of this name ("" is the block): the residual stream at that point.
+    None where it is not added to anything, or not right away."""
+    ends: Part | None = None
+    """The part of the block that returns the output of this group's only linear."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A child of the block that ends with a linear: attention, the MLP."""
+
+    name: str
+    returns: int | None
+    """Length of the tuple whose first entry is the output, with None for the others; None if there is no tuple."""
+
+
+def find_groups(
+    block: nn.Module, run: Callable[[Tensor], Tensor], hidden: Float[Tensor, "batch tokens features"]
+) -> list[Group]:
+    """Run the block once and group its linears by the identity of their input tensor.
+
+    Args:
+        run: calls `block` with the arguments the model gives it.
+        hidden: what enters the block; any values will do.
+    """
+    inputs: dict[tuple[object, ...], list[str]] = {}
+    produced: dict[tuple[object, ...], str] = {}
+    residuals: dict[str, Tensor] = {"": hidden.to(next(block.parameters()).device)}
+    outputs: dict[str, Tensor] = {}
+    ended_by: dict[tuple[object, ...], str] = {}
+    parts: dict[str, Part] = {}
+    alive: list[Tensor] = []  # keeps storages from being reused, which would make two tensors look like one
+
+    def seen(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(module, nn.Linear) and args:
+            inputs.setdefault(_identity(args[0]), []).append(name)
+            alive.append(args[0])
+            outputs[name] = output
+            ended_by[_identity(output)] = name
+        elif isinstance(output, Tensor) and _is_norm(module):
+            produced[_identity(output)] = name
+            alive.append(output)
+            residuals[name] = args[0]
+        elif "." not in name:
+            first, *others = output if isinstance(output, tuple) else (output,)
+            if isinstance(first, Tensor) and all(other is None for other in others):
+                linear = ended_by.get(_identity(first), "")
+                if linear.startswith(name + "."):
+                    parts[linear] = Part(name, len(output) if isinstance(output, tuple) else None)
+
+    with _hooked(block, seen):
+        end = run(hidden)
+    names = [name for linears in inputs.values() for name in linears]
+    if len(names) != len(set(names)):
+        raise RequestError("a linear of this model runs on several inputs in one forward; llmq cannot quantize that")
+    groups = []
+    for key, linears in inputs.items():
+        norm = produced.get(key)
+        offset = _norm_offset(block.get_submodule(norm), hidden) if norm is not None else None
+        producer = norm if offset is not None else _declared_producer(block, linears)
+        alone = len(linears) == 1
+        residual = _residual_of(outputs[linears[0]], residuals, end) if alone else None
+        ends = parts.get(linears[0]) if alone else None
+        groups.append(Group(tuple(linears), producer, offset, residual, ends))
+    return groups
+
+
+def _residual_of(output: Tensor, residuals: dict[str, Tensor], end: Tensor) -> str | None:
+    """The name of the residual that `output` is added to, to give another one or what leaves the block."""
+    sums = [*residuals.values(), end]
+    for name, residual in residuals.items():
+        if residual.shape == output.shape:
+            total = residual + output
+            if any(total.shape == seen.shape and torch.equal(total, seen) for seen in sums):
+                return name
+    return None
+
+
+@contextmanager
+def _hooked(block: nn.Module, hook: Any) -> Iterator[None]:
+    """Call `hook(name, module, args, output)` after the forward of every submodule of `block`."""
+    handles = [
+        module.register_forward_hook(lambda m, args, output, name=name: hook(name, m, args, output))
+        for name, module in block.named_modules()
+        if name
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def packable_widths(blocks: list[nn.Module]) -> set[int]:
+    """Input sizes of all linears in these blocks that can be packed."""
+    linears = [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
+    return {linear.in_features for linear in linears if _packable(linear)}
+
+
+def _packable(linear: nn.Linear) -> bool:
+    return linear.in_features % _MULTIPLE == 0 and linear.out_features % _MULTIPLE == 0
+
+
+def split_packable(block: nn.Module, groups: list[Group]) -> tuple[list[Group], dict[str, str]]:
+    """Groups that can be packed, and the linears left in float with the reason.
+
+    A group is skipped as a whole: engines fuse q/k/v and gate/up and then need one scheme for all of them.
+    """
+    kept: list[Group] = []
+    skipped: dict[str, str] = {}
+    for group in groups:
+        odd = [name for name in group.linears if not _packable(linear_of(block, name))]
+        if odd:
+            rows, columns = linear_of(block, odd[0]).weight.shape
+            reason = f"{odd[0]} is {rows}x{columns}; packed weights need multiples of {_MULTIPLE}"
+            skipped.update(dict.fromkeys(group.linears, reason))
+        else:
+            kept.append(group)
+    seen = {name for group in groups for name in group.linears}
+    idle = [name for name, module in block.named_modules() if isinstance(module, nn.Linear) and name not in seen]
+    skipped.update(dict.fromkeys(idle, "it did not run on the first calibration sequence"))
+    return kept, skipped
+
+
+def linear_of(block: nn.Module, name: str) -> nn.Linear:
+    """The linear of that name inside the block."""
+    module = block.get_submodule(name)
+    assert isinstance(module, nn.Linear), name
+    return module
+
+
+def left_in_float(model: nn.Module, packed: Container[str]) -> list[str]:
+    """Names of the linears of a model that are not among the packed ones."""
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in packed]
+
+
+def fit_group_size(requested: int, in_features: set[int]) -> int:
+    """The largest of requested, 128, 64, 32 that divides every layer's inputs; -1 (whole rows) always fits.
+
+    One size for the whole model: engines fuse layers and formats store one number.
+    Raises RequestError when none divides.
+    """
+    if requested == -1:
+        return -1
+    for size in (requested, *(s for s in (128, 64, 32) if s < requested)):
+        if all(width % size == 0 for width in in_features):
+            return size
+    widths = ", ".join(str(width) for width in sorted(in_features))
+    raise RequestError(f"group size {requested} does not divide the layers' input sizes ({widths}); pass 32, 64 or -1")
+
+
+def _identity(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor._version
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 1
+
+
+def _norm_offset(norm: nn.Module, hidden: Tensor) -> float | None:
+    """What the norm adds to its weight before multiplying: 0 (llama) or 1 (gemma); None if it is neither."""
+    weight: Any = norm.weight
+    if weight.shape[0] != hidden.shape[-1]:
+        return None
+    kept, bias = weight.data, getattr(norm, "bias", None)
+    try:
+        for offset in (0.0, 1.0):
+            weight.data = torch.full_like(kept, -offset)
+            output = norm(hidden[:, :1].to(weight))
+            if bool((output - (0 if bias is None else bias)).abs().max() == 0):
+                return offset
+        return None
+    finally:
+        weight.data = kept
+
+
+def _declared_producer(block: nn.Module, linears: list[str]) -> str | None:
+    if len(linears) != 1:
+        return None
+    parent, _, leaf = linears[0].rpartition(".")
+    consumer: Any = block.get_submodule(linears[0])
+    for producer_leaf, consumer_leaf in _DECLARED_FOLDS:
+        if leaf != consumer_leaf:
+            continue
+        name = f"{parent}.{producer_leaf}".lstrip(".")
+        producer: Any = dict(block.named_modules()).get(name)
+        rows = consumer.in_features * (2 if producer_leaf == "gate_up_proj" else 1)
+        # Under grouped-query attention several channels of o read one channel of v; no scale fits them all.
+        if isinstance(producer, nn.Linear) and producer.out_features == rows:
+            return name
+    return None

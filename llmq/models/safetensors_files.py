@@ -1,0 +1,146 @@
+"""A directory of safetensors shards, its tensors read one at a time."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmq.core.errors import CheckpointError, RequestError
+from llmq.models.untrusted_files import read_json, regular_file
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_HOW = "convert it once with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+
+
+@runtime_checkable  # the tests check annotations as they run
+class TensorFiles(Protocol):
+    """What a source needs from a file format: the names, and one tensor at a time."""
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files."""
+        ...
+
+    def names(self) -> set[str]: ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """In which the tensor is read; known without reading it."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor on the CPU in its stored dtype. Raises CheckpointError if it cannot be read."""
+        ...
+
+
+class SafetensorsDirectory:
+    """`model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+
+    A shard is mapped for one read and unmapped with the tensor, so that resident memory does not creep up to the size
+    of the model. Raises CheckpointError for a missing or corrupt shard, RequestError for a pickle checkpoint.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._shard_of: dict[str, Path] = {}
+        self._about: dict[str, tuple[tuple[int, ...], str]] = {}
+        for shard, names in _names_by_shard(directory).items():
+            path = regular_file(directory, shard)
+            present = _described(path)
+            absent = sorted((names or set()) - present.keys())
+            if absent:
+                raise CheckpointError(f"{path} lacks {absent[0]}, which the index promises; fetch it again")
+            for name in names or present:
+                self._shard_of[name], self._about[name] = path, present[name]
+
+    @property
+    def paths(self) -> list[Path]:
+        return sorted(set(self._shard_of.values()))
+
+    def names(self) -> set[str]:
+        return set(self._shard_of)
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._shard_of:
+            raise CheckpointError(f"{self.directory}: no tensor is named {name}")
+        try:
+            with _open(self._shard_of[name]) as file:
+                return file.get_tensor(name)
+        except (SafetensorError, RuntimeError, OSError, AttributeError, TypeError, ValueError) as error:
+            # The last three come from the bindings, for types that torch has not.
+            raise CheckpointError(f"{self.directory}: tensor {name} cannot be read ({error})") from None
+
+    def dtype(self, name: str) -> torch.dtype:
+        """From the header alone, if it says one of those that weights come in."""
+        found = _DTYPES.get(self._about[name][1])
+        return self.read(name).dtype if found is None else found
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape, from the header alone."""
+        return self._about[name][0]
+
+    def is_float(self, name: str) -> bool:
+        """Whether it holds floating-point numbers that mean what they say, without a scale elsewhere."""
+        return self._about[name][1] in ("F64", "F32", "F16", "BF16")
+
+    def nbytes(self, name: str) -> int:
+        """Bytes on disk, from the header alone."""
+        bits = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32}
+        bits |= {"F16": 16, "BF16": 16, "I16": 16, "U16": 16, "F4": 4}
+        shape, kind = self._about[name]
+        return math.prod(shape) * bits.get(kind, 8) // 8
+
+
+def _names_by_shard(directory: Path) -> Mapping[str, set[str] | None]:
+    """Shard file name -> the tensors expected in it (None: whatever is there)."""
+    if (directory / INDEX).exists():
+        shards: dict[str, set[str]] = defaultdict(set)
+        listed = read_json(directory, INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
+            raise CheckpointError(f"{directory / INDEX} is not a safetensors index: it maps no tensors to files")
+        for name, shard in listed.items():
+            shards[shard].add(name)
+        return dict(shards)
+    if (directory / SINGLE).exists():
+        return {SINGLE: None}
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    if len(others) == 1:  # AutoGPTQ called it gptq_model-4bit-128g.safetensors
+        return {others[0]: None}
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
+        raise RequestError(
+            f"{directory} holds pickle weights (.bin), which can run code when opened; llmq reads safetensors.\n" + _HOW
+        )
+    raise RequestError(
+        f"{directory} holds neither {SINGLE} nor {INDEX}; if the model comes as .bin files only:\n" + _HOW
+    )
+
+
+def _described(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of every tensor of a shard, from its header."""
+    with _open(path) as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 it is no mapping
+        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is corrupt or truncated ({error}); fetch it again") from None

@@ -1,0 +1,1 @@
+"""One quantization run: prepared, block by block, resumed, reported."""

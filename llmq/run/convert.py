@@ -1,0 +1,99 @@
+"""Converts a packed checkpoint to another format: the same codes, scales and zero points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from llmq.checkpoint.digests import digests_of
+from llmq.checkpoint.model_files import companions_in
+from llmq.checkpoint.module_matching import harmless
+from llmq.checkpoint.output_dir import check_output
+from llmq.checkpoint.reader import Checkpoint
+from llmq.checkpoint.writer import Writer
+from llmq.core.config import VERSION
+from llmq.core.errors import RequestError
+from llmq.formats import FORMATS
+from llmq.formats.scheme import Scheme
+from llmq.models.block_structure import left_in_float
+from llmq.models.model_source import build_skeleton
+from llmq.runtime.model_config import model_config
+from llmq.verification.check import DIGESTS, check
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Write a packed checkpoint in another format. Nothing is rounded: what a format cannot say is refused."""
+
+    directory: Annotated[Path, Positional]
+    """The checkpoint: compressed-tensors, gptq, awq or auto-round."""
+    output: Path
+    """Directory for the result. Must be new or empty unless --overwrite is given."""
+    format: str
+    """compressed-tensors, gptq or awq (4 bit)."""
+    overwrite: bool = False
+    """Replace a checkpoint that is already in the output directory."""
+    trust_remote_code: bool = False
+    """Run modelling code that ships with the checkpoint. Only for sources you trust."""
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise RequestError(f"format must be one of {', '.join(FORMATS)}; got {self.format!r}")
+
+
+@torch.no_grad()
+def convert(config: ConvertConfig, progress: bool = False) -> Path:
+    """Convert; returns the directory written.
+
+    Raises RequestError for an output that cannot be, CheckpointError for a checkpoint that is not sound or holds what
+    the format cannot say. In both cases nothing that looks like a checkpoint is left in the output directory.
+    """
+    check_output(config.output, config.overwrite)
+    if config.directory.resolve() == config.output.resolve():
+        raise RequestError("the output directory is the checkpoint's own; choose another")
+    checkpoint, target = Checkpoint(config.directory), FORMATS[config.format]
+    schemes = _schemes(checkpoint)
+    model = build_skeleton(model_config(checkpoint, config.trust_remote_code), config.trust_remote_code)
+    quantization = target.hf_config(schemes, left_in_float(model, schemes))
+    kept = [name for name in checkpoint.other_names if not harmless(checkpoint, model, name)]
+    computed = {name: value for name, value in digests_of(checkpoint).items() if name in schemes or name in kept}
+    with Writer(config.output, config.overwrite) as writer:
+        for _, names in groupby(kept, key=lambda name: name.rpartition(".")[0]):
+            writer.put({name: checkpoint.files.read(name) for name in names})
+        for name in tqdm(checkpoint.linears, "layers", disable=not progress, unit="layer"):
+            writer.put(target.encode(name, checkpoint.weight(name), schemes[name]))
+        writer.finish(
+            companions_in(config.directory),
+            None,
+            quantization,
+            lambda: {"llmq": VERSION, "converted_from": _kind(checkpoint.quantization), DIGESTS: computed},
+            lambda directory: check(directory, computed, config.trust_remote_code),
+        )
+    return config.output
+
+
+def _schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
+    """The schemes, with what only the source's format or writer said of them made plain."""
+    # Some tools call every AWQ checkpoint asymmetric; where all zero points are in the middle, nothing is lost.
+    symmetric = all(scheme.symmetric for scheme in checkpoint.schemes.values()) or all(
+        checkpoint.weight(name).symmetric for name in checkpoint.linears
+    )
+    return {
+        name: replace(
+            scheme,
+            symmetric=symmetric or scheme.symmetric,
+            act_order=scheme.act_order and checkpoint.weight(name).group_of is not None,
+            zero_offset=0,
+        )
+        for name, scheme in checkpoint.schemes.items()
+    }
+
+
+def _kind(quantization: dict[str, Any]) -> str:
+    return str(quantization.get("checkpoint_format") or quantization.get("quant_method"))

@@ -1,0 +1,131 @@
+"""What a run did, for the user (a table at the end) and for tools (llmq_report.json)."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from llmq.algorithms.problem import Solution
+from llmq.calibration.input_statistics import InputStatistics
+from llmq.core.command_line import command_line
+from llmq.core.config import VERSION, QuantizeConfig
+from llmq.core.memory import PeakMemory
+from llmq.core.timing import Clock
+from llmq.run.journal import Line
+
+_WORST = 5
+
+
+class Report:
+    """Collects one entry per group of linears and every fallback.
+
+    Args:
+        clock: of the run.
+        tell: is given each entry as it comes.
+    """
+
+    def __init__(self, config: QuantizeConfig, clock: Clock, tell: Callable[[Line], None] = lambda _: None) -> None:
+        self.config, self.clock, self.tell = config, clock, tell
+        self.memory = PeakMemory()
+        self.groups: list[Line] = []
+        self.notes: list[dict[str, str]] = []
+        self.drifts: dict[str, float] = {}
+        """Share of the hidden states entering each block that differs from the original model, on held-out tokens."""
+        self.refined: dict[str, tuple[float, float]] = {}
+        """What learned rounding minimises in each block, on held-out tokens, before and after."""
+        self.distilled: tuple[float, float] | None = None
+        """KL to the original model on held-out tokens, before and after training from end to end."""
+        self.resumed: list[str] = []
+        """The blocks at which earlier processes were interrupted."""
+
+    def note(self, where: str, notes: list[str]) -> None:
+        """Record fallbacks: anything done otherwise than asked."""
+        self.notes += [{"where": where, "note": note} for note in notes]
+
+    def group(
+        self,
+        block: str,
+        linears: tuple[str, ...],
+        errors: tuple[float, float],
+        solution: Solution,
+        statistics: InputStatistics | None,
+    ) -> Line:
+        """The entry of one group. `errors`: relative output error of the method and of plain rounding to nearest."""
+        entry: Line = {"block": block, "linears": list(linears), "error": errors[0], "rtn_error": errors[1]}
+        entry |= {"damping": solution.damping, "matched": solution.matched, "kept": solution.kept}
+        fallbacks = list(solution.fallbacks)
+        if statistics is not None:
+            entry |= {"tokens": statistics.tokens, "dropped_rows": statistics.dropped}
+            if statistics.dropped:
+                fallbacks.append(f"{statistics.dropped} token rows with NaN or infinity left out")
+        self.note(f"{block}.{'+'.join(name.rpartition('.')[2] for name in linears)}", fallbacks)
+        return entry
+
+    def add(self, entry: Line) -> None:
+        """Take an entry, which is final, and tell of it."""
+        self.groups.append(entry | {"at": self.clock.total, "peak_memory_bytes": self.memory.take()})
+        self.tell(self.groups[-1])
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes, of this process and of those whose work it goes on with."""
+        return max([self.memory.largest, *(entry["peak_memory_bytes"] for entry in self.groups)])
+
+    def to_json(self) -> Line:
+        """Everything, ready for json.dump.
+
+        Seconds are split by phase; `error` is measured on held-out tokens, before any training from end to end.
+        """
+        return {
+            "llmq": VERSION,
+            "command": command_line(),
+            "config": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self.config).items()},
+            "versions": versions(),
+            "machine": {"system": platform.platform(), "python": platform.python_version()},
+            "seconds": {"total": self.clock.total, **self.clock.seconds},
+            "peak_memory_bytes": self.peak_memory,
+            "resumed": self.resumed,
+            "fallbacks": self.notes,
+            "drifts": self.drifts,
+            "refined": self.refined,
+            "distilled": self.distilled,
+            "groups": self.groups,
+        }
+
+    def show(self, output: Path) -> None:
+        """The summary a person reads after a run, on stderr."""
+
+        def say(text: str = "") -> None:
+            print(text, file=sys.stderr)
+
+        what = "held-out output error" if self.groups and self.groups[0].get("tokens") else "weight error"
+        say(f"\nworst layers by relative {what}:")
+        say(f"  {'layer':<58} {self.config.method:>9} {'rtn':>9}")
+        for entry in sorted(self.groups, key=lambda e: -e["error"])[:_WORST]:
+            leaves = "+".join(name.rpartition(".")[2] for name in entry["linears"])
+            say(f"  {entry['block'] + ' ' + leaves:<58} {entry['error']:>9.2e} {entry['rtn_error']:>9.2e}")
+        for entry in self.notes[:_WORST]:
+            say(f"note: {entry['where']}: {entry['note']}")
+        if len(self.notes) > _WORST:
+            say(f"… and {len(self.notes) - _WORST} more notes in the report")
+        if self.distilled is not None:
+            say("KL to the original on held-out text {:.4f}, after training {:.4f}".format(*self.distilled))
+        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.clock.seconds.items())
+        say(f"{self.clock.total:.1f} s ({phases}); peak memory {self.peak_memory / 1e9:.2f} GB")
+        say(f"wrote {output}")
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that compute."""
+    return {name: _version(name) for name in ("torch", "transformers", "safetensors")}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

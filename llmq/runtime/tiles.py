@@ -1,0 +1,100 @@
+"""Finds the fastest kernel tiles for the layers of a model on this GPU."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from llmq_kernels.choose import Problem, user_table
+from llmq_kernels.tune import merged, tune, write_table
+
+from llmq.checkpoint.module_matching import packed_target
+from llmq.checkpoint.reader import Checkpoint, is_packed
+from llmq.core.errors import RequestError, WorkError
+from llmq.core.settings import Grid
+from llmq.models.block_structure import fit_group_size, packable_widths
+from llmq.models.locate import locate
+from llmq.models.model_source import ModelSource, build_skeleton
+from llmq.runtime.model_config import model_config
+
+# One for each bucket of a table up to 256. Decoding is what up to 8 tokens mostly are, so that bucket is tuned at 1.
+_TOKENS = (1, 16, 32, 64, 128, 256)
+
+
+def problems_of(model: str, grid: Grid, trust_remote_code: bool = False) -> list[Problem]:
+    """Return the matmuls to tune for a packed checkpoint, or for an original model that will be packed on `grid`.
+
+    Raises RequestError if the kernels take none of them.
+    """
+    path = locate(model, trust_remote_code)
+    if is_packed(path):
+        return at_all_sizes(packed_problems(Checkpoint(path), trust_remote_code))
+    return at_all_sizes(original_problems(ModelSource(model, trust_remote_code), grid))
+
+
+def packed_problems(checkpoint: Checkpoint, trust_remote_code: bool = False) -> list[Problem]:
+    """One-token problems of a packed checkpoint's layers, each once, known without reading its weights."""
+    model = build_skeleton(model_config(checkpoint, trust_remote_code), trust_remote_code)
+    dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+    problems = set()
+    for name in checkpoint.linears:
+        linear, scheme = packed_target(model, checkpoint, name), checkpoint.schemes[name]
+        N, K = linear.out_features, linear.in_features
+        problems.add(Problem(scheme.bits, K // scheme.groups(K), scheme.symmetric, dtype, 1, N, K))
+    return sorted(problems, key=lambda problem: (problem.N * problem.K, problem.N))
+
+
+def original_problems(source: ModelSource, grid: Grid) -> list[Problem]:
+    """One-token problems of the layers that an original model will have, each once."""
+    widths = packable_widths(source.blocks)
+    size = fit_group_size(grid.group_size, widths)
+    dtype = str(source.dtype).removeprefix("torch.")
+    linears = [m for block in source.blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    shapes = {(linear.out_features, linear.in_features) for linear in linears if linear.in_features in widths}
+    problems = [Problem(grid.bits, K if size == -1 else size, grid.symmetric, dtype, 1, N, K) for N, K in shapes]
+    return sorted(problems, key=lambda problem: (problem.N * problem.K, problem.N))
+
+
+def at_all_sizes(problems: Iterable[Problem]) -> list[Problem]:
+    """The problems that have kernels, for each of some numbers of tokens, few tokens first.
+
+    Raises RequestError if there are none.
+    """
+    problems = list(problems)
+    kept = [problem for problem in problems if problem.has_kernel]
+    if not kept:
+        kinds = ", ".join(sorted({f"groups of {p.group_size} in {p.dtype}" for p in problems})) or "no packed layer"
+        raise RequestError(
+            f"the kernels take float16 or bfloat16 and groups of a power of two from 16 on; here: {kinds}.\n"
+            "Such a model runs, on torch's own matmul; there is nothing to tune"
+        )
+    return [Problem(p.bits, p.group_size, p.symmetric, p.dtype, M, p.N, p.K) for M, p in product(_TOKENS, kept)]
+
+
+def tune_here(problems: list[Problem], seconds: float) -> tuple[Path, list[dict[str, Any]]]:
+    """Measure on the present GPU; returns where the table is, and its new rows."""
+    from llmq_kernels.op import describe
+    from llmq_kernels.trial import Trial, time_graph  # Triton is imported where there is a GPU for it
+
+    where = torch.device("cuda", torch.cuda.current_device())
+    device, end = describe(where), time.perf_counter() + seconds
+    try:
+        rows = tune(device, _shown(problems), Trial(where, time_graph), lambda: time.perf_counter() > end)
+    except RuntimeError as error:
+        raise WorkError(str(error)) from None
+    if not rows:
+        raise WorkError(f"no problem was begun within {seconds:g} seconds; allow more with --seconds")
+    path = user_table(device.name)
+    write_table(path, device, merged(path, rows))
+    return path, rows
+
+
+def _shown(problems: list[Problem]) -> Iterator[Problem]:
+    for i, problem in enumerate(problems, 1):
+        print(f"{i}/{len(problems)}: {problem.M} tokens, {problem.N} x {problem.K}", file=sys.stderr, flush=True)
+        yield problem

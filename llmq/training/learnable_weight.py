@@ -1,0 +1,79 @@
+"""A quantized weight that can learn: codes and scales as real numbers, rounded on the way to the weight.
+
+    Ŵ = S · (round(V) - z),    S = s · f as it would be stored,    V in codes, f a factor on each scale
+
+Gradients pass through both roundings as if they were not there (straight through), except where V has left the codes.
+"""
+
+# torch annotates only part of itself: what it leaves unknown is not reported here.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llmq.core import grid
+from llmq.core.quantized_weight import QuantizedWeight
+
+_INSIDE = 0.45  # how far from its code a latent weight may start, so that the start rounds to the codes given
+
+
+class Latent(nn.Module):
+    """What is learned of one weight: V [out, groups, size] in codes, and a factor on each scale.
+
+    Args:
+        hint: the weights before rounding, which tell where within its cell a latent weight starts: those near the edge
+            are the ones that another code would suit almost as well.
+    """
+
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, weight: QuantizedWeight, hint: Float[Tensor, "out in"]) -> None:
+        super().__init__()
+        self.bits, self.dtype = weight.bits, weight.scale.dtype
+        self.register_buffer("scale", weight.scale[..., None].float())
+        self.register_buffer("zero", weight.zero[..., None].float())
+        q = grid.group_view(weight.q, weight.group_size).float()
+        inside = grid.group_view(hint, weight.group_size).float() / self.scale + self.zero
+        self.V = nn.Parameter(torch.maximum(torch.minimum(inside, q + _INSIDE), q - _INSIDE), requires_grad=False)
+        self.factor = nn.Parameter(torch.ones_like(self.scale), requires_grad=False)
+
+    def forward(self) -> Float[Tensor, "out in"]:
+        """Ŵ, with gradients."""
+        exact = self.scale * self.factor
+        stored = exact + (grid.storable(exact, self.dtype).float() - exact).detach()  # near numbers: no digit is lost
+        W: Any = _Dequantized.apply(self.V, stored, self.zero, 2**self.bits - 1)
+        return W.flatten(-2)
+
+    @torch.no_grad()
+    def rounded(self) -> QuantizedWeight:
+        """The codes and scales as they would be stored now."""
+        q = self.V.round().clamp(0, 2**self.bits - 1).to(torch.uint8).flatten(-2)
+        scale = grid.storable((self.scale * self.factor)[..., 0], self.dtype)
+        return QuantizedWeight(q, scale, self.zero[..., 0].to(torch.uint8), self.bits)
+
+
+class _Dequantized(torch.autograd.Function):
+    """scale · (nearest code - zero). Of all this only V is kept for the way back, which is there anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, V: Tensor, scale: Tensor, zero: Tensor, highest: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(V, scale, zero)
+        ctx.highest = highest
+        return V.round().clamp_(0, highest).sub_(zero).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        V, scale, zero = ctx.saved_tensors
+        codes = V.round().clamp_(0, ctx.highest).sub_(zero)
+        along = codes.mul_(gradient).sum(-1, keepdim=True)
+        if not ctx.needs_input_grad[0]:
+            return None, along, None, None
+        # Within half a step of the codes; beyond, V could only run away.
+        inside = (V - ctx.highest / 2).abs_() < (ctx.highest + 1) / 2
+        return gradient.mul(scale).mul_(inside), along, None, None

@@ -1,0 +1,1 @@
+"""Is a checkpoint what was computed, and does it run?"""

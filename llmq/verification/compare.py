@@ -1,0 +1,106 @@
+"""Compares a packed checkpoint with what llmq computed, and with its original."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from tyro.conf import Positional
+
+from llmq.calibration.texts import evaluation_chunks, read_text
+from llmq.checkpoint.output_dir import REPORT
+from llmq.checkpoint.reader import Checkpoint, is_packed
+from llmq.core.errors import CheckpointError, RequestError
+from llmq.models.locate import locate
+from llmq.models.model_source import ModelSource
+from llmq.models.untrusted_files import read_json
+from llmq.runtime.evaluation import evaluate, logits_of
+from llmq.runtime.load import load, load_any
+from llmq.verification.check import DIGESTS, check
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Decode every tensor, compare with what llmq wrote down when it computed them, and run the model.
+
+    Exit code 0 means that the checkpoint is sound.
+    """
+
+    directory: Annotated[Path, Positional]
+    """The checkpoint, of any format that llmq reads."""
+    reference: str | None = None
+    """Also print each layer's relative error to this model, usually the original, and the KL divergence from it."""
+    text: str = "pytopics"
+    """Text for the KL divergence: wikitext2, c4, pile (downloaded), pydoc, pytopics (offline), or a file."""
+    sequence_length: int = 512
+    """Tokens per chunk of that text."""
+    limit: int = 4
+    """Chunks of it."""
+    trust_remote_code: bool = False
+    """Run modelling code that ships with the model. Only for sources you trust."""
+    json: bool = False
+    """Print one JSON object and nothing else on stdout."""
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 2 or self.limit < 1:
+            raise RequestError("sequence length must be at least 2 and limit at least 1")
+
+
+def verify(config: VerifyConfig) -> dict[str, Any]:
+    """What was found of a sound checkpoint. Raises CheckpointError if it is not sound."""
+    checkpoint, digests = Checkpoint(config.directory), recorded(config.directory)
+    check(config.directory, digests, config.trust_remote_code)
+    found: dict[str, Any] = {
+        "directory": str(config.directory),
+        "packed_layers": len(checkpoint.linears),
+        "other_tensors": len(checkpoint.other_names),
+        "compared_with_report": digests is not None,
+    }
+    if config.reference is None:
+        return found
+    errors = relative_errors(checkpoint, config.reference, config.trust_remote_code)
+    model = load(config.directory, "cpu", torch.float32, config.trust_remote_code)
+    original, tokenizer = load_any(config.reference, "cpu", config.trust_remote_code)
+    if original.config.vocab_size != model.config.vocab_size:
+        raise RequestError(f"{config.reference} and {config.directory} have different vocabularies: no KL between them")
+    text = read_text(config.text, evaluation=True)
+    chunks = evaluation_chunks(tokenizer, text, config.sequence_length, config.limit)
+    result = evaluate(model, chunks, logits_of(original))
+    kl = result.kl if result.kl is not None and math.isfinite(result.kl) else None  # JSON knows no infinity
+    return found | {"reference": config.reference, "text": config.text, "layer_errors": errors, "kl": kl}
+
+
+def recorded(directory: Path) -> dict[str, str] | None:
+    """The digests in a checkpoint's report; None if no tool of ours wrote it."""
+    if not (directory / REPORT).exists():
+        return None
+    digests = read_json(directory, REPORT).get(DIGESTS)
+    if digests is not None and not isinstance(digests, dict):
+        raise CheckpointError(f"{directory / REPORT} is not a report of llmq: its {DIGESTS} are no names")
+    return digests
+
+
+def relative_errors(checkpoint: Checkpoint, reference: str, trust_remote_code: bool = False) -> dict[str, float]:
+    """|W - W'| / |W| of every packed layer.
+
+    Layers whose inputs a method rescaled (awq) differ by more than they err: the scale is undone elsewhere.
+    """
+    path = locate(reference, trust_remote_code)
+    packed = Checkpoint(path) if is_packed(path) else None
+    source = None if packed is not None else ModelSource(reference, trust_remote_code)
+    errors: dict[str, float] = {}
+    for name in checkpoint.linears:
+        ours = checkpoint.weight(name).dequantize()
+        if packed is not None:
+            W = packed.weight(name).dequantize() if name in packed.schemes else packed.files.read(f"{name}.weight")
+        else:
+            assert source is not None
+            W = source.read(f"{name}.weight")
+        W = W.float()
+        if W.shape != ours.shape:
+            raise RequestError(f"{reference} is another model: its {name} is {tuple(W.shape)}, not {tuple(ours.shape)}")
+        errors[name] = float((ours - W).norm() / W.norm().clamp(min=1e-30))
+    return errors

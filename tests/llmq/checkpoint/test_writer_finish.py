@@ -1,0 +1,163 @@
+"""What a finished checkpoint holds beside its tensors, and that it is looked at before others see it."""
+
+import errno
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from written import KILOBYTE, complete_source, names_in, numbers, write
+
+from llmq.checkpoint import model_files as companions_module
+from llmq.checkpoint.model_files import companions_in, companions_of
+from llmq.checkpoint.output_dir import REPORT
+from llmq.checkpoint.writer import Writer
+from llmq.core.errors import CheckpointError, WorkError
+from llmq.models.model_source import ModelSource
+from llmq.models.safetensors_files import SINGLE
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return complete_source(tmp_path_factory.mktemp("source"))
+
+
+def test_config_json_is_the_sources_own_with_dtype_and_quantization(tmp_path, source):
+    write(tmp_path, source, {"a": numbers(4)}, report=lambda: {"seed": 1})
+    original = json.loads((source.directory / "config.json").read_text())
+    changed = {"dtype": "float16", "torch_dtype": "float16", "quantization_config": {"quant_method": "ours"}}
+    assert json.loads((tmp_path / "config.json").read_text()) == original | changed
+    assert json.loads((tmp_path / REPORT).read_text()) == {"seed": 1}
+
+
+def test_without_a_dtype_the_config_keeps_its_own(tmp_path, source):
+    with Writer(tmp_path) as writer:
+        writer.put({"a": numbers(4)})
+        writer.finish(companions_of(source))
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
+        (source.directory / "config.json").read_text()
+    )
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
+def test_only_gptq_keeps_a_second_copy_of_its_config_where_its_tools_look_first(method, tmp_path, source):
+    config = {"quant_method": method, "bits": 4}
+    write(tmp_path, source, {"a": numbers(4)}, quantization_config=config)
+    second = tmp_path / "quantize_config.json"
+    assert second.exists() == (method == "gptq")
+    assert method != "gptq" or json.loads(second.read_text()) == config
+
+
+def test_companions_are_copied_byte_for_byte(tmp_path, source):
+    write(tmp_path, source, {"a": numbers(4)})
+    companions = ["generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
+    companions += ["chat_template.jinja", "modeling_own.py", "additional_chat_templates/tools.jinja"]
+    for name in companions:
+        assert (tmp_path / name).read_bytes() == (source.directory / name).read_bytes()
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_a_failure_while_finishing_leaves_nothing_either(tmp_path, source, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(companions_module.shutil, "copyfile", fail)
+    with pytest.raises(WorkError, match="disk full"):
+        write(tmp_path, source, {"a": numbers(KILOBYTE), "b": numbers(KILOBYTE)}, shard_bytes=1024)
+    assert names_in(tmp_path) == []
+
+
+def test_the_check_sees_a_directory_that_opens_and_the_report_is_asked_after_it(tmp_path, source):
+    asked = []
+
+    def check(directory):
+        asked.append("check")
+        assert names_in(tmp_path) == ["unfinished.partial"]
+        assert REPORT not in names_in(directory)
+        opened = ModelSource(str(directory))
+        assert torch.equal(opened.files.read("model.norm.weight"), source.read("model.norm.weight"))
+        assert opened.tokenizer("a word") == source.tokenizer("a word")
+
+    def report():
+        asked.append("report")
+        return {"checked": len(asked)}
+
+    tensors = {name: source.read(name) for name in source.files.names()}
+    with Writer(tmp_path, shard_bytes=100_000) as writer:
+        for name, tensor in tensors.items():
+            writer.put({name: tensor})
+        writer.finish(companions_of(source), torch.float32, None, report, check)
+    assert asked == ["check", "report"]
+    assert json.loads((tmp_path / REPORT).read_text()) == {"checked": 2}
+    assert ModelSource(str(tmp_path)).files.names() == tensors.keys()
+
+
+@pytest.mark.parametrize("error", [CheckpointError, KeyboardInterrupt])
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("asked", ["check", "report"])
+def test_a_check_or_report_that_fails_leaves_nothing(asked, there, error, tmp_path, source):
+    def fail(*_):
+        raise error("damaged")
+
+    output = tmp_path / "out"
+    if there:
+        output.mkdir()
+        (output / "notes.md").write_text("mine")
+        (output / "config.json").write_text("{}")
+    with pytest.raises(error, match="damaged"):
+        write(output, source, {"a": numbers(4)}, overwrite=there, **{asked: fail})
+    assert not there or names_in(output) == ["notes.md"]
+    assert output.exists() == there
+
+
+def test_while_it_works_nothing_in_the_directory_looks_like_a_checkpoint(tmp_path, source):
+    def check(directory):
+        assert not [path for path in tmp_path.iterdir() if path.suffix in (".json", ".safetensors")]
+
+    write(tmp_path, source, {"a": numbers(4)}, check=check)
+    assert {"config.json", SINGLE} < {*names_in(tmp_path)}
+
+
+def test_templates_of_an_older_checkpoint_are_replaced_as_a_whole(tmp_path, source):
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "stale.jinja").write_text("old")
+    write(tmp_path, source, {"a": numbers(4)}, overwrite=True)
+    assert names_in(tmp_path / "additional_chat_templates") == ["tools.jinja"]
+    without = replace(companions_of(source), write=lambda _: None)
+    with Writer(tmp_path, overwrite=True) as writer:
+        writer.put({"a": numbers(4)})
+        writer.finish(without, torch.float16)
+    assert names_in(tmp_path) == ["config.json", "model.safetensors", "modeling_own.py"]
+
+
+def test_what_the_hub_keeps_as_links_is_copied_as_files(tmp_path, source):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    (snapshot / "additional_chat_templates").mkdir(parents=True)
+    for i, name in enumerate(["config.json", "tokenizer.json", "additional_chat_templates/tools.jinja"]):
+        (blobs / str(i)).write_bytes((source.directory / name).read_bytes())
+        (snapshot / name).symlink_to(blobs / str(i))
+    with Writer(tmp_path / "out") as writer:
+        writer.put({"a": numbers(4)})
+        writer.finish(companions_in(snapshot))
+    for name in ("tokenizer.json", "additional_chat_templates/tools.jinja"):
+        assert not (tmp_path / "out" / name).is_symlink()
+        assert (tmp_path / "out" / name).read_bytes() == (source.directory / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "own.py", "additional_chat_templates/tools.jinja"])
+@pytest.mark.parametrize("odd", ["link", "pipe"])
+def test_a_companion_that_is_no_file_of_the_model_is_refused(name, odd, tmp_path):
+    (tmp_path / "secret").write_text('{"key": 1}')
+    model = tmp_path / "model"
+    (model / "additional_chat_templates").mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (model / name).unlink(missing_ok=True)
+    if odd == "link":
+        (model / name).symlink_to(tmp_path / "secret")
+    else:
+        os.mkfifo(model / name)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match=r"is a link out of the directory|is not a regular file"):
+        companions_in(model).write(tmp_path / "out")

@@ -1,0 +1,195 @@
+"""Several processes that work together end in the bytes of one."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from killed import quantize_together, result_of
+from tiny import save_tiny
+
+import llmq
+from llmq.calibration.texts import Tokens
+from llmq.calibration.work_split import portion_of, split
+from llmq.checkpoint.output_dir import PROGRESS, REPORT
+from llmq.core.distributed import ALONE, Ranks
+from llmq.core.errors import RequestError
+from llmq.models.untrusted_files import read_json
+from llmq.run.journal import read_journal
+from llmq.run.resume import Progress
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"), "llama-gqa", torch.bfloat16)
+
+
+@pytest.fixture
+def config(model, text_file, tmp_path):
+    settings = {"samples": 60, "sequence_length": 128, "group_size": 32, "device": "cpu"}
+    return llmq.QuantizeConfig(model=str(model), output=tmp_path / "one", calibration=str(text_file), **settings)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("changes", [{}, {"method": "awq+gptq"}, {"effort": "best"}, {"method": "rtn"}], ids=str)
+def test_together_they_write_the_bytes_of_one(changes, processes, config, tmp_path):
+    config = replace(config, **changes)
+    llmq.quantize(config)
+    together = replace(config, output=tmp_path / "together")
+    assert quantize_together(together, processes) == [0] * processes
+    assert result_of(together.output) == result_of(config.output)
+
+
+def test_more_processes_than_shares_of_the_text_help_with_the_rows(config, tmp_path):
+    config = replace(config, samples=4, sequence_length=256)
+    llmq.quantize(config)
+    together = replace(config, output=tmp_path / "together")
+    assert quantize_together(together, 4) == [0] * 4
+    assert result_of(together.output) == result_of(config.output)
+
+
+def test_hidden_states_on_disk_are_each_process_own(config, tmp_path):
+    llmq.quantize(config)
+    together = replace(config, output=tmp_path / "together", offload_dir=tmp_path / "states")
+    assert quantize_together(together, 2) == [0, 0]
+    assert result_of(together.output) == result_of(config.output)
+    assert not list((tmp_path / "states").iterdir())
+
+
+def test_one_that_dies_ends_the_others_and_any_number_goes_on(config, tmp_path, capfd):
+    llmq.quantize(config)
+    together = replace(config, output=tmp_path / "together")
+
+    def fails(rank):
+        if rank == 1:
+            enter = llmq.stream._Travellers.enter
+
+            def dies(self, index, *arguments):
+                if index == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return enter(self, index, *arguments)
+
+            llmq.stream._Travellers.enter = dies
+
+    started = time.monotonic()
+    assert quantize_together(together, 2, fails) == [1, -9]
+    assert time.monotonic() - started < 60
+    assert "another process of this run ended" in capfd.readouterr().err
+    assert not (together.output / "config.json").exists()
+    assert quantize_together(replace(together, resume=True), 3) == [0, 0, 0]
+    assert result_of(together.output) == result_of(config.output)
+
+
+def test_a_block_is_finished_when_the_hidden_states_of_all_processes_have_passed_it(config, tmp_path):
+    together = replace(config, output=tmp_path / "together", offload_dir=tmp_path / "states")
+
+    def fails(rank):
+        if rank == 1:
+            commit = Progress.commit
+
+            def dies(self):
+                if self._open is not None and self._open[0].endswith(".1"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                commit(self)
+
+            Progress.commit = dies
+
+    assert quantize_together(together, 2, fails) == [1, -9]
+    steps = read_journal(together.output / PROGRESS)[1]
+    assert [step.finished["finished"] for step in steps] == ["outside the blocks", "model.layers.0"]
+    assert quantize_together(replace(together, resume=True), 2) == [0, 0]
+    llmq.quantize(config)
+    assert result_of(together.output) == result_of(config.output)
+
+
+def test_processes_have_nothing_to_do_where_only_the_moving_is_left(config, tmp_path):
+    together = replace(config, output=tmp_path / "together", method="rtn")
+
+    def fails(rank):
+        moved = os.replace
+
+        def dies(source, target):
+            if target == together.output / "config.json":
+                os.kill(os.getpid(), signal.SIGKILL)
+            moved(source, target)
+
+        llmq.writer.os.replace = dies
+
+    assert quantize_together(together, 2, fails) == [-9, 0]
+    assert not (together.output / "config.json").exists()
+    assert quantize_together(replace(together, resume=True), 2) == [0, 0]
+    assert quantize_together(replace(together, resume=True), 2) == [0, 0]
+    llmq.quantize(replace(config, method="rtn"))
+    assert result_of(together.output) == result_of(config.output)
+
+
+def test_hidden_states_that_go_to_disk_by_themselves_are_not_in_the_way(config, tmp_path):
+    llmq.quantize(config)
+    together = replace(config, output=tmp_path / "together")
+
+    def fails(rank):
+        llmq.plan.workload._MEMORY_SHARE = 0.0
+        if rank == 0:  # the other one is ready long before
+            prove = llmq.pipeline.prove
+            llmq.pipeline.prove = lambda run: (time.sleep(1), prove(run))
+
+    assert quantize_together(together, 2, fails) == [0, 0]
+    assert result_of(together.output) == result_of(config.output)
+    assert any("wait on disk" in note["note"] for note in read_json(together.output, REPORT)["fallbacks"])
+
+
+def test_processes_that_cannot_meet_are_a_wrong_request(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(RequestError, match=r"WORLD_SIZE says 2 processes, but .*RANK.* not set"):
+        llmq.quantize(config)
+
+
+def test_a_wrong_request_ends_all(config, tmp_path, capfd):
+    tmp_path.joinpath("there").mkdir()
+    tmp_path.joinpath("there", "notes.md").write_text("mine")
+    assert quantize_together(replace(config, output=tmp_path / "there"), 2) == [1, 1]
+    assert "is not empty" in capfd.readouterr().err
+
+
+def test_training_needs_one_process(config, monkeypatch):
+    from llmq.run.prepare import open_request
+
+    with pytest.raises(RequestError, match="one process"):
+        open_request(replace(config, method="tuned"), torch.device("cpu"), Ranks(1, 2), False)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 100])
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 11])
+def test_shares_do_not_depend_on_how_many_there_are(count, size):
+    tokens = Tokens(torch.arange(count * 1024).view(count, 1024), torch.arange(2 * 1024).view(2, 1024))
+    alone = portion_of(tokens, ALONE)
+    portions = [portion_of(tokens, Ranks(rank, size)) for rank in range(size)]
+    assert len(alone.shares) == min(8, count) + 2
+    for i, share in enumerate(alone.shares):
+        owner = portions[0].shares[i].rank
+        assert [len(portion.shares[i].batches) > 0 for portion in portions] == [rank == owner for rank in range(size)]
+        mine = portions[owner]
+        ours = [mine.batches[j] for j in mine.shares[i].batches]
+        theirs = [alone.batches[j] for j in share.batches]
+        assert torch.equal(torch.cat(ours), torch.cat(theirs))
+        assert all((j >= mine.held_out_from) == share.held_out for j in mine.shares[i].batches)
+    assert sum(len(portion.batches) for portion in portions) == len(alone.batches)
+
+
+@pytest.mark.parametrize(("train", "held_out"), [(58, 3), (7, 1), (8, 2), (1, 1)])
+def test_two_processes_have_about_the_same_to_do(train, held_out):
+    counts = [sum(len(share.batches) for share in split(train, held_out, Ranks(rank, 2))) for rank in (0, 1)]
+    assert sum(counts) == train + held_out
+    assert abs(counts[0] - counts[1]) <= max(2, train // 8)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [16, 32, 64, 960, 100])
+def test_rows_are_shared_out_in_multiples_and_none_is_left(count, size):
+    parts = Ranks(0, size).rows(count, 16)
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(count))
+    assert all(part.start % 16 == 0 for part in parts)
+    assert max(part.stop - part.start for part in parts) - count / size < 32

@@ -1,0 +1,61 @@
+import json
+
+import pytest
+
+from llmq.core.errors import RequestError
+from llmq.run.journal import Journal, read_journal
+
+FINGERPRINT = {"config": {"bits": 4}}
+
+
+def journal(path, *lines):
+    written = Journal(path)
+    written.begin(FINGERPRINT)
+    for line in lines:
+        written.add(line)
+    return written
+
+
+LINES = ({"finished": "outside"}, {"block": "0", "error": 0.5}, {"finished": "0"}, {"block": "1", "error": 0.25})
+
+
+def test_finished_steps_come_with_their_groups_and_what_follows_does_not_count(tmp_path):
+    journal(tmp_path / "j", *LINES)
+    fingerprint, steps = read_journal(tmp_path / "j")
+    assert fingerprint == FINGERPRINT
+    assert [(step.finished["finished"], step.groups) for step in steps] == [("outside", []), ("0", [LINES[1]])]
+
+
+@pytest.mark.parametrize("cut", range(1, len('{"finished": "0"}') + 2))
+def test_however_much_of_the_last_line_is_missing_the_steps_before_it_stand(cut, tmp_path):
+    path = tmp_path / "j"
+    journal(path, *LINES[:3])
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert [step.finished["finished"] for step in read_journal(path)[1]] == ["outside"]
+
+
+def test_going_on_keeps_finished_steps_only(tmp_path):
+    path = tmp_path / "j"
+    journal(path, *LINES)
+    Journal(path).begin(FINGERPRINT, read_journal(path)[1])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"fingerprint": FINGERPRINT}, *LINES[:3]]
+    assert [each.name for each in tmp_path.iterdir()] == ["j"]
+
+
+def test_no_journal_and_no_json_are_no_steps(tmp_path):
+    assert read_journal(tmp_path / "none") == ({}, [])
+    (tmp_path / "j").write_text("what?\n")
+    assert read_journal(tmp_path / "j") == ({}, [])
+
+
+def test_without_a_path_nothing_is_written():
+    nothing = Journal(None)
+    nothing.begin(FINGERPRINT)
+    nothing.add({"finished": "0"})
+
+
+def test_one_that_is_there_but_cannot_be_read_is_not_taken_for_none(tmp_path):
+    assert read_journal(tmp_path / "none") == ({}, [])
+    with pytest.raises(RequestError, match="cannot be read"):
+        read_journal(tmp_path)
