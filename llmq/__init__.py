@@ -58,9 +58,7 @@ sys.modules[__name__].__class__ = _Package
 
 
 def _register() -> None:
-    from llmq.runtime.transformers_plugin import register
-
-    register()
+    importlib.import_module("llmq.runtime.transformers_plugin")  # registers itself
 
 
 after_import("transformers.quantizers.auto", _register)

@@ -26,6 +26,13 @@ def run(module, *arguments, **options):
     return subprocess.run(command(module, *arguments), capture_output=True, text=True, timeout=120, **options)
 
 
+def execute_python(code):
+    """What a new Python prints that runs this code."""
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def run_here(module, *arguments):
     """In this process, which has imported all that takes a new one five seconds."""
     out, err, code = io.StringIO(), io.StringIO(), 0

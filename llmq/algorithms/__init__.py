@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmq.algorithms import awq, gate, gptq, rtn, tuned
+from llmq.algorithms import awq, best_of, gptq, rtn, tuned
 from llmq.algorithms.problem import Problem, Solution
 from llmq.calibration.block_runner import Block
 from llmq.core.config import QuantizeConfig
@@ -43,7 +43,7 @@ class Algorithm:
 
 
 def _gptq(problem: Problem, config: QuantizeConfig) -> Solution:
-    return (gate if config.effort == "best" else gptq).solve(problem, config.gptq)
+    return (best_of if config.effort == "best" else gptq).solve(problem, config.gptq)
 
 
 def _awq_transform(

@@ -15,9 +15,12 @@ few rows would be summed in another way, as are long inner sides in float64.
 Factor and inverse take 0.8 of LAPACK's time at n = 576, half of it at 1536 and 4096 (one AVX-512 core, 2026-11-25).
 """
 
+# torch annotates only part of itself: what it leaves unknown is not reported here.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -89,7 +92,7 @@ def _slices(start: int, stop: int, size: int) -> list[slice]:
 
 
 @contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
+def _one_thread(device: torch.device) -> Generator[None]:
     """On a CPU, with one thread: from 96 columns on LAPACK gives other bits with some other number of them."""
     threads = torch.get_num_threads()
     if device.type == "cpu":

@@ -41,13 +41,6 @@ _PLACE = "llmq_place"
 _NOT_OFFLOADED = "packed weights are not offloaded; choose a device_map without disk, and without cpu beside GPUs"
 
 
-def register() -> None:
-    """Tell transformers of the method. A second call does nothing."""
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(METHOD)(LlmqConfig)
-        register_quantizer(METHOD)(LlmqQuantizer)
-
-
 def attach(model: Any, checkpoint: Checkpoint) -> None:
     """Let `save_pretrained` of a model write the format that it was loaded from."""
     quantizer = LlmqQuantizer(LlmqConfig())
@@ -194,3 +187,9 @@ def _codes(name: str, linear: PackedLinear) -> QuantizedWeight:
         return linear.codes()
     except RequestError as error:
         raise RequestError(f"{name} cannot be saved as it was read: {error}") from None
+
+
+# The one thing here that importing does: transformers learns the method's name.
+if METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(METHOD)(LlmqConfig)
+    register_quantizer(METHOD)(LlmqQuantizer)

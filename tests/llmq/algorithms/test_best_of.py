@@ -4,7 +4,7 @@ import pytest
 import torch
 from problems import correlated_inputs, make_problem, threads
 
-from llmq.algorithms import gate, gptq
+from llmq.algorithms import best_of, gptq
 from llmq.algorithms.coordinate_descent import descend
 from llmq.algorithms.problem import damped
 from llmq.core.settings import Gptq
@@ -27,8 +27,8 @@ def test_never_worse_than_gptq_on_held_out_tokens_and_better_on_the_whole(bits, 
     plain, gated = [], []
     for seed in range(4):
         problem = split_problem(tokens, bits, seed)
-        plain.append(gate.held_out_loss(problem, gptq.solve(problem, Gptq())))
-        gated.append(gate.held_out_loss(problem, gate.solve(problem, Gptq())))
+        plain.append(best_of.held_out_loss(problem, gptq.solve(problem, Gptq())))
+        gated.append(best_of.held_out_loss(problem, best_of.solve(problem, Gptq())))
     assert all(new <= old for new, old in zip(gated, plain, strict=True))
     assert sum(gated) < sum(plain)
 
@@ -38,14 +38,14 @@ def test_what_is_kept_does_not_depend_on_the_number_of_threads():
     problem, found = make_problem(X, rows=320, bits=3), []
     for count in (1, 2):
         with threads(count):
-            found.append(gate.solve(problem, Gptq()))
+            found.append(best_of.solve(problem, Gptq()))
     assert (found[1].damping, found[1].kept) == (found[0].damping, found[0].kept)
     assert torch.equal(found[1].q, found[0].q)
     assert torch.equal(found[1].scale, found[0].scale)
 
 
 def test_few_tokens_ask_for_more_damping_than_many():
-    few, many = (gate.solve(split_problem(tokens), Gptq()).damping for tokens in (70, 8192))
+    few, many = (best_of.solve(split_problem(tokens), Gptq()).damping for tokens in (70, 8192))
     assert few > many
 
 
@@ -60,13 +60,13 @@ def test_a_step_that_helps_only_on_the_calibration_tokens_is_not_kept(monkeypatc
         return float((E * (E @ H)).sum())
 
     assert on_calibration(after) < on_calibration(before)
-    assert gate.held_out_loss(problem, after) > gate.held_out_loss(problem, before)
+    assert best_of.held_out_loss(problem, after) > best_of.held_out_loss(problem, before)
     monkeypatch.setattr(gate, "_DAMPINGS", (1.0,))
     monkeypatch.setattr(gate, "_STEPS", {"overfitting": lambda problem, solution, _: descend(problem, solution, H, 20)})
-    kept = gate.solve(problem, Gptq())
+    kept = best_of.solve(problem, Gptq())
     assert kept.kept == []
     assert torch.equal(kept.q, before.q)
 
 
 def test_steps_that_help_on_both_are_kept():
-    assert gate.solve(split_problem(4096, bits=2), Gptq()).kept == ["descent", "scale refit"]
+    assert best_of.solve(split_problem(4096, bits=2), Gptq()).kept == ["descent", "scale refit"]

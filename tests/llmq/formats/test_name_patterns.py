@@ -6,7 +6,7 @@ from contextlib import suppress
 import pytest
 
 from llmq.core.errors import CheckpointError
-from llmq.formats import patterns as patterns_module
+from llmq.formats import name_patterns as patterns_module
 from llmq.formats import schemes_of
 from llmq.formats.name_patterns import Patterns
 

@@ -19,11 +19,12 @@ from llmq.core.distributed import ALONE, Ranks
 from llmq.core.errors import RequestError, WorkError
 from llmq.core.settings import Tuned
 from llmq.models.safetensors_files import SafetensorsDirectory
-from llmq.plan import check_plan, lines, plan_of, prove
+from llmq.plan import check_plan, lines, plan_of
 from llmq.plan.block_shapes import layouts
 from llmq.plan.memory_model import Moment
 from llmq.plan.workload import states_of, workload_of
 from llmq.run.block_quantizer import Run
+from llmq.run.format_roundtrip import prove
 from llmq.run.prepare import open_request
 
 CPU = torch.device("cpu")
