@@ -57,7 +57,7 @@ def _layer(checkpoint: Checkpoint, name: str, sizes: dict[str, int]) -> dict[str
         "act_order": scheme.act_order,
         "zero": {"min": int(zero.min()), "mean": float(zero.mean()), "max": int(zero.max())},
         "scale_dtype": str(weight.scale.dtype).removeprefix("torch."),
-        "bytes": sum(sizes.get(f"{name}.{part}", 0) for part in checkpoint.format.PARTS),
+        "bytes": sum(sizes.get(f"{name}.{part}", 0) for part in checkpoint.format.TENSOR_SUFFIXES),
     }
 
 

@@ -129,7 +129,7 @@ def _quantize_blocks(request: Request, run: Run, progress: Progress, states: Sta
             finished=finished,
             restore=progress.restore_block,
             passed=progress.commit,
-            place=progress.place_of_states(states.directory),
+            hidden_dir=progress.hidden_dir_for(states.directory),
         )
         with closing(stream(source, request.tokens, request.compute, request.clock, journey)) as blocks:
             bar = tqdm(blocks, "blocks", total=stop, initial=finished, disable=not request.progress, unit="block")

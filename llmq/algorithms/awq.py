@@ -36,7 +36,7 @@ from llmq.core import grid
 from llmq.core.settings import Awq
 from llmq.models.block_structure import Group, linear_of
 
-ROWS_TOGETHER = 4096  # rows searched at once; bounds memory on wide layers, rows do not interact
+ROWS_PER_SEARCH = 4096  # rows searched at once; bounds memory on wide layers, rows do not interact
 # Relative to what the block adds to the residual stream, whose own rounding is most of it in half precision.
 _SAME_FUNCTION = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 
@@ -89,7 +89,7 @@ def search_scales(problem: Problem, ratios: int) -> Float[Tensor, "in"]:
     for step in range(ratios):
         s = x ** (step / ratios)
         s = s / (s.max() * s.min()).sqrt()
-        error = sum(_scaled_error(problem, rows, s) for rows in problem.W.split(ROWS_TOGETHER))
+        error = sum(_scaled_error(problem, rows, s) for rows in problem.W.split(ROWS_PER_SEARCH))
         if error < best_error:
             best, best_error = s, error
     return best
@@ -107,7 +107,7 @@ def solve(problem: Problem, settings: Awq) -> Solution:
     if settings.clip_steps == 0:
         return round_to_nearest(problem)
     shrink = torch.cat(
-        [_best_clip(problem, rows, settings.clip_steps) for rows in problem.groups().split(ROWS_TOGETHER)]
+        [_best_clip(problem, rows, settings.clip_steps) for rows in problem.groups().split(ROWS_PER_SEARCH)]
     )
     shrink[~problem.clippable] = 1.0
     return round_to_nearest(problem, shrink)

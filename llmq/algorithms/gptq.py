@@ -54,7 +54,7 @@ from llmq.core.settings import Gptq
 _DAMPING_LADDER = (1, 2, 5, 10, 100)
 _AT_ONCE = 128  # columns between which rank-1 updates go back and forth; more are left to matmuls
 _ROWS = 1024  # of H copied at once
-_TOGETHER = 4096  # rows
+_ROWS_PER_SOLVE = 4096  # rows
 
 
 def solve(problem: Problem, settings: Gptq) -> Solution:
@@ -69,7 +69,7 @@ def solve(problem: Problem, settings: Gptq) -> Solution:
     U, damping, fallbacks = factorise(H, diagonal, order, settings.damping)
     if dead:
         fallbacks.append(f"{dead} input channels never active: rounded to nearest")
-    together = rows_together(H.device)
+    together = rows_per_solve(H.device)
     parts = [problem.rows(start, start + together) for start in range(0, max(1, len(problem.W)), together)]
     solutions = [Solution(*_round_columns(part, order, U, settings), damping, fallbacks) for part in parts]
     del U  # makes room for another matrix of H's size
@@ -80,13 +80,13 @@ def solve(problem: Problem, settings: Gptq) -> Solution:
     return joined(solutions)
 
 
-def rows_together(device: torch.device) -> int:
+def rows_per_solve(device: torch.device) -> int:
     """Rows of W solved at once.
 
     On a CPU more are no faster (8192 of 2048 columns: 2.2 s, 2.5 s as one; 2026-11-25) and take memory. On a GPU, whose
     time goes into launches, all of them.
     """
-    return _TOGETHER if device.type == "cpu" else sys.maxsize
+    return _ROWS_PER_SOLVE if device.type == "cpu" else sys.maxsize
 
 
 def _without_dead_columns(diagonal: Float[Tensor, "columns"]) -> tuple[Float[Tensor, "columns"], int]:

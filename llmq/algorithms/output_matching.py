@@ -52,23 +52,27 @@ def choose(problem: Problem, ranks: Ranks = ALONE) -> Match:
     """
     none = Match(_DAMPINGS[0], 0.0)
     stats = problem.statistics
-    if stats is None or stats.lack is None or stats.lack_val is None:
+    if stats is None or stats.target_moment is None or stats.target_moment_val is None:
         return none
     rows = spread(len(problem.W))
-    lack, lack_val = stats.lack[rows], stats.lack_val[rows]
-    tried = ranks.each([_tried(stats, lack, lack_val, damping) for damping in _DAMPINGS[ranks.rank :: ranks.size]])
+    target_moment, target_moment_val = stats.target_moment[rows], stats.target_moment_val[rows]
+    tried = ranks.each(
+        [_tried(stats, target_moment, target_moment_val, damping) for damping in _DAMPINGS[ranks.rank :: ranks.size]]
+    )
     found = [(0.0, none), *(each for those in tried for each in those)]
     return max(found, key=lambda each: (each[0], -each[1].damping))[1]
 
 
-def _tried(stats: InputStatistics, lack: Tensor, lack_val: Tensor, damping: float) -> tuple[float, Match]:
+def _tried(
+    stats: InputStatistics, target_moment: Tensor, target_moment_val: Tensor, damping: float
+) -> tuple[float, Match]:
     """What some rows gain on held-out tokens with a damping and the best step, and these."""
     factor = cholesky_(damped(stats.H, damping))
     if factor is None:
         return 0.0, Match(damping, 0.0)
-    P = factor.solve_(lack.clone())
+    P = factor.solve_(target_moment.clone())
     # |T - X αPᵀ|² = |T|² - 2α⟨P, TᵀX⟩ + α²⟨P H, P⟩ on held-out tokens
-    along, across = inner(P, lack_val), energy(P, stats.H_val)
+    along, across = inner(P, target_moment_val), energy(P, stats.H_val)
     step = min(1.0, max(0.0, along / across)) if across > 0 else 0.0
     return 2 * step * along - step**2 * across, Match(damping, step)
 
@@ -76,11 +80,11 @@ def _tried(stats: InputStatistics, lack: Tensor, lack_val: Tensor, damping: floa
 def matched(problem: Problem, match: Match) -> Float[Tensor, "out in"]:
     """The weights of the problem, of all rows or some, moved towards the original model's outputs."""
     stats, W = problem.statistics, problem.W
-    if stats is None or stats.lack is None or match.step == 0:
+    if stats is None or stats.target_moment is None or match.step == 0:
         return W
     factor = cholesky_(damped(stats.H, match.damping))
     assert factor is not None, "it was there when the damping was chosen"
     moved = W.clone()
-    for rows, lack in zip(moved.split(_ROWS), stats.lack.split(_ROWS), strict=True):
-        rows.add_(factor.solve_(lack.clone()), alpha=match.step)
+    for rows, target_moment in zip(moved.split(_ROWS), stats.target_moment.split(_ROWS), strict=True):
+        rows.add_(factor.solve_(target_moment.clone()), alpha=match.step)
     return moved

@@ -23,7 +23,7 @@ _ROWS = 1024
 _WEIGHTS = {"cpu": 2**20, "cuda": 2**25}
 # Products give a row the same bits whatever is beside it, and however many threads there are, in multiples of so many
 # rows (cholesky.py). Those of linears that can be packed are multiples of 32.
-TOGETHER = 16
+ROW_MULTIPLE = 16
 
 
 @dataclass
@@ -44,12 +44,14 @@ class Problem:
     def rows(self, start: int, stop: int) -> Problem:
         """The same for some of the rows, as views: rows do not interact, and H is that of all.
 
-        Solved apart, in multiples of TOGETHER, rows get the very codes they get together.
+        Solved apart, in multiples of ROW_MULTIPLE, rows get the very codes they get together.
         """
         stats = self.statistics
         if stats is not None:
-            lack, lack_val = (None if each is None else each[start:stop] for each in (stats.lack, stats.lack_val))
-            stats = replace(stats, lack=lack, lack_val=lack_val)
+            target_moment, target_moment_val = (
+                None if each is None else each[start:stop] for each in (stats.target_moment, stats.target_moment_val)
+            )
+            stats = replace(stats, target_moment=target_moment, target_moment_val=target_moment_val)
         return replace(self, W=self.W[start:stop], statistics=stats, clippable=self.clippable[start:stop])
 
     def grid_of(
@@ -144,7 +146,7 @@ def spread(rows: int) -> slice:
     """Some 256 of so many rows, evenly spread: what suits them suits all."""
     step = max(1, rows // 256)
     count = len(range(0, rows, step))
-    return slice(0, max(count % TOGETHER, count // TOGETHER * TOGETHER) * step, step)
+    return slice(0, max(count % ROW_MULTIPLE, count // ROW_MULTIPLE * ROW_MULTIPLE) * step, step)
 
 
 def round_to_nearest(problem: Problem, shrink: Float[Tensor, "out groups"] | None = None) -> Solution:

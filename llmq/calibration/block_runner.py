@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llmq.calibration.hidden_states import HiddenStates
-from llmq.calibration.work_split import Share, split
+from llmq.calibration.work_split import Share, shares_of
 from llmq.core.distributed import ALONE, Ranks
-from llmq.models.block_structure import Group, Part, linear_of
+from llmq.models.block_structure import Group, Submodule, linear_of
 
 # Of a block's intermediate results, in bytes; what does not fit is computed again.
 MOST_KEPT = 1 << 30
@@ -63,7 +63,7 @@ class Block:
     """Parameters of the original model that the block does not compute with any more."""
     _expected: list[Group] = field(default_factory=list)
     _unfinished: set[str] = field(default_factory=set)
-    _parts: dict[str, Part] = field(default_factory=dict)
+    _parts: dict[str, Submodule] = field(default_factory=dict)
     """By the name of the linear they end with."""
     _entering: dict[tuple[str, int, bool], Tensor] = field(default_factory=dict)
     """What enters such a linear, by its name, the micro-batch, and whether in the original model."""
@@ -72,7 +72,7 @@ class Block:
 
     def __post_init__(self) -> None:
         if not self.shares:
-            self.shares = split(self.held_out_from, len(self.hidden) - self.held_out_from, self.ranks)
+            self.shares = shares_of(self.held_out_from, len(self.hidden) - self.held_out_from, self.ranks)
         if self.sample is None:
             self.sample = self.hidden[0][:1]
 
@@ -138,7 +138,7 @@ class Block:
     def _keeping(self, i: int, original: bool) -> Iterator[None]:
         """Parts whose last input is known are not run up to it again; of the others it is kept once it is final."""
         handles: list[Any] = []
-        resumed: list[Part] = []
+        resumed: list[Submodule] = []
         left = self._left
         for name, part in self._parts.items():
             key, linear = (name, i, original), linear_of(self.module, name)
@@ -161,7 +161,7 @@ class Block:
             for part in resumed:
                 del self.module.get_submodule(part.name).forward
 
-    def _resume(self, key: tuple[str, int, bool], part: Part, *_: Any, **__: Any) -> Any:
+    def _resume(self, key: tuple[str, int, bool], part: Submodule, *_: Any, **__: Any) -> Any:
         """What the part returns, from the kept input of its last linear; its output takes over once that is final."""
         name, _i, original = key
         if key in self._leaving:

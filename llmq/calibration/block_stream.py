@@ -19,7 +19,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from llmq.calibration.block_runner import Block, Compute
-from llmq.calibration.hidden_states import HiddenStates, Place, StoredStates
+from llmq.calibration.hidden_states import HiddenDir, HiddenStates, StoredStates
 from llmq.calibration.texts import Tokens
 from llmq.calibration.work_split import portion_of
 from llmq.core.distributed import ALONE, Ranks
@@ -52,14 +52,14 @@ class Journey:
     """Gives such a block the weights it was left with."""
     passed: Callable[[], None] = lambda: None
     """Called when the hidden states have passed a block: nothing more is done with it."""
-    place: Place | None = None
+    hidden_dir: HiddenDir | None = None
     """Where hidden states wait on disk, perhaps with the inputs of the first block that is not finished; None for
     memory."""
 
     @property
     def is_under_way(self) -> bool:
         """The inputs of the first block that is not finished wait on disk."""
-        return self.place is not None and self.place.turn is not None
+        return self.hidden_dir is not None and self.hidden_dir.turn is not None
 
 
 def stream(
@@ -113,9 +113,9 @@ class _Travellers:
 
     def _waiting(self, kind: str) -> HiddenStates:
         """Where they wait."""
-        if self.journey.place is None:
+        if self.journey.hidden_dir is None:
             return [torch.empty(0)] * len(self.shapes)
-        return StoredStates(self.journey.place, kind, self.shapes, self.compute.dtype)
+        return StoredStates(self.journey.hidden_dir, kind, self.shapes, self.compute.dtype)
 
     def _set_out(self, i: int, hidden: Tensor) -> None:
         self.hidden[i] = hidden

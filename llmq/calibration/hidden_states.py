@@ -3,7 +3,7 @@
     file 0:  inputs of block k      ◄── read
     file 1:  inputs of block k+1    ◄── written, and read from then on
 
-A micro-batch is read and written whole and its place in the other file is kept until the one after it is written: a run
+A micro-batch is read and written whole and its copy in the other file is kept until the one after it is written: a run
 that is killed within block k still has all inputs of block k. Plain reads and writes, not a mapped file: the pages of
 a mapping would count as this program's memory.
 """
@@ -26,7 +26,7 @@ from llmq.core.errors import WorkError
 
 
 @dataclass(frozen=True)
-class Place:
+class HiddenDir:
     """Where the hidden states of a process wait."""
 
     directory: Path
@@ -41,13 +41,13 @@ class Place:
         return [self.directory / f"{self.name}-{kind}-{turn}.states" for turn in (0, 1)]
 
 
-def new_place(directory: Path, name: str) -> Place:
-    """A place with nothing in it. Raises WorkError if it cannot be made."""
+def new_hidden_dir(directory: Path, name: str) -> HiddenDir:
+    """Make a directory for hidden states, with none in it. Raises WorkError if it cannot be made."""
     with _explained(directory):
         directory.mkdir(parents=True, exist_ok=True)
         for path in directory.glob("*.states"):
             path.unlink()
-    return Place(directory, name)
+    return HiddenDir(directory, name)
 
 
 def remove_states(directory: Path | None) -> None:
@@ -64,21 +64,21 @@ class StoredStates:
     """A list of tensors of one dtype whose items are on disk.
 
     Args:
-        place: where the two files are, or are made.
+        hidden_dir: where the two files are, or are made.
         kind: tells them from others there.
         shapes: of all items.
 
     Raises WorkError if the disk is full, or the files are not what was written.
     """
 
-    def __init__(self, place: Place, kind: str, shapes: Sequence[torch.Size], dtype: torch.dtype) -> None:
-        self.place = place
+    def __init__(self, hidden_dir: HiddenDir, kind: str, shapes: Sequence[torch.Size], dtype: torch.dtype) -> None:
+        self.hidden_dir = hidden_dir
         self._shapes, self._dtype = list(shapes), dtype
         sizes = [shape.numel() * dtype.itemsize for shape in self._shapes]
         self._offsets = [0, *accumulate(sizes)]
-        with _explained(place.directory):
-            self._files = [os.open(path, os.O_RDWR | os.O_CREAT, 0o600) for path in place.files(kind)]
-        self._turns = [place.turn or 0] * len(sizes)
+        with _explained(hidden_dir.directory):
+            self._files = [os.open(path, os.O_RDWR | os.O_CREAT, 0o600) for path in hidden_dir.files(kind)]
+        self._turns = [hidden_dir.turn or 0] * len(sizes)
 
     def __len__(self) -> int:
         return len(self._shapes)
@@ -88,7 +88,7 @@ class StoredStates:
         tensor = torch.empty(shape, dtype=self._dtype)
         view, file = _bytes(tensor), self._files[self._turns[i]]
         at = self._offsets[i]
-        with _explained(self.place.directory):
+        with _explained(self.hidden_dir.directory):
             while view:
                 count = os.preadv(file, [view], at)
                 if count == 0:
@@ -100,7 +100,7 @@ class StoredStates:
         assert tensor.shape == self._shapes[i], (tensor.shape, self._shapes[i])
         turn = 1 - self._turns[i]
         view, at = _bytes(tensor.to(self._dtype).contiguous()), self._offsets[i]
-        with _explained(self.place.directory):
+        with _explained(self.hidden_dir.directory):
             while view:
                 count = os.pwrite(self._files[turn], view, at)
                 view, at = view[count:], at + count

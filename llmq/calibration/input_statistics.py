@@ -34,10 +34,10 @@ class InputStatistics:
     tokens: int
     dropped: int
     """Token rows left out because they held NaN or infinity."""
-    lack: Float[Tensor, "out in"] | None = None
+    target_moment: Float[Tensor, "out in"] | None = None
     """TᵀX / tokens, where T is what the outputs X Wᵀ lack of the original model's, X_o Wᵀ - X Wᵀ; where these are added
     to a residual stream, T is what the sum lacks."""
-    lack_val: Float[Tensor, "out in"] | None = None
+    target_moment_val: Float[Tensor, "out in"] | None = None
     """The same over held-out tokens."""
 
 
@@ -122,9 +122,9 @@ class _Sums:
         self.tokens = self.tokens_val = self.dropped = 0
         self.W = torch.cat([linear_of(block.module, name).weight.data for name in group.linears])
         out, width = self.W.shape
-        self.narrow = lack_is_narrow(group, out, width)
-        lack = {"lack": (out if self.narrow else width, width)} if self.paired else {}
-        self.shapes: dict[str, tuple[int, ...]] = {"H": (width, width), "abs": (width,)} | lack
+        self.narrow = target_moment_is_narrow(group, out, width)
+        target_moment = {"target_moment": (out if self.narrow else width, width)} if self.paired else {}
+        self.shapes: dict[str, tuple[int, ...]] = {"H": (width, width), "abs": (width,)} | target_moment
         self.sums = ShareSums(self.shapes, block.ranks, self.device)
 
     def add(self, inputs: dict[str, Tensor], originals: dict[str, Tensor], held_out: bool) -> None:
@@ -139,7 +139,7 @@ class _Sums:
             self.tokens += len(X)
         if dX is not None:
             T = self._product(dX, self.W.T) if self.narrow else dX
-            self.sums.growing("lack").add_(self._product((T if dR is None else T + dR).T, X))
+            self.sums.growing("target_moment").add_(self._product((T if dR is None else T + dR).T, X))
 
     def _rows(
         self, inputs: dict[str, Tensor], originals: dict[str, Tensor]
@@ -178,13 +178,16 @@ class _Sums:
                 means[name, held_out] = self.ranks.share(total).div_(max(1, count))
         H = _mirrored(means["H", False])
         H_val = _mirrored(means["H", True]) if tokens_val else H
-        lack, lack_val = means.get(("lack", False)), means.get(("lack", True))
-        if lack is not None and lack_val is not None and not self.narrow:
-            lack, lack_val = self.W.float() @ lack, self.W.float() @ lack_val
-        return InputStatistics(H, H_val, means["abs", False], tokens, dropped, lack, lack_val)
+        target_moment, target_moment_val = means.get(("target_moment", False)), means.get(("target_moment", True))
+        if target_moment is not None and target_moment_val is not None and not self.narrow:
+            target_moment, target_moment_val = (
+                self.W.float() @ target_moment,
+                self.W.float() @ target_moment_val,
+            )
+        return InputStatistics(H, H_val, means["abs", False], tokens, dropped, target_moment, target_moment_val)
 
 
-def lack_is_narrow(group: Group, out: int, width: int) -> bool:
+def target_moment_is_narrow(group: Group, out: int, width: int) -> bool:
     """Whether the sum grows as TᵀX, not as (X_o - X)ᵀX of width x width, which W makes TᵀX of in the end.
 
     Two products with T for every token, or one of square size. T may have something added to it.

@@ -59,7 +59,7 @@ def windows(tokenizer: Any, settings: Calibration, more: int = 0) -> Int64[Tenso
     return torch.stack([torch.cat([bos, tokens[start : start + length]]) for start in starts.tolist()])
 
 
-def split(sequences: Int64[Tensor, "samples length"]) -> Tokens:
+def hold_out(sequences: Int64[Tensor, "samples length"]) -> Tokens:
     """Every tenth sequence is held out."""
     held_out = torch.arange(len(sequences)) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
     if not held_out.any():

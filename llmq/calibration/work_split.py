@@ -47,13 +47,13 @@ class Portion:
 def portion_of(tokens: Tokens, ranks: Ranks) -> Portion:
     """The part of this process."""
     train, held_out = micro_batches(tokens.train), micro_batches(tokens.held_out)
-    shares = split(len(train), len(held_out), ranks)
+    shares = shares_of(len(train), len(held_out), ranks)
     owners = [rank for rank, size, _ in _sizes(len(train), len(held_out), ranks.size) for _ in range(size)]
     batches = [batch for batch, rank in zip([*train, *held_out], owners, strict=True) if rank == ranks.rank]
     return Portion(batches, owners[: len(train)].count(ranks.rank), shares)
 
 
-def split(train: int, held_out: int, ranks: Ranks) -> list[Share]:
+def shares_of(train: int, held_out: int, ranks: Ranks) -> list[Share]:
     """The shares of so many micro-batches."""
     shares: list[Share] = []
     mine = 0

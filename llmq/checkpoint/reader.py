@@ -34,7 +34,7 @@ class Checkpoint:
         self.quantization = _quantization(directory, self.config)
         self.format = format_of(self.quantization)
         self.files = SafetensorsDirectory(directory)
-        suffix = f".{self.format.PARTS[0]}"
+        suffix = f".{self.format.TENSOR_SUFFIXES[0]}"
         self.linears = sorted(name.removesuffix(suffix) for name in self.files.names() if name.endswith(suffix))
         if not self.linears:
             raise CheckpointError(f"{directory} holds no layer packed as {self.format.METHOD}, although it says so")
@@ -46,7 +46,7 @@ class Checkpoint:
         Args:
             instead: tensors to take in place of those on disk.
         """
-        parts = {f"{name}.{part}" for part in self.format.PARTS} & self.files.names()
+        parts = {f"{name}.{part}" for part in self.format.TENSOR_SUFFIXES} & self.files.names()
         tensors = instead if instead is not None and parts <= instead.keys() else {p: self.files.read(p) for p in parts}
         return self.format.decode(name, tensors, self.schemes[name])
 
@@ -57,7 +57,7 @@ class Checkpoint:
     @cached_property
     def packed_names(self) -> set[str]:
         """The tensors of packed linears."""
-        return {f"{name}.{part}" for name in self.linears for part in self.format.PARTS} & self.files.names()
+        return {f"{name}.{part}" for name in self.linears for part in self.format.TENSOR_SUFFIXES} & self.files.names()
 
     @cached_property
     def other_names(self) -> list[str]:

@@ -14,7 +14,7 @@ METHODS = ("gptq", "awq", "awq+gptq", "tuned", "rtn")
 EFFORTS = ("fast", "normal", "best")
 FORMATS = ("auto", "compressed-tensors", "gptq", "awq")
 DEVICES = ("auto", "cpu", "cuda")
-PARTS = ("match", "sequential")
+EFFORT_STEPS = ("match", "sequential")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class QuantizeConfig:
         one_of("effort", self.effort, EFFORTS)
         one_of("device", self.device, DEVICES)
         for part in self.without:
-            one_of("without", part, PARTS)
+            one_of("without", part, EFFORT_STEPS)
         self._check_effort()
         if self.grid == "common" and not self.symmetric:
             raise RequestError("grid common is symmetric; use minmax with --no-symmetric")

@@ -15,12 +15,15 @@ from llmq.formats.scheme import Scheme, Schemes
 
 @runtime_checkable  # the tests check annotations as they run
 class Format(Protocol):
-    """What the file of a format holds. PARTS are the tensors of a linear; the first tells that it is packed."""
+    """What the file of a format holds.
+
+    TENSOR_SUFFIXES: the tensors of a packed linear; the first one tells that a linear is packed.
+    """
 
     @property
     def METHOD(self) -> str: ...  # noqa: N802
     @property
-    def PARTS(self) -> tuple[str, ...]: ...  # noqa: N802
+    def TENSOR_SUFFIXES(self) -> tuple[str, ...]: ...  # noqa: N802
 
     encode: Callable[[str, QuantizedWeight, Scheme], dict[str, Tensor]]
     decode: Callable[[str, Mapping[str, Tensor], Scheme], QuantizedWeight]

@@ -25,7 +25,7 @@ from llmq.formats.packing import pack_stream, unpack_stream
 from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, expect_words, part_of, the_only
 
 METHOD = "awq"
-PARTS = ("qweight", "qzeros", "scales")
+TENSOR_SUFFIXES = ("qweight", "qzeros", "scales")
 _BITS, _PER_WORD = 4, 8
 _ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 _INVERSE = [0, 4, 1, 5, 2, 6, 3, 7]

@@ -27,7 +27,7 @@ from llmq.formats.packing import pack_stream, packed_length, unpack_stream
 from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, expect_words, part_of, tables
 
 METHOD = "compressed-tensors"
-PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+TENSOR_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
 def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from llmq.formats.packing import pack_stream, packed_length, unpack_stream
 from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, expect_words, part_of, tables
 
 METHOD = "gptq"
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
+TENSOR_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 # Entries of a `dynamic` rule, and what they change.
 _OVERRIDES = {"bits": "bits", "group_size": "group_size", "sym": "symmetric", "desc_act": "act_order"}
 # Engines that fuse layers ask for the fused name.

@@ -41,12 +41,12 @@ class Group:
     residual: str | None = None
     """The output is added to what enters the module of this name ("" is the block): the residual stream at that point.
     None where it is not added to anything, or not right away."""
-    ends: Part | None = None
+    ends: Submodule | None = None
     """The part of the block that returns the output of this group's only linear."""
 
 
 @dataclass(frozen=True)
-class Part:
+class Submodule:
     """A child of the block that ends with a linear: attention, the MLP."""
 
     name: str
@@ -68,7 +68,7 @@ def find_groups(
     residuals: dict[str, Tensor] = {"": hidden.to(next(block.parameters()).device)}
     outputs: dict[str, Tensor] = {}
     ended_by: dict[tuple[object, ...], str] = {}
-    parts: dict[str, Part] = {}
+    parts: dict[str, Submodule] = {}
     alive: list[Tensor] = []  # keeps storages from being reused, which would make two tensors look like one
 
     def seen(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -86,7 +86,7 @@ def find_groups(
             if isinstance(first, Tensor) and all(other is None for other in others):
                 linear = ended_by.get(_identity(first), "")
                 if linear.startswith(name + "."):
-                    parts[linear] = Part(name, len(output) if isinstance(output, tuple) else None)
+                    parts[linear] = Submodule(name, len(output) if isinstance(output, tuple) else None)
 
     with _hooked(block, seen):
         end = run(hidden)

@@ -3,8 +3,8 @@
 For a block of Llama-2-7B and gptq:
 
     recording    embeddings in float32, beside them as they are stored                     0.8 GB
-    statistics   H, H_val and the sum that grows, each with what outputs lack: 11008 wide  2.0 GB
-    solving      H, H_val, a factor, what outputs lack, W and where it moves to            2.2 GB
+    statistics   H, H_val and the sum that grows, each with the target moment: 11008 wide  2.0 GB
+    solving      H, H_val, a factor, the target moment, W and where it moves to            2.2 GB
     writing      packed tensors, and the copies that wait for their part                   0.2 GB
 
 and besides the program itself, the block, hidden states, and what Block keeps for further runs.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from llmq.algorithms.awq import ROWS_TOGETHER
+from llmq.algorithms.awq import ROWS_PER_SEARCH
 from llmq.calibration.block_runner import MOST_KEPT
 from llmq.calibration.ordered_sums import shares_ahead
 from llmq.calibration.self_generated import SELF
@@ -77,7 +77,7 @@ def _transform_moments(load: Workload, layout: Layout, weights: int) -> Iterator
     sums = sum(4 * load.sums * layout.square(g) + load.stored * layout.size(g) for g in layout.groups)
     yield Moment("the sums of all layers", load.states, weights + _running(load, layout, layout.groups) + sums)
     posed = sum(8 * layout.square(g) + 4 * layout.size(g) for g in layout.groups)
-    rows = max(columns for _, columns in map(layout.shape, layout.groups)) * ROWS_TOGETHER if layout.groups else 0
+    rows = max(columns for _, columns in map(layout.shape, layout.groups)) * ROWS_PER_SEARCH if layout.groups else 0
     yield Moment("the search for scales", load.states, weights + posed + 3 * 4 * rows)
 
 
@@ -100,10 +100,10 @@ def _running(load: Workload, layout: Layout, groups: Sequence[Group]) -> int:
 
 def _sums(load: Workload, layout: Layout, group: Group) -> int:
     """Statistics of a group while they grow, or when they are finished if that is more."""
-    (rows, columns), (lack, multiplied) = layout.shape(group), load.lack(layout, group)
-    late = shares_ahead({"H": (columns, columns), "lack": (lack,)}, load.ranks)
-    grow = 4 * (load.sums + late) * (columns**2 + lack)
-    ready = 4 * (2 * columns**2 + 2 * lack + 3 * rows * columns) if multiplied and lack else 0
+    (rows, columns), (target_moment, multiplied) = layout.shape(group), load.target_moment(layout, group)
+    late = shares_ahead({"H": (columns, columns), "target_moment": (target_moment,)}, load.ranks)
+    grow = 4 * (load.sums + late) * (columns**2 + target_moment)
+    ready = 4 * (2 * columns**2 + 2 * target_moment + 3 * rows * columns) if multiplied and target_moment else 0
     return rows * columns * load.stored + max(grow, ready)
 
 

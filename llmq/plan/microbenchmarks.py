@@ -111,8 +111,8 @@ def _posed(run: Run, rows: int, columns: int, grid: Grid) -> Problem:
         X = torch.randn(columns, columns, generator=drawn).to(run.device)
         H = (X + X.T).mul_(0.2 / columns**0.5)
         H.diagonal().add_(1.0)  # its eigenvalues are positive
-        ones, lack = torch.ones(columns, device=run.device), W.flip(0) if run.matching else None
-        statistics = InputStatistics(H, H, ones, columns, 0, lack, lack)
+        ones, target_moment = torch.ones(columns, device=run.device), W.flip(0) if run.matching else None
+        statistics = InputStatistics(H, H, ones, columns, 0, target_moment, target_moment)
     clippable = torch.ones(rows, dtype=torch.bool, device=run.device)
     return Problem(W, statistics, grid, run.scale_dtype, clippable)
 

@@ -65,13 +65,13 @@ def _passes(load: Workload, layout: Layout) -> float:
 
 def _sum_seconds(load: Workload, layout: Layout, group: Group, factor: float, speeds: Speeds) -> float:
     """Sums over all tokens, and those of the shares. `factor`: seconds of a multiplication as blocks do them."""
-    (rows, columns), (lack, multiplied) = layout.shape(group), load.lack(layout, group)
+    (rows, columns), (target_moment, multiplied) = layout.shape(group), load.target_moment(layout, group)
     tokens = load.tokens + load.held_out
     sums = tokens * (columns**2 / 2 * speeds.product + 8 * columns * speeds.number)
-    if lack:
+    if target_moment:
         sums += tokens * factor * (columns**2 if multiplied else 2 * rows * columns)
         sums += 2 * rows * columns**2 * speeds.product if multiplied else 0
-    return sums + 10 * 3 * (columns**2 + lack) * speeds.number
+    return sums + 10 * 3 * (columns**2 + target_moment) * speeds.number
 
 
 def all_seconds(request: Request, run: Run, found: list[Layout], timed: Timed, plain: int) -> dict[str, float]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from llmq.algorithms.gptq import rows_together
-from llmq.calibration.input_statistics import lack_is_narrow
+from llmq.algorithms.gptq import rows_per_solve
+from llmq.calibration.input_statistics import target_moment_is_narrow
 from llmq.calibration.work_split import portion_of
 from llmq.checkpoint.output_dir import unfinished_work
 from llmq.core.distributed import Ranks, processes_here
@@ -59,10 +59,10 @@ class Workload:
         """Groups that are solved between two runs of the block."""
         return [[group] for group in layout.groups] if self.sequential else [list(layout.groups)]
 
-    def lack(self, layout: Layout, group: Group) -> tuple[int, bool]:
-        """Numbers of a sum of what the outputs of a group lack, and whether it still is to be multiplied by W."""
+    def target_moment(self, layout: Layout, group: Group) -> tuple[int, bool]:
+        """Numbers in the growing sum of a group's target moment, and whether it is still to be multiplied by W."""
         rows, columns = layout.shape(group)
-        narrow = lack_is_narrow(group, rows, columns)
+        narrow = target_moment_is_narrow(group, rows, columns)
         return ((rows if narrow else columns) * columns if self.streams == 2 else 0), not narrow
 
 
@@ -83,7 +83,7 @@ def workload_of(request: Request, run: Run, states: States) -> Workload:
         sequential=run.sequential,
         statistics=run.algorithm.needs_statistics(run.config),
         states=0 if states.directory is not None else states.nbytes,
-        together=rows_together(compute.device),
+        together=rows_per_solve(compute.device),
         ranks=request.ranks,
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmq.algorithms import ALGORITHMS
 from llmq.algorithms.output_matching import choose
-from llmq.algorithms.problem import TOGETHER, Problem, Solution
+from llmq.algorithms.problem import ROW_MULTIPLE, Problem, Solution
 from llmq.calibration.block_runner import Block, Compute
 from llmq.calibration.input_statistics import collect_statistics
 from llmq.checkpoint.digests import digest
@@ -171,7 +171,7 @@ class Run:
         with self.clock("solve"):
             choice = choose(problem, self.ranks)
             if self.algorithm.rows_apart(self.config):
-                slices = self.ranks.rows(len(problem.W), TOGETHER)
+                slices = self.ranks.rows(len(problem.W), ROW_MULTIPLE)
                 mine = slices[self.ranks.rank]
                 take_matched(problem := problem.rows(mine.start, mine.stop), choice)
                 solution = self.algorithm.solve(problem, self.config)

@@ -38,7 +38,7 @@ def take_matched(problem: Problem, choice: Match) -> None:
     """Round these weights, and forget what they were found by."""
     problem.W = matched(problem, choice)
     if problem.statistics is not None:
-        problem.statistics = replace(problem.statistics, lack=None, lack_val=None)
+        problem.statistics = replace(problem.statistics, target_moment=None, target_moment_val=None)
 
 
 def errors_of(problem: Problem, solution: Solution, is_nearest: bool, ranks: Ranks) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llmq.algorithms import ALGORITHMS
 from llmq.calibration.block_runner import Compute
 from llmq.calibration.self_generated import SELF, sample_sequences
-from llmq.calibration.texts import MORE, Tokens, check_context, split, windows
+from llmq.calibration.texts import MORE, Tokens, check_context, hold_out, windows
 from llmq.checkpoint.output_dir import PROGRESS, REPORT, check_output, existing_parent, unfinished_work, whole
 from llmq.core.config import QuantizeConfig
 from llmq.core.device import multiplies_bfloat16
@@ -204,7 +204,7 @@ def _tokens(
     wanted = tuned.end_samples if config.end_to_end else 0
     drawn = sequences(settings, wanted if tuned.end_text == MORE else 0)  # at once, so that no two overlap
     spread = torch.linspace(0, len(drawn) - 1, settings.samples).round().long()
-    tokens, others = split(drawn[spread]), drawn[torch.isin(torch.arange(len(drawn)), spread, invert=True)]
+    tokens, others = hold_out(drawn[spread]), drawn[torch.isin(torch.arange(len(drawn)), spread, invert=True)]
     if wanted and tuned.end_text != MORE:
         others = sequences(replace(settings, text=tuned.end_text, samples=wanted, seed=settings.seed + 1))
     return tokens, replace(tokens, train=torch.cat([tokens.train, others]))

@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from llmq.calibration.block_runner import Block
-from llmq.calibration.hidden_states import Place, StoredStates, new_place, remove_states
+from llmq.calibration.hidden_states import HiddenDir, StoredStates, new_hidden_dir, remove_states
 from llmq.checkpoint.writer import Writer
 from llmq.formats.scheme import Scheme
 from llmq.run.block_quantizer import Run
@@ -140,14 +140,16 @@ class Progress:
         at = next(i for i, line in enumerate(self._done) if line["finished"] == step)
         return self._writer.read_parts(self._done[at - 1]["parts"] if at else 0, self._done[at]["parts"])
 
-    def place_of_states(self, directory: Path | None) -> Place | None:
+    def hidden_dir_for(self, directory: Path | None) -> HiddenDir | None:
         """Where hidden states wait there, with those that enter the first block that is not finished if they are there.
 
         They are there for all processes or for none. They were not forced onto the disk: after the machine went down
         they may be anything.
         """
         ranks, found = self._run.ranks, self._done[-1]["states"] if self._done else None
-        place = Place(directory, found["name"], found["turn"]) if directory is not None and found is not None else None
+        place = None
+        if directory is not None and found is not None:
+            place = HiddenDir(directory, found["name"], found["turn"])
         here = False
         if place is not None and found is not None and found["boot"] is not None:
             same = found["boot"] == _boot() and found["ranks"] == ranks.size
@@ -155,7 +157,7 @@ class Progress:
         name = ranks.first(lambda: secrets.token_hex(4))
         if all(ranks.each(here)):
             return place
-        return None if directory is None else new_place(directory, name)
+        return None if directory is None else new_hidden_dir(directory, name)
 
 
 def _states_of(block: Block) -> Line | None:
@@ -163,7 +165,7 @@ def _states_of(block: Block) -> Line | None:
     if not isinstance(block.hidden, StoredStates) or block.hidden.complete is None:
         return None
     kinds = ["quantized"] + ["original"] * (block.original is not None)
-    about = {"name": block.hidden.place.name, "turn": block.hidden.complete, "kinds": kinds}
+    about = {"name": block.hidden.hidden_dir.name, "turn": block.hidden.complete, "kinds": kinds}
     return about | {"ranks": block.ranks.size, "boot": _boot()}
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import run
 from tiny import save_tiny
 
-import llmq
 from llmq.checkpoint.output_dir import REPORT
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.config import METHODS, QuantizeConfig
@@ -17,11 +17,6 @@ from llmq.models.model_source import ModelSource
 from llmq.run.block_quantizer import Run
 from llmq.runtime.load import load, load_any
 from llmq.runtime.packed_linear import PackedLinear
-
-
-def run(model, text, output, **options):
-    defaults = {"calibration": str(text), "samples": 20, "sequence_length": 32, "group_size": 32}
-    return llmq.quantize(QuantizeConfig(model=str(model), output=output, **(defaults | options)))
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "gemma2", "phi3"])

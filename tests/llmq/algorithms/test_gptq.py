@@ -222,7 +222,7 @@ def test_rows_solved_apart_get_the_codes_they_get_together(bits, order):
 def test_rows_are_taken_in_parts(monkeypatch):
     problem = make_problem(correlated_inputs(dtype=torch.float32), rows=80)
     whole = gptq.solve(problem, SETTINGS)
-    monkeypatch.setattr(gptq, "_TOGETHER", 32)
+    monkeypatch.setattr(gptq, "_ROWS_PER_SOLVE", 32)
     parts = gptq.solve(problem, SETTINGS)
     assert same(parts, whole)
     assert (parts.damping, parts.fallbacks) == (whole.damping, whole.fallbacks)

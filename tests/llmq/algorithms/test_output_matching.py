@@ -3,7 +3,7 @@ import torch
 from problems import correlated_inputs, make_problem, threads
 
 from llmq.algorithms.output_matching import Match, choose, matched
-from llmq.algorithms.problem import TOGETHER, spread
+from llmq.algorithms.problem import ROW_MULTIPLE, spread
 
 
 def paired_problem(noise, tokens=4096, residual=False, seed=0):
@@ -21,7 +21,7 @@ def paired_problem(noise, tokens=4096, residual=False, seed=0):
     for x, o, r in halves:
         T = (o - x) @ problem.W.T + (r if residual else 0)
         moments.append((x.T @ x / len(x), T.T @ x / len(x)))
-    (stats.H, stats.lack), (stats.H_val, stats.lack_val) = moments
+    (stats.H, stats.target_moment), (stats.H_val, stats.target_moment_val) = moments
     return problem, halves[1]
 
 
@@ -32,13 +32,13 @@ def difference(W, problem, held_out, residual):
 
 
 def large_problem(width, rows):
-    """In float32, with what outputs lack made up, as far as another half of the tokens agrees."""
+    """In float32, with with made-up target moments, as far as another half of the tokens agrees."""
     X = correlated_inputs(tokens=2 * width, width=width, dtype=torch.float32)
     problem, generator = make_problem(X, rows=rows), torch.Generator().manual_seed(0)
     wanted = 0.1 * torch.randn(rows, width, generator=generator)
     noise = torch.randn(2, rows, width, generator=generator)
     stats = problem.statistics
-    stats.lack, stats.lack_val = (wanted @ stats.H + 0.02 * part for part in noise)
+    stats.target_moment, stats.target_moment_val = (wanted @ stats.H + 0.02 * part for part in noise)
     return problem
 
 
@@ -65,24 +65,24 @@ def test_held_out_tokens_shorten_the_step_where_few_tokens_were_seen():
 def test_the_weights_move_as_the_formula_says(monkeypatch):
     monkeypatch.setattr("llmq.algorithms.output_matching._ROWS", 7)
     problem, _ = paired_problem(noise=0.1)
-    H, lack = problem.statistics.H, problem.statistics.lack
+    H, target_moment = problem.statistics.H, problem.statistics.target_moment
     damped = H + 0.05 * H.diagonal().mean() * torch.eye(64, dtype=H.dtype)
-    expected = problem.W + 0.75 * lack @ torch.linalg.inv(damped)
+    expected = problem.W + 0.75 * target_moment @ torch.linalg.inv(damped)
     assert torch.allclose(matched(problem, Match(0.05, 0.75)), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_nothing_changes_where_nothing_differs_or_nothing_is_known():
     problem, _ = paired_problem(noise=0.1)
-    problem.statistics.lack = torch.zeros_like(problem.statistics.lack)
+    problem.statistics.target_moment = torch.zeros_like(problem.statistics.target_moment)
     assert torch.equal(matched(problem, choose(problem)), problem.W)
-    problem.statistics.lack = problem.statistics.lack_val = None
+    problem.statistics.target_moment = problem.statistics.target_moment_val = None
     assert torch.equal(matched(problem, choose(problem)), problem.W)
     assert choose(problem).step == 0
 
 
 def test_a_correction_that_held_out_tokens_contradict_is_not_made():
     problem, _ = paired_problem(noise=0.1)
-    problem.statistics.lack_val = -problem.statistics.lack_val
+    problem.statistics.target_moment_val = -problem.statistics.target_moment_val
     assert choose(problem).step == 0
 
 
@@ -111,6 +111,6 @@ def test_rows_moved_apart_move_as_they_do_together():
 def test_the_rows_that_choose_are_spread_and_of_a_number_that_any_threads_add_up_alike():
     for rows in (1, 15, 16, 31, 32, 96, 272, 288, 576, 1120, 3072, 22016):
         chosen = range(rows)[spread(rows)]
-        assert len(chosen) == rows if rows < 16 else len(chosen) % TOGETHER == 0
+        assert len(chosen) == rows if rows < 16 else len(chosen) % ROW_MULTIPLE == 0
         assert len(chosen) > min(rows, 256) - 16
         assert chosen[-1] >= rows - 16 * chosen.step

@@ -78,12 +78,12 @@ def test_strips_and_slices_of_rows_change_nothing(search, symmetric, monkeypatch
 def test_rows_of_a_problem_are_views_of_what_belongs_to_them():
     problem = make_problem(correlated_inputs(), rows=6)
     assert problem.rows(2, 5).statistics == problem.statistics
-    problem.statistics.lack = problem.W + 1
+    problem.statistics.target_moment = problem.W + 1
     problem.clippable[3] = False
     part = problem.rows(2, 5)
     assert part.W.data_ptr() == problem.W[2].data_ptr()
-    assert torch.equal(part.statistics.lack, problem.W[2:5] + 1)
-    assert part.statistics.lack_val is None
+    assert torch.equal(part.statistics.target_moment, problem.W[2:5] + 1)
+    assert part.statistics.target_moment_val is None
     assert part.statistics.H is problem.statistics.H
     assert part.clippable.tolist() == [True, False, True]
     problem.statistics = None

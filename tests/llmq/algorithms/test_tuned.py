@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from problems import correlated_inputs, make_problem
-from test_pipeline import run
+from small_runs import run
 from torch import nn
 
 from llmq.algorithms import gptq

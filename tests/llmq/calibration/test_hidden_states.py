@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from llmq.calibration.hidden_states import Place, StoredStates, new_place
+from llmq.calibration.hidden_states import HiddenDir, StoredStates, new_hidden_dir
 from llmq.core.errors import WorkError
 
 
@@ -11,7 +11,9 @@ def states(dtype=torch.float32, count=3):
 
 
 def stored(directory, tensors, turn=None):
-    return StoredStates(Place(directory, "run", turn), "quantized", [each.shape for each in tensors], tensors[0].dtype)
+    return StoredStates(
+        HiddenDir(directory, "run", turn), "quantized", [each.shape for each in tensors], tensors[0].dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -47,7 +49,7 @@ def test_a_file_that_is_too_short_is_an_error_not_numbers(tmp_path):
     kept = stored(tmp_path, states())
     for i, each in enumerate(states()):
         kept[i] = each
-    path = kept.place.files("quantized")[kept.complete]
+    path = kept.hidden_dir.files("quantized")[kept.complete]
     path.write_bytes(path.read_bytes()[:-4])
     assert torch.equal(kept[0], states()[0])
     with pytest.raises(WorkError, match=r"shorter.*--offload-dir"):
@@ -55,15 +57,15 @@ def test_a_file_that_is_too_short_is_an_error_not_numbers(tmp_path):
 
 
 def test_a_new_place_is_made_and_emptied_of_states(tmp_path):
-    kept = stored(new_place(tmp_path / "states", "run").directory, states())
+    kept = stored(new_hidden_dir(tmp_path / "states", "run").directory, states())
     kept[0] = states()[0]
     kept.close()
     kept.close()
     (tmp_path / "states" / "notes.md").write_text("mine")
-    assert new_place(tmp_path / "states", "other").turn is None
+    assert new_hidden_dir(tmp_path / "states", "other").turn is None
     assert [path.name for path in (tmp_path / "states").iterdir()] == ["notes.md"]
     with pytest.raises(WorkError, match="--offload-dir"):
-        new_place(tmp_path / "states" / "notes.md", "run")
+        new_hidden_dir(tmp_path / "states" / "notes.md", "run")
 
 
 def test_states_of_another_shape_are_a_mistake(tmp_path):

@@ -119,12 +119,12 @@ def test_differences_from_the_original_model_are_those_of_all_tokens_at_once():
         collect_statistics(block, groups, Clock()), (block.module.a, block.module.b), (0, 1), strict=True
     ):
         assert linear.out_features != linear.in_features
-        for rows, lack in ((slice(0, 2), stats.lack), (slice(2, 3), stats.lack_val)):
+        for rows, target_moment in ((slice(0, 2), stats.target_moment), (slice(2, 3), stats.target_moment_val)):
             X = torch.cat([inputs_of(block, h)[linear] for h in block.hidden[rows]])
             X_o = torch.cat([inputs_of(block, h)[linear] for h in original[rows]])
             dR = torch.cat([o - h for o, h in zip(original, block.hidden, strict=True)][rows]).flatten(0, 1)
             T = (X_o - X) @ linear.weight.T + (dR if residual else 0)
-            torch.testing.assert_close(lack, T.T @ X / len(X), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(target_moment, T.T @ X / len(X), rtol=1e-4, atol=1e-5)
     assert all(torch.equal(out, expected) for out, expected in zip(block.original, outputs, strict=True))
 
 
@@ -193,7 +193,7 @@ def test_parts_that_end_with_a_linear_run_once_and_everything_is_as_if_they_ran_
         stats = round_one_by_one(block, groups)
         outputs = [block.run_batch(i) for i in range(3)]
         results.append(
-            [*outputs, *block.original, *(part for each in stats for part in (each.H, each.lack, each.H_val))]
+            [*outputs, *block.original, *(part for each in stats for part in (each.H, each.target_moment, each.H_val))]
         )
         runs.append(len(calls))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

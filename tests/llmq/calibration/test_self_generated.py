@@ -1,9 +1,9 @@
 import torch
-from test_pipeline import run
+from small_runs import run
 from tiny import tiny_model
 
 from llmq.calibration.self_generated import SELF, _Draw, sample_sequences
-from llmq.calibration.texts import split
+from llmq.calibration.texts import hold_out
 from llmq.core.settings import Calibration
 from llmq.runtime.load import load_any
 
@@ -61,7 +61,7 @@ def test_the_first_tokens_are_drawn_hotter_than_the_rest():
 def test_a_model_is_quantized_on_its_own_text(tmp_path, llama, text_file, monkeypatch):
     seen = []
     monkeypatch.setattr("llmq.run.prepare.multiplies_bfloat16", lambda _: False)
-    monkeypatch.setattr("llmq.run.prepare.split", lambda sequences: seen.append(sequences) or split(sequences))
+    monkeypatch.setattr("llmq.run.prepare.hold_out", lambda sequences: seen.append(sequences) or hold_out(sequences))
     run(llama, SELF, tmp_path / "out", samples=12)
     written = sample_sequences(load_any(str(llama), "cpu")[0], None, Calibration(SELF, 12, 32))
     assert torch.equal(seen[0], written)

@@ -11,7 +11,7 @@ import torch
 from tiny import some_text, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from llmq.calibration.texts import evaluation_chunks, read_text, split, tokenize, windows
+from llmq.calibration.texts import evaluation_chunks, hold_out, read_text, tokenize, windows
 from llmq.core.errors import RequestError, WorkError
 from llmq.core.settings import Calibration
 
@@ -40,7 +40,7 @@ def text_of(tmp_path, letters, name="text.txt"):
 
 
 def calibration_tokens(tokenizer, settings):
-    return split(windows(tokenizer, settings))
+    return hold_out(windows(tokenizer, settings))
 
 
 def in_order(tokens):

@@ -36,7 +36,7 @@ def test_packed_and_other_names_are_the_files_tensors(packed):
 def test_tensors_given_instead_are_taken(packed):
     checkpoint = Checkpoint(packed)
     first, second, *_ = (n for n in checkpoint.linears if n.endswith("up_proj"))
-    parts = checkpoint.format.PARTS
+    parts = checkpoint.format.TENSOR_SUFFIXES
     instead = {f"{first}.{p}": checkpoint.files.read(f"{second}.{p}") for p in parts}
     assert torch.equal(checkpoint.weight(first, instead).q, checkpoint.weight(second).q)
     assert not torch.equal(checkpoint.weight(first).q, checkpoint.weight(second).q)

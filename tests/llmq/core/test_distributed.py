@@ -12,7 +12,7 @@ from tiny import save_tiny
 
 import llmq
 from llmq.calibration.texts import Tokens
-from llmq.calibration.work_split import portion_of, split
+from llmq.calibration.work_split import portion_of, shares_of
 from llmq.checkpoint.output_dir import PROGRESS, REPORT
 from llmq.core.distributed import ALONE, Ranks
 from llmq.core.errors import RequestError
@@ -181,7 +181,7 @@ def test_shares_do_not_depend_on_how_many_there_are(count, size):
 
 @pytest.mark.parametrize(("train", "held_out"), [(58, 3), (7, 1), (8, 2), (1, 1)])
 def test_two_processes_have_about_the_same_to_do(train, held_out):
-    counts = [sum(len(share.batches) for share in split(train, held_out, Ranks(rank, 2))) for rank in (0, 1)]
+    counts = [sum(len(share.batches) for share in shares_of(train, held_out, Ranks(rank, 2))) for rank in (0, 1)]
     assert sum(counts) == train + held_out
     assert abs(counts[0] - counts[1]) <= max(2, train // 8)
 

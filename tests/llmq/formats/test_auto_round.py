@@ -40,7 +40,7 @@ def stored(form, weight, offset, size=32):
 def test_every_packing_is_read_as_what_its_tensors_are(packing, key):
     form, offset = PACKINGS[packing]
     weight, config = random_weight(32, 96, 3), BASE | {key: packing}
-    assert format_of(config).PARTS == form.PARTS
+    assert format_of(config).TENSOR_SUFFIXES == form.TENSOR_SUFFIXES
     assert schemes_of(config, [NAME])[NAME].zero_offset == offset
     assert_same_weight(read(config, stored(form, weight, offset)), weight)
 

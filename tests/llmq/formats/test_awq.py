@@ -73,7 +73,7 @@ def test_encode_writes_the_parts_of_the_format_in_their_dtypes():
         f"{NAME}.qzeros": (torch.int32, (3, 6)),
         f"{NAME}.scales": (torch.bfloat16, (3, 48)),
     }
-    assert set(tensors) == {f"{NAME}.{part}" for part in awq.PARTS}
+    assert set(tensors) == {f"{NAME}.{part}" for part in awq.TENSOR_SUFFIXES}
     assert set(tensors[f"{NAME}.qzeros"].flatten().tolist()) == {-0x77777778}  # every zero point is 8
 
 

@@ -14,7 +14,7 @@ from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.core.settings import BITS
 from llmq.formats import compressed_tensors
-from llmq.formats.compressed_tensors import PARTS, encode, hf_config
+from llmq.formats.compressed_tensors import TENSOR_SUFFIXES, encode, hf_config
 from llmq.formats.scheme import Scheme
 
 # (rows, columns, group size): one row, prime rows, and columns that fill no word where one group spans the row
@@ -105,7 +105,7 @@ def test_the_package_compresses_the_dequantized_weights_to_the_same_tensors(bits
 
 def test_decode_refuses_a_linear_that_lacks_any_of_its_parts():
     tensors = encode(NAME, weight_of(7, 64, 32, symmetric=False), ASYMMETRIC)
-    assert set(tensors) == {f"{NAME}.{part}" for part in PARTS}
+    assert set(tensors) == {f"{NAME}.{part}" for part in TENSOR_SUFFIXES}
     check_missing_parts(compressed_tensors, tensors, ASYMMETRIC)
 
 

@@ -116,7 +116,7 @@ def test_encode_writes_the_parts_of_the_format_in_their_dtypes():
         f"{NAME}.scales": (torch.bfloat16, (3, 48)),
         f"{NAME}.g_idx": (torch.int32, (96,)),
     }
-    assert set(tensors) == {f"{NAME}.{part}" for part in gptq.PARTS}
+    assert set(tensors) == {f"{NAME}.{part}" for part in gptq.TENSOR_SUFFIXES}
 
 
 @st.composite

@@ -4,11 +4,11 @@ from tiny import ARCHITECTURES, tiny_model
 from torch import nn
 
 from llmq.core.errors import RequestError
-from llmq.models.block_structure import Group, Part, find_groups, fit_group_size, split_packable
+from llmq.models.block_structure import Group, Submodule, find_groups, fit_group_size, split_packable
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-ATTENTION, MLP = Part("self_attn", 2), Part("mlp", None)
+ATTENTION, MLP = Submodule("self_attn", 2), Submodule("mlp", None)
 MHA_O = Group(("self_attn.o_proj",), "self_attn.v_proj", residual="", ends=ATTENTION)
 GQA_O = Group(("self_attn.o_proj",), residual="", ends=ATTENTION)
 DOWN = Group(("mlp.down_proj",), "mlp.up_proj", residual="post_attention_layernorm", ends=MLP)
@@ -132,6 +132,9 @@ class Added(nn.Module):
 @torch.no_grad()
 def test_a_part_ends_with_a_linear_only_if_it_returns_just_its_output():
     hidden = torch.randn(1, 5, 64)
-    for part, ends in ((Halved(), None), (nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64)), Part("part", None))):
+    for part, ends in (
+        (Halved(), None),
+        (nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64)), Submodule("part", None)),
+    ):
         block = Added(part)
         assert find_groups(block, block, hidden)[-1].ends == ends

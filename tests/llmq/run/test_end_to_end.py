@@ -5,12 +5,12 @@ import pytest
 import torch
 from packed import random_weight, rewrite
 from safetensors.torch import load_file
-from test_pipeline import run
+from small_runs import run
 from tiny import save_tiny
 from torch import nn
 
 from llmq.calibration.block_runner import Compute
-from llmq.calibration.texts import split, windows
+from llmq.calibration.texts import hold_out, windows
 from llmq.checkpoint.output_dir import REPORT
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.config import QuantizeConfig
@@ -34,7 +34,7 @@ def packed(llama, text_file, tmp_path):
 
 
 def tokens_of(model, text_file):
-    return split(windows(ModelSource(str(model)).tokenizer, Calibration(str(text_file), 60, 32)))
+    return hold_out(windows(ModelSource(str(model)).tokenizer, Calibration(str(text_file), 60, 32)))
 
 
 def original_of(model):
@@ -144,7 +144,7 @@ def test_it_trains_on_more_than_the_calibration_text_and_is_judged_by_that(
         assert sorted(every.tolist()) == sorted(drawn.tolist())
         assert torch.equal(more, drawn[sorted(drawn.tolist().index(window) for window in more.tolist())])
     else:
-        alone = split(windows(tokenizer, calibration))
+        alone = hold_out(windows(tokenizer, calibration))
         assert torch.equal(seen[0].held_out, alone.held_out)
         assert torch.equal(seen[0].train[:18], alone.train)
         assert not (more[:, None] == seen[0].train[:18]).all(-1).any()

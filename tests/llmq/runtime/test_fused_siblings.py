@@ -105,7 +105,7 @@ def test_a_loaded_model_computes_the_same(tmp_path, architecture):
 
 TRACED = """
 import copy, torch
-from test_merge import Block, alike
+from test_fused_siblings import Block, alike
 from llmq.runtime.fused_siblings import merge_linears
 
 block = Block(*alike(bits=3))
@@ -123,7 +123,7 @@ print("traced")
 def test_merged_linears_trace_into_one_graph():
     # In a process of its own: the tests' shape checks wrap every function, and dynamo cannot see through them.
     root = Path(__file__).parents[3]
-    paths = [str(root / name) for name in (".", "kernels", "tests")]
+    paths = [str(root / name) for name in (".", "kernels", "tests", "tests/llmq/runtime")]
     done = subprocess.run(
         [sys.executable, "-c", TRACED], env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, capture_output=True
     )
