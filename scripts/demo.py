@@ -29,9 +29,9 @@ class DemoConfig:
     """Where the checkpoints go; replaced on every run."""
     bits: int = 4
     """Bits per weight."""
-    samples: int = 32
+    samples: int = 24
     """Calibration sequences of 512 tokens."""
-    chunks: int = 6
+    chunks: int = 4
     """Evaluation chunks of 1024 tokens."""
 
 
