@@ -62,8 +62,8 @@ def test_measured_rows_that_satisfy_every_claim_pass(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changed", "claim"),
     [
-        ("normal - matching", "KL with a part that is on / without it: normal - matching"),
-        ("normal, mse grid", "KL by default / with what is off: normal, mse grid"),
+        ("normal - matching", "KL of normal / of normal without one improvement: normal - matching"),
+        ("normal, mse grid", "KL of normal / of normal with an unused option: normal, mse grid"),
     ],
 )
 def test_a_claim_that_does_not_hold_is_named_and_is_an_error(changed, claim, tmp_path, capsys):
