@@ -35,16 +35,19 @@ STEPS = ("ceiling", "compile", "correct", "tune", "time", "decode")
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--results", type=Path, default=Path("bench_kernels.jsonl"), help="file of finished rows, one JSON object per line"
+        "--results",
+        type=Path,
+        default=Path("bench_kernels.jsonl"),
+        help="file of finished rows, one JSON object per line",
     )
-    parser.add_argument("--table", type=Path, help="file to write the tuned tiles to; llmq_kernels.choose reads such files")
+    parser.add_argument(
+        "--table", type=Path, help="file to write the tuned tiles to; llmq_kernels.choose reads such files"
+    )
     parser.add_argument(
         "--seconds", type=float, default=540, help="start nothing that would end later than this (default 540)"
     )
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, help="kinds of rows to measure")
-    parser.add_argument(
-        "--again", nargs="+", choices=STEPS, default=(), help="kinds of rows to measure again"
-    )
+    parser.add_argument("--again", nargs="+", choices=STEPS, default=(), help="kinds of rows to measure again")
     parser.add_argument(
         "--toy",
         action="store_true",

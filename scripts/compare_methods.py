@@ -124,7 +124,7 @@ def _flags(settings: Sequence[str]) -> dict[str, str]:
             raise RequestError(f"a setting must be 'NAME: FLAGS', and each name may occur once; got {setting!r}")
         if taken := {"--bits", "--group-size", "--seed"} & {word.partition("=")[0] for word in text.split()}:
             raise RequestError(
-                f"setting {name!r} must not contain {' '.join(taken)}; use --bits, --group-sizes or --seeds of this script"
+                f"setting {name!r} must not contain {' '.join(taken)}; use --bits, --group-sizes or --seeds instead"
             )
         flags[name] = text
     return flags

@@ -22,7 +22,7 @@ from llmq.runtime.evaluation import evaluate
 
 @dataclass(frozen=True)
 class PerplexityConfig:
-    """Evaluate chunks of one long text that do not overlap. Each token is predicted from the earlier ones in its chunk."""
+    """Cut one long text into chunks that do not overlap, and predict each token from the earlier ones in its chunk."""
 
     model: str
     """A directory or hub id that transformers can open."""

@@ -49,7 +49,7 @@ class MakeConfig:
     output: Path
     """Directory to write to; it must be new or empty."""
     shape: Literal["7b", "1b", "tiny"] = "7b"
-    """Llama 2 7B (13.5 GB), TinyLlama 1.1B (2.2 GB) or a model for tests (1 MB). Numbers given below replace its own."""
+    """Llama 2 7B (13.5 GB), TinyLlama 1.1B (2.2 GB) or a model for tests (1 MB). The flags below change its numbers."""
     hidden: int | None = None
     """Width of the residual stream; a multiple of 2 x heads."""
     intermediate: int | None = None

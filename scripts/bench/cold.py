@@ -1,4 +1,4 @@
-"""Measure how long the first calls of kernels take, with an empty and with a filled Triton cache; compile in parallel."""
+"""Time the first calls of kernels, with an empty and with a filled Triton cache. Also compile kernels in parallel."""
 
 from __future__ import annotations
 
