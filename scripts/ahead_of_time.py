@@ -129,7 +129,7 @@ def _weight(problem: Problem) -> PackedWeight:
 
 
 def _specialized(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    """Return the launch with the properties that Triton compiles for: is a number 1, or a multiple of 16?
+    """Return the launch as Triton compiles it. Numbers that are 1 or a multiple of 16 give other code than the rest.
 
     Memory that torch allocates is always aligned to 16 bytes.
     """

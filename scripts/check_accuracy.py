@@ -108,7 +108,7 @@ def _tables(config: CheckConfig) -> dict[str, CompareConfig]:
 
 
 class Rows:
-    """The rows of one table, with the questions that the claims ask."""
+    """The rows of one table, and the numbers that claims need from them."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows

@@ -1,4 +1,4 @@
-"""The parts of the kernels' benchmark: one call of it, what it keeps, its processes and its table."""
+"""Check the modules of the kernels' benchmark: sessions, results, processes and the table."""
 
 import json
 import shutil

@@ -62,7 +62,7 @@ def _empty_weight(problem: Problem, where: torch.device) -> PackedWeight:
 
 
 def tasks(session: Session) -> Iterator[Task]:
-    """Time the first calls of a model's layers with the rule's tiles."""
+    """Yield one task that times the first calls of the layers of a model, with the rule's tiles."""
     yield Task("compile", ("rule",), lambda: _cold_start(session), seconds=60)
 
 

@@ -17,7 +17,7 @@ _SHOWN = 12
 
 
 class Times:
-    """The rows of timings, found by path, number of tokens, shape, bits and dtype."""
+    """The rows of timings, by path, number of tokens, shape, bits and dtype."""
 
     def __init__(self, session: Session) -> None:
         self.plan = session.plan

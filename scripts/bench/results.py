@@ -31,7 +31,7 @@ def rows_in(text: str) -> list[Row]:
 
 
 def finished(rows: Iterable[Row], setting: Row) -> dict[Key, Row]:
-    """Return the latest row of each kind and key. Left out are rows that failed or found mistakes.
+    """Return the latest row of each kind and key. If it failed or found mistakes, it is left out.
 
     Args:
         setting: device, torch, triton and kernels that the rows must have. Rows that do not depend on our kernels have

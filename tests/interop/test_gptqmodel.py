@@ -94,7 +94,7 @@ def test_we_read_its_checkpoints_and_it_reads_our_copies(source, tmp_path, setti
 
 @pytest.mark.parametrize(("form", "bits", "symmetric"), [("gptq", 4, True), ("gptq", 3, False), ("awq", 4, True)])
 def test_transformers_reads_our_checkpoints_with_its_kernels(source, tmp_path, form, bits, symmetric):
-    """Symmetric only for awq: the int4 CPU kernel that transformers picks rounds other zero points."""
+    """Check awq only for symmetric weights: the int4 CPU kernel that transformers picks rounds other zero points."""
     from transformers import AutoModelForCausalLM
 
     directory = pack(source, tmp_path / form, format=form, bits=bits, symmetric=symmetric)
