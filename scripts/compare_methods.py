@@ -55,7 +55,9 @@ class CompareConfig:
     settings: tuple[str, ...] = DEFAULT
     """Settings to compare. Each is 'NAME: FLAGS' with flags of llmq.quantize."""
     bits: tuple[int, ...] = (4, 3, 2)
+    """Bits per weight to compare."""
     group_sizes: tuple[int, ...] = (64,)
+    """Group sizes to compare, in weights."""
     seeds: tuple[int, ...] = (0,)
     """Seeds for choosing the calibration windows; the table shows means over them."""
     samples: int = 64
