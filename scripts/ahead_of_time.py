@@ -1,7 +1,7 @@
-"""Compiling a launch of the kernels for a GPU that is not here, and reading what became of it.
+"""Compile the kernels for GPUs that this machine does not have, and count things in the compiled programs.
 
-What is compiled is what would be launched: the launching code itself runs, on tensors without data. Triton's wheel
-brings ptxas and the disassembler; no CUDA toolkit is needed.
+The launching code of the kernels runs unchanged, on tensors without data. So the compiled program is the one that a
+real call would launch. Triton's wheel contains ptxas and the disassembler. No CUDA toolkit is needed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _POINTERS = {"torch.float16": "*fp16", "torch.bfloat16": "*bf16", "torch.float32
 
 @dataclass(frozen=True)
 class Case:
-    """One call: of packed_matmul with a tile, of dequantize_rows without one."""
+    """One call to compile: packed_matmul if there is a tile, dequantize_rows if there is none."""
 
     device: Device
     problem: Problem
@@ -46,19 +46,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, its arguments as Triton specializes on them, and the compiler's options."""
+    """A kernel, the properties of its arguments that Triton compiles for, and the options of the compiler."""
 
     kernel: Any
     signature: tuple[tuple[str, str], ...]
     constexprs: tuple[tuple[str, Any], ...]
     aligned: tuple[str, ...]
-    """Pointers and numbers that 16 divides."""
+    """Names of the pointers and numbers that are multiples of 16."""
     options: tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the compiler made of a case. MMA, copies, loads and conversions are counted over the whole program."""
+    """The compiled program of one case, in numbers. MMA, copies, loads and conversions count over the whole program."""
 
     kernel: str
     arch: int
@@ -76,13 +76,13 @@ class Row:
     warps: int
     stages: int
     per_weight: float
-    """Instructions a thread issues for each weight: in the loop over K, or in the whole of dequantize_kernel."""
+    """Instructions per weight and thread, in the loop over K. For dequantize_kernel: in the whole program."""
     registers: int
     spill: int
     stack: int
     shared: int
     estimate: int
-    """What choose.shared_bytes expects."""
+    """Bytes of shared memory that choose.shared_bytes predicts."""
     i2f: int
     copies16: int
     """Asynchronous copies of 16 bytes to shared memory, LDGSTS.128 or UTMALDG."""
@@ -90,46 +90,49 @@ class Row:
     hmma: int
     hgmma: int
     serialized: bool
-    """Whether ptxas had to wait after every wgmma (its remarks C75xx)."""
+    """Whether ptxas waits after every wgmma instruction. It says so in its remarks C75xx."""
     local_in_loop: int
 
 
 def launch_of(case: Case) -> Launch:
-    """What the launching code hands to Triton."""
-    wanted = case.problem
-    x = torch.empty(wanted.M, wanted.K, dtype=getattr(torch, wanted.dtype), device="meta")
-    weight = _weight(wanted)
+    """Return the launch that the launching code asks Triton for."""
+    problem = case.problem
+    x = torch.empty(problem.M, problem.K, dtype=getattr(torch, problem.dtype), device="meta")
+    weight = _weight(problem)
     module = packed_matmul if case.tile else dequantize_matmul
     name = "packed_matmul_kernel" if case.tile else "dequantize_kernel"
     with mock.patch.object(module, "uses_asm", return_value=True), recorded(module, name) as launches:
         if case.tile:
-            bias = x.new_empty(wanted.N) if case.bias else None
+            bias = x.new_empty(problem.N) if case.bias else None
             packed_matmul.packed_matmul(x, weight, bias, weight.grid.new_empty(4096), case.tile)
         else:
-            dequantize_matmul.dequantize_rows(weight, x.new_empty(128, wanted.K + -wanted.K % 8)[:, : wanted.K], 64)
+            dequantize_matmul.dequantize_rows(weight, x.new_empty(128, problem.K + -problem.K % 8)[:, : problem.K], 64)
     (launch,) = launches
     return launch
 
 
 @contextlib.contextmanager
 def recorded(module: ModuleType, name: str) -> Iterator[list[Launch]]:
-    """Inside, launches of that kernel of the module are noted instead of made."""
+    """Record launches of this kernel of the module while the context is open. Nothing is launched."""
     kernel, recorder, launches = getattr(module, name), mock.MagicMock(), []
     recorder.__getitem__.return_value = lambda *args, **kwargs: launches.append(_specialized(kernel, args, kwargs))
     with mock.patch.object(module, name, recorder):
         yield launches
 
 
-def _weight(wanted: Problem) -> PackedWeight:
-    plane = plane_of(wanted.group_size, wanted.K)
-    padded = wanted.blocks * block_of(wanted.bits, plane)
-    words = (torch.empty(wanted.N, padded * w // 16, dtype=torch.int16, device="meta") for w in WIDTHS[wanted.bits])
-    grid = torch.empty(wanted.K // wanted.group_size, wanted.N, dtype=torch.int32, device="meta")
-    return PackedWeight(tuple(words), grid, wanted.bits, wanted.group_size, wanted.K, wanted.symmetric)
+def _weight(problem: Problem) -> PackedWeight:
+    plane = plane_of(problem.group_size, problem.K)
+    padded = problem.blocks * block_of(problem.bits, plane)
+    words = (torch.empty(problem.N, padded * w // 16, dtype=torch.int16, device="meta") for w in WIDTHS[problem.bits])
+    grid = torch.empty(problem.K // problem.group_size, problem.N, dtype=torch.int32, device="meta")
+    return PackedWeight(tuple(words), grid, problem.bits, problem.group_size, problem.K, problem.symmetric)
 
 
 def _specialized(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    """As Triton does at a launch: allocations are aligned, and a number may be 1, divisible by 16, or neither."""
+    """Return the launch as Triton compiles it. Numbers that are 1 or a multiple of 16 give other code than the rest.
+
+    Memory that torch allocates is always aligned to 16 bytes.
+    """
     signature, constexprs, aligned = {}, {}, []
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     for param in kernel.params:
@@ -148,18 +151,18 @@ def _specialized(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def compiled(launch: Launch, arch: int) -> tuple[Any, str]:
-    """The compiled kernel, and what ptxas said."""
+    """Compile a launch. Returns the compiled kernel and the log of ptxas."""
     names = launch.kernel.arg_names
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
     source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constexprs), attrs)
     log = io.StringIO()
-    with contextlib.redirect_stdout(log):  # Triton prints the log of the very run of ptxas that made the binary
+    with contextlib.redirect_stdout(log):  # Triton prints the log of ptxas
         binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
     return binary, log.getvalue()
 
 
 def disassembled(cubin: bytes) -> str:
-    """What cuobjdump prints. Triton's own `asm["sass"]` stops at 64 KiB of code."""
+    """Return the output of cuobjdump. Triton's own `asm["sass"]` stops at 64 KiB of code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -168,13 +171,13 @@ def disassembled(cubin: bytes) -> str:
 
 
 def instructions(sass: str) -> dict[int, str]:
-    """The program by address, without the padding after it."""
+    """Return the instructions by address, without the padding at the end."""
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?) ?;", sass)
     return {int(address, 16): text for address, text in lines if text != "NOP"}
 
 
 def hot_loop(program: dict[int, str]) -> list[str]:
-    """The loop over K: the longest backward jump over tensor-core instructions."""
+    """Return the loop over K: the longest loop that contains tensor-core instructions."""
     best: list[str] = []
     for end, text in program.items():
         jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
@@ -216,7 +219,7 @@ def row_of(case: Case, launch: Launch, shared: int, log: str, sass: str) -> Row:
 
 @contextlib.contextmanager
 def uncached() -> Iterator[None]:
-    """Inside, everything is compiled anew: a cached binary has no log."""
+    """Switch Triton's cache off while the context is open: a binary from the cache has no log."""
     with tempfile.TemporaryDirectory() as cache, knobs.compilation.scope(), knobs.nvidia.scope(), knobs.cache.scope():
         knobs.compilation.always_compile = True
         knobs.nvidia.dump_ptxas_log = True
@@ -225,7 +228,11 @@ def uncached() -> Iterator[None]:
 
 
 def inspect(cases: Iterable[Case], sass: Path | None = None) -> Iterator[Row]:
-    """Compile every different launch among the calls."""
+    """Compile the launches of all cases, equal ones only once.
+
+    Args:
+        sass: directory for the disassembled programs; None writes none.
+    """
     seen = set()
     with uncached():
         for case in cases:

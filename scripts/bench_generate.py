@@ -1,8 +1,8 @@
-"""Tokens per second of a packed checkpoint against its original, on one machine in one run.
+"""Measure the tokens per second of a packed checkpoint and of its original, on one machine in one run.
 
     python scripts/bench_generate.py --packed demo-out/gptq-4bit --original demo
 
-The models take turns, so that a busy machine slows both; medians are printed.
+The models take turns. So other work on the machine slows all of them. The script prints medians.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmq.models.model_source import ModelSource
 
 
 def tokens_per_second(model: Any, ids: torch.Tensor, tokens: int) -> float:
-    """Greedy decoding, prompt included."""
+    """Return the speed of greedy decoding. The time includes the prompt."""
     started = time.perf_counter()
     output = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
     if output.is_cuda:
@@ -32,10 +32,10 @@ def tokens_per_second(model: Any, ids: torch.Tensor, tokens: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packed", required=True, help="a packed checkpoint")
-    parser.add_argument("--original", default="demo", help="the model it was made from")
-    parser.add_argument("--prompt", default="The capital of France is", help="what to continue")
+    parser.add_argument("--original", default="demo", help="the model that the checkpoint was made from")
+    parser.add_argument("--prompt", default="The capital of France is", help="text that the models continue")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens per run")
-    parser.add_argument("--runs", type=int, default=5, help="runs per model; the median counts")
+    parser.add_argument("--runs", type=int, default=5, help="runs per model; the median is printed")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
     device = pick_device(args.device)
@@ -48,7 +48,7 @@ def main() -> None:
     }
     ids = source.tokenizer(args.prompt, return_tensors="pt")["input_ids"].to(device)
     for model in models.values():
-        tokens_per_second(model, ids, 8)  # warm: caches, lazy layouts, compiled kernels
+        tokens_per_second(model, ids, 8)  # Warm up: caches, lazy layouts, compiled kernels.
     speeds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(args.runs):
         for name, model in models.items():

@@ -1,14 +1,16 @@
-"""Everything about the kernels' speed in one call of under ten minutes on one GPU; the table comes last.
+"""Measure everything about the speed of the kernels in one call, in under ten minutes on one GPU.
 
-In this order, the most valuable first, as far as the time goes: ceilings of the machine; compile times; correctness of
-every width, group and dtype against float64; tuning; cuBLAS, torch's tinygemm and our kernels on layers of LLaMA's
-shapes; a decoder of LLaMA-7B's shape end to end; more numbers of tokens, other widths; gemlite, if it is installed.
+The most valuable measurements come first. What does not fit into the time is left out. The order is: ceilings of the
+machine; compile times; correctness of every width, group and dtype against float64; tuning; cuBLAS, torch's tinygemm
+and our kernels on layers of LLaMA's shapes; a decoder of LLaMA-7B's shape end to end; more numbers of tokens, other
+widths; gemlite, if it is installed. The script prints a table at the end.
 
     python scripts/bench_kernels.py --results h200.jsonl --table kernels/llmq_kernels/tuned/nvidia-h200.json
     python scripts/plot_kernels.py --results h200.jsonl --output plots
 
-A second call with the same --results does only what is missing. On a machine without the package installed, put
-PYTHONPATH=kernels in front. Exit code 1: something computed wrong results or did not run, see the end of the table.
+A second call with the same --results measures only what is missing. If llmq is not installed on the machine, put
+PYTHONPATH=kernels in front. Exit code 1 means: something computed wrong results or did not run. The end of the table
+says what.
 """
 
 from __future__ import annotations
@@ -33,26 +35,29 @@ STEPS = ("ceiling", "compile", "correct", "tune", "time", "decode")
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--results", type=Path, default=Path("bench_kernels.jsonl"), help="finished rows, one JSON object a line"
+        "--results",
+        type=Path,
+        default=Path("bench_kernels.jsonl"),
+        help="file of finished rows, one JSON object per line",
     )
-    parser.add_argument("--table", type=Path, help="write the tuned tiles here, as llmq_kernels.choose reads them")
     parser.add_argument(
-        "--seconds", type=float, default=540, help="begin nothing that would end later than this (default 540)"
+        "--table", type=Path, help="file to write the tuned tiles to; llmq_kernels.choose reads such files"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=540, help="start nothing that would end later than this (default 540)"
     )
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, help="kinds of rows to measure")
-    parser.add_argument(
-        "--again", nargs="+", choices=STEPS, default=(), help="kinds of rows to measure even if the results have them"
-    )
+    parser.add_argument("--again", nargs="+", choices=STEPS, default=(), help="kinds of rows to measure again")
     parser.add_argument(
         "--toy",
         action="store_true",
-        help="tiny shapes in Triton's interpreter on a CPU: tries the script, measures nothing",
+        help="run tiny shapes in Triton's interpreter on a CPU: this tries the script and measures nothing",
     )
     return parser.parse_args()
 
 
 def schedule(session: Session) -> Iterator[Task]:
-    """All tasks, the most valuable first."""
+    """Yield all tasks, the most valuable first."""
     plan = session.plan
     everywhere = ["llmq", *(path for path in peers.available() if not path.startswith("gemlite")), "dequantize"]
     gemlite = [path for path in peers.available() if path.startswith("gemlite")]
@@ -101,7 +106,7 @@ def main() -> int:
         session.notes.append(f"tuned tiles of {len(rows)} problems are in {options.table}")
     missing = [task for task in skipped if task.key is not None]
     if missing:
-        session.notes.append(f"{len(missing)} rows did not fit into the time; the same call again goes on with them")
+        session.notes.append(f"{len(missing)} rows did not fit into the time; make the same call again to resume")
     print("\n".join(report.table(session)))
     return 1 if session.failures else 0
 

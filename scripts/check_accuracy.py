@@ -1,9 +1,10 @@
-"""Everything docs/accuracy.md says, measured or looked up, and whether it holds: tables, a picture, a line per claim.
+"""Check everything that docs/accuracy.md says: measure what is missing, print the tables and one line per claim.
 
     python scripts/check_accuracy.py --calibration wikitext2-valid.txt --text wikitext2-test.txt
 
-Rows that are in --results already are not measured again (after a change to the code, delete those it concerns): from
-none it takes some ten hours on 2 cores. Seconds and memory mean something only if the machine has nothing else to do.
+Rows that are already in --results are not measured again. After a change to the code, delete the rows that it affects.
+Without any rows, the script takes about ten hours on 2 cores. Seconds and memory are only meaningful if the machine
+does nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from llmq.core.errors import WorkError
 
 _COMMON, _FAST, _NORMAL = "common: --effort fast --grid common", "fast: --effort fast", "normal: --effort normal"
 _BEST, _TUNED = "best: --effort best", "tuned: --method tuned"
-# What ships elsewhere, and each part of `normal` added to it alone.
+# GPTQ as other tools ship it, and the same with one improvement of `normal` added.
 _PLAIN = "--gptq.order natural --gptq.damping 0.01"
 _ALONE = (
     f"plain: --effort fast --grid common {_PLAIN}",
@@ -45,39 +46,40 @@ _OPTIONS = (
     "normal, static order: --gptq.order static",
     "normal, awq first: --method awq+gptq",
 )
-_TWICE = "normal, 2 passes: --gptq.passes 2"  # helps, for three times the time of the solve: part of `best`
+# Two passes help, but the solve takes three times as long: only `best` has them.
+_TWICE = "normal, 2 passes: --gptq.passes 2"
 _PARTS = (*_ALONE, _NORMAL, *_OFF, *_OPTIONS, _TWICE)
 
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """Check what docs/accuracy.md says."""
+    """Check the numbers and claims of docs/accuracy.md."""
 
     calibration: str
-    """The validation split of wikitext2, as a .txt."""
+    """Text to calibrate on: the validation split of wikitext2 as a .txt file."""
     text: str
-    """Its test split, as a .txt."""
+    """Text to evaluate on: the test split of wikitext2 as a .txt file."""
     results: Path = Path("docs/benchmarks")
-    """Directory of finished rows, one file for tables that differ in settings, bits and seeds alone."""
+    """Directory of finished rows. Tables share a file if only their settings, bits and seeds differ."""
     dithered: Path = Path("demo-dithered")
-    """The demo model off its 4-bit grid; made if it is not there."""
+    """The dithered demo model (see dither.py); made if it is missing."""
     plot: Path | None = None
-    """Where to draw the main table."""
+    """File for a picture of the main table; without it none is drawn."""
 
 
 def check(config: CheckConfig) -> None:
     """Print tables and claims. Raises WorkError if a claim does not hold."""
     if not config.dithered.exists():
         write_dithered(DitherConfig(config.dithered))
-    tables = {name: (each, rows_of(each)) for name, each in _tables(config).items()}
-    for name, (each, rows) in tables.items():
-        print(f"\n{name}\n", *table(each, rows), sep="\n")
+    tables = {name: (comparison, rows_of(comparison)) for name, comparison in _tables(config).items()}
+    for name, (comparison, rows) in tables.items():
+        print(f"\n{name}\n", *table(comparison, rows), sep="\n")
     if config.plot is not None:
         plot(config.plot, tables["main"][1])
     print()
     failed = 0
     for what, measured, bar in _claims({name: Rows(rows) for name, (_, rows) in tables.items()}):
-        holds = measured <= bar  # not if it is no number
+        holds = measured <= bar  # false for NaN
         failed += not holds
         print(f"{'holds' if holds else 'FAILS'}  {measured:8.3f} <= {bar:<8g} {what}")
     if failed:
@@ -96,7 +98,7 @@ def _tables(config: CheckConfig) -> dict[str, CompareConfig]:
     return {
         "demo": replace(demo, settings=(_FAST, _NORMAL, _BEST, _TUNED)),
         "main": main,
-        "spread": replace(main, settings=(_COMMON, _NORMAL), seeds=(0, 1, 2)),  # its first seed is in main
+        "spread": replace(main, settings=(_COMMON, _NORMAL), seeds=(0, 1, 2)),  # the rows of seed 0 are those of main
         "tuned": replace(main, settings=(_TUNED,), bits=(2,)),
         "parts": replace(few, settings=_PARTS, bits=(4, 3), results=file("parts")),
         "documentation": replace(few, calibration="pydoc", text="pytopics", results=file("pydoc")),
@@ -106,27 +108,27 @@ def _tables(config: CheckConfig) -> dict[str, CompareConfig]:
 
 
 class Rows:
-    """The rows of one table, to ask things of."""
+    """The rows of one table, and the numbers that claims need from them."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
 
     def of(self, name: str, bits: int) -> list[Row]:
-        """The rows of a setting, by its name, one for each seed."""
+        """Return the rows of a setting, one for each seed. Only the name before the colon counts."""
         return [row for row in self.rows if row["name"] == name.partition(":")[0] and row["bits"] == bits]
 
     def kl(self, name: str, bits: int) -> float:
-        """The mean over seeds."""
+        """Return the mean KL divergence over seeds."""
         return mean(row["kl"] for row in self.of(name, bits))
 
     def gain(self, name: str, than: str) -> float:
-        """By what factor KL is larger with another setting, on average over bits."""
+        """Return KL of the setting `than` divided by KL of the setting `name`: the geometric mean over bits."""
         bits = sorted({row["bits"] for row in self.rows})
         return math.exp(mean(math.log(self.kl(than, b) / self.kl(name, b)) for b in bits))
 
 
 def _claims(tables: dict[str, Rows]) -> Iterator[tuple[str, float, float]]:
-    """What is claimed, what was measured, and what it may be at most."""
+    """Yield (claim, measured value, largest allowed value)."""
     demo, main, spread, tuned, parts = (tables[name] for name in ("demo", "main", "spread", "tuned", "parts"))
     for name, bits, bar in (
         (_NORMAL, 4, 0.12),
@@ -149,10 +151,10 @@ def _claims(tables: dict[str, Rows]) -> Iterator[tuple[str, float, float]]:
     least = min(main.kl(name, 2) for name in (_COMMON, _FAST, _NORMAL, _BEST))
     yield "KL, 2 bit, tuned / the best GPTQ", tuned.kl(_TUNED, 2) / least, 0.6
     for setting in _OFF:
-        yield f"KL with a part that is on / without it: {setting}", 1 / parts.gain(_NORMAL, setting), 1.0
+        yield f"KL of normal / of normal without one improvement: {setting}", 1 / parts.gain(_NORMAL, setting), 1.0
     for setting in _OPTIONS:
-        yield f"KL by default / with what is off: {setting}", 1 / parts.gain(_NORMAL, setting), 1.0
-    yield "KL with 2 passes, as in best / with 1", 1 / parts.gain(_TWICE, _NORMAL), 1.0
+        yield f"KL of normal / of normal with an unused option: {setting}", 1 / parts.gain(_NORMAL, setting), 1.0
+    yield "KL of normal with 2 passes, as best has / of normal", 1 / parts.gain(_TWICE, _NORMAL), 1.0
     for name in ("main", "documentation"):
         for better, worse in ((_FAST, _COMMON), (_NORMAL, _FAST), (_BEST, _NORMAL)):
             what = f"KL of {better.partition(':')[0]} / {worse.partition(':')[0]} in the table {name!r}"

@@ -1,10 +1,10 @@
-"""Print the SHA-256 of the weights that each method writes: a refactoring changes no line of this.
+"""Print the SHA-256 of the weights that each method writes. A refactoring must not change any line of the output.
 
     python scripts/check_bytes.py > before.txt          in a checkout of the old code
     python scripts/check_bytes.py | diff before.txt -   in the new code, on the same machine
 
-The model is a tiny random Llama, the text is Python's own documentation. Only llmq's public names are used, so the same
-script runs on old and new code. Other processors and versions of torch give other bytes.
+The model is a tiny random Llama. The text is Python's own documentation. The script uses only llmq's public names, so
+it runs on old and on new code. Other processors and other versions of torch give other bytes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def make_model(directory: Path) -> Path:
-    """Save a random Llama of three blocks with a tokenizer of one token per byte; returns its directory."""
+    """Save a random Llama of three blocks with a tokenizer of one token per byte. Returns the directory."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=384,
@@ -71,7 +71,7 @@ def make_model(directory: Path) -> Path:
 
 
 def hash_of(directory: Path) -> str:
-    """Return the SHA-256 of the names and bytes of all files of weights in a checkpoint."""
+    """Return the SHA-256 of the names and bytes of all weight files in a checkpoint."""
     hashed = hashlib.sha256()
     for path in sorted(directory.glob("model*.safetensors")):
         hashed.update(path.name.encode() + path.read_bytes())

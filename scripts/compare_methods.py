@@ -1,8 +1,9 @@
-"""The ablation bench: any settings x bits x group sizes x seeds on one model, as one table and one picture.
+"""Compare settings of llmq on one model: all combinations of settings, bits, group sizes and seeds, in one table.
 
-Every row is a run of `python -m llmq.quantize` in its own process (so that its memory is its own), whose checkpoint is
-then loaded and evaluated. Rows are written as they finish; a second call with the same --results goes on where it was.
-A setting is a name and the flags it stands for; seeds choose other windows of the calibration text.
+For each row, `python -m llmq.quantize` runs in its own process, so that the memory of each run can be measured. Then
+the checkpoint is loaded and evaluated. Finished rows are written at once. A second call with the same --results
+measures only the missing rows. A setting is a name and flags of llmq.quantize. A seed chooses the windows of the
+calibration text.
 
     python scripts/compare_methods.py --model demo-dithered --calibration valid.txt --text test.txt \\
         --settings "fast: --effort fast" "normal:" "awq: --method awq" --bits 4 3 --seeds 0 1 2 --plot kl.png
@@ -37,44 +38,46 @@ from llmq.runtime.load import load_any
 
 Row = dict[str, Any]
 Key = tuple[str, int, int, int]
-# As flags of llmq.quantize.
 DEFAULT = ("rtn: --method rtn", "gptq fast: --effort fast", "gptq: --method gptq", "awq: --method awq")
 _PHASES = ("sample", "forward", "statistics", "solve", "refine", "distill")
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Quantize one model in many ways and compare the results with it."""
+    """Quantize one model in many ways and compare the results with the original."""
 
     model: str
-    """Directory, hub id, .gguf file or demo."""
+    """Directory, hub id, .gguf file, or demo for the demo model."""
     calibration: str = "pydoc"
     """Text to calibrate on."""
     text: str = "pytopics"
-    """Text to evaluate on; should share nothing with the calibration text."""
+    """Text to evaluate on; it should share nothing with the calibration text."""
     settings: tuple[str, ...] = DEFAULT
-    """Each 'NAME: FLAGS', the flags as llmq.quantize takes them."""
+    """Settings to compare. Each is 'NAME: FLAGS' with flags of llmq.quantize."""
     bits: tuple[int, ...] = (4, 3, 2)
+    """Bits per weight to compare."""
     group_sizes: tuple[int, ...] = (64,)
+    """Group sizes to compare, in weights."""
     seeds: tuple[int, ...] = (0,)
-    """Of the choice of calibration windows."""
+    """Seeds for choosing the calibration windows; the table shows means over them."""
     samples: int = 64
+    """Calibration sequences."""
     sequence_length: int = 512
     """Tokens per calibration sequence."""
     chunk: int = 2048
     """Tokens per evaluation chunk."""
     limit: int | None = 20
-    """Evaluation chunks."""
+    """Number of evaluation chunks."""
     results: Path = Path("compare_methods.jsonl")
-    """Finished rows, one JSON object each."""
+    """File of finished rows, one JSON object per line."""
     csv: Path | None = None
-    """The table once more, as a file for spreadsheets."""
+    """File to write the rows to for spreadsheets."""
     plot: Path | None = None
-    """A picture of KL divergence against bits per weight, one line for each setting (needs matplotlib)."""
+    """File for a picture of KL divergence against bits per weight, one line per setting (needs matplotlib)."""
 
 
 def compare(config: CompareConfig) -> None:
-    """Do the missing rows, then print the table in Markdown."""
+    """Measure the missing rows, then print the table in Markdown."""
     rows = rows_of(config)
     print(*table(config, rows), sep="\n")
     if config.csv is not None:
@@ -84,10 +87,10 @@ def compare(config: CompareConfig) -> None:
 
 
 def rows_of(config: CompareConfig) -> list[Row]:
-    """The table's rows, in its order; those that --results lacks are made and added to it."""
+    """Return the rows in the order of the table. Rows that --results lacks are measured and added to it."""
     flags = _flags(config.settings)
     rows = _finished(config, flags)
-    # Seeds outermost: the first table is whole long before the last seed is done.
+    # All settings with the first seed come first: so a whole table is there early.
     order = product(config.seeds, config.bits, config.group_sizes, flags)
     missing = [key for seed, bits, size, name in order if (key := (name, bits, size, seed)) not in rows]
     if missing:
@@ -106,7 +109,7 @@ def rows_of(config: CompareConfig) -> list[Row]:
 
 
 def table(config: CompareConfig, rows: Sequence[Row]) -> Iterator[str]:
-    """Lines of Markdown."""
+    """Yield the lines of the table in Markdown."""
     original = f"original perplexity {rows[0]['original_perplexity']:.3f}"
     yield f"{config.samples}x{config.sequence_length} tokens; {original}\n"
     yield "| bits | group | setting | KL | perplexity | layer error | seconds | of which | peak memory |"
@@ -115,14 +118,16 @@ def table(config: CompareConfig, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _flags(settings: Sequence[str]) -> dict[str, str]:
-    """The flags by name. Raises RequestError for what is not one setting of its own."""
+    """Return the flags of each setting by its name. Raises RequestError if a setting is not valid."""
     flags: dict[str, str] = {}
     for setting in settings:
-        name, colon, text = (part.strip() for part in setting.partition(":"))
+        name, colon, text = (piece.strip() for piece in setting.partition(":"))
         if not colon or name in flags:
-            raise RequestError(f"a setting is 'NAME: FLAGS', each name once; got {setting!r}")
+            raise RequestError(f"a setting must be 'NAME: FLAGS', and each name may occur once; got {setting!r}")
         if taken := {"--bits", "--group-size", "--seed"} & {word.partition("=")[0] for word in text.split()}:
-            raise RequestError(f"{' '.join(taken)} belongs to the whole table, not to the setting {name!r}")
+            raise RequestError(
+                f"setting {name!r} must not contain {' '.join(taken)}; use --bits, --group-sizes or --seeds instead"
+            )
         flags[name] = text
     return flags
 
@@ -144,31 +149,31 @@ def _row(config: CompareConfig, key: Key, flags: str, chunks: torch.Tensor, refe
         width = describe(output)["bits_per_packed_weight"]
     row = {"settings": _common(config), "name": name, "flags": flags, "bits": bits, "group_size": size, "seed": seed}
     row |= {"bits_per_weight": width, "perplexity": result.perplexity, "kl": result.kl}
-    # The mean of logarithms: layers whose error is small count as much as others.
+    # The geometric mean: layers with a small error count as much as others.
     row |= {"layer_error": math.exp(mean(math.log(max(entry["error"], 1e-12)) for entry in report["groups"]))}
     return row | {"seconds": report["seconds"], "peak_memory_bytes": report["peak_memory_bytes"]}
 
 
 def _finished(config: CompareConfig, flags: dict[str, str]) -> dict[Key, Row]:
-    """Rows of earlier calls. Raises RequestError if they were made with other texts, or a name meant other flags."""
+    """Return the rows of earlier calls. Raises RequestError if their texts, sizes or flags were other ones."""
     lines = config.results.read_text().splitlines() if config.results.exists() else []
     rows = [json.loads(line) for line in lines]
     for row in rows:
         if row["settings"] != _common(config) or flags.get(row["name"], row["flags"]) != row["flags"]:
             raise RequestError(
-                f"{config.results} holds rows made with other settings; name another file with --results"
+                f"{config.results} contains rows made with other settings; name another file with --results"
             )
     return {(row["name"], row["bits"], row["group_size"], row["seed"]): row for row in rows}
 
 
 def _common(config: CompareConfig) -> Row:
-    """What all rows of one table have in common."""
+    """Return the settings that all rows of one table share."""
     files = {name: Path(getattr(config, name)).name for name in ("model", "calibration", "text")}
     return files | {name: getattr(config, name) for name in ("samples", "sequence_length", "chunk", "limit")}
 
 
 def _grouped(rows: Sequence[Row]) -> dict[tuple[int, int, str], list[Row]]:
-    """Rows that differ in their seed only."""
+    """Group the rows that differ only in their seed."""
     groups: dict[tuple[int, int, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["bits"], row["group_size"], row["name"]), []).append(row)
@@ -176,7 +181,7 @@ def _grouped(rows: Sequence[Row]) -> dict[tuple[int, int, str], list[Row]]:
 
 
 def _lines(rows: Sequence[Row]) -> Iterator[str]:
-    """The table's lines: means over seeds, with the largest deviation from them."""
+    """Yield one line for each group of rows: means over seeds, and the largest deviation from the mean."""
     for (bits, size, name), same in _grouped(rows).items():
         seconds = {phase: mean(row["seconds"].get(phase, 0.0) for row in same) for phase in ("total", *_PHASES)}
         phases = ", ".join(f"{phase} {seconds[phase]:.0f}" for phase in _PHASES if seconds[phase] >= 0.5)
@@ -203,7 +208,7 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
-    """KL divergence against bits per weight, one line for each setting."""
+    """Draw KL divergence against bits per weight, one line for each setting."""
     from matplotlib.figure import Figure
 
     lines: dict[str, list[tuple[float, float]]] = {}

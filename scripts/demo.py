@@ -1,6 +1,7 @@
-"""`make demo`: quantize the real demo model in two ways, compare each with the original, let the last one talk.
+"""`make demo`: quantize the demo model in two ways, compare each result with the original, and let the last one talk.
 
-SmolLM2-135M-Instruct, calibrated on Python's docstrings (`pydoc`), evaluated on its language reference (`pytopics`).
+The model is SmolLM2-135M-Instruct. The calibration text is Python's docstrings (`pydoc`). The evaluation text is
+Python's language reference (`pytopics`).
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ METHODS = ("rtn", "gptq")
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Quantize the demo model with RTN and GPTQ and compare."""
+    """Quantize the demo model with RTN and with GPTQ, and compare both with the original."""
 
     output: Path = Path("demo-out")
-    """Where the checkpoints go; replaced on every run."""
+    """Directory for the checkpoints; old ones in it are replaced."""
     bits: int = 4
     """Bits per weight."""
     samples: int = 24
-    """Calibration sequences of 512 tokens."""
+    """Number of calibration sequences, 512 tokens each."""
     chunks: int = 4
-    """Evaluation chunks of 1024 tokens."""
+    """Number of evaluation chunks, 1024 tokens each."""
 
 
 def demo(config: DemoConfig) -> None:

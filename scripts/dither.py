@@ -1,7 +1,8 @@
-"""Write a copy of a model whose linear weights are dithered off a 4-bit grid.
+"""Write a copy of a model and dither its linear weights: move each one at random, so that it is off its 4-bit grid.
 
-The demo model comes out of a 4-bit file: its weights already sit on a grid of 16 values per 32, which flatters every
-4-bit result on it. Moving each weight uniformly within its cell makes it an ordinary model of about the same quality:
+The demo model comes from a 4-bit file. So its weights already lie on a grid: 16 values for every 32 weights. This makes
+every 4-bit result on it look better than it is. The script moves each weight uniformly within its grid cell. The result
+is an ordinary model of about the same quality:
 
     w += (u - 0.5) * (max - min) / 15        per group of 32 consecutive inputs, u uniform in [0, 1)
 
@@ -24,7 +25,7 @@ _GROUP = 32
 
 
 def dither(w: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """w [out, in] moved by up to half a cell of its 16-level grid, in float32."""
+    """Return w [out, in] in float32, each weight moved by up to half a cell of its 16-level grid."""
     groups = w.float().unflatten(1, (-1, _GROUP))
     cell = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15
     u = torch.rand(groups.shape, generator=generator)
@@ -36,15 +37,15 @@ class DitherConfig:
     """Dither every linear weight of the decoder blocks and write a Hugging Face directory in float32."""
 
     output: Path
-    """Where to write; new or empty."""
+    """Directory to write to; it must be new or empty."""
     model: str = "demo"
-    """Directory, hub id, .gguf file or demo."""
+    """Directory, hub id, .gguf file, or demo for the demo model."""
     seed: int = 20261122
-    """Of the uniform noise."""
+    """Seed of the random moves."""
 
 
 def write_dithered(config: DitherConfig) -> None:
-    """Copy the model, tensor by tensor."""
+    """Copy the model tensor by tensor, and dither the linear weights of its blocks."""
     source = ModelSource(config.model)
     generator = torch.Generator().manual_seed(config.seed)
     linears = {f"{n}.weight" for n, m in source.skeleton.named_modules() if isinstance(m, torch.nn.Linear)}

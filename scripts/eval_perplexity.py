@@ -1,6 +1,6 @@
-"""Perplexity of a checkpoint as plain transformers loads it: the independent check of what `python -m llmq.eval` says.
+"""Measure the perplexity of a checkpoint that plain transformers loads, to check the result of `python -m llmq.eval`.
 
-llmq only cuts the text and sums the likelihoods here; the format's own package unpacks the weights.
+Here llmq only cuts the text and sums the likelihoods. The package of the checkpoint's format unpacks the weights.
 
     python scripts/eval_perplexity.py --model demo-4bit --text test.txt --limit 20
 """
@@ -22,22 +22,22 @@ from llmq.runtime.evaluation import evaluate
 
 @dataclass(frozen=True)
 class PerplexityConfig:
-    """Non-overlapping chunks of one long text, each token predicted from those before it in its chunk."""
+    """Cut one long text into chunks that do not overlap, and predict each token from the earlier ones in its chunk."""
 
     model: str
     """A directory or hub id that transformers can open."""
     text: str = "wikitext2"
-    """wikitext2, c4, pile (downloaded), pydoc, pytopics (offline), or a .txt/.jsonl/.parquet file."""
+    """wikitext2, c4 or pile (downloaded); pydoc or pytopics (offline); or a .txt, .jsonl or .parquet file."""
     sequence_length: int = 2048
     """Tokens per chunk."""
     limit: int | None = None
     """Stop after this many chunks."""
     device: str = "auto"
-    """auto (cuda when present), cpu or cuda."""
+    """auto (cuda if there is a GPU), cpu or cuda."""
 
 
 def eval_perplexity(config: PerplexityConfig) -> None:
-    """Load, evaluate, print."""
+    """Load the model with transformers, evaluate it, and print its perplexity. Raises RequestError if loading fails."""
     device = pick_device(config.device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model)

@@ -1,10 +1,10 @@
-"""Compiles the Triton kernels for GPUs that are not here and prints what became of them, one row per configuration.
+"""Compile the Triton kernels for GPUs that this machine does not have, and print one row per configuration.
 
-Needs no GPU and no CUDA toolkit: Triton's wheel brings ptxas and the disassembler. What is compiled is what would be
-launched: the launching code itself runs, on tensors without data, for tiles that `llmq_kernels.choose` picks.
+The script needs no GPU and no CUDA toolkit: Triton's wheel contains ptxas and the disassembler. The launching code of
+the kernels runs unchanged, on tensors without data. The tiles are those that `llmq_kernels.choose` picks.
 
-    python scripts/inspect_kernels.py                          # a cover in about a minute: what the tests check
-    python scripts/inspect_kernels.py --all --arch 90          # every configuration the rule can return: an hour
+    python scripts/inspect_kernels.py                          # a selection in about a minute; the tests check it
+    python scripts/inspect_kernels.py --all --arch 90          # all that the rule can return: an hour
     python scripts/inspect_kernels.py --only bits=4 M=1 --sass sass
 """
 
@@ -22,7 +22,7 @@ import llmq_kernels
 from ahead_of_time import Case, Row, inspect
 from llmq_kernels.choose import Device, Problem, Tile, rule
 
-# Shared memory: what one block may ask for.
+# Name, architecture, multiprocessors, and the shared memory that one thread block may use.
 DEVICES = (
     Device("A100", 80, 108, 163 << 10),
     Device("RTX 4090", 89, 128, 99 << 10),
@@ -30,42 +30,45 @@ DEVICES = (
 )
 BITS, DTYPES, GROUPS, TOKENS = (2, 3, 4, 8), ("float16", "bfloat16"), (16, 32, 64, 128, 256, -1), (1, 16, 32, 64, 256)
 SPLIT_N, WHOLE_N = 1024, 1 << 16
-"""Rows of W for which the rule splits K on every device, and for which it does not."""
+"""Rows of W: with SPLIT_N the rule splits K on every device, with WHOLE_N on none."""
 
 
 def problem(bits: int, group: int, symmetric: bool, dtype: str, M: int, N: int = SPLIT_N) -> Problem:
-    """A problem whose K fills whole blocks of words."""
+    """Return a problem with K = 4096, which fills whole blocks of words."""
     return Problem(bits, 4096 if group == -1 else group, symmetric, dtype, M, N, 4096)
 
 
 def uneven(even: Problem) -> Problem:
-    """The same where K does not fill them: an odd K if there is one group to a row."""
+    """Return the problem with a K that does not fill whole blocks. With one group per row, K is odd."""
     whole = even.group_size == even.K
     K = even.K + (3 if whole else even.group_size)
     return replace(even, K=K, group_size=K if whole else even.group_size)
 
 
-def by_rule(device: Device, wanted: Problem, bias: bool = False) -> Case:
-    """The call that the rule makes of a problem."""
-    return Case(device, wanted, rule(device, wanted), bias)
+def by_rule(device: Device, asked: Problem, bias: bool = False) -> Case:
+    """Return the case with the tile that the rule chooses for this problem."""
+    return Case(device, asked, rule(device, asked), bias)
 
 
 def every_case(device: Device) -> Iterator[Case]:
-    """Every kind of call the rule can make on a device, several times over."""
+    """Yield every kind of call that the rule can make on a device. Some kinds come several times."""
     kinds = product(BITS, DTYPES, (True, False), GROUPS, TOKENS, (SPLIT_N, WHOLE_N), (True, False), (False, True))
     for bits, dtype, symmetric, group, M, N, even, bias in kinds:
-        wanted = problem(bits, group, symmetric, dtype, M, N)
-        case = by_rule(device, wanted if even else uneven(wanted), bias)
+        asked = problem(bits, group, symmetric, dtype, M, N)
+        case = by_rule(device, asked if even else uneven(asked), bias)
         yield case
         if device.arch >= 90 and M == 1 and not bias and case.tile is not None:
             yield replace(case, tile=replace(case.tile, pdl=True))
     for bits, dtype, symmetric, group, even in product(BITS, DTYPES, (True, False), GROUPS, (True, False)):
-        wanted = problem(bits, group, symmetric, dtype, 1)
-        yield Case(device, wanted if even else uneven(wanted), None)
+        asked = problem(bits, group, symmetric, dtype, 1)
+        yield Case(device, asked if even else uneven(asked), None)
 
 
 def cover(device: Device) -> Iterator[Case]:
-    """Few calls that between them have every value of everything; sm_89 shares nearly all code with sm_80."""
+    """Yield few calls that together contain every value of every property.
+
+    There are fewer for sm_89, because it shares nearly all code with sm_80.
+    """
     few = device.arch == 89
     for bits, dtype, symmetric in product(BITS, DTYPES, (True, False)):
         if (bits == 4 and symmetric) if few else (symmetric or bits == 4 or dtype == "float16"):
@@ -80,7 +83,7 @@ def cover(device: Device) -> Iterator[Case]:
         yield by_rule(device, problem(bits, 128, bits == 2, "float16", 16))
     for group in (group for group in GROUPS if group != 128):
         yield by_rule(device, problem(4, group, True, "float16", 1))
-    odd = uneven(problem(4, -1, False, "float16", 1, 50257))  # 16 divides nothing
+    odd = uneven(problem(4, -1, False, "float16", 1, 50257))  # neither N nor K is a multiple of 16
     yield by_rule(device, odd, bias=True)
     yield by_rule(device, uneven(problem(4, 128, True, "bfloat16", 64, WHOLE_N)), bias=True)
     yield by_rule(device, uneven(problem(4, 64, False, "bfloat16", 32)))
@@ -91,7 +94,7 @@ def cover(device: Device) -> Iterator[Case]:
 
 
 def tuned_cases(folder: Path) -> Iterator[Case]:
-    """Every tile of the tables shipped with the kernels, on the architecture that a table names."""
+    """Yield every tile of the tables in `folder`, each on the architecture that its table names."""
     for path in sorted(folder.glob("*.json")):
         table = json.loads(path.read_text(encoding="utf-8"))
         arch = int(table.get("arch") or path.stem.removeprefix("sm_"))
@@ -99,25 +102,29 @@ def tuned_cases(folder: Path) -> Iterator[Case]:
         for row in table["rows"]:
             if row["tile"] is not None:
                 size = row["K"] if row["group"] == -1 else row["group"]
-                kind = (row["bits"], size, row["symmetric"], row["dtype"], row["M"], row["N"], row["K"])
-                yield Case(device, Problem(*kind), Tile(**row["tile"]))
+                values = (row["bits"], size, row["symmetric"], row["dtype"], row["M"], row["N"], row["K"])
+                yield Case(device, Problem(*values), Tile(**row["tile"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="everything the rule can return, not a cover")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 89, 90], choices=[80, 89, 90])
-    parser.add_argument("--only", nargs="+", default=[], metavar="FIELD=VALUE", help="of a problem, e.g. bits=4 M=1")
-    parser.add_argument("--sass", type=Path, help="folder for the disassembled kernels")
-    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    parser.add_argument("--all", action="store_true", help="compile all that the rule can return, not a selection")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=[80, 89, 90], choices=[80, 89, 90], help="GPU architectures, as in sm_80"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="FIELD=VALUE", help="compile only such problems, e.g. bits=4 M=1"
+    )
+    parser.add_argument("--sass", type=Path, help="folder to write the disassembled kernels to")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     options = parser.parse_args()
     if options.sass:
         options.sass.mkdir(parents=True, exist_ok=True)
-    wanted = dict(text.split("=") for text in options.only)
+    required = dict(text.split("=") for text in options.only)
     cases = [case for device in DEVICES for case in (every_case if options.all else cover)(device)]
     cases += tuned_cases(Path(llmq_kernels.__file__).parent / "tuned")
     cases = [case for case in cases if case.device.arch in options.arch]
-    cases = [c for c in cases if all(str(getattr(c.problem, key)) == value for key, value in wanted.items())]
+    cases = [c for c in cases if all(str(getattr(c.problem, key)) == value for key, value in required.items())]
     names = [field.name for field in fields(Row)]
     if not options.json:
         print(" ".join(names))

@@ -1,11 +1,11 @@
-"""Write a Llama-shaped model with random weights: as large as a real one, where speed or memory are to be measured.
+"""Write a model with the shape of a Llama and random weights, to measure speed and memory on a model of real size.
 
-Activations stay of ordinary size through all blocks, for a unit input gives a unit output:
+Each layer keeps the size of its input, so activations stay of ordinary size through all blocks:
 
     w [out, in] = normal / sqrt(in)        norms = 1 + 0.1 * normal
 
-Every tensor has a random stream of its own, so the size of shards and the number of threads change no number. Only one
-shard is in memory at a time, and config.json comes last.
+Every tensor has its own random stream. So the shard size and the number of threads do not change the weights. Only one
+shard is in memory at a time. config.json is written last.
 
     python scripts/make_model.py --shape 7b --output model-7b
     python -m llmq.quantize --model model-7b --method rtn --output model-7b-4bit
@@ -39,36 +39,42 @@ _SHAPES = {
     "1b": (2048, 5632, 22, 32, 4, 32000),  # TinyLlama 1.1B
     "tiny": (128, 256, 2, 4, 2, 384),
 }
-_AT_ONCE = 1 << 22  # random numbers in float32 before they are rounded to the model's dtype
+_AT_ONCE = 1 << 22  # random numbers drawn in float32 before they are rounded to the model's dtype
 
 
 @dataclass(frozen=True)
 class MakeConfig:
-    """Write a Llama-shaped model with random weights and a tokenizer of one token per byte."""
+    """Write a model with the shape of a Llama, random weights, and a tokenizer with one token per byte."""
 
     output: Path
-    """Where to write; new or empty."""
+    """Directory to write to; it must be new or empty."""
     shape: Literal["7b", "1b", "tiny"] = "7b"
-    """Of Llama 2 7B (13.5 GB), TinyLlama 1.1B (2.2 GB) or a model for tests (1 MB), but for the numbers given below."""
+    """Llama 2 7B (13.5 GB), TinyLlama 1.1B (2.2 GB) or a model for tests (1 MB). The flags below change its numbers."""
     hidden: int | None = None
-    """Width of the residual stream; a multiple of twice the heads."""
+    """Width of the residual stream; a multiple of 2 x heads."""
     intermediate: int | None = None
     """Width inside the MLP."""
     blocks: int | None = None
+    """Number of decoder blocks."""
     heads: int | None = None
+    """Number of attention heads."""
     kv_heads: int | None = None
-    """A divisor of heads; fewer is grouped-query attention."""
+    """Number of key and value heads; heads must be a multiple of it. Fewer than heads: grouped-query attention."""
     vocabulary: int | None = None
-    """Rows of the embedding and of lm_head, which are not tied; the tokenizer uses the first 258."""
+    """Rows of the embedding and of lm_head, which are not tied. The tokenizer uses the first 258."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Data type of all weights."""
     shard_gb: float = 0.5
-    """Most 10^9 bytes per file; one file is in memory at a time."""
+    """Largest size of a file in units of 10^9 bytes; one file is in memory at a time."""
     seed: int = 0
-    """Of all weights, 0 to 65535; the same seed gives the same bytes."""
+    """Seed of all weights, 0 to 65535; the same seed gives the same bytes."""
 
 
 def make_model(config: MakeConfig) -> None:
-    """Write tokenizer, shards, index and config.json, in that order. Raises RequestError before anything is written."""
+    """Write tokenizer, shards, index and config.json, in this order.
+
+    Raises RequestError if the request is impossible; then nothing is written.
+    """
     with torch.device("meta"):
         model = LlamaForCausalLM(_llama(config)).to(getattr(torch, config.dtype))
     state, output = model.state_dict(), config.output
@@ -76,7 +82,7 @@ def make_model(config: MakeConfig) -> None:
     total = sum(tensor.nbytes for tensor in state.values())
     _check_room(output, total)
     print(f"{output}: {total / 1e9:.3g} GB in {len(plan.filename_to_tensors)} files", file=sys.stderr)
-    # torch uses the lower 32 bits of a seed, and draws on one core: the cores share out the tensors.
+    # torch uses only the lower 32 bits of a seed. It draws on one core, so each core draws other tensors.
     seeds = {name: (config.seed << 16) + i for i, name in enumerate(state)}
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -86,13 +92,13 @@ def make_model(config: MakeConfig) -> None:
                 made = dict(zip(names, pool.map(lambda n: random_like(state[n], seeds[n]), names), strict=True))
                 save_file(made, output / file, metadata={"format": "pt"})
                 bar.update(sum(tensor.nbytes for tensor in made.values()))
-                del made  # or two shards would be in memory
+                del made  # otherwise two shards would be in memory
         if plan.is_sharded:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
             (output / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         model.config.save_pretrained(output)
     except BaseException as error:
-        for path in output.glob("*"):  # all ours: the directory was empty
+        for path in output.glob("*"):  # all files are ours, because the directory was empty
             path.unlink()
         if isinstance(error, OSError | SafetensorError):
             raise WorkError(f"cannot write to {output}: {error}") from None
@@ -100,17 +106,20 @@ def make_model(config: MakeConfig) -> None:
 
 
 def random_like(tensor: torch.Tensor, seed: int) -> torch.Tensor:
-    """Weights of the shape and dtype of `tensor`: [out, in] of std 1 / sqrt(in), or those of a norm, near 1."""
+    """Return random weights with the shape and dtype of `tensor`.
+
+    A matrix [out, in] has mean 0 and standard deviation 1 / sqrt(in). The weights of a norm have mean 1.
+    """
     generator = torch.Generator().manual_seed(seed)
     mean, std = (1.0, 0.1) if tensor.ndim == 1 else (0.0, tensor.shape[1] ** -0.5)
     weight = torch.empty_like(tensor, device="cpu")
-    for part in weight.view(-1).split(_AT_ONCE):
-        part.copy_(torch.randn(part.shape, generator=generator).mul_(std).add_(mean))
+    for piece in weight.view(-1).split(_AT_ONCE):
+        piece.copy_(torch.randn(piece.shape, generator=generator).mul_(std).add_(mean))
     return weight
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte: any text becomes ids below 258."""
+    """Return a tokenizer with one token per byte. All ids are below 258."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<pad>": 0, "<eos>": 1} | {letter: i + 2 for i, letter in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -120,7 +129,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _llama(config: MakeConfig) -> LlamaConfig:
-    """Raises RequestError for a shape that no Llama has."""
+    """Return the config of the model. Raises RequestError if no Llama can have this shape."""
     numbers = dict(zip(_NAMES, _SHAPES[config.shape], strict=True))
     numbers |= {name: value for name in _NAMES if (value := getattr(config, name)) is not None}
     hidden, intermediate, blocks, heads, kv_heads, vocabulary = numbers.values()
@@ -128,7 +137,7 @@ def _llama(config: MakeConfig) -> LlamaConfig:
         "every number must be positive": min(*numbers.values(), config.shard_gb) > 0,
         "hidden must be a multiple of 2 x heads": hidden % max(2 * heads, 1) == 0,
         "heads must be a multiple of kv-heads": heads % max(kv_heads, 1) == 0,
-        "vocabulary must be at least 258, the tokenizer's": vocabulary >= 258,
+        "vocabulary must be at least 258, because the tokenizer has 258 tokens": vocabulary >= 258,
         "seed must be between 0 and 65535": 0 <= config.seed < 1 << 16,
     }.items():
         if not holds:
@@ -137,17 +146,17 @@ def _llama(config: MakeConfig) -> LlamaConfig:
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "vocab_size": vocabulary}
     sizes |= {"num_hidden_layers": blocks, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
     tokens = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
-    about = {"architectures": ["LlamaForCausalLM"], "dtype": config.dtype, "tie_word_embeddings": False}
-    return LlamaConfig(**sizes, **tokens, **about, max_position_embeddings=4096)
+    options = {"architectures": ["LlamaForCausalLM"], "dtype": config.dtype, "tie_word_embeddings": False}
+    return LlamaConfig(**sizes, **tokens, **options, max_position_embeddings=4096)
 
 
 def _check_room(output: Path, size: int) -> None:
-    """Raises RequestError for an output that is not empty, or a disk that is too full."""
+    """Raise RequestError if the output directory is not empty, or if the disk is too full."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RequestError(f"output {output} is not an empty directory; choose another, or remove it first")
+        raise RequestError(f"output {output} is not an empty directory; choose another one, or remove it first")
     free = shutil.disk_usage(next(path for path in (output, *output.absolute().parents) if path.exists())).free
     if size * 1.01 > free:
-        need = f"{output} would take {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left"
+        need = f"{output} needs {size / 1e9:.2f} GB, but the disk has only {free / 1e9:.2f} GB left"
         raise RequestError(f"{need}; choose a smaller --shape or another disk")
 
 

@@ -1,8 +1,8 @@
-"""Pictures of what scripts/bench_kernels.py measured: speed-up over cuBLAS against tokens, and a roofline.
+"""Draw the measurements of scripts/bench_kernels.py: the speed-up over cuBLAS against tokens, and a roofline.
 
     python scripts/plot_kernels.py --results h200.jsonl --output plots
 
-Needs matplotlib (the extra `plots`). Writes speedup.png and roofline.png.
+The script needs matplotlib (the extra `plots`). It writes speedup.png and roofline.png.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bench.results import Row, finished, rows_in
 
 Line = list[tuple[float, float]]
 
-# Name, colour, width of the line: ours stands out.
+# Name, colour and line width. Ours is wider, to stand out.
 PATHS = {
     "llmq": ("llmq", "#b3541e", 2.2),
     "tinygemm": ("tinygemm (torch)", "#4a6a8a", 1.3),
@@ -29,32 +29,36 @@ _INK, _FAINT = "#333333", "#bbbbbb"
 
 
 def load(path: Path, toy: bool) -> list[Row]:
-    """The rows of the latest device, versions and kernels in the file; of a key's rows the last.
+    """Return the rows in the file that have the latest device, versions and kernels; for each key the last one.
 
-    Raises ValueError if there are none, or if they are of the interpreter and no toy is wanted.
+    Raises ValueError if there are none, or if they come from a toy run and `toy` is false.
     """
     rows = rows_in(path.read_text(encoding="utf-8"))
     ours = [row for row in rows if row["kind"] == "time" and row.get("kernels") and "failed" not in row]
     if not ours:
-        raise ValueError(f"{path} holds no timings of llmq's kernels")
+        raise ValueError(f"{path} contains no timings of llmq's kernels; run bench_kernels.py with this --results")
     if ours[-1]["device"] == INTERPRETER and not toy:
-        raise ValueError(f"{path} is a toy run in Triton's interpreter: nothing in it is a measurement")
+        raise ValueError(
+            f"{path} is a toy run in Triton's interpreter: nothing in it is a measurement; --toy draws it anyway"
+        )
     return list(finished(rows, ours[-1]).values())
 
 
 def series(rows: Sequence[Row], path: str, shape: tuple[int, int]) -> dict[int, Row]:
-    """Tokens -> the 4-bit row of a path; of gemlite's two tunings the faster."""
+    """Return the 4-bit row of a path for each number of tokens. Of gemlite's two tunings, the faster one counts."""
     names = ("gemlite", "gemlite_h100") if path == "gemlite" else (path,)
-    found: dict[int, Row] = {}
+    fastest: dict[int, Row] = {}
     for row in rows:
         is_it = row["kind"] == "time" and row["path"] in names and row["bits"] == 4 and (row["N"], row["K"]) == shape
-        if is_it and row["key"][2] == main_dtype(rows) and row["us"] < found.get(row["M"], {"us": float("inf")})["us"]:
-            found[row["M"]] = row
-    return dict(sorted(found.items()))
+        if not is_it or row["key"][2] != main_dtype(rows):
+            continue
+        if row["us"] < fastest.get(row["M"], {"us": float("inf")})["us"]:
+            fastest[row["M"]] = row
+    return dict(sorted(fastest.items()))
 
 
 def main_dtype(rows: Sequence[Row]) -> str:
-    """The dtype in which most was measured; a few rows are in another."""
+    """Return the dtype that most rows have. A few rows have another one."""
     dtypes = [row["key"][2] for row in rows if row["kind"] == "time"]
     return max(dtypes, key=dtypes.count)
 
@@ -65,7 +69,7 @@ def shapes_of(rows: Sequence[Row]) -> list[tuple[int, int]]:
 
 
 def speedups(rows: Sequence[Row], shape: tuple[int, int]) -> dict[str, Line]:
-    """Path -> (tokens, times as fast as cuBLAS with bf16 weights)."""
+    """Return a line for each path: points (tokens, speed-up over cuBLAS with bf16 weights)."""
     base = series(rows, "cublas_bf16", shape)
     lines = {}
     for path in PATHS:
@@ -76,7 +80,7 @@ def speedups(rows: Sequence[Row], shape: tuple[int, int]) -> dict[str, Line]:
 
 
 def plot_speedups(rows: Sequence[Row], output: Path) -> None:
-    """One panel for each shape."""
+    """Draw the speed-ups, one panel for each shape."""
     import matplotlib.pyplot as plt
 
     shapes = shapes_of(rows)
@@ -87,8 +91,7 @@ def plot_speedups(rows: Sequence[Row], output: Path) -> None:
     )
     for i, (axis, shape) in enumerate(zip(axes.flat, shapes, strict=False)):
         axis.axhline(1, color=_FAINT, linewidth=0.8)
-        found = speedups(rows, shape)
-        for path, line in found.items():
+        for path, line in speedups(rows, shape).items():
             _, colour, width = PATHS[path]
             order = 3 if path == "llmq" else 2
             axis.plot(*zip(*line, strict=True), color=colour, linewidth=width, marker="o", ms=width + 1, zorder=order)
@@ -98,7 +101,7 @@ def plot_speedups(rows: Sequence[Row], output: Path) -> None:
             axis.text(axis.get_xlim()[1], 1.03, "cuBLAS bf16", fontsize=7, color="#888888", ha="right", va="bottom")
     for axis in axes.flat[len(shapes) :]:
         axis.set_axis_off()
-    axes[0, 0].set_ylim(bottom=0)  # of all: they share their axes
+    axes[0, 0].set_ylim(bottom=0)  # sets it for all panels, because they share their axes
     most = max(row["M"] for row in rows if row["kind"] == "time")
     ticks = [4**i for i in range(8) if 4**i <= most]
     axes[0, 0].set_xticks(ticks, map(str, ticks))
@@ -112,7 +115,7 @@ def plot_speedups(rows: Sequence[Row], output: Path) -> None:
 
 
 def _label_lines(axis: Any, lines: dict[str, Line]) -> None:
-    """Names right of the last points, pushed apart where they would overlap."""
+    """Write the names of the lines to the right of their last points, moved up where they would overlap."""
     left, right = axis.get_xlim()
     apart = 0.075 * axis.get_ylim()[1]
     at = -apart
@@ -122,12 +125,12 @@ def _label_lines(axis: Any, lines: dict[str, Line]) -> None:
 
 
 def plot_roofline(rows: Sequence[Row], output: Path) -> None:
-    """Operations per second against operations per byte, under the measured ceilings."""
+    """Draw operations per second against operations per byte, with the measured ceilings."""
     import matplotlib.pyplot as plt
 
     ceilings = {row["key"][0]: row for row in rows if row["kind"] == "ceiling"}
     if not {"read", "matmul"} <= ceilings.keys():
-        raise ValueError("the results lack the ceilings (read, matmul): measure them first")
+        raise ValueError("the results lack the ceilings read and matmul; run bench_kernels.py --only ceiling first")
     bandwidth, peak = ceilings["read"]["rate"], ceilings["matmul"]["rate"]
     figure, axis = plt.subplots(figsize=(6.4, 4.4))
     low, high = peak / bandwidth / 300, peak / bandwidth * 30
@@ -165,8 +168,8 @@ def _finish(figure: Any, axes: Any, rows: Sequence[Row], title: str, path: Path)
         axis.tick_params(colors="#666666", labelsize=7, which="both", width=0.6)
         axis.xaxis.label.set(fontsize=8, color=_INK)
         axis.yaxis.label.set(fontsize=8, color=_INK)
-    about = next(row for row in rows if row["kernels"])
-    versions = f"{about['device']}, torch {about['torch']}, triton {about['triton']}, {about['time'][:10]}"
+    ours = next(row for row in rows if row["kernels"])
+    versions = f"{ours['device']}, torch {ours['torch']}, triton {ours['triton']}, {ours['time'][:10]}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=_INK)
     figure.text(0.01, 0.005, versions, fontsize=6, color="#888888")
     figure.tight_layout(rect=(0, 0.02, 1, 1))
@@ -176,14 +179,14 @@ def _finish(figure: Any, axes: Any, rows: Sequence[Row], title: str, path: Path)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, required=True, help="what bench_kernels.py wrote")
+    parser.add_argument("--results", type=Path, required=True, help="file that bench_kernels.py wrote")
     parser.add_argument("--output", type=Path, default=Path("plots"), help="folder for the PNG files (default plots)")
-    parser.add_argument("--toy", action="store_true", help="accept a toy run, whose numbers mean nothing")
+    parser.add_argument("--toy", action="store_true", help="also draw a toy run; its numbers mean nothing")
     options = parser.parse_args()
     try:
         import matplotlib as mpl
     except ImportError:
-        print("error: matplotlib is not installed: pip install matplotlib, or llmq[plots]", file=sys.stderr)
+        print("error: matplotlib is not installed; run pip install matplotlib, or install llmq[plots]", file=sys.stderr)
         return 2
     mpl.use("Agg")
     try:

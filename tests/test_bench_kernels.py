@@ -1,4 +1,4 @@
-"""The benchmark of the kernels runs from end to end in Triton's interpreter, and notices what it is there to notice."""
+"""Check that the benchmark of the kernels runs from end to end in Triton's interpreter and notices mistakes."""
 
 import json
 import os
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def script(name, *arguments, code=0):
-    """Run scripts/NAME.py in the interpreter; returns (stdout, stderr)."""
+    """Run scripts/NAME.py in the interpreter. Returns (stdout, stderr)."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
@@ -29,7 +29,7 @@ def script(name, *arguments, code=0):
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """(results, table, stdout) of a toy run."""
+    """Make a toy run. Returns (results, table, stdout)."""
     folder = tmp_path_factory.mktemp("bench")
     results, table = folder / "new" / "toy.jsonl", folder / "table.json"
     return results, table, script("bench_kernels", "--toy", "--results", results, "--table", table)[0]
@@ -98,7 +98,7 @@ def test_without_a_gpu_it_says_what_to_do_and_exits_with_2(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench_kernels.py"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench_kernels.main() == 2
-    assert "--toy tries the script out" in capsys.readouterr().err
+    assert "--toy tries the script without a GPU" in capsys.readouterr().err
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         the_machine(toy=True)
@@ -109,7 +109,7 @@ def test_without_a_gpu_it_says_what_to_do_and_exits_with_2(monkeypatch, capsys):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """In place of the kernels: plain torch, into y. A test may spoil the result."""
+    """Replace the kernels by plain torch that writes into y. A test may spoil the result."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
     def multiply(x, weight, tile, counters, y):
@@ -145,7 +145,7 @@ SPOILED = {
     "one_number": (lambda y, counters: y[0, -1].add_(1), "error"),
     "unwritten": (lambda y, counters: y[-1, -1].fill_(float("nan")), "error nan"),
     "a_percent": (lambda y, counters: y.mul_(1.01), "error 9.9"),
-    "changing": (fails_sometimes, "runs differ"),
+    "changing": (fails_sometimes, "runs gave different bits"),
     "counters": (lambda y, counters: counters[3].add_(1), "counters are not zero"),
 }
 
@@ -166,5 +166,5 @@ def test_a_kernel_that_cannot_run_is_wrong_and_the_rest_is_checked(kernels):
     kernels.spoil = spoil
     row = correctness.check(JOB)
     assert all("illegal memory access" in what for what in row["wrong"])
-    assert len(row["wrong"]) == 4  # symmetric and not, the product and its twin
+    assert len(row["wrong"]) == 4  # symmetric and asymmetric, each for the product and its twin
     assert row["cases"] == 2

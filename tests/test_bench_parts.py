@@ -1,4 +1,4 @@
-"""The parts of the kernels' benchmark: one call of it, what it keeps, its processes and its table."""
+"""Check the modules of the kernels' benchmark: sessions, results, processes and the table."""
 
 import json
 import shutil
@@ -204,8 +204,8 @@ def test_a_reason_to_skip_tiles_is_told_with_a_tile_that_was_skipped_for_it():
     skipped = [{"tile": tile | {"stages": stages}, "why": f"OSError: {stages}"} for stages in (3, 4, 4)]
     lines = list(report._tuned([{"rule_us": 2.0, "us": 1.0, "skipped": skipped}]))
     assert lines[1:] == [
-        "tuning: 1 tiles skipped, such as 64x8w4s3c64/8: OSError: 3",
-        "tuning: 2 tiles skipped, such as 64x8w4s4c64/8: OSError: 4",
+        "tuning: 1 tiles skipped, for example 64x8w4s3c64/8: OSError: 3",
+        "tuning: 2 tiles skipped, for example 64x8w4s4c64/8: OSError: 4",
     ]
 
 

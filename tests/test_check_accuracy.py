@@ -1,4 +1,4 @@
-"""The script that decides whether the documented accuracy holds decides rightly."""
+"""Check the script that decides whether the documented accuracy holds."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def test_every_setting_is_one_that_quantize_takes():
 
 
 def write_rows(directory, kl, seconds=100.0):
-    """All rows of all tables, as if measured."""
+    """Write all rows of all tables as if they were measured."""
     config = CheckConfig("valid.txt", "test.txt", results=directory, dithered=directory)
     for table in check_accuracy._tables(config).values():
         lines = []
@@ -39,13 +39,13 @@ def write_rows(directory, kl, seconds=100.0):
                     row |= {"layer_error": 0.1, "original_perplexity": 19.0, "peak_memory_bytes": 10**9}
                     row |= {"seconds": {"total": seconds, "forward": 40.0, "statistics": 20.0}, "bits_per_weight": bits}
                     lines.append(json.dumps(row))
-        with table.results.open("a") as file:  # which some tables share
+        with table.results.open("a") as file:  # some tables share a file
             file.write("\n".join(lines) + "\n")
     return config
 
 
 def good(name, bits):
-    """Values that satisfy every claim."""
+    """Return values that satisfy every claim."""
     value = {"common": 1.0, "plain": 1.2, "fast": 0.5, "best": 0.2, "tuned": 0.1}.get(name)
     value = value if value is not None else 0.25 if name in ("normal", "normal, awq first", "normal, 2 passes") else 0.3
     return value * {4: 0.3, 3: 1.0, 2: 3.0}[bits]
@@ -62,8 +62,8 @@ def test_measured_rows_that_satisfy_every_claim_pass(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changed", "claim"),
     [
-        ("normal - matching", "KL with a part that is on / without it: normal - matching"),
-        ("normal, mse grid", "KL by default / with what is off: normal, mse grid"),
+        ("normal - matching", "KL of normal / of normal without one improvement: normal - matching"),
+        ("normal, mse grid", "KL of normal / of normal with an unused option: normal, mse grid"),
     ],
 )
 def test_a_claim_that_does_not_hold_is_named_and_is_an_error(changed, claim, tmp_path, capsys):

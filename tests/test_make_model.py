@@ -1,4 +1,4 @@
-"""The synthetic models that benchmarks run on are ordinary models."""
+"""Check that the synthetic models for benchmarks are ordinary models."""
 
 import json
 
@@ -12,6 +12,7 @@ from tiny import tiny_tokenizer
 
 import llmq
 from llmq.core.config import QuantizeConfig
+from llmq.core.errors import WorkError
 from llmq.models.model_source import ModelSource
 from llmq.runtime.load import load, load_any
 
@@ -27,7 +28,7 @@ def contents(directory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tiny model in several shards."""
+    """Make a tiny model in several shards."""
     return made(tmp_path_factory.mktemp("made") / "model", shard_gb=0.0002)
 
 
@@ -102,7 +103,7 @@ def test_the_seed_alone_decides_on_the_numbers(model, tmp_path):
 
 
 def test_its_tokenizer_is_that_of_the_tests():
-    """Written twice: tests/tiny.py is imported before llmq may be."""
+    """The code exists twice because tests/tiny.py is imported before llmq may be imported."""
     assert byte_tokenizer().backend_tokenizer.to_str() == tiny_tokenizer().backend_tokenizer.to_str()
 
 
@@ -142,6 +143,6 @@ def test_nothing_is_left_of_a_model_that_was_not_finished(error, tmp_path, monke
         raise error
 
     monkeypatch.setattr(make_model, "save_file", fail)
-    with pytest.raises((llmq.errors.WorkError, KeyboardInterrupt), match=r"No space left|^$"):
+    with pytest.raises((WorkError, KeyboardInterrupt), match=r"No space left|^$"):
         made(tmp_path)
     assert contents(tmp_path) == {}

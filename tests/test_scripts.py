@@ -1,4 +1,4 @@
-"""The scripts behind the documented numbers run, on a tiny model, and do what they say."""
+"""Check that the scripts behind the documented numbers run on a tiny model and do what they say."""
 
 import json
 
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 
 def script(name, *arguments):
-    """Run scripts/NAME.py and return its stdout."""
+    """Run scripts/NAME.py. Returns its stdout."""
     done = run_here(name, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,1 +1,1 @@
-"""The parts of scripts/bench_kernels.py: what is measured, how, and the table."""
+"""Modules of scripts/bench_kernels.py: the plan, the measurements, and the table of results."""

@@ -1,4 +1,4 @@
-"""What this machine can do at best: bandwidth, tensor cores, and how close one launch can follow another."""
+"""Measure the ceilings of the machine: memory bandwidth, tensor cores, and the shortest time between launches."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 from bench.machine import timed
 from bench.session import Session, Task
 
-# (numbers a program reads at a time, warps, how many times): the best of a few counts.
+# (numbers that a program reads at a time, warps, reads per program). The fastest of these counts.
 _READERS = ((4096, 8, 4), (4096, 4, 8), (2048, 4, 16), (8192, 8, 8), (8192, 8, 32))
 
 
 @triton.jit
 def sum_kernel(x, sums, BLOCK: tl.constexpr, TIMES: tl.constexpr):
-    """sums[program] = sum of its BLOCK * TIMES numbers."""
+    """Compute sums[program], the sum of the BLOCK * TIMES numbers of this program."""
     start = tl.program_id(0).to(tl.int64) * (BLOCK * TIMES)
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
     for i in range(TIMES):
@@ -30,7 +30,7 @@ def sum_kernel(x, sums, BLOCK: tl.constexpr, TIMES: tl.constexpr):
 
 @triton.jit
 def step_kernel(x, PDL: tl.constexpr):
-    """x += 1, as little as a kernel can do that depends on the one before it."""
+    """Compute x += 1: almost nothing, but each launch depends on the launch before it."""
     if PDL:
         tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]
     tl.store(x, tl.load(x) + 1)
@@ -39,7 +39,7 @@ def step_kernel(x, PDL: tl.constexpr):
 
 
 def tasks(session: Session) -> Iterator[Task]:
-    """Read, copy, multiply, launch."""
+    """Yield the tasks: reading, copying, multiplying, launching."""
     works: dict[str, Callable[[Session], dict[str, Any]]] = {"read": _read, "copy": _copy, "matmul": _matmul}
     works["interval"] = lambda session: _interval(session, pdl=False)
     if session.machine.device.arch == 90:
@@ -64,7 +64,7 @@ def _read(session: Session) -> dict[str, Any]:
         timing = timed(session.machine, [launch], x.nbytes / 5e12, session.plan.replays)
         expected = x[: programs * block * times].sum(dtype=torch.float64)
         if not abs(sums.sum(dtype=torch.float64) - expected) < 1e-4 * expected:
-            raise RuntimeError("the kernel that reads adds up to something else")
+            raise RuntimeError("the kernel that measures reading computed a wrong sum")
         timing |= {"rate": 4e6 * programs * block * times / timing["us"], "reader": [block, warps, times]}
         if timing["rate"] > best.get("rate", 0.0):
             best = timing

@@ -1,4 +1,4 @@
-"""Compiling: how long first calls of kernels take, cold and from Triton's cache; and compiling ahead, side by side."""
+"""Time the first calls of kernels, with an empty and with a filled Triton cache. Also compile kernels in parallel."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ Call = tuple[Problem, "Tile | None"]
 
 
 class Job(NamedTuple):
-    """Calls to make once each, in one process."""
+    """Calls that one process makes, each once."""
 
     toy: bool
     cache: str | None
-    """Triton's cache directory, if not the usual one."""
+    """Cache directory for Triton; None for the usual one."""
     calls: tuple[Call, ...]
 
 
 def launch(job: Job) -> list[tuple[float, str | None]]:
-    """(seconds, what went wrong) of each call."""
+    """Make each call and return (seconds, error or None) for it."""
     if job.cache:
         os.environ["TRITON_CACHE_DIR"] = job.cache
     machine = the_machine(job.toy)
-    torch.zeros(1, device=machine.where)  # a new process's GPU context is not the kernels' affair
+    torch.zeros(1, device=machine.where)  # creates the GPU context before the clock starts
     outcomes = []
     for problem, tile in job.calls:
         x = torch.zeros(problem.M, problem.K, dtype=getattr(torch, problem.dtype), device=machine.where)
@@ -48,7 +48,7 @@ def launch(job: Job) -> list[tuple[float, str | None]]:
         try:
             multiply(x, weight, tile, counters)
             machine.synchronize()
-        except Exception as error:  # an impossible tile, say: whoever asked decides what it means
+        except Exception as error:  # for example an impossible tile; the caller decides what it means
             wrong = f"{type(error).__name__}: {error}"[:200]
         outcomes.append((time.perf_counter() - start, wrong))
     return outcomes
@@ -62,7 +62,7 @@ def _empty_weight(problem: Problem, where: torch.device) -> PackedWeight:
 
 
 def tasks(session: Session) -> Iterator[Task]:
-    """Time the first calls of a model's layers with the rule's tiles."""
+    """Yield one task that times the first calls of the layers of a model, with the rule's tiles."""
     yield Task("compile", ("rule",), lambda: _cold_start(session), seconds=60)
 
 
@@ -74,7 +74,7 @@ def _cold_start(session: Session) -> dict[str, Any]:
     ]
     calls = _once_each([(problem, rule(machine.device, problem)) for problem in problems])
     with tempfile.TemporaryDirectory() as cache:
-        # One process even for a toy, so that the way there is tried out too.
+        # A toy run uses one process too, so that it tries this code.
         workers = machine.workers or 1
         jobs = [Job(machine.toy, cache, tuple(calls[i::workers])) for i in range(min(workers, len(calls)))]
         start = time.perf_counter()
@@ -85,7 +85,7 @@ def _cold_start(session: Session) -> dict[str, Any]:
         ((_, warm),) = pool.run(launch, [again], min(1, machine.workers), 60)
     wrong = [what for _, what in outcomes if what]
     if wrong:
-        raise RuntimeError(f"{len(wrong)} of the rule's tiles do not run, such as: {wrong[0]}")
+        raise RuntimeError(f"{len(wrong)} of the rule's tiles do not run, for example: {wrong[0]}")
     return {
         "binaries": binaries,
         "workers": workers,
@@ -103,7 +103,7 @@ def _checked(result: Any) -> list[tuple[float, str | None]]:
 
 
 def ahead(session: Session, calls: Sequence[Call], seconds: float) -> None:
-    """Compile calls into Triton's cache with many processes, so that what is done next need not wait."""
+    """Compile calls into Triton's cache with many processes, so that later calls do not wait for the compiler."""
     machine, calls = session.machine, _once_each(calls)
     if machine.workers == 0 or not calls:
         return
@@ -118,12 +118,12 @@ def ahead(session: Session, calls: Sequence[Call], seconds: float) -> None:
 
 
 def _once_each(calls: Iterable[Call]) -> list[Call]:
-    """Calls that need a binary of their own: of sizes, Triton tells apart which are 1 and which 16 divides."""
+    """Return one call for each different binary. Triton compiles anew if a size becomes 1 or a multiple of 16."""
     kinds: dict[Any, Call] = {}
     for problem, tile in calls:
         kind = (problem.bits, problem.group_size, problem.symmetric, problem.dtype)
         sizes = [(size == 1, size % 16 == 0) for size in (problem.N, problem.K)]
         even = problem.K % block_of(problem.bits, problem.plane) == 0
-        shape = tile and replace(tile, splits=min(2, tile.splits))  # into how many is not in the binary
+        shape = tile and replace(tile, splits=min(2, tile.splits))  # all numbers of splits above 1 use one binary
         kinds.setdefault((*kind, *sizes, even, shape), (problem, tile))
     return list(kinds.values())

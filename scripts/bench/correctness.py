@@ -1,4 +1,7 @@
-"""Correctness before speed: every width, group and dtype against float64, on memory that comes full of NaN."""
+"""Check the results of the kernels before timing them: every width, group and dtype against float64.
+
+New memory is filled with NaN first, so that a result that nobody wrote is noticed.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class Job(NamedTuple):
 
 
 def tasks(session: Session) -> Iterator[Task]:
-    """All jobs as one task: they run side by side."""
+    """Yield one task that runs all jobs in parallel."""
     yield Task("correct", None, lambda: _check_all(session), seconds=30)
 
 
@@ -54,7 +57,7 @@ def _check_all(session: Session) -> None:
 
 
 def check(job: Job) -> dict[str, Any]:
-    """What was checked of one width, group and dtype, the largest errors, and everything that was wrong."""
+    """Check one width, group and dtype. Returns the number of cases, the largest errors, and a list of all mistakes."""
     machine, grid = the_machine(job.toy), (TOY if job.toy else FULL).grid
     group = job.group
     K = grid.inputs | 1 if group == -1 else group * max(1, grid.inputs // group - 1 + grid.inputs // group % 2)
@@ -67,7 +70,7 @@ def check(job: Job) -> dict[str, Any]:
                 problem = Problem(job.bits, size, symmetric, job.dtype, 1, N, K_)
                 try:
                     _check_weight(machine, problem, tokens, row, twins=grid.outputs == N)
-                except Exception as error:  # a launch that breaks the GPU context ends this process's checks
+                except Exception as error:  # after a launch that breaks the GPU context, all later checks fail too
                     row["wrong"].append(f"{_short(problem)}: {type(error).__name__}: {error}"[:300])
     return row
 
@@ -79,28 +82,32 @@ def _check_weight(
     weight = pack(codes, scale, zero, problem.bits)
     exact = exact_weight(codes, scale, zero)
     for M in tokens:
-        at = replace(problem, M=M)
-        x = random_tokens(at, machine.where, seed=M)
-        for tile, ours in _tiles(machine, at):
+        problem = replace(problem, M=M)
+        x = random_tokens(problem, machine.where, seed=M)
+        for tile, ours in _tiles(machine, problem):
             try:
                 y = _repeated(x, weight, tile)
             except AssertionError as error:
-                row["wrong"].append(f"{_short(at)} {tile}: {error}")
+                row["wrong"].append(f"{_short(problem)} {tile}: {error}")
                 continue
             except Exception as error:
-                # A tile that the rule would not choose may be too large for this GPU; a broken GPU shows right after.
+                # A tile that the rule would not choose may be too large for this GPU. If the GPU itself is broken,
+                # synchronize raises.
                 machine.synchronize()
                 row["wrong" if ours else "skipped"].append(
-                    f"{_short(at)} {tile}: {type(error).__name__}: {error}"[:300]
+                    f"{_short(problem)} {tile}: {type(error).__name__}: {error}"[:300]
                 )
                 continue
-            _compare(y, x, exact, at, tile, row)
+            _compare(y, x, exact, problem, tile, row)
     if twins:
         _compare_twins(weight, replace(problem, M=tokens[0]), machine, row)
 
 
 def _tiles(machine: Machine, problem: Problem) -> Iterator[tuple[Tile | None, bool]]:
-    """(tile, whether the rule may choose it): the rule's, the same with dependent launch, and a folded one."""
+    """Yield (tile, whether the rule may choose it).
+
+    The tiles are the rule's own, the same with dependent launch, and one that folds the scales into the weights.
+    """
     chosen = rule(machine.device, problem)
     yield chosen, True
     if problem.M == 1 and problem.bits == 4 and machine.device.arch == 90 and chosen is not None:
@@ -110,25 +117,27 @@ def _tiles(machine: Machine, problem: Problem) -> Iterator[tuple[Tile | None, bo
 
 
 def _repeated(x: Tensor, weight: PackedWeight, tile: Tile | None) -> Tensor:
-    """The product, after several runs gave the same bits. Raises AssertionError if they do not."""
+    """Multiply several times and return the product. Raises AssertionError if the runs give different bits."""
     counters = new_counters(x.device)
     runs = []
     for _ in range(RUNS):
         y = torch.full((len(x), weight.out_features), float("nan"), dtype=x.dtype, device=x.device)
         runs.append(multiply(x, weight, tile, counters, y))
-    assert not counters.any(), "the counters are not zero afterwards"
-    assert all(torch.equal(runs[0].view(torch.int16), y.view(torch.int16)) for y in runs), f"{RUNS} runs differ"
+    assert not counters.any(), "the counters are not zero after the runs"
+    assert all(torch.equal(runs[0].view(torch.int16), y.view(torch.int16)) for y in runs), (
+        f"{RUNS} runs gave different bits"
+    )
     return runs[0]
 
 
 def exact_weight(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """scale * (code - zero) in float64: [N, K]."""
+    """Return scale * (code - zero) in float64, as [N, K]."""
     grouped = codes.double().unflatten(1, (scale.shape[1], -1))
     return ((grouped - zero.double()[..., None]) * scale.double()[..., None]).flatten(1)
 
 
 def errors(y: Tensor, x: Tensor, exact: Tensor) -> tuple[float, float]:
-    """(relative Frobenius error, largest error over the largest value)."""
+    """Return (relative Frobenius error, largest error divided by the largest value)."""
     expected = x.double() @ exact.T
     difference = y.double() - expected
     return float(difference.norm() / expected.norm()), float(difference.abs().max() / expected.abs().max())
@@ -143,12 +152,15 @@ def _compare(y: Tensor, x: Tensor, exact: Tensor, problem: Problem, tile: Tile |
     bar = bar_of(tile, problem.dtype)
     row["cases"] += 1
     row["error"], row["largest"] = max(row["error"], error), max(row["largest"], largest)
-    if not (error <= bar and largest <= 4 * bar):  # NaN fails too
+    if not (error <= bar and largest <= 4 * bar):  # written so that NaN fails too
         row["wrong"].append(f"{_short(problem)} {tile}: error {error:.2e}, largest {largest:.2e}, bar {bar:.1e}")
 
 
 def _compare_twins(weight: PackedWeight, problem: Problem, machine: Machine, row: dict[str, Any]) -> None:
-    """PTX against plain Triton. Codes come out equal or wrong; sums may be added up in another order."""
+    """Compare the kernels with inline PTX with their twins in plain Triton.
+
+    Dequantized weights must be equal. Products may differ by rounding, because sums may have another order.
+    """
     dtype, tile = getattr(torch, problem.dtype), rule(machine.device, problem)
     x = random_tokens(problem, machine.where)
     rows = min(64, weight.out_features)
@@ -176,8 +188,8 @@ def _short(problem: Problem) -> str:
 
 @contextmanager
 def _poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN: nothing can rely on what memory happens to hold."""
-    torch.use_deterministic_algorithms(True, warn_only=True)  # which is what fills it
+    """Let torch.empty return NaN while the context is open, so that no kernel can rely on old contents of memory."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # this setting fills new memory with NaN
     try:
         yield
     finally:

@@ -1,8 +1,9 @@
-"""End to end: decode steps of a LLaMA with random weights, packed and in 16 bit, in the same harness.
+"""Time decode steps of a whole LLaMA with random weights, packed and in 16 bit.
 
-transformers' own layers, with q, k, v and gate, up merged, a static cache, and a whole step in one CUDA graph: with and
-without torch.compile to fuse what stands between the matmuls; and ungraphed, each launch when Python gets to it. Both
-models are the same function up to rounding.
+Both models use the same code: the layers of transformers, with q, k, v merged and gate, up merged, and a static cache.
+They compute the same function, except for rounding. A step is timed in three ways: as one CUDA graph; as one CUDA graph
+of code from torch.compile, which fuses the work between the matmuls; and without a graph, where Python launches each
+kernel.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from bench.plan import Decoder, Plan
 from bench.session import Session, Task
 
 _SAME = 0.1
-"""How far the logits of the two models may lie apart: one step through all layers in 16 bit."""
+"""Largest relative difference between the logits of the two models, after one step through all layers in 16 bit."""
 
 
 class Packed(nn.Module):
-    """x Wᵀ with a packed weight, as llmq.linear.PackedLinear does it."""
+    """Multiplies by a packed weight, x Wᵀ, as llmq.runtime.packed_linear.PackedLinear does."""
 
     def __init__(self, weight: PackedWeight) -> None:
         super().__init__()
@@ -40,14 +41,14 @@ class Packed(nn.Module):
         self.words: Tensor
         self.grid: Tensor
         self.counters: Tensor
-        self.kind = weight.bits, weight.group_size, weight.in_features, weight.symmetric
+        self.scheme = weight.bits, weight.group_size, weight.in_features, weight.symmetric
 
     def forward(self, x: Tensor) -> Tensor:
-        return packed_linear(x, PackedWeight((self.words,), self.grid, *self.kind), None, self.counters)
+        return packed_linear(x, PackedWeight((self.words,), self.grid, *self.scheme), None, self.counters)
 
 
 class Dense(nn.Module):
-    """x Wᵀ with the same weight in 16 bit."""
+    """Multiplies by the same weight in 16 bit, x Wᵀ."""
 
     def __init__(self, weight: PackedWeight, dtype: torch.dtype) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ class Dense(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of one new token to a static cache; q, k and v in one product."""
+    """Attention of one new token to a static cache. One product computes q, k and v."""
 
     def __init__(self, qkv: nn.Module, o: nn.Module, sizes: Decoder, like: Tensor) -> None:
         super().__init__()
@@ -80,7 +81,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, None]:
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-        q, k, v = (part.transpose(1, 2) for part in self.qkv(hidden_states).view(1, 1, 3, self.heads, -1).unbind(2))
+        q, k, v = (third.transpose(1, 2) for third in self.qkv(hidden_states).view(1, 1, 3, self.heads, -1).unbind(2))
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         self.keys.index_copy_(2, position_ids[0], k)
         self.values.index_copy_(2, position_ids[0], v)
@@ -89,7 +90,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """SiLU(gate) * up, in one product, then down."""
+    """The MLP of a LLaMA block: down(SiLU(gate) * up). One product computes gate and up."""
 
     def __init__(self, gate_up: nn.Module, down: nn.Module) -> None:
         super().__init__()
@@ -101,21 +102,21 @@ class Mlp(nn.Module):
 
 
 class Step:
-    """One decode step of one sequence, on memory that stays where it is: token and position lead to the next ones."""
+    """One decode step of one sequence. It replaces token and position by the next ones, in the same memory."""
 
     def __init__(self, model: Any, sizes: Decoder, where: torch.device) -> None:
         self.model, self.context = model, sizes.context
         self.token = torch.zeros(1, 1, dtype=torch.long, device=where)
         self.position = torch.zeros(1, 1, dtype=torch.long, device=where)
-        self._places = torch.arange(sizes.context, device=where)
+        self._positions = torch.arange(sizes.context, device=where)
 
     def __call__(self) -> Tensor:
         decoder = self.model.model
         hidden = decoder.embed_tokens(self.token)
-        turned = decoder.rotary_emb(hidden, self.position)
-        seen = (self._places <= self.position)[None, None]
+        rotary = decoder.rotary_emb(hidden, self.position)
+        seen = (self._positions <= self.position)[None, None]
         for layer in decoder.layers:
-            hidden = layer(hidden, attention_mask=seen, position_ids=self.position, position_embeddings=turned)
+            hidden = layer(hidden, attention_mask=seen, position_ids=self.position, position_embeddings=rotary)
         logits = self.model.lm_head(decoder.norm(hidden))
         self.token.copy_(logits[:, -1:].argmax(-1))
         self.position.copy_((self.position + 1) % self.context)
@@ -123,7 +124,7 @@ class Step:
 
 
 def tasks(session: Session) -> Iterator[Task]:
-    """Packed and 16 bit: in a graph without and with torch.compile, and without both."""
+    """Yield the tasks: packed and 16 bit, each in a graph, compiled in a graph, and without a graph."""
     for how in ("eager", "compiled", "ungraphed"):
         for kind in ("packed", "dense"):
             work = partial(_decode, session, kind, how)
@@ -137,7 +138,7 @@ def _decode(session: Session, kind: str, how: str) -> dict[str, Any]:
     if how == "ungraphed":
         machine = replace(machine, timer=time_plainly)
     tables = ({"rows": session.results.of("tune")}, *tables_for(machine.device.name, machine.device.arch))
-    with mock.patch.object(op, "tables_for", return_value=tables):  # the tiles that this call found
+    with mock.patch.object(op, "tables_for", return_value=tables):  # tiles that this benchmark has tuned
         model, apart = _models(session)[kind], session.cache["models apart"]
         if not apart <= _SAME:
             raise RuntimeError(f"the packed model and its 16-bit copy differ by {apart:.2g} in their logits")
@@ -173,7 +174,7 @@ def _models(session: Session) -> dict[str, Any]:
 
 
 def problems(plan: Plan) -> dict[str, Problem]:
-    """What a decode step multiplies by in each layer."""
+    """Return the matmuls of one layer in a decode step, by name."""
     hidden, intermediate = plan.decoder.hidden, plan.decoder.intermediate
     shapes = {"qkv": (3 * hidden, hidden), "o": (hidden, hidden)}
     shapes |= {"gate_up": (2 * intermediate, hidden), "down": (hidden, intermediate)}
@@ -190,7 +191,7 @@ def _weights(session: Session, layer: int) -> dict[str, PackedWeight]:
 def _model(
     session: Session, weights: list[dict[str, PackedWeight]], layer_of: Callable[[PackedWeight], nn.Module]
 ) -> Any:
-    """transformers' LLaMA, its attentions and MLPs replaced by ours."""
+    """Return a LLaMA of transformers, with its attentions and MLPs replaced by ours."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

@@ -1,4 +1,4 @@
-"""Where a benchmark runs: a GPU, timed in CUDA graphs, or Triton's interpreter on a CPU, to prove the script."""
+"""Describe the machine of a benchmark: a GPU timed with CUDA graphs, or Triton's interpreter for toy runs on a CPU."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from llmq_kernels.op import describe
 from llmq_kernels.trial import Timer, time_graph
 
 INTERPRETER = "interpreter"
-"""The device's name in toy results, so that nobody takes them for measurements."""
+"""Device name in the results of toy runs, so that nobody takes them for measurements."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A device and how to time on it."""
+    """A device, and how to time kernels on it."""
 
     where: torch.device
     device: Device
     timer: Timer
     workers: int
-    """Processes for compiling and checking; 0 for none but this."""
+    """Number of processes for compiling and checking; 0 means that this process does it."""
     compiler: str
-    """Backend of torch.compile."""
+    """Backend for torch.compile."""
 
     @property
     def toy(self) -> bool:
@@ -41,21 +41,21 @@ class Machine:
 
 
 def the_machine(toy: bool) -> Machine:
-    """This process's. Raises RuntimeError where there is no GPU, or no interpreter for toys."""
+    """Return the machine of this process. Raises RuntimeError if there is no GPU, or no interpreter for a toy run."""
     if toy:
         if not os.environ.get("TRITON_INTERPRET"):
-            raise RuntimeError("--toy runs in Triton's interpreter: set TRITON_INTERPRET=1")
+            raise RuntimeError("--toy runs in Triton's interpreter; set TRITON_INTERPRET=1")
         return Machine(torch.device("cpu"), Device(INTERPRETER, 80, 1, 227 << 10), time_plainly, 0, "aot_eager")
     if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):
         raise RuntimeError(
-            "there is no CUDA GPU here to measure (or TRITON_INTERPRET is set); --toy tries the script out"
+            "found no CUDA GPU to measure, or TRITON_INTERPRET is set; --toy tries the script without a GPU"
         )
     where = torch.device("cuda", torch.cuda.current_device())
     return Machine(where, describe(where), time_graph, max(1, min(14, (os.cpu_count() or 1) - 1)), "inductor")
 
 
 def time_plainly(launches: Sequence[Callable[[], object]], least: float, replays: int = 2) -> list[float]:  # noqa: ARG001
-    """A Timer without graphs: the time that Python takes to launch counts."""
+    """Return seconds per launch, measured without graphs. The time of Python's launching code counts too."""
     seconds = []
     for _ in range(replays):
         start = time.perf_counter()
@@ -68,7 +68,7 @@ def time_plainly(launches: Sequence[Callable[[], object]], least: float, replays
 
 
 def timed(machine: Machine, launches: Sequence[Callable[[], object]], least: float, replays: int) -> dict[str, Any]:
-    """Microseconds per launch: the median and two percentiles of timing it twice, and the median of either time."""
+    """Time the launches twice. Returns microseconds per launch: median and two percentiles, and both medians."""
     twice = [[1e6 * seconds for seconds in machine.timer(launches, least, replays)] for _ in range(2)]
     both = sorted(twice[0] + twice[1])
     return {

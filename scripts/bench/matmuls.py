@@ -1,4 +1,4 @@
-"""Tuning our tiles and timing every path, one row for each path, width and shape."""
+"""Tune the tiles of our kernels, and time every path: one row for each path, width and shape."""
 
 from __future__ import annotations
 
@@ -19,38 +19,41 @@ from bench.session import Session, Task
 
 _OURS = ("llmq", "dequantize")
 _CHECKED = 64
-"""Tokens whose results are compared with float64."""
+"""Number of tokens that are compared with float64."""
 
 
 def problems(session: Session, tokens: Iterable[int], bits: int = 4) -> list[Problem]:
-    """For each number of tokens all shapes: at 4 bit every one, at other widths the large ones."""
+    """Return the problems for each number of tokens. At 4 bit they have all shapes, at other widths the large ones."""
     plan = session.plan
     wide = [(N, K) for N, K in plan.shapes if bits == 4 or plan.wide <= N * K]
     return [Problem(bits, plan.group, True, plan.dtype, M, N, K) for M in tokens for N, K in wide]
 
 
 def to_tune(session: Session, tokens: Iterable[int], bits: int = 4) -> list[Problem]:
-    """One for each bucket of a table and shape; those of up to 8 tokens are tuned at the fewest that are asked for."""
+    """Return the problems to tune: one for each shape and each bucket of numbers of tokens.
+
+    The smallest number of tokens in a bucket stands for the whole bucket.
+    """
     buckets = {bucket_of(M): M for M in sorted(tokens, reverse=True)}
     return problems(session, sorted(buckets.values()), bits)
 
 
-def ahead(session: Session, wanted: Iterable[Problem]) -> Iterator[Task]:
-    """Compile all that tuning will try, beforehand and in parallel."""
+def ahead(session: Session, to_do: Iterable[Problem]) -> Iterator[Task]:
+    """Yield a task that compiles, in parallel, all tiles that tuning will try."""
 
     def work() -> None:
-        left = [problem for problem in wanted if not session.results.has("tune", _tune_key(problem))]
+        left = [problem for problem in to_do if not session.results.has("tune", _tune_key(problem))]
         device = session.machine.device
         cold.ahead(session, [(p, tile) for p in left for tile in candidates(device, p)], min(90, session.left() / 4))
 
     yield Task("tune", None, work, seconds=20)
 
 
-def tuning(session: Session, wanted: Iterable[Problem]) -> Iterator[Task]:
-    """Find the best tile of each problem."""
+def tuning(session: Session, to_do: Iterable[Problem]) -> Iterator[Task]:
+    """Yield a task for each problem that finds its fastest tile."""
     machine = session.machine
     trial = Trial(machine.where, machine.timer, session.plan.rotation)
-    for problem in wanted:
+    for problem in to_do:
         work = partial(_tune, machine.device, problem, trial)
         yield Task("tune", _tune_key(problem), work, seconds=5)
 
@@ -63,10 +66,10 @@ def _tune_key(problem: Problem) -> tuple[Any, ...]:
     return problem.bits, problem.dtype, bucket_of(problem.M), problem.N, problem.K
 
 
-def times(session: Session, paths: Iterable[str], wanted: Iterable[Problem]) -> Iterator[Task]:
-    """Time paths: for each problem all of them."""
+def times(session: Session, paths: Iterable[str], to_do: Iterable[Problem]) -> Iterator[Task]:
+    """Yield a task for each problem and path that times it. All paths of one problem follow each other."""
     paths = list(paths)
-    for problem in wanted:
+    for problem in to_do:
         for path in paths:
             if peers.applies(path, problem, session.plan):
                 key = (path, problem.bits, problem.dtype, problem.M, problem.N, problem.K)
@@ -75,7 +78,7 @@ def times(session: Session, paths: Iterable[str], wanted: Iterable[Problem]) -> 
 
 
 def tile_of(session: Session, problem: Problem) -> Tile | None:
-    """What tuning said, in the other dtype if not in this one; else what users get."""
+    """Return the tuned tile in this dtype, else the one tuned in the other dtype, else the one that users get."""
     device, rows = session.machine.device, session.results.of("tune")
     other = [row | {"dtype": problem.dtype} for row in rows]
     return choose(device, problem, ({"rows": rows}, {"rows": other}, *tables_for(device.name, device.arch)))
@@ -83,10 +86,10 @@ def tile_of(session: Session, problem: Problem) -> Tile | None:
 
 def _time(session: Session, path: str, problem: Problem) -> dict[str, Any]:
     machine = session.machine
-    kind = replace(problem, M=1)
-    if ("layer", kind) not in session.cache:
-        session.cache["layer", kind] = Layer(machine, kind, session.plan.rotation)
-    layer = session.cache["layer", kind]
+    one_token = replace(problem, M=1)
+    if ("layer", one_token) not in session.cache:
+        session.cache["layer", one_token] = Layer(machine, one_token, session.plan.rotation)
+    layer = session.cache["layer", one_token]
     ours, tile = path in _OURS, tile_of(session, problem) if path == "llmq" else None
     products = layer.fused(tile) if ours else layer.products(path)
     x = random_tokens(replace(problem, dtype=peers.DTYPES.get(path, problem.dtype)), machine.where)
@@ -103,8 +106,8 @@ def _time(session: Session, path: str, problem: Problem) -> dict[str, Any]:
     if ours:
         row["tile"] = None if tile is None else asdict(tile)
     bar = bar_of(tile, problem.dtype) if ours else 0.1
-    if not error <= bar:  # a wrong result's time is not kept
-        raise RuntimeError(f"computes something else: error {error:.2e}, bar {bar:.1e}, {tile}")
+    if not error <= bar:  # the time of a wrong result is not kept
+        raise RuntimeError(f"wrong result: error {error:.2e} is above the bar {bar:.1e}, {tile}")
     launches = [lambda product=product: product(x) for product in products.copies]
     row |= timed(machine, launches, least_seconds(problem), session.plan.replays)
     row["weight_bytes"] = products.weight_bytes

@@ -1,4 +1,4 @@
-"""Every way to multiply by a weight that is timed: ours, the vendor's library, and other projects' kernels."""
+"""Prepare a weight for every path that is timed: our kernels, the vendor's library, and kernels of other projects."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Product = Callable[[Tensor], Tensor]
 
 
 class Products(NamedTuple):
-    """x -> x Wᵀ over each of some copies of a weight in turn, and the bytes of one copy."""
+    """Functions x -> x Wᵀ, one for each copy of the same weight, and the bytes of one copy."""
 
     copies: Sequence[Product]
     weight_bytes: int
 
 
 class Layer:
-    """A random weight in every path's own layout, each made when it is first asked for and kept."""
+    """A random weight in the layout of every path. A layout is made at its first use, and kept."""
 
     def __init__(self, machine: Machine, problem: Problem, rotation: float) -> None:
         self.machine, self.problem, self._rotation = machine, problem, rotation
@@ -43,7 +43,7 @@ class Layer:
 
     @cached_property
     def codes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(codes, scale, zero)."""
+        """Return (codes, scale, zero)."""
         return random_codes(self.problem, self.machine.where)
 
     @cached_property
@@ -51,22 +51,22 @@ class Layer:
         return rotated(pack(*self.codes, self.problem.bits), self._rotation)
 
     def exact(self) -> Tensor:
-        """[N, K] in float64; large, so not kept."""
+        """Return the weight [N, K] in float64. It is large, so it is not kept."""
         return exact_weight(*self.codes)
 
     def fused(self, tile: Tile | None) -> Products:
-        """Ours: with a tile, or, with None, dequantizing first."""
+        """Return the products of our kernels. With tile None, they dequantize first."""
         products = [lambda x, w=w: multiply(x, w, tile, self._counters) for w in self._packed]
         return Products(products, nbytes(self._packed[0]))
 
     def products(self, path: str) -> Products:
-        """The copies of a peer's weight."""
+        """Return the products of a peer."""
         if path not in self._made:
             self._made[path] = _PEERS[path](self)
         return self._made[path]
 
     def copies(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        """Clones of a layout's tensors, as many as the rotation takes."""
+        """Return clones of the tensors of a layout: enough that one round through them reads `rotation` bytes."""
         count = max(2, math.ceil(self._rotation / sum(tensor.nbytes for tensor in tensors)))
         return [tuple(tensor.clone() for tensor in tensors) for _ in range(count)]
 
@@ -77,7 +77,7 @@ def _cublas(layer: Layer, dtype: torch.dtype) -> Products:
 
 
 def _tinygemm(layer: Layer) -> Products:
-    """torch's int4 kernel: w = (code - 8) * scale + offset, all in bfloat16."""
+    """Return the products of torch's int4 kernel: w = (code - 8) * scale + offset, all in bfloat16."""
     codes, scale, zero = layer.codes
     offset = (8 - zero.float()) * scale.float()
     grids = torch.stack([scale.float(), offset], dim=-1).transpose(0, 1).contiguous().to(torch.bfloat16)
@@ -93,17 +93,17 @@ def _tinygemm(layer: Layer) -> Products:
 
 
 def _gemlite(layer: Layer, config: Path | None) -> Products:
-    """gemlite with what it tunes itself at first use (its setting `fast`), or with a table that it ships."""
+    """Return the products of gemlite, tuned by the table `config` that it ships or, without one, by itself (`fast`)."""
     import gemlite  # pyright: ignore[reportMissingImports]
     from gemlite import core  # pyright: ignore[reportMissingImports]
 
     problem = layer.problem
-    for kernel in core.GEMLITE_TRITON_MAPPING.values():  # what was tuned under the other setting
+    for kernel in core.GEMLITE_TRITON_MAPPING.values():  # forget what was tuned with the other setting
         for tuner in kernel.kernel:
             tuner.cache.clear()
     gemlite.reset_config()
     if config and not gemlite.load_config(str(config)):
-        raise RuntimeError(f"gemlite cannot read its own {config}")
+        raise RuntimeError(f"gemlite cannot read {config}, which it ships itself")
     codes, scale, zero = layer.codes
     dtype = gemlite.DType.BF16 if problem.dtype == "bfloat16" else gemlite.DType.FP16
     linear = gemlite.GemLiteLinear(
@@ -131,11 +131,11 @@ _PEERS: dict[str, Callable[[Layer], Products]] = {
     "gemlite_h100": lambda layer: _gemlite(layer, _gemlite_table()),
 }
 DTYPES = {"cublas_bf16": "bfloat16", "cublas_fp16": "float16", "tinygemm": "bfloat16"}
-"""What a path computes in; the others take the problem's."""
+"""Dtype of the paths that have a fixed one. Other paths use the dtype of the problem."""
 
 
 def available() -> list[str]:
-    """Peers that are here; gemlite cannot even be imported without a GPU."""
+    """Return the peers that this machine has. gemlite cannot even be imported without a GPU."""
     peers = ["cublas_bf16", "cublas_fp16", "tinygemm"]
     if torch.cuda.is_available() and _gemlite_table():
         peers += ["gemlite_h100", "gemlite"]
@@ -143,7 +143,10 @@ def available() -> list[str]:
 
 
 def applies(path: str, problem: Problem, plan: Plan) -> bool:
-    """Whether a path is worth timing: its table must have the shape, the number of tokens must not be beyond reason."""
+    """Tell whether a path should be timed on a problem.
+
+    gemlite's table must contain the shape. tinygemm is left out where it would take very long.
+    """
     if path == "gemlite_h100":
         table = _gemlite_table()
         return table is not None and f", {problem.N}, {problem.K}, {problem.group_size}," in table.read_text("utf-8")
@@ -151,36 +154,39 @@ def applies(path: str, problem: Problem, plan: Plan) -> bool:
 
 
 def _gemlite_table() -> Path | None:
-    """The tiles gemlite ships for the chip nearest to an H200, if gemlite is installed."""
+    """Return gemlite's own table of tiles for the chip most like an H200, or None if gemlite is not installed."""
     package = importlib.util.find_spec("gemlite")
     return Path(package.origin).parent / "configs" / "h100.json" if package and package.origin else None
 
 
 def compile_gemlite(problem: Problem) -> str | None:
-    """Have gemlite try all it tries for a problem, so that Triton's cache has it. Returns what went wrong."""
+    """Let gemlite compile its tiles for a problem into Triton's cache. Returns the error as text, or None."""
     try:
         machine = the_machine(toy=False)
         layer = Layer(machine, replace(problem, M=1), 1)
         layer.products("gemlite").copies[0](random_tokens(problem, machine.where))
         machine.synchronize()
-    except Exception as error:  # as text: not every exception finds its way between processes
+    except Exception as error:  # returned as text, because some exceptions cannot be sent between processes
         return f"{type(error).__name__}: {error}"[:200]
     return None
 
 
 def ahead(session: Session, paths: Sequence[str]) -> Iterator[Task]:
-    """gemlite compiles about twenty kernels for each shape and kind of size: side by side, before it is timed."""
+    """Yield a task that lets gemlite compile in parallel before it is timed.
+
+    It compiles about twenty kernels for each shape and each of three numbers of tokens.
+    """
 
     def work() -> None:
-        plan, wanted = session.plan, []
+        plan, to_do = session.plan, []
         for M in (1, 16, 64):
             for shape in plan.shapes:
                 if not session.results.has("time", ("gemlite", 4, plan.dtype, M, *shape)):
-                    wanted.append(Problem(4, plan.group, True, plan.dtype, M, *shape))
-        outcomes = list(pool.run(compile_gemlite, wanted, session.machine.workers, session.left() / 2))
+                    to_do.append(Problem(4, plan.group, True, plan.dtype, M, *shape))
+        outcomes = list(pool.run(compile_gemlite, to_do, session.machine.workers, session.left() / 2))
         wrong = [str(outcome) for _, outcome in outcomes if outcome]
         if wrong:
-            session.notes.append(f"gemlite: {len(wrong)} of {len(outcomes)} problems did not compile ahead: {wrong[0]}")
+            session.notes.append(f"gemlite: {len(wrong)} of {len(outcomes)} problems did not compile: {wrong[0]}")
 
     if paths:
         yield Task("time", None, work, ours=False, seconds=60)

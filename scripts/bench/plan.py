@@ -1,4 +1,4 @@
-"""What a benchmark measures: the full programme for a GPU, and a toy one that runs the same code in the interpreter."""
+"""Define what a benchmark measures: a full plan for a GPU, and a toy plan for the same code in the interpreter."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Grid:
-    """Which problems are compared with float64 before anything is timed."""
+    """The problems that are compared with float64 before anything is timed."""
 
     bits: tuple[int, ...]
     groups: tuple[int, ...]
-    """Inputs per group, -1 for a whole row."""
+    """Inputs per group; -1 means a whole row."""
     dtypes: tuple[str, ...]
     tokens: tuple[int, ...]
     outputs: int
-    """Odd, so that the last tile of rows is not full."""
+    """Rows of W. The number is odd, so that the last tile of rows is not full."""
     inputs: int
-    """About: for each group an odd number of groups, which fills no whole number of blocks."""
+    """Approximate columns of W. They are rounded to an odd number of groups, so that the last block is not full."""
     even: Shape
-    """A shape that fills blocks, checked with one token."""
+    """A shape that fills whole blocks. It is checked with the first number of tokens."""
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A LLaMA: sizes of the model whose decode step is timed."""
+    """Sizes of the LLaMA model for timing decode steps."""
 
     hidden: int
     intermediate: int
@@ -40,7 +40,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Plan:
-    """A programme. `first` and `later` are numbers of tokens: the first are the ones that have bars."""
+    """All that one benchmark measures. `first` and `later` are numbers of tokens; `first` is measured first."""
 
     shapes: tuple[Shape, ...]
     dtype: str
@@ -48,20 +48,20 @@ class Plan:
     first: tuple[int, ...]
     later: tuple[int, ...]
     widths: tuple[int, ...]
-    """Bits besides 4, at one token, for shapes of `wide` weights or more."""
+    """Bits other than 4. They are measured at one token, on shapes with at least `wide` weights."""
     wide: int
     rotation: float
-    """Bytes of weights to go through before the first comes up again."""
+    """Bytes of weights that are read before the same weight is read again."""
     replays: int
     read_bytes: int
     square: int
-    """Side of the matrices whose product measures the tensor cores."""
+    """Rows and columns of two matrices; their product measures the tensor cores."""
     nodes: int
-    """Launches in a graph that measures the interval between them."""
+    """Number of launches in the graph that measures the time between launches."""
     grid: Grid
     decoder: Decoder
     tinygemm_up_to: int
-    """More tokens than this take it many times as long as cuBLAS: it reads all weights again for every 16."""
+    """Most tokens that tinygemm is timed with. It reads all weights again for every 16 tokens, so it gets very slow."""
 
 
 FULL = Plan(
@@ -90,7 +90,7 @@ FULL = Plan(
     tinygemm_up_to=512,
 )
 
-# bfloat16 is wrong in the interpreter, so that our own kernels run in float16 there.
+# The interpreter computes bfloat16 wrongly, so our kernels run in float16 there.
 TOY = Plan(
     shapes=((48, 128),),
     dtype="float16",

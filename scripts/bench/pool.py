@@ -1,4 +1,4 @@
-"""Jobs in processes of their own: compiling uses many cores, and a broken GPU context breaks one job only."""
+"""Run jobs in separate processes: compiling uses many cores, and a broken GPU context breaks only one job."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from unittest import mock
 
 
 def run(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int, seconds: float) -> Iterator[tuple[Any, Any]]:
-    """(job, its result or the exception it ended in) as they end; with no workers, one after another in this process.
+    """Yield (job, its result or its exception) as jobs end. Without workers they run one by one in this process.
 
     Args:
-        function: importable by name; gets a job that can be pickled.
-        seconds: jobs that are not done by then end in TimeoutError.
+        function: must be importable by name. Its argument is a job, which must be picklable.
+        seconds: a job that is not done after this time has a TimeoutError as its result.
     """
     deadline = time.perf_counter() + seconds
     if workers == 0:
         for job in jobs:
             try:
                 yield job, function(job) if time.perf_counter() < deadline else TimeoutError("no time left")
-            except Exception as error:  # as in a process: the job's own affair
+            except Exception as error:  # it is the outcome of the job, as in a separate process
                 yield job, error
         return
     waiting, running, processes = list(jobs), {}, []
@@ -40,21 +40,21 @@ def run(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int, secon
         for process in processes:
             if process.is_alive():
                 process.kill()
-            process.join(5)  # a GPU context that ends disturbs what is timed next
+            process.join(5)  # a GPU context that ends later would disturb the next timing
     for job in (*running.values(), *waiting):
         yield job, TimeoutError("not done in time")
 
 
 def _started(function: Callable[[Any], Any], job: Any) -> tuple[Any, Any]:
-    """(where the outcome will come out, the process)."""
-    context = multiprocessing.get_context("forkserver")  # imports once; CUDA does not survive a fork
+    """Start a job. Returns (the pipe that will deliver the outcome, the process)."""
+    context = multiprocessing.get_context("forkserver")  # imports only once; CUDA does not survive a plain fork
     context.set_forkserver_preload(["bench.cold", "bench.correctness"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(function, job, theirs), daemon=True)
-    # The server that forks is not told sys.path by every version of Python, and keeps failing imports to itself.
+    # Some versions of Python do not tell the fork server sys.path. It would then fail to import, without a message.
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         process.start()
-    theirs.close()  # the process holds the only other end: the pipe ends when it dies
+    theirs.close()  # now only the process holds the other end, so the pipe closes when the process dies
     return ours, process
 
 
@@ -71,7 +71,7 @@ def _received(pipe: Any) -> Any:
         return pipe.recv()
     except EOFError:
         return ChildProcessError("its process died")
-    except Exception as error:  # not every exception finds its way between processes
+    except Exception as error:  # some exceptions cannot be sent between processes
         return error
     finally:
         pipe.close()

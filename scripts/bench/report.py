@@ -1,4 +1,4 @@
-"""The table at the end: what was measured, against peers and against the bars."""
+"""Print the table at the end of a benchmark: the measurements, compared with the peers and with the bars."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN = 12
 
 
 class Times:
-    """Timing rows by what they are of."""
+    """The rows of timings, by path, number of tokens, shape, bits and dtype."""
 
     def __init__(self, session: Session) -> None:
         self.plan = session.plan
@@ -26,34 +26,34 @@ class Times:
         self._rows = {tuple(row["key"]): row for row in session.results.of("time")}
 
     def get(self, path: str, M: int, shape: Shape, bits: int = 4, dtype: str | None = None) -> Row | None:
-        if path == "gemlite":  # its table or its own tuning, whichever is faster
+        if path == "gemlite":  # with its table or with its own tuning; the faster one counts
             both = [self._rows.get((p, bits, dtype or self.plan.dtype, M, *shape)) for p in ("gemlite", "gemlite_h100")]
             return min((row for row in both if row), key=lambda row: row["us"], default=None)
         return self._rows.get((path, bits, dtype or self.plan.dtype, M, *shape))
 
     def speedup(self, over: str, M: int, shape: Shape, bits: int = 4, dtype: str | None = None) -> float | None:
-        """How many times as fast ours is as a path at 4 bit (dense weights know no bits)."""
+        """Return the speed-up of our kernel over a path. The path runs at 4 bit, or on dense weights."""
         ours, theirs = self.get("llmq", M, shape, bits, dtype), self.get(over, M, shape)
         return theirs["us"] / ours["us"] if ours and theirs else None
 
     def fraction(self, M: int, shape: Shape) -> float | None:
-        """The part of our time that reading the bytes takes at the measured bandwidth."""
+        """Return the time for reading the bytes at the measured bandwidth, divided by our time."""
         ours = self.get("llmq", M, shape)
         return ours["bytes"] / self.read_rate / (1e-6 * ours["us"]) if ours and self.read_rate else None
 
     def mean(self, values: Iterable[float | None]) -> float | None:
-        """Geometric mean of what there is."""
+        """Return the geometric mean of the values that are not None, or None if there are none."""
         logs = [math.log(value) for value in values if value]
         return math.exp(sum(logs) / len(logs)) if logs else None
 
 
 def table(session: Session) -> Iterator[str]:
-    """Lines of text."""
+    """Yield the lines of the table."""
     times, results = Times(session), session.results
     toy = " — A TOY RUN: NOTHING HERE IS A MEASUREMENT" if session.machine.toy else ""
     yield f"{session.machine.device.name}{toy}"
     yield from _ceilings(session)
-    yield f"4 bit, group {times.plan.group}, {times.plan.dtype}; x: times as fast as; twice: spread of two timings"
+    yield f"4 bit, group {times.plan.group}, {times.plan.dtype}; x: speed-up over a peer; twice: spread of two timings"
     for shape in session.plan.shapes:
         yield from _shape(times, shape)
     yield from _means(times)
@@ -66,28 +66,28 @@ def table(session: Session) -> Iterator[str]:
         worst = max(row["error"] for row in correct)
         cases, wrong = sum(row["cases"] for row in correct), sum(len(row["wrong"]) for row in correct)
         yield f"correctness: {cases} cases, {wrong} wrong, largest error {worst:.1e}"
-        yield f"PTX and its twin: the same sums, bit for bit, in {equal} of {twins} kinds"
+        yield f"PTX and its twin in plain Triton: the same bits in {equal} of {twins} comparisons"
     yield from _few("note", session.notes)
     yield from _few("FAILED", session.failures)
 
 
-def _few(what: str, lines: list[str]) -> Iterator[str]:
-    """What fits below a table; all of it is on stderr and in the results."""
-    yield from (f"{what}: {line}"[:180] for line in lines[:_SHOWN])
+def _few(label: str, lines: list[str]) -> Iterator[str]:
+    """Yield the first lines, cut to a readable length. All of them are on stderr and in the results."""
+    yield from (f"{label}: {line}"[:180] for line in lines[:_SHOWN])
     if len(lines) > _SHOWN:
-        yield f"{what}: … and {len(lines) - _SHOWN} more"
+        yield f"{label}: … and {len(lines) - _SHOWN} more"
 
 
 def _ceilings(session: Session) -> Iterator[str]:
     rows = {row["key"][0]: row for row in session.results.of("ceiling")}
-    parts = [f"{name} {rows[name]['rate'] / 1e12:.2f} TB/s" for name in ("read", "copy") if name in rows]
+    texts = [f"{name} {rows[name]['rate'] / 1e12:.2f} TB/s" for name in ("read", "copy") if name in rows]
     if "matmul" in rows:
-        parts.append(f"bf16 matmul {rows['matmul']['rate'] / 1e12:.0f} TFLOP/s")
+        texts.append(f"bf16 matmul {rows['matmul']['rate'] / 1e12:.0f} TFLOP/s")
     if "interval" in rows:
-        parts.append(f"a launch every {rows['interval']['us']:.2f} us")
+        texts.append(f"a launch every {rows['interval']['us']:.2f} us")
     if "interval_pdl" in rows:
-        parts.append(f"{rows['interval_pdl']['us']:.2f} us with dependent launch")
-    yield "; ".join(parts)
+        texts.append(f"{rows['interval_pdl']['us']:.2f} us with dependent launch")
+    yield "; ".join(texts)
     compiled = session.results.get("compile", "rule")
     if compiled:
         yield (
@@ -115,7 +115,11 @@ def _shape(times: Times, shape: Shape) -> Iterator[str]:
 
 
 def tile_name(tile: Row | None) -> str:
-    """64x8w4s3/8: BN x BM, warps, stages, splits; c: columns per step, f: folded, p: dependent launch."""
+    """Return a short name such as 64x8w4s3c64p/8.
+
+    It means BN x BM, w warps, s stages, c columns per turn of the loop over K, f if scales are folded into the weights,
+    p if launched dependently, / splits.
+    """
     if tile is None:
         return "dequantize"
     flags = ("f" if tile["fold"] else "") + ("p" if tile["pdl"] else "")
@@ -123,7 +127,7 @@ def tile_name(tile: Row | None) -> str:
 
 
 def _verdict(name: str, value: float | None, bar: bars.Bar | None) -> str:
-    """Empty where there is nothing to compare."""
+    """Compare a value with its bar. Returns an empty text if one of them is missing."""
     if value is None or bar is None:
         return ""
     word = "stretch" if value >= bar[1] else "must" if value >= bar[0] else "BELOW"
@@ -136,17 +140,17 @@ def _times(value: float | None) -> str:
 
 def _means(times: Times) -> Iterator[str]:
     yield ""
-    yield "geometric means over the shapes, ours times as fast as"
+    yield "speed-up of our kernels over each path, geometric means over the shapes"
     for M in sorted({*times.plan.first, *times.plan.later}):
-        parts = []
+        texts = []
         for path in _COLUMNS:
             values = [times.speedup(path, M, shape) for shape in times.plan.shapes]
             mean, count = times.mean(values), sum(value is not None for value in values)
             if mean is not None:
                 some = "" if count == len(values) else f" ({count} shapes)"
-                parts.append(f"{path} {mean:.2f}{some}{_verdict('', mean, bars.PEERS.get(path, {}).get(M))}")
-        if parts:
-            yield f"{M:>5}  " + ", ".join(parts)
+                texts.append(f"{path} {mean:.2f}{some}{_verdict('', mean, bars.PEERS.get(path, {}).get(M))}")
+        if texts:
+            yield f"{M:>5}  " + ", ".join(texts)
 
 
 def _widths(times: Times) -> Iterator[str]:
@@ -171,13 +175,13 @@ def _tuned(rows: list[Row]) -> Iterator[str]:
         yield f"tuning: {len(rows)} problems, {mean:.2f} x the rule on average, at most {max(gains):.2f}"
     for why in list(dict.fromkeys(skip["why"] for skip in skipped))[:4]:
         tiles = [skip["tile"] for skip in skipped if skip["why"] == why]
-        yield f"tuning: {len(tiles)} tiles skipped, such as {tile_name(tiles[0])}: {why}"
+        yield f"tuning: {len(tiles)} tiles skipped, for example {tile_name(tiles[0])}: {why}"
 
 
 def _decoder(session: Session) -> Iterator[str]:
     rows = {tuple(row["key"][:2]): row for row in session.results.of("decode")}
     for how in ("eager", "compiled", "ungraphed"):
-        graphed = how != "ungraphed"  # as the bars are
+        graphed = how != "ungraphed"  # the bars are for steps in a CUDA graph
         for kind in ("packed", "dense"):
             row = rows.get((kind, how))
             if row:

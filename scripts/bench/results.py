@@ -1,4 +1,4 @@
-"""Results as JSON lines: appended as they come, so that a stopped benchmark goes on where it was."""
+"""Keep results as JSON lines. Each one is written at once, so that a stopped benchmark can be resumed."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ import llmq_kernels
 
 Key = tuple[Any, ...]
 Row = dict[str, Any]
-# What these do changes no number a benchmark keeps.
+# Changes in these files do not change the results.
 _ASIDE = ("__init__.py", "cpu_int4.py")
 
 
 def kernels_hash() -> str:
-    """Changes with the kernels: what was measured of other ones does not count."""
+    """Return a hash of the source of the kernels. Results of other kernels do not count."""
     folder = Path(llmq_kernels.__file__).parent
     sources = [path for path in sorted(folder.glob("*.py")) if path.name not in _ASIDE]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 
 def rows_in(text: str) -> list[Row]:
-    """The rows of a file, but for what a killed process left half written."""
+    """Return the rows of a file, without lines that a killed process left incomplete."""
     return [row for line in text.splitlines() if "kind" in (row := _parsed(line))]
 
 
 def finished(rows: Iterable[Row], setting: Row) -> dict[Key, Row]:
-    """By kind and key, rows whose latest attempt neither failed nor found anything wrong.
+    """Return the latest row of each kind and key. If it failed or found mistakes, it is left out.
 
     Args:
-        setting: their device, torch, triton and kernels; rows that depend on no kernels of ours have None there.
+        setting: device, torch, triton and kernels that the rows must have. Rows that do not depend on our kernels have
+            None as kernels; they count too.
     """
 
     def is_here(row: Row) -> bool:
@@ -46,7 +47,7 @@ def finished(rows: Iterable[Row], setting: Row) -> dict[Key, Row]:
 
 
 class Results:
-    """Rows of this GPU, these versions and these kernels; rows of others stay in the file and are not looked at."""
+    """The rows of this GPU, these versions and these kernels. Other rows stay in the file and are ignored."""
 
     def __init__(self, path: Path, gpu: str, again: tuple[str, ...] = ()) -> None:
         self._path = path
@@ -54,7 +55,9 @@ class Results:
         self._setting["kernels"] = kernels_hash()
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         self._rows = finished((row for row in rows_in(text) if row["kind"] not in again), self._setting)
-        self._start = "\n" if text and not text.endswith("\n") else ""  # or a line half written would take the next row
+        self._start = (
+            "\n" if text and not text.endswith("\n") else ""
+        )  # so that a new row does not join an incomplete line
 
     def has(self, kind: str, key: Key) -> bool:
         return (kind, *key) in self._rows
@@ -63,11 +66,15 @@ class Results:
         return self._rows.get((kind, *key))
 
     def of(self, kind: str) -> list[Row]:
-        """Rows of a kind, oldest first."""
+        """Return the rows of a kind, oldest first."""
         return [row for row in self._rows.values() if row["kind"] == kind]
 
     def add(self, kind: str, key: Key, values: Row, ours: bool = True) -> None:
-        """Keep a row. `ours`: it depends on our kernels. One with a `failed` is written only."""
+        """Write a row to the file, and keep it unless it has a `failed`.
+
+        Args:
+            ours: whether the row depends on our kernels.
+        """
         row = {"kind": kind, "key": list(key), **values, **self._setting}
         row["kernels"] = self._setting["kernels"] if ours else None
         row["time"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""One call of the benchmark: does tasks until they or the time run out, and survives those that fail."""
+"""Run the tasks of one benchmark until all are done or the time is over. A task that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from bench.results import Key, Results
 
 @dataclass(frozen=True)
 class Task:
-    """Something to measure. Without a key it always runs, and keeps its rows itself."""
+    """Something to measure. A task without a key always runs, and writes its rows itself."""
 
     kind: str
     key: Key | None
     work: Callable[[], dict[str, Any] | None]
     ours: bool = True
-    """Whether the result depends on our kernels: a failure then fails the benchmark, and a change asks for it again."""
+    """Whether the result depends on our kernels. Then a failure fails the benchmark, and new kernels need a new row."""
     seconds: float = 3.0
-    """About what it takes: it is not begun with less time left."""
+    """About how long it takes. It is not started if less time is left."""
 
 
 @dataclass
 class Session:
-    """The state of a call."""
+    """The state of one call of the benchmark."""
 
     machine: Machine
     plan: Plan
     results: Results
     deadline: float
-    """On time.perf_counter's clock."""
+    """End of the time, on the clock of time.perf_counter."""
     started: float = field(default_factory=time.perf_counter)
     failures: list[str] = field(default_factory=list)
-    """What makes the exit code 1."""
+    """Failures of our kernels. If there are any, the exit code is 1."""
     notes: list[str] = field(default_factory=list)
-    """What a reader of the table should know besides."""
+    """Other things that a reader of the table should know."""
     cache: dict[Any, Any] = field(default_factory=dict)
-    """Weights and models, kept between tasks: remaking takes time, and all the layers of a full plan about 20 GB."""
+    """Weights and models that tasks share, because making them takes time. All layers of the full plan take 20 GB."""
     broken: bool = False
 
     def left(self) -> float:
@@ -51,12 +51,12 @@ class Session:
         print(f"[{time.perf_counter() - self.started:6.1f}s] {text}", file=sys.stderr, flush=True)
 
     def fail(self, text: str) -> None:
-        """Loudly."""
+        """Add a failure and print it."""
         self.failures.append(text)
         self.say(f"!!! FAILED {text}")
 
     def do(self, task: Task) -> bool:
-        """Do a task, unless it is done already; False if there was no time for it."""
+        """Run a task if it is not done already. Returns False if there was no time for it."""
         name = " ".join([task.kind, *map(str, task.key or ())])
         if self.broken or (task.key is not None and self.results.has(task.kind, task.key)):
             return True
@@ -65,7 +65,7 @@ class Session:
         start = time.perf_counter()
         try:
             row = task.work()
-        except Exception as error:  # a peer's failure must not cost the rest
+        except Exception as error:  # one failure must not stop the other tasks
             self._failed(task, name, f"{type(error).__name__}: {error}"[:500])
             return True
         if task.key is not None and row is not None:
@@ -85,4 +85,4 @@ class Session:
             self.machine.synchronize()
         except RuntimeError as error:
             self.broken = True
-            self.fail(f"the GPU answers no more after {name}: {error}")
+            self.fail(f"the GPU stopped working after {name}; no further task runs: {error}")

@@ -1,4 +1,4 @@
-"""Whether a model that other people's code has opened computes with the weights that llmq reads from the same files."""
+"""Check that a model opened by another project computes with the same weights that llmq reads from the same files."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from llmq.formats.scheme import Scheme
 
 @torch.no_grad()
 def assert_same_weights(model: Any, directory: Path) -> set[Scheme]:
-    """Fail unless every packed linear, given one input at a time, puts out what llmq decodes, to the last bit.
+    """Assert that every packed linear has the weights that llmq decodes, to the last bit. Returns all schemes found.
 
-    Returns the kinds of weights there are. Biases are taken off the model.
+    The weights are read off the outputs, so the biases are removed from the model.
     """
     checkpoint = Checkpoint(directory)
     assert len(checkpoint.linears) == 3 * 7
     for name in checkpoint.linears:
         linear, weight = model.get_submodule(name), checkpoint.weight(name).dequantize(torch.float16)
         linear.bias = None
-        # Each output is one weight times one, and zeros.
+        # Each output is one weight times one, plus zeros.
         assert torch.equal(linear(torch.eye(weight.shape[1], dtype=torch.float16)).T, weight), name
     return set(checkpoint.schemes.values())

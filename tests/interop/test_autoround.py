@@ -1,4 +1,4 @@
-"""We open AutoRound's checkpoints, in all of its formats, as its own loaders do: the same weights (`make interop`)."""
+"""We read AutoRound's checkpoints in all of its formats, with the same weights as its own loaders (`make interop`)."""
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ pytestmark = pytest.mark.peers
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A tiny model with biases and tied embeddings."""
+    """Save a tiny model with biases and tied embeddings."""
     return save_tiny(tmp_path_factory.mktemp("source") / "model", "qwen2", torch.float16)
 
 
 def rounded(source, directory, form, bits, symmetric, **settings):
-    """A checkpoint of AutoRound's own making, without its training."""
+    """Quantize with AutoRound, without its training. Returns the directory of the checkpoint."""
     from auto_round import AutoRound
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16)

@@ -1,4 +1,4 @@
-"""The real demo model, SmolLM2-135M-Instruct: quantized, opened by transformers, and asked a question."""
+"""Quantize the demo model, SmolLM2-135M-Instruct, open it with transformers, and ask it a question."""
 
 import copy
 import time
@@ -27,15 +27,15 @@ PARIS = (
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """(directory of the packed demo model, seconds of computing it took)."""
-    started = time.process_time()  # not by the wall clock: other tests may run beside
+    """Pack the demo model. Returns (its directory, seconds of processor time)."""
+    started = time.process_time()  # not the wall clock, because other tests may run at the same time
     directory = pack("demo", tmp_path_factory.mktemp("demo") / "packed", bits=4, group_size=64)
     return directory, time.process_time() - started
 
 
 @pytest.fixture(scope="module")
 def original():
-    """The demo model in float32, as llmq reads it."""
+    """Return the demo model in float32, as llmq reads it."""
     return ModelSource("demo").load_all(torch.device("cpu"), torch.float32)
 
 
@@ -55,7 +55,7 @@ def test_the_source_reads_the_weights_that_transformers_own_gguf_loader_reads(or
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     expected = logits(theirs, ids)
     ours = logits(original, ids)
-    # Not to the bit: the source keeps float16, where transformers dequantizes to float32.
+    # Not equal to the last bit: our source keeps float16, and transformers dequantizes to float32.
     assert float((ours - expected).norm() / expected.norm()) < 2e-3
 
 
@@ -84,7 +84,7 @@ def test_packing_takes_a_third_of_the_blocks_memory(demo):
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     dense = sum(2 * linear.in_features * linear.out_features for linear in linears)
     packed = sum(tensor.nbytes for linear in linears for tensor in linear.state_dict().values())
-    # Rows are padded to blocks of 256 inputs: 576 of them to 768, 1536 not at all. A group of 64 has a 4-byte word.
+    # Rows are padded to blocks of 256 inputs: 576 becomes 768, and 1536 stays. A group of 64 has one 4-byte word.
     row_bytes = {576: 768 // 2 + 576 // 64 * 4, 1536: 1536 // 2 + 1536 // 64 * 4}
     assert packed == sum(linear.out_features * row_bytes[linear.in_features] for linear in linears)
     assert packed / dense == 11 / 32

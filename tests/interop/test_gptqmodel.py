@@ -1,4 +1,4 @@
-"""GPTQModel opens our checkpoints, we open its: the same weights to the last bit (`make interop`)."""
+"""GPTQModel opens our checkpoints, and we open its: with the same weights to the last bit (`make interop`)."""
 
 import pytest
 import torch
@@ -17,12 +17,12 @@ IDS = some_tokens()
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A tiny model with biases and tied embeddings, in float16, which all of GPTQModel's kernels know."""
+    """Save a tiny model with biases and tied embeddings, in float16, which all kernels of GPTQModel support."""
     return save_tiny(tmp_path_factory.mktemp("source") / "model", "qwen2", torch.float16)
 
 
 def opened(directory):
-    """The checkpoint as GPTQModel opens it, on the kernels it has for any CPU."""
+    """Open the checkpoint with GPTQModel, with its kernels that run on any CPU."""
     from gptqmodel import BACKEND, GPTQModel
 
     backend = BACKEND.AWQ_TORCH if "awq" in directory.name else BACKEND.GPTQ_TORCH
@@ -30,7 +30,7 @@ def opened(directory):
 
 
 def quantized_by_gptqmodel(source, directory, **settings):
-    """A checkpoint of GPTQModel's own making."""
+    """Quantize with GPTQModel. Returns the directory of the checkpoint."""
     from gptqmodel import GPTQModel, QuantizeConfig
 
     model = GPTQModel.load(
@@ -48,7 +48,7 @@ def test_it_reads_our_gptq_checkpoints(source, tmp_path, bits, symmetric):
     directory = pack(source, tmp_path / "gptq", format="gptq", bits=bits, symmetric=symmetric)
     model = opened(directory)
     expected = logits(dequantized_model(source, directory, torch.float16).half(), IDS)
-    # Both compute in float16, in different orders.
+    # Both compute in float16, but sum in different orders.
     torch.testing.assert_close(logits(model, IDS), expected, rtol=0, atol=4e-3)
     assert_same_weights(model, directory)
 
@@ -94,7 +94,7 @@ def test_we_read_its_checkpoints_and_it_reads_our_copies(source, tmp_path, setti
 
 @pytest.mark.parametrize(("form", "bits", "symmetric"), [("gptq", 4, True), ("gptq", 3, False), ("awq", 4, True)])
 def test_transformers_reads_our_checkpoints_with_its_kernels(source, tmp_path, form, bits, symmetric):
-    """awq is symmetric here: the int4 CPU kernel that transformers picks rounds other zero points."""
+    """Check awq only for symmetric weights: the int4 CPU kernel that transformers picks rounds other zero points."""
     from transformers import AutoModelForCausalLM
 
     directory = pack(source, tmp_path / form, format=form, bits=bits, symmetric=symmetric)

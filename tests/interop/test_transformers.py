@@ -1,4 +1,4 @@
-"""What stock transformers, with the compressed-tensors package, makes of our checkpoints: the very same logits."""
+"""Plain transformers with the compressed-tensors package opens our checkpoints and computes exactly the same logits."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ IDS = some_tokens(2, 19)
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Directories of tiny models by (architecture, dtype), made when first asked for."""
+    """Return a function from (architecture, dtype) to the directory of a tiny model, made at its first call."""
     made = {}
 
     def source(name, dtype=torch.float32):
@@ -33,7 +33,7 @@ def sources(tmp_path_factory):
 
 
 def opened(directory, **options):
-    """The model as any user of transformers would open it, in float32."""
+    """Open the model in float32, as any user of transformers would do."""
     model, notes = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True, **options
     )
@@ -88,7 +88,7 @@ def test_one_scale_per_row_opens_exactly(sources, tmp_path, bits):
 def test_asymmetric_weights_open_exactly_when_dequantized_on_loading(sources, tmp_path, bits):
     directory = pack(sources("qwen2"), tmp_path / "packed", bits=bits, symmetric=False)
     model = opened(directory, quantization_config=CompressedTensorsConfig(dequantize=True))
-    # On this way transformers computes the weights in the dtype of the scales before it casts them.
+    # With this option transformers computes the weights in the dtype of the scales, and then casts them.
     expected = dequantized_model(sources("qwen2"), directory, torch.float16)
     assert torch.equal(logits(model, IDS), logits(expected, IDS))
 
