@@ -11,7 +11,7 @@ from tiny import save_tiny
 from transformers.models.llama import modeling_llama
 
 import llmq
-from llmq.checkpoint.digests import Noted, digests_of
+from llmq.checkpoint.digests import DigestingCheckpoint, digests_of
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
@@ -119,7 +119,7 @@ def test_every_tensor_is_read_and_every_linear_decoded_once(sound, monkeypatch, 
 
 
 def test_what_was_noted_is_the_digest_of_everything(sound):
-    noted = Noted(sound)
+    noted = DigestingCheckpoint(sound)
     for name in noted.linears:
         noted.weight(name)
     for name in noted.other_names:
