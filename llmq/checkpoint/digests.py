@@ -14,7 +14,7 @@ from llmq.core.quantized_weight import QuantizedWeight
 
 
 def digest(value: Tensor | QuantizedWeight) -> str:
-    """Return the SHA-256 of a tensor (dtype, shape, bytes), or of the codes and grids of a weight, in any format alike."""
+    """Return the SHA-256 of a tensor (dtype, shape, bytes) or a weight (codes and grids, the same in every format)."""
     hashed = hashlib.sha256()
     tensors = [value] if isinstance(value, Tensor) else [value.q, value.scale, value.zero, value.group_of]
     for tensor in tensors:

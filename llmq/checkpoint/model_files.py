@@ -1,4 +1,4 @@
-"""The files beside the weights of a model: configuration, tokenizer, templates and code are copied byte for byte."""
+"""The files beside the weights of a model: tokenizer, templates and code are copied byte for byte."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEMPLATES = "additional_chat_templates"
 
 @dataclass(frozen=True)
 class Companions:
-    """The files beside the weights: `config` is the content of config.json, `write` puts the others into a directory."""
+    """The files beside the weights: `config` is what config.json holds, `write` writes the others to a directory."""
 
     config: dict[str, Any]
     write: Callable[[Path], object]
@@ -54,7 +54,7 @@ def companions_in(directory: Path) -> Companions:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy tokenizer, templates and code. Raises CheckpointError for a file that is none of the model's own."""
+    """Copy tokenizer, templates and code. Raises CheckpointError for a link out of the model or an irregular file."""
     for name in [*COPIED, *(path.name for path in source.glob("*.py"))]:
         if (source / name).exists():
             shutil.copyfile(regular_file(source, name), target / name)

@@ -20,8 +20,8 @@ LinearMaker: TypeAlias = Callable[[str, QuantizedWeight, "Tensor | None"], nn.Mo
 def check_fit(model: Any, checkpoint: Checkpoint) -> set[str]:
     """Return the names of all tensors that the model needs beside the packed weights.
 
-    Raises CheckpointError unless the files hold exactly these, with the right shapes and kinds of numbers. The shapes of
-    packed weights are compared later, when they are decoded: see `read_linear`.
+    Raises CheckpointError unless the files hold exactly these, in the right shapes and kinds of numbers. Shapes of
+    packed weights are compared later, when the weights are decoded: see `read_linear`.
     """
     for name in checkpoint.linears:
         packed_target(model, checkpoint, name)

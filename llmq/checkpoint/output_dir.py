@@ -32,7 +32,7 @@ def unfinished_work(directory: Path) -> Path:
 
 
 def existing_parent(path: Path) -> Path:
-    """Return the path, or the innermost directory above it that exists. Raises OSError if a directory is not readable."""
+    """Return the path, or the innermost existing directory above it. Raises OSError if a directory is not readable."""
     return next(candidate for candidate in (path, *path.absolute().parents) if candidate.exists())
 
 
@@ -52,7 +52,7 @@ def clear(directory: Path) -> None:
 
 
 def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None:
-    """Raise RequestError unless `directory` is new or empty, or may be overwritten, or holds a run that may be resumed."""
+    """Raise RequestError unless `directory` is new, empty, may be overwritten, or holds a run that may be resumed."""
     if directory.exists() and not directory.is_dir():
         raise RequestError(f"output {directory} is a file; name a directory")
     if not directory.is_dir() or not any(directory.iterdir()):
@@ -69,8 +69,9 @@ def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None
 class Claim:
     """Lock a directory, so that only this process writes to it. The lock ends with `release` or with the process.
 
-    The directory itself is locked: a lock file would stay behind after `kill -9`, or be removed while another process
-    opens it. Where the system cannot lock a directory (Windows, some network file systems) nobody is refused.
+    The directory itself is locked: a lock file would stay there after `kill -9`, and could not be removed safely while
+    another process opens it. Where the system cannot lock a directory (Windows, some network file systems), nobody is
+    refused.
 
     Raises RequestError if another process writes there.
     """
@@ -105,7 +106,7 @@ class Claim:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield another path to write to, and move that file to `path` when it is on disk: it is there whole or not at all."""
+    """Yield another path to write to; then move that file to `path`. So a file is there whole or not at all."""
     new = path.with_name(path.name + ".new")
     yield new
     sync(new)

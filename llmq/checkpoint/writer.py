@@ -1,4 +1,4 @@
-"""Write a checkpoint that is either finished or visibly unfinished: it grows in a subdirectory, config.json comes last."""
+"""Write a checkpoint that is either finished or visibly unfinished: config.json is written last."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from llmq.checkpoint.reader import CONFIG, LEGACY
 from llmq.checkpoint.shard_join import join_shards, tensors_in
 from llmq.core.errors import CheckpointError
 
-SHARD_BYTES = 1_000_000_000  # the parts of a shard are mapped into memory together while it is written
+SHARD_BYTES = 5_000_000_000
 # Tensors wait in memory until a part is full. They are there twice while safetensors writes them.
 _PART_BYTES = 100_000_000
 

@@ -86,7 +86,7 @@ def recorded(directory: Path) -> dict[str, str] | None:
 def relative_errors(checkpoint: Checkpoint, reference: str, trust_remote_code: bool = False) -> dict[str, float]:
     """Return |W - W'| / |W| of every packed layer.
 
-    If a method rescaled the inputs of a layer (awq), this is larger than the real error: another layer undoes the scale.
+    If a method rescaled a layer's inputs (awq), this is larger than the real error: another layer undoes the scale.
     """
     path = locate(reference, trust_remote_code)
     packed = Checkpoint(path) if is_packed(path) else None

@@ -22,8 +22,8 @@ from llmq.checkpoint.module_matching import read_linear
 from llmq.checkpoint.reader import Checkpoint
 from llmq.models.model_source import tied_aliases
 
-# Number of weights that are dequantized together. They are few enough to be still in the caches when they are multiplied
-# (7B block, 16 tokens, one core with AVX-512: 0.20 s; 0.31 s with a sixteenth, 1.35 s with whole linears; 2026-11-25).
+# Number of weights that are dequantized together: few enough to be still in the caches when they are multiplied (7B
+# block, 16 tokens, one core with AVX-512: 0.20 s; 0.31 s with a sixteenth, 1.35 s with whole linears; 2026-11-25).
 _STRIP = 1 << 20
 
 
@@ -31,7 +31,7 @@ def read_when_called(model: Any, checkpoint: Checkpoint) -> None:
     """Prepare a model without weights to run from the files in float32 on the CPU. `check_fit` must have passed.
 
     A block is read as a whole, but for its packed linears: its code may use the weights of a submodule without calling
-    it (LFM2: `conv.weight`). Outside of blocks, modules are read one by one; there such code finds no weights and fails.
+    it (LFM2: `conv.weight`). Outside of blocks, modules are read one by one; such code finds no weights there.
     The forwards raise CheckpointError if a packed weight cannot be decoded or does not fit the model.
     """
     for name in checkpoint.linears:

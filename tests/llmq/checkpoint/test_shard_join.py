@@ -54,6 +54,21 @@ def test_a_shard_of_several_parts_is_what_safetensors_would_have_written(tmp_pat
     assert (tmp_path / "out" / SINGLE).read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
+def test_tensors_lie_in_the_order_of_width_and_then_of_name_whatever_their_dtype(tmp_path):
+    first = {"c.scale": numbers(1), "d": torch.zeros(0), "e": torch.tensor(True), "f": torch.tensor([3, 4])}
+    second = {"b.codes": torch.tensor([[1, 2]], dtype=torch.int32), "a": torch.ones(1, dtype=torch.bfloat16)}
+    for name, tensors in (("first", first), ("second", second)):
+        save_file(tensors, tmp_path / name)
+    join([tmp_path / "first", tmp_path / "second"], tmp_path / "joined")
+    data = (tmp_path / "joined").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert length % 8 == 0
+    assert list(header) == ["__metadata__", "f", "b.codes", "c.scale", "d", "a", "e"]
+    joined = load_file(tmp_path / "joined")
+    assert all(torch.equal(joined[name], tensor) for name, tensor in (first | second).items())
+
+
 def test_the_index_lists_every_tensor_in_the_shard_that_holds_it(tmp_path, source):
     tensors = {f"layer.{i}": numbers(KILOBYTE, i) for i in range(5)}
     write(tmp_path, source, tensors, shard_bytes=2048)

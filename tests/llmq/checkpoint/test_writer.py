@@ -8,7 +8,7 @@ import stat
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from written import KILOBYTE, complete_source, names_in, numbers, write
 
 from llmq.checkpoint import writer as writer_module
