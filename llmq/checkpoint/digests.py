@@ -33,10 +33,8 @@ def digests_of(checkpoint: Checkpoint, tensors: Mapping[str, Tensor] | None = No
     """
     tensors = tensors or {}
     linears = {name: digest(checkpoint.weight(name, tensors)) for name in checkpoint.linears}
-    return linears | {
-        name: digest(tensors[name] if name in tensors else checkpoint.files.read(name))
-        for name in checkpoint.other_names
-    }
+    read = checkpoint.files.read
+    return linears | {n: digest(tensors[n] if n in tensors else read(n)) for n in checkpoint.other_names}
 
 
 class DigestingCheckpoint(Checkpoint):

@@ -46,10 +46,7 @@ def companions_of(source: ModelSource) -> Companions:
 
 
 def companions_in(directory: Path) -> Companions:
-    """Return the companions of the model in a directory.
-
-    Raises CheckpointError for a link out of the directory: for config.json here, for other files in `write`.
-    """
+    """Return the companions of the model in a directory. This and `write` raise CheckpointError for links out of it."""
     return Companions(read_json(directory, "config.json"), lambda target: _copy(directory, target))
 
 

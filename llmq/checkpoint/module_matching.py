@@ -28,21 +28,19 @@ def check_fit(model: Any, checkpoint: Checkpoint) -> set[str]:
     packed, aliases = {f"{name}.weight" for name in checkpoint.linears}, tied_aliases(model)
     # Parameters, and the few buffers that are stored: Gemma 4 scales each block by one.
     state = model.state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    floats = {name: tensor.is_floating_point() for name, tensor in state.items()}
-    wanted, stored = shapes.keys() - aliases - packed, set(checkpoint.other_names)
+    wanted, stored = state.keys() - aliases - packed, set(checkpoint.other_names)
     unknown = [name for name in sorted(stored - wanted - aliases) if not is_harmless(checkpoint, model, name)]
     if wanted - stored or unknown:
         fault = f"lacks {sorted(wanted - stored)[0]}" if wanted - stored else f"holds an unknown tensor {unknown[0]}"
         raise CheckpointError(f"{checkpoint.directory} {fault}; it does not belong to this model")
     for name in sorted(wanted):
-        shape = checkpoint.files.shape(name)
-        if shape != shapes[name]:
-            fault = f"{name} is {shape}, the model wants {shapes[name]}"
+        shape, wanted_shape = checkpoint.files.shape(name), tuple(state[name].shape)
+        if shape != wanted_shape:
+            fault = f"{name} is {shape}, the model wants {wanted_shape}"
             raise CheckpointError(f"{checkpoint.directory} does not fit its {CONFIG}: {fault}")
-        if checkpoint.files.is_float(name) != floats[name]:
-            kind = "floating-point numbers" if floats[name] else "integers"
-            raise CheckpointError(f"{checkpoint.directory}: {name} does not hold {kind}, which the model wants")
+        if checkpoint.files.is_float(name) != state[name].is_floating_point():
+            numbers = "floating-point numbers" if state[name].is_floating_point() else "integers"
+            raise CheckpointError(f"{checkpoint.directory}: {name} does not hold {numbers}, which the model wants")
     _check_aliases(model, checkpoint, stored & aliases)
     return wanted
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.checkpoint.model_files import COPIED, TEMPLATES
-from llmq.checkpoint.reader import LEGACY
+from llmq.checkpoint.reader import CONFIG, LEGACY
 from llmq.core.errors import RequestError, WorkError
 from llmq.models.safetensors_files import INDEX
 
@@ -21,9 +21,8 @@ REPORT = "llmq_report.json"
 PROGRESS = "llmq_progress.jsonl"
 PICTURE = "llmq_report.png"
 UNFINISHED, EMPTIED = "unfinished.partial", "emptied.partial"
-_REPORTS = (REPORT, PROGRESS, PICTURE)
 # In the order of removal: first the files that mark a run as finished or resumable, then the data they refer to.
-_OURS = (*_REPORTS, "config.json", INDEX, "model*.safetensors", "*.partial", *LEGACY, *COPIED, TEMPLATES)
+_OURS = (REPORT, PROGRESS, PICTURE, CONFIG, INDEX, "model*.safetensors", "*.partial", *LEGACY, *COPIED, TEMPLATES)
 
 
 def unfinished_work(directory: Path) -> Path:

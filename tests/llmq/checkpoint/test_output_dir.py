@@ -1,4 +1,4 @@
-"""One process at a time writes to a directory, and a run that goes on knows what it goes on with."""
+"""One process at a time writes to a directory, and a resumed run knows which request it continues."""
 
 import json
 import subprocess

@@ -119,3 +119,40 @@ def test_templates_of_an_older_checkpoint_are_replaced_as_a_whole(tmp_path, sour
         writer.put({"a": numbers(4)})
         writer.finish(without, torch.float16)
     assert names_in(tmp_path) == ["config.json", "model.safetensors", "modeling_own.py"]
+
+
+@pytest.mark.parametrize("state", ["streaming", "joining", "staged", "checked", "published"])
+def test_every_state_that_a_kill_may_leave_is_continued_to_the_same_checkpoint(state, tmp_path, source, monkeypatch):
+    replace_file, tensors, output = os.replace, {"a": numbers(4), "b": numbers(4, 4)}, tmp_path / "out"
+    stops_at = {"joining": SINGLE, "staged": "config.json", "checked": SINGLE, "published": "emptied.partial"}
+
+    def replace_or_stop(old, new):
+        if new.name == stops_at.get(state) and (new.parent == output or state in ("joining", "staged")):
+            raise KeyboardInterrupt
+        replace_file(old, new)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), Writer(output) as writer:
+        writer.resumable = True
+        patch.setattr(os, "replace", replace_or_stop)
+        writer.put({"a": tensors["a"]})
+        writer.flush()
+        if state == "streaming":
+            raise KeyboardInterrupt
+        writer.put({"b": tensors["b"]})
+        writer.finish(companions_of(source), torch.float16)
+    with Writer(output, resume=True) as writer:
+        assert writer.is_checked == (state in ("checked", "published"))
+        assert not writer.is_finished
+        if writer.is_checked:
+            writer.publish()
+        else:
+            writer.keep_parts(1 if state == "streaming" else 2)
+            if state == "streaming":
+                writer.put({"b": tensors["b"]})
+            writer.finish(companions_of(source), torch.float16)
+        assert writer.is_finished
+    write(tmp_path / "whole", source, tensors, quantization_config=None)
+    assert names_in(output) == names_in(tmp_path / "whole")
+    assert all(
+        (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in (SINGLE, "config.json")
+    )
