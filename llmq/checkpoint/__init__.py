@@ -1,1 +1,1 @@
-"""Packed checkpoints on disk: read, written, and what lies beside the weights."""
+"""Packed checkpoints on disk: read them, write them, and copy the files beside the weights."""

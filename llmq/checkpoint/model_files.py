@@ -1,4 +1,4 @@
-"""What travels with the weights of a model: its configuration, tokenizer, templates and code, byte for byte."""
+"""The files beside the weights of a model: tokenizer, templates and code are copied byte for byte."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ TEMPLATES = "additional_chat_templates"
 
 @dataclass(frozen=True)
 class Companions:
-    """The configuration of a model, and what puts the rest into another directory."""
+    """The files beside the weights: `config` is what config.json holds, `write` writes the others to a directory."""
 
     config: dict[str, Any]
     write: Callable[[Path], object]
 
 
 def companions_of(source: ModelSource) -> Companions:
-    """Those of a model to quantize. A GGUF file holds its tokenizer inside: transformers writes it."""
+    """Return the companions of a model to quantize. Of a GGUF file, transformers writes the tokenizer."""
     if not source.is_gguf:
         return companions_in(source.directory)
     config = source.config.to_dict() | {"architectures": [type(source.skeleton).__name__]}
@@ -46,11 +46,12 @@ def companions_of(source: ModelSource) -> Companions:
 
 
 def companions_in(directory: Path) -> Companions:
-    """Those of a directory. Raises CheckpointError, also when they are written, for links out of it."""
+    """Return the companions of the model in a directory. This and `write` raise CheckpointError for links out of it."""
     return Companions(read_json(directory, "config.json"), lambda target: _copy(directory, target))
 
 
 def _copy(source: Path, target: Path) -> None:
+    """Copy tokenizer, templates and code. Raises CheckpointError for a link out of the model or an irregular file."""
     for name in [*COPIED, *(path.name for path in source.glob("*.py"))]:
         if (source / name).exists():
             shutil.copyfile(regular_file(source, name), target / name)

@@ -1,4 +1,4 @@
-"""Where the tensors of a packed checkpoint belong in a model: all of them are compared before any is put there."""
+"""Match the tensors of a packed checkpoint with the modules of a model, and put packed linears into the model."""
 
 from __future__ import annotations
 
@@ -14,40 +14,39 @@ from llmq.core.quantized_weight import QuantizedWeight
 from llmq.models.model_source import tied_aliases
 
 LinearMaker: TypeAlias = Callable[[str, QuantizedWeight, "Tensor | None"], nn.Module]
-"""From the name of a packed linear, its weight and its bias to the module that stands for it."""
+"""Takes the name of a packed linear, its weight and its bias; returns the module that replaces the linear."""
 
 
 def check_fit(model: Any, checkpoint: Checkpoint) -> set[str]:
-    """The names of the tensors a model wants beside packed weights, if the files hold these and no others.
+    """Return the names of all tensors that the model needs beside the packed weights.
 
-    Raises CheckpointError otherwise. Packed weights themselves are compared as they are decoded: see `fitting`.
+    Raises CheckpointError unless the files hold exactly these, in the right shapes and kinds of numbers. Shapes of
+    packed weights are compared later, when the weights are decoded: see `read_linear`.
     """
     for name in checkpoint.linears:
         packed_target(model, checkpoint, name)
     packed, aliases = {f"{name}.weight" for name in checkpoint.linears}, tied_aliases(model)
     # Parameters, and the few buffers that are stored: Gemma 4 scales each block by one.
     state = model.state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    floats = {name: tensor.is_floating_point() for name, tensor in state.items()}
-    wanted, here = shapes.keys() - aliases - packed, set(checkpoint.other_names)
-    unknown = [name for name in sorted(here - wanted - aliases) if not harmless(checkpoint, model, name)]
-    if wanted - here or unknown:
-        what = f"lacks {sorted(wanted - here)[0]}" if wanted - here else f"holds an unknown tensor {unknown[0]}"
-        raise CheckpointError(f"{checkpoint.directory} {what}; it does not belong to this model")
+    wanted, stored = state.keys() - aliases - packed, set(checkpoint.other_names)
+    unknown = [name for name in sorted(stored - wanted - aliases) if not is_harmless(checkpoint, model, name)]
+    if wanted - stored or unknown:
+        fault = f"lacks {sorted(wanted - stored)[0]}" if wanted - stored else f"holds an unknown tensor {unknown[0]}"
+        raise CheckpointError(f"{checkpoint.directory} {fault}; it does not belong to this model")
     for name in sorted(wanted):
-        found = checkpoint.files.shape(name)
-        if found != shapes[name]:
-            what = f"{name} is {found}, the model wants {shapes[name]}"
-            raise CheckpointError(f"{checkpoint.directory} does not fit its {CONFIG}: {what}")
-        if checkpoint.files.is_float(name) != floats[name]:
-            kind = "floating-point numbers" if floats[name] else "integers"
-            raise CheckpointError(f"{checkpoint.directory}: {name} does not hold {kind}, which the model wants")
-    _check_aliases(model, checkpoint, here & aliases)
+        shape, wanted_shape = checkpoint.files.shape(name), tuple(state[name].shape)
+        if shape != wanted_shape:
+            fault = f"{name} is {shape}, the model wants {wanted_shape}"
+            raise CheckpointError(f"{checkpoint.directory} does not fit its {CONFIG}: {fault}")
+        if checkpoint.files.is_float(name) != state[name].is_floating_point():
+            numbers = "floating-point numbers" if state[name].is_floating_point() else "integers"
+            raise CheckpointError(f"{checkpoint.directory}: {name} does not hold {numbers}, which the model wants")
+    _check_aliases(model, checkpoint, stored & aliases)
     return wanted
 
 
 def _check_aliases(model: Any, checkpoint: Checkpoint, stored: set[str]) -> None:
-    """Refuse a tensor that config.json calls a repetition of another, but which is not: readers disagree on which."""
+    """Raise CheckpointError if two tensors differ that config.json ties: some readers take one, some the other."""
     repeats = getattr(model, "all_tied_weights_keys", {})
     for name in sorted(stored & repeats.keys()):
         if not torch.equal(checkpoint.files.read(name), checkpoint.files.read(repeats[name])):
@@ -57,7 +56,7 @@ def _check_aliases(model: Any, checkpoint: Checkpoint, stored: set[str]) -> None
 
 
 def packed_target(model: Any, checkpoint: Checkpoint, name: str) -> nn.Linear:
-    """The linear of the model that a packed weight is meant for. Raises CheckpointError if it has none."""
+    """Return the linear of the model that has the name of a packed weight. Raises CheckpointError if there is none."""
     try:
         linear = model.get_submodule(name)
     except AttributeError:
@@ -69,10 +68,10 @@ def packed_target(model: Any, checkpoint: Checkpoint, name: str) -> nn.Linear:
     return linear
 
 
-def harmless(checkpoint: Checkpoint, model: Any, name: str) -> bool:
-    """Whether a tensor is left over but changes nothing.
+def is_harmless(checkpoint: Checkpoint, model: Any, name: str) -> bool:
+    """Return whether the model does not need a tensor and computes the same without it.
 
-    AutoGPTQ stores biases of zeros for linears without one, and rotary frequencies, which are computed.
+    AutoGPTQ stores biases of zeros for linears without a bias, and rotary frequencies, which the model computes.
     """
     linear, _, leaf = name.rpartition(".")
     if leaf == "inv_freq":
@@ -82,15 +81,15 @@ def harmless(checkpoint: Checkpoint, model: Any, name: str) -> bool:
     return getattr(model.get_submodule(linear), "bias", None) is None and not checkpoint.files.read(name).any()
 
 
-def place_packed(model: Any, checkpoint: Checkpoint, make_linear: LinearMaker) -> None:
-    """Replace every linear whose weight is packed. Raises CheckpointError for a weight or bias that does not fit."""
+def replace_linears(model: Any, checkpoint: Checkpoint, make_linear: LinearMaker) -> None:
+    """Replace every linear of the model that is packed. Raises CheckpointError if a weight or bias does not fit."""
     for name in checkpoint.linears:
-        weight, bias = fitting(model, checkpoint, name)
+        weight, bias = read_linear(model, checkpoint, name)
         model.set_submodule(name, make_linear(name, weight, bias))
 
 
-def fitting(model: Any, checkpoint: Checkpoint, name: str) -> tuple[QuantizedWeight, Tensor | None]:
-    """The packed weight and the bias of a linear. Raises CheckpointError if one does not fit the model's."""
+def read_linear(model: Any, checkpoint: Checkpoint, name: str) -> tuple[QuantizedWeight, Tensor | None]:
+    """Return the packed weight and the bias of a linear. Raises CheckpointError if one does not fit the model."""
     linear = packed_target(model, checkpoint, name)
     weight = checkpoint.weight(name)
     if tuple(weight.q.shape) != (linear.out_features, linear.in_features):

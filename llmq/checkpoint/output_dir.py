@@ -1,4 +1,4 @@
-"""The directory that a checkpoint is written to: what lies there when, who may write there, and what goes wrong."""
+"""The directory that a checkpoint is written to: its files, the lock on it, and safe ways to write there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.checkpoint.model_files import COPIED, TEMPLATES
-from llmq.checkpoint.reader import LEGACY
+from llmq.checkpoint.reader import CONFIG, LEGACY
 from llmq.core.errors import RequestError, WorkError
 from llmq.models.safetensors_files import INDEX
 
@@ -21,28 +21,27 @@ REPORT = "llmq_report.json"
 PROGRESS = "llmq_progress.jsonl"
 PICTURE = "llmq_report.png"
 UNFINISHED, EMPTIED = "unfinished.partial", "emptied.partial"
-_REPORTS = (REPORT, PROGRESS, PICTURE)
-# In this order they are removed: what says that a run can be gone on with, or is finished, before what it speaks of.
-_OURS = (*_REPORTS, "config.json", INDEX, "model*.safetensors", "*.partial", *LEGACY, *COPIED, TEMPLATES)
+# In the order of removal: first the files that mark a run as finished or resumable, then the data they refer to.
+_OURS = (REPORT, PROGRESS, PICTURE, CONFIG, INDEX, "model*.safetensors", "*.partial", *LEGACY, *COPIED, TEMPLATES)
 
 
 def unfinished_work(directory: Path) -> Path:
-    """Where an unfinished run into `directory` keeps what it needs to go on."""
+    """Return the directory where an unfinished run into `directory` keeps the files that --resume needs."""
     return directory / UNFINISHED / "work"
 
 
 def existing_parent(path: Path) -> Path:
-    """The path, or the innermost directory above it that is there. Raises OSError where one may not look."""
-    return next(each for each in (path, *path.absolute().parents) if each.exists())
+    """Return the path, or the innermost existing directory above it. Raises OSError if a directory is not readable."""
+    return next(candidate for candidate in (path, *path.absolute().parents) if candidate.exists())
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what a finished run into `directory` left there, if it was killed while it removed that itself."""
+    """Remove the working files of a finished run, which stay in `directory` if the run is killed at its very end."""
     shutil.rmtree(directory / EMPTIED, ignore_errors=True)
 
 
 def clear(directory: Path) -> None:
-    """Remove what llmq wrote, and no other file."""
+    """Remove the files that llmq wrote, and no others."""
     for pattern in _OURS:
         for path in directory.glob(pattern):
             if path.is_dir() and not path.is_symlink():
@@ -52,7 +51,7 @@ def clear(directory: Path) -> None:
 
 
 def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None:
-    """Raise RequestError unless `directory` is new, empty, may be overwritten, or holds what may be gone on with."""
+    """Raise RequestError unless `directory` is new, empty, may be overwritten, or holds a run that may be resumed."""
     if directory.exists() and not directory.is_dir():
         raise RequestError(f"output {directory} is a file; name a directory")
     if not directory.is_dir() or not any(directory.iterdir()):
@@ -62,14 +61,16 @@ def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None
     if overwrite or (resume and (unfinished or (directory / REPORT).exists())):
         return
     if unfinished:
-        raise RequestError(f"{directory} holds an unfinished run; --resume goes on with it, --overwrite begins anew")
+        raise RequestError(f"{directory} holds an unfinished run; --resume continues it, --overwrite starts anew")
     raise RequestError(f"output {directory} is not empty; choose another, or pass --overwrite to replace it")
 
 
 class Claim:
-    """A directory that this process alone writes to, until it releases it or ends; others are refused.
+    """Lock a directory, so that only this process writes to it. The lock ends with `release` or with the process.
 
-    Where the system cannot lock a directory (Windows, some network file systems) nobody is refused.
+    The directory itself is locked: a lock file would stay there after `kill -9`, and could not be removed safely while
+    another process opens it. Where the system cannot lock a directory (Windows, some network file systems), nobody is
+    refused.
 
     Raises RequestError if another process writes there.
     """
@@ -82,7 +83,7 @@ class Claim:
 
         try:
             descriptor = os.open(directory, os.O_RDONLY)
-        except OSError:  # which whoever writes there will meet, too
+        except OSError:  # writing there will fail with the same error, and say so
             return
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,15 +97,15 @@ class Claim:
             self._descriptor = descriptor
 
     def release(self) -> None:
-        """Let others write there. May be called twice."""
+        """Unlock the directory. May be called twice."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Where to write a file that is to be at `path`, whole or not at all."""
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield another path to write to; then move that file to `path`. So a file is there whole or not at all."""
     new = path.with_name(path.name + ".new")
     yield new
     sync(new)
@@ -112,13 +113,13 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file that is there whole or not at all."""
-    with whole(path) as new:
+    """Write a JSON file, whole or not at all."""
+    with written_whole(path) as new:
         new.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def sync(path: Path) -> None:
-    """Return when a file, or the names in a directory, will survive the machine going down."""
+    """Wait until a file, or the list of names in a directory, is on the disk itself and survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -126,8 +127,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def explained(error: Exception, directory: Path) -> WorkError:
-    """What a failure to write means, in words."""
+def write_error(error: Exception, directory: Path) -> WorkError:
+    """Return the WorkError that tells the user why `directory` could not be written to."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or any(
         sign in str(error) for sign in ("No space left", "File too large", "quota")
     )

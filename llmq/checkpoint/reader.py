@@ -1,4 +1,4 @@
-"""A quantized checkpoint on disk, whoever wrote it: which linears are packed and how, and what else it holds."""
+"""Read a quantized checkpoint of any tool: which linears are packed, in which scheme, and all other tensors."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from llmq.models.safetensors_files import SafetensorsDirectory
 from llmq.models.untrusted_files import read_json, refuse_odd_files
 
 CONFIG = "config.json"
-# Where tools kept the settings before config.json had a place for them, and what that tool was.
+# Files for the settings of older tools, which did not write them into config.json; and the method of each tool.
 LEGACY = ("quantize_config.json", "quant_config.json")
 _LEGACY_METHODS = ("gptq", "awq")
 
 
 class Checkpoint:
-    """A quantized checkpoint, its tensors read one linear at a time.
+    """A quantized checkpoint. Its tensors stay on disk; `weight` reads and decodes one linear at a time.
 
-    Raises CheckpointError if the directory is not one, or holds a quantization llmq does not read.
+    Raises CheckpointError if the directory holds none, or one that llmq cannot read.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -41,44 +41,46 @@ class Checkpoint:
         self.schemes = schemes_of(self.quantization, self.linears)
 
     def weight(self, name: str, instead: Mapping[str, Tensor] | None = None) -> QuantizedWeight:
-        """One decoded linear. Raises CheckpointError if its tensors are not sound.
+        """Return one decoded linear. Raises CheckpointError if its tensors are not sound.
 
         Args:
-            instead: tensors to take in place of those on disk.
+            instead: tensors to decode instead of those on disk, if all of this linear are among them.
         """
-        parts = {f"{name}.{part}" for part in self.format.TENSOR_SUFFIXES} & self.files.names()
-        tensors = instead if instead is not None and parts <= instead.keys() else {p: self.files.read(p) for p in parts}
+        names = {f"{name}.{suffix}" for suffix in self.format.TENSOR_SUFFIXES} & self.files.names()
+        tensors = instead if instead is not None and names <= instead.keys() else {n: self.files.read(n) for n in names}
         return self.format.decode(name, tensors, self.schemes[name])
 
     def read(self, name: str) -> Tensor:
-        """One other tensor, as stored. Raises CheckpointError if it cannot be read."""
+        """Return a tensor as it is stored. Raises CheckpointError if it cannot be read."""
         return self.files.read(name)
 
     @cached_property
     def packed_names(self) -> set[str]:
-        """The tensors of packed linears."""
-        return {f"{name}.{part}" for name in self.linears for part in self.format.TENSOR_SUFFIXES} & self.files.names()
+        """The names of the tensors of packed linears."""
+        suffixes = self.format.TENSOR_SUFFIXES
+        return {f"{name}.{suffix}" for name in self.linears for suffix in suffixes} & self.files.names()
 
     @cached_property
     def other_names(self) -> list[str]:
-        """All other tensors."""
+        """The names of all other tensors, sorted."""
         return sorted(self.files.names() - self.packed_names)
 
 
 def is_packed(path: Path) -> bool:
-    """Whether the directory is a quantized checkpoint, of whatever method."""
+    """Return whether the directory holds a quantized checkpoint of any method."""
     try:
         config = read_json(path, CONFIG)
         return bool(config.get("quantization_config")) or any((path / name).exists() for name in LEGACY)
-    except CheckpointError:  # not a packed checkpoint; what it is, ModelSource will say
+    except CheckpointError:  # not a packed checkpoint; ModelSource explains what is wrong with it
         return False
 
 
 def _quantization(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
-    found = config.get("quantization_config")
-    if isinstance(found, dict):
-        return found
-    if found is None:
+    """Return the settings of the quantization, from config.json or the file of an older tool."""
+    settings = config.get("quantization_config")
+    if isinstance(settings, dict):
+        return settings
+    if settings is None:
         for name, method in zip(LEGACY, _LEGACY_METHODS, strict=True):
             if (directory / name).exists():
                 return {"quant_method": method} | read_json(directory, name)

@@ -13,7 +13,7 @@ from tyro.conf import Positional
 
 from llmq.checkpoint.digests import digests_of
 from llmq.checkpoint.model_files import companions_in
-from llmq.checkpoint.module_matching import harmless
+from llmq.checkpoint.module_matching import is_harmless
 from llmq.checkpoint.output_dir import check_output
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.writer import Writer
@@ -61,7 +61,7 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
     schemes = _schemes(checkpoint)
     model = build_skeleton(model_config(checkpoint, config.trust_remote_code), config.trust_remote_code)
     quantization = target.hf_config(schemes, left_in_float(model, schemes))
-    kept = [name for name in checkpoint.other_names if not harmless(checkpoint, model, name)]
+    kept = [name for name in checkpoint.other_names if not is_harmless(checkpoint, model, name)]
     computed = {name: value for name, value in digests_of(checkpoint).items() if name in schemes or name in kept}
     with Writer(config.output, config.overwrite) as writer:
         for _, names in groupby(kept, key=lambda name: name.rpartition(".")[0]):

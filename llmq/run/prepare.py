@@ -16,7 +16,7 @@ from llmq.algorithms import ALGORITHMS
 from llmq.calibration.block_runner import Compute
 from llmq.calibration.self_generated import SELF, sample_sequences
 from llmq.calibration.texts import MORE, Tokens, check_context, hold_out, windows
-from llmq.checkpoint.output_dir import PROGRESS, REPORT, check_output, existing_parent, unfinished_work, whole
+from llmq.checkpoint.output_dir import PROGRESS, REPORT, check_output, existing_parent, unfinished_work, written_whole
 from llmq.core.config import QuantizeConfig
 from llmq.core.device import multiplies_bfloat16
 from llmq.core.distributed import Ranks
@@ -59,7 +59,7 @@ class Request:
         path = _kept_tokens(self.config.output)
         if self.ranks.is_first and _is_written(self.config) and not path.exists():
             tensors = {"train": self.tokens.train, "held_out": self.tokens.held_out, "training": self.training.train}
-            with whole(path) as new:
+            with written_whole(path) as new:
                 save_file(tensors, new)
 
 

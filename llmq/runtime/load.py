@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from llmq.checkpoint.module_matching import LinearMaker, check_fit, place_packed
+from llmq.checkpoint.module_matching import LinearMaker, check_fit, replace_linears
 from llmq.checkpoint.reader import CONFIG, Checkpoint, is_packed
 from llmq.core.device import pick_device
 from llmq.core.errors import CheckpointError
@@ -55,7 +55,7 @@ def load(
         dtype = torch.float32 if target.type == "cpu" else _torch_dtype(config.dtype)
     model = build_skeleton(config, trust_remote_code)
     wanted = check_fit(model, checkpoint)
-    place_packed(model, checkpoint, lambda *parts: make_linear(*parts).to(target))
+    replace_linears(model, checkpoint, lambda *parts: make_linear(*parts).to(target))
     placed = {f"{name}.bias" for name in checkpoint.linears}
     _place_rest(model, checkpoint, sorted(wanted - placed), target, dtype)
     model.config.dtype = dtype

@@ -27,7 +27,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmq.checkpoint.module_matching import check_fit, place_packed
+from llmq.checkpoint.module_matching import check_fit, replace_linears
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import CheckpointError, RequestError
 from llmq.core.quantized_weight import QuantizedWeight
@@ -135,7 +135,7 @@ class LlmqQuantizer(HfQuantizer):
         def make(name: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
             return PackedLinear.from_codes(weight, bias).to(model.get_submodule(name).get_buffer(_PLACE).device)
 
-        place_packed(model, checkpoint, make)
+        replace_linears(model, checkpoint, make)
         self.remember(checkpoint)
 
     @torch.no_grad()

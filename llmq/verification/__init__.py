@@ -1,1 +1,1 @@
-"""Is a checkpoint what was computed, and does it run?"""
+"""Check that a checkpoint on disk holds the computed tensors, and that it runs."""

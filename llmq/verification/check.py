@@ -1,4 +1,4 @@
-"""Whether a checkpoint on disk is what was computed, and computes: its files are read again, all of them, and run."""
+"""Check a checkpoint on disk: read every tensor, compare it with the digest of the computed one, run the model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from llmq.checkpoint.digests import Noted
-from llmq.checkpoint.module_matching import check_fit, fitting
+from llmq.checkpoint.digests import DigestingCheckpoint
+from llmq.checkpoint.module_matching import check_fit, read_linear
 from llmq.core.errors import CheckpointError
 from llmq.models.model_source import build_skeleton, read_generation_config
 from llmq.runtime.load import load
@@ -17,21 +17,21 @@ from llmq.runtime.model_config import model_config
 from llmq.verification.on_demand import read_when_called
 
 DIGESTS = "digests"
-"""Entry of the report that says what was computed."""
+"""Key of the report entry with the digests of all computed tensors."""
 _TOKENS = 16
 
 
 @torch.no_grad()
 def check(directory: Path, digests: Mapping[str, str] | None, trust_remote_code: bool = False) -> None:
-    """Run a checkpoint in the memory of one block, and compare what was read with what was computed.
+    """Run a checkpoint with one block in memory at a time, and compare what was read with what was computed.
 
     Args:
-        digests: of every packed linear and other tensor as they were computed; None where nobody wrote them down.
+        digests: of every packed linear and other tensor, as computed; None if they are not known.
 
-    Raises CheckpointError if a tensor cannot be decoded, is missing, does not fit the model or differs from what was
-    computed, or if the model's logits are not finite.
+    Raises CheckpointError if a tensor cannot be decoded, is missing, does not fit the model or differs from the
+    computed one, or if the logits of the model are not finite.
     """
-    checkpoint = Noted(directory)
+    checkpoint = DigestingCheckpoint(directory)
     if digests is not None:
         names = [*checkpoint.linears, *checkpoint.other_names]
         compare(dict.fromkeys(names, ""), dict.fromkeys(digests, ""))
@@ -39,26 +39,26 @@ def check(directory: Path, digests: Mapping[str, str] | None, trust_remote_code:
     check_fit(model, checkpoint)
     read_generation_config(model, directory)
     finite = _is_finite(model, checkpoint, trust_remote_code)
-    _read_rest(model, checkpoint)
+    _read_others(model, checkpoint)
     if digests is not None:
         compare(checkpoint.digests, digests)
     if not finite:
         raise CheckpointError(f"{directory}: the model computes NaN or infinity")
 
 
-def compare(found: Mapping[str, str], computed: Mapping[str, str]) -> None:
-    """Raise CheckpointError unless these tensors are those."""
-    names = sorted({*found, *computed})
-    differing = [name for name in names if found.get(name) != computed.get(name)]
+def compare(stored: Mapping[str, str], computed: Mapping[str, str]) -> None:
+    """Raise CheckpointError unless the stored tensors have the names and digests of the computed ones."""
+    names = sorted({*stored, *computed})
+    differing = [name for name in names if stored.get(name) != computed.get(name)]
     if differing:
         name = differing[0]
-        what = "is not what was computed" if name in found and name in computed else "is on one side only"
+        fault = "is not what was computed" if name in stored and name in computed else "is on one side only"
         more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
-        raise CheckpointError(f"the checkpoint on disk is damaged: {name} {what}{more}; quantize again")
+        raise CheckpointError(f"the checkpoint on disk is damaged: {name} {fault}{more}; quantize again")
 
 
-def _is_finite(model: Any, checkpoint: Noted, trust_remote_code: bool) -> bool:
-    """Whether the logits of a few tokens are."""
+def _is_finite(model: Any, checkpoint: DigestingCheckpoint, trust_remote_code: bool) -> bool:
+    """Return whether the logits of a few tokens are finite."""
 
     def run(model: Any) -> bool:
         ids = torch.arange(_TOKENS)[None] % model.config.get_text_config().vocab_size
@@ -69,15 +69,15 @@ def _is_finite(model: Any, checkpoint: Noted, trust_remote_code: bool) -> bool:
         return run(model)
     except CheckpointError:
         raise
-    except Exception:  # of any modelling code; it may use weights outside of blocks without calling what holds them
+    except Exception:  # any modelling code may use a weight outside of blocks without calling its module
         return run(load(checkpoint.directory, "cpu", torch.float32, trust_remote_code))
 
 
-def _read_rest(model: Any, checkpoint: Noted) -> None:
-    """Read what no token came by: experts, linears that never run, biases of zeros."""
+def _read_others(model: Any, checkpoint: DigestingCheckpoint) -> None:
+    """Read the tensors that the run did not need: experts without tokens, linears that never run, biases of zeros."""
     for name in checkpoint.linears:
         if name not in checkpoint.digests:
-            fitting(model, checkpoint, name)
+            read_linear(model, checkpoint, name)
     for name in checkpoint.other_names:
         if name not in checkpoint.digests:
             checkpoint.read(name)

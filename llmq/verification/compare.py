@@ -1,4 +1,4 @@
-"""Compares a packed checkpoint with what llmq computed, and with its original."""
+"""Compare a packed checkpoint with the tensors that llmq computed, and with the original model."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from llmq.verification.check import DIGESTS, check
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Decode every tensor, compare with what llmq wrote down when it computed them, and run the model.
+    """Decode every tensor, compare its digest with the one in llmq's report, and run the model.
 
     Exit code 0 means that the checkpoint is sound.
     """
 
     directory: Annotated[Path, Positional]
-    """The checkpoint, of any format that llmq reads."""
+    """Directory of the checkpoint, in any format that llmq reads."""
     reference: str | None = None
     """Also print each layer's relative error to this model, usually the original, and the KL divergence from it."""
     text: str = "pytopics"
@@ -38,7 +38,7 @@ class VerifyConfig:
     sequence_length: int = 512
     """Tokens per chunk of that text."""
     limit: int = 4
-    """Chunks of it."""
+    """Number of chunks of that text."""
     trust_remote_code: bool = False
     """Run modelling code that ships with the model. Only for sources you trust."""
     json: bool = False
@@ -50,17 +50,17 @@ class VerifyConfig:
 
 
 def verify(config: VerifyConfig) -> dict[str, Any]:
-    """What was found of a sound checkpoint. Raises CheckpointError if it is not sound."""
+    """Check a checkpoint and return facts about it as a JSON object. Raises CheckpointError if it is not sound."""
     checkpoint, digests = Checkpoint(config.directory), recorded(config.directory)
     check(config.directory, digests, config.trust_remote_code)
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "directory": str(config.directory),
         "packed_layers": len(checkpoint.linears),
         "other_tensors": len(checkpoint.other_names),
         "compared_with_report": digests is not None,
     }
     if config.reference is None:
-        return found
+        return facts
     errors = relative_errors(checkpoint, config.reference, config.trust_remote_code)
     model = load(config.directory, "cpu", torch.float32, config.trust_remote_code)
     original, tokenizer = load_any(config.reference, "cpu", config.trust_remote_code)
@@ -70,23 +70,23 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     chunks = evaluation_chunks(tokenizer, text, config.sequence_length, config.limit)
     result = evaluate(model, chunks, logits_of(original))
     kl = result.kl if result.kl is not None and math.isfinite(result.kl) else None  # JSON knows no infinity
-    return found | {"reference": config.reference, "text": config.text, "layer_errors": errors, "kl": kl}
+    return facts | {"reference": config.reference, "text": config.text, "layer_errors": errors, "kl": kl}
 
 
 def recorded(directory: Path) -> dict[str, str] | None:
-    """The digests in a checkpoint's report; None if no tool of ours wrote it."""
+    """Return the digests in the report of a checkpoint, None if there are none: another tool wrote it."""
     if not (directory / REPORT).exists():
         return None
     digests = read_json(directory, REPORT).get(DIGESTS)
     if digests is not None and not isinstance(digests, dict):
-        raise CheckpointError(f"{directory / REPORT} is not a report of llmq: its {DIGESTS} are no names")
+        raise CheckpointError(f"{directory / REPORT} is not a report of llmq: its entry {DIGESTS} is no JSON object")
     return digests
 
 
 def relative_errors(checkpoint: Checkpoint, reference: str, trust_remote_code: bool = False) -> dict[str, float]:
-    """|W - W'| / |W| of every packed layer.
+    """Return |W - W'| / |W| of every packed layer.
 
-    Layers whose inputs a method rescaled (awq) differ by more than they err: the scale is undone elsewhere.
+    If a method rescaled a layer's inputs (awq), this is larger than the real error: another layer undoes the scale.
     """
     path = locate(reference, trust_remote_code)
     packed = Checkpoint(path) if is_packed(path) else None

@@ -1,9 +1,9 @@
-"""A packed model runs from its files: weights are read when what holds them is called, and gone when it has run.
+"""Run a packed model from its files: a module's weights are read when it is called and freed when it has run.
 
     embed_tokens ──► blocks.0: norms │ q_proj │ k_proj │ … ──► blocks.1 ──► … ──► norm ──► lm_head
         read, freed     read │ decoded, freed │ …       freed
 
-So a model of any depth takes the memory of the float weights of one block and the codes of one linear.
+So memory holds the float weights of one block and the codes of one linear, however deep the model is.
 """
 
 from __future__ import annotations
@@ -18,70 +18,67 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmq.checkpoint.module_matching import fitting
+from llmq.checkpoint.module_matching import read_linear
 from llmq.checkpoint.reader import Checkpoint
 from llmq.models.model_source import tied_aliases
 
-# Weights that are dequantized at a time: few enough that they are still in the caches when they are multiplied (7B
+# Number of weights that are dequantized together: few enough to be still in the caches when they are multiplied (7B
 # block, 16 tokens, one core with AVX-512: 0.20 s; 0.31 s with a sixteenth, 1.35 s with whole linears; 2026-11-25).
 _STRIP = 1 << 20
 
 
 def read_when_called(model: Any, checkpoint: Checkpoint) -> None:
-    """Let a skeleton, whose tensors are those of the files (see `check_fit`), run in float32 on the CPU.
+    """Prepare a model without weights to run from the files in float32 on the CPU. `check_fit` must have passed.
 
-    A block is read as a whole but for its packed linears: code in it uses weights of its parts without calling them
-    (LFM2: `conv.weight`). Outside of blocks, modules are read one by one: such code would find nothing to compute with.
-    The forwards raise CheckpointError for packed weights that cannot be decoded or do not fit the model.
+    A block is read as a whole, but for its packed linears: its code may use the weights of a submodule without calling
+    it (LFM2: `conv.weight`). Outside of blocks, modules are read one by one; such code finds no weights there.
+    The forwards raise CheckpointError if a packed weight cannot be decoded or does not fit the model.
     """
     for name in checkpoint.linears:
         model.get_submodule(name).forward = partial(_packed_forward, model, checkpoint, name)
     for unit, stored in _units(model, checkpoint).items():
         module = model.get_submodule(unit)
-        if _is_linear(module):
+        if type(module) is nn.Linear:  # a subclass may compute something else
             module.forward = partial(_linear_forward, checkpoint, stored)
         else:
             module.register_forward_pre_hook(partial(_fill, checkpoint, stored))
             module.register_forward_hook(partial(_empty, stored))
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """Whether it computes what `nn.Linear` does."""
-    return type(module) is nn.Linear
-
-
 def _units(model: Any, checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
-    """Module -> its tensors that are not packed, by their name in it -> their name in the files."""
+    """Return for each unit that is read at once: name of a tensor in the unit -> its name in the files."""
     aliases, repeats = tied_aliases(model), getattr(model, "all_tied_weights_keys", {})
     with_codes = {f"{name}.{leaf}" for name in checkpoint.linears for leaf in ("weight", "bias")}
-    found: dict[str, dict[str, str]] = defaultdict(dict)
+    units: dict[str, dict[str, str]] = defaultdict(dict)
     for name in sorted(model.state_dict().keys() - with_codes):
         source = repeats.get(name, name) if name in aliases else name
         if source in checkpoint.files.names():
             unit = _unit_of(model, name)
-            found[unit][name[len(unit) + 1 if unit else 0 :]] = source
-    return found
+            units[unit][name[len(unit) + 1 if unit else 0 :]] = source
+    return units
 
 
 def _unit_of(model: Any, name: str) -> str:
-    """The block that a tensor is in, which is the member of a list; outside of blocks the module it belongs to."""
+    """Return the name of the block (a member of a list) that a tensor is in; outside of blocks, of its module."""
     unit, module = "", model
-    for step in name.split(".")[:-1]:
-        is_list, module = isinstance(module, nn.ModuleList), module.get_submodule(step)
-        unit = f"{unit}.{step}".lstrip(".")
+    for child in name.split(".")[:-1]:
+        is_list, module = isinstance(module, nn.ModuleList), module.get_submodule(child)
+        unit = f"{unit}.{child}".lstrip(".")
         if is_list:
             break
     return unit
 
 
 def _fill(checkpoint: Checkpoint, stored: dict[str, str], module: nn.Module, _: Any) -> None:
+    """Read the tensors of a unit before it runs, as float32."""
     tensors = {name: checkpoint.read(source) for name, source in stored.items()}
-    if not isinstance(module, nn.Embedding):  # of whose rows a few are used
-        tensors = {name: each.float() if each.is_floating_point() else each for name, each in tensors.items()}
+    if not isinstance(module, nn.Embedding):  # few of its rows are used: `_empty` converts those
+        tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     module.load_state_dict(tensors, strict=False, assign=True)
 
 
 def _empty(stored: dict[str, str], module: nn.Module, _: Any, output: Any) -> Any:
+    """Free the tensors of a unit when it has run. Return its output."""
     state = module.state_dict()
     module.load_state_dict({name: state[name].to("meta") for name in stored}, strict=False, assign=True)
     return output.float() if isinstance(module, nn.Embedding) else output
@@ -90,11 +87,12 @@ def _empty(stored: dict[str, str], module: nn.Module, _: Any, output: Any) -> An
 def _packed_forward(
     model: Any, checkpoint: Checkpoint, name: str, x: Float[Tensor, "*batch in"]
 ) -> Float[Tensor, "*batch out"]:
-    weight, bias = fitting(model, checkpoint, name)
+    """Compute a packed linear; its codes are in memory only meanwhile."""
+    weight, bias = read_linear(model, checkpoint, name)
 
     def dequantized(rows: slice) -> Float[Tensor, "rows in"]:
-        part = replace(weight, q=weight.q[rows], scale=weight.scale[rows], zero=weight.zero[rows])
-        return part.dequantize(x.dtype)
+        strip = replace(weight, q=weight.q[rows], scale=weight.scale[rows], zero=weight.zero[rows])
+        return strip.dequantize(x.dtype)
 
     return _in_strips(x, len(weight.q), dequantized, bias)
 
@@ -102,6 +100,7 @@ def _packed_forward(
 def _linear_forward(
     checkpoint: Checkpoint, stored: dict[str, str], x: Float[Tensor, "*batch in"]
 ) -> Float[Tensor, "*batch out"]:
+    """Compute a linear that is not packed; its weight is in memory only meanwhile."""
     W = checkpoint.read(stored["weight"])
     bias = checkpoint.read(stored["bias"]) if "bias" in stored else None
     return _in_strips(x, len(W), lambda rows: W[rows].to(x.dtype), bias)
@@ -110,9 +109,9 @@ def _linear_forward(
 def _in_strips(
     x: Float[Tensor, "*batch in"], rows: int, weight_of: Callable[[slice], Tensor], bias: Tensor | None
 ) -> Float[Tensor, "*batch out"]:
-    """x Wᵀ + b, of whose rows a few are in memory as numbers at a time."""
-    step = max(1, _STRIP // x.shape[-1])
-    y = x.new_empty(*x.shape[:-1], rows)  # at once: small results between freed strips would keep these from being one
-    for i in range(0, rows, step):
-        y[..., i : i + step] = functional.linear(x, weight_of(slice(i, i + step)))
+    """Return x Wᵀ + b. Only a strip of the rows of W is in memory as float numbers at a time."""
+    height = max(1, _STRIP // x.shape[-1])
+    y = x.new_empty(*x.shape[:-1], rows)  # allocated once: small results between freed strips would fragment memory
+    for i in range(0, rows, height):
+        y[..., i : i + height] = functional.linear(x, weight_of(slice(i, i + height)))
     return y if bias is None else y + bias.to(y.dtype)

@@ -1,4 +1,4 @@
-"""One process at a time writes to a directory, and a run that goes on knows what it goes on with."""
+"""One process at a time writes to a directory, and a resumed run knows which request it continues."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from commands import error_of, run_here
 from written import names_in
 
 import llmq
-from llmq.checkpoint.output_dir import PICTURE, PROGRESS, REPORT, Claim, check_output, clear
+from llmq.checkpoint.output_dir import PICTURE, PROGRESS, REPORT, Claim, check_output, clear, write_json
 from llmq.checkpoint.writer import Writer
 from llmq.core.config import QuantizeConfig
 from llmq.core.errors import RequestError, WorkError
@@ -74,6 +74,18 @@ def test_what_llmq_wrote_is_cleared_and_nothing_else(tmp_path):
     (tmp_path / "unfinished.partial" / "work").mkdir(parents=True)
     clear(tmp_path)
     assert names_in(tmp_path) == ["mine.json", "mine.png"]
+
+
+def test_a_json_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "report.json"
+    write_json(path, {"é": 1})
+    assert path.read_text(encoding="utf-8") == '{\n  "é": 1\n}\n'
+    with pytest.raises(TypeError):
+        write_json(path, {"unwritable": object()})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"é": 1}
+    write_json(path, {"é": 2})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"é": 2}
+    assert names_in(tmp_path) == ["report.json"]
 
 
 @pytest.mark.parametrize("report", ["{}", '{"config": {}}', "[]", "{"])

@@ -8,7 +8,7 @@ import stat
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from written import KILOBYTE, complete_source, names_in, numbers, write
 
 from llmq.checkpoint import writer as writer_module
@@ -51,32 +51,6 @@ def test_parts_are_on_disk_as_soon_as_they_are_full_or_flushed(tmp_path):
         assert names_in(tmp_path) == ["unfinished.partial"]
 
 
-def test_parts_are_joined_to_shards_that_are_as_large_as_allowed(tmp_path, source):
-    with Writer(tmp_path, shard_bytes=2048) as writer:
-        for i in range(5):
-            writer.put({f"layer.{i}": numbers(KILOBYTE, i)})
-            writer.flush()
-        writer.finish(companions_of(source), torch.float16)
-    shards = [sorted(load_file(path)) for path in sorted(tmp_path.glob("model-*"))]
-    assert shards == [["layer.0", "layer.1"], ["layer.2", "layer.3"], ["layer.4"]]
-
-
-def test_a_shard_of_several_parts_is_what_safetensors_would_have_written(tmp_path, source):
-    tensors = {
-        "b": numbers(3),
-        "a": torch.arange(5, dtype=torch.int8),
-        "c": numbers(2).half(),
-        "d": numbers(1).double(),
-    }
-    with Writer(tmp_path / "out") as writer:
-        for name, tensor in tensors.items():
-            writer.put({name: tensor})
-            writer.flush()
-        writer.finish(companions_of(source), torch.float16)
-    save_file(tensors, tmp_path / "whole.safetensors", metadata={"format": "pt"})
-    assert (tmp_path / "out" / SINGLE).read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
-
-
 def test_tensors_put_together_share_a_shard_however_small_it_is(tmp_path, source):
     with Writer(tmp_path, shard_bytes=1024) as writer:
         writer.put({"x.q": numbers(KILOBYTE), "x.scale": numbers(KILOBYTE)})
@@ -84,19 +58,6 @@ def test_tensors_put_together_share_a_shard_however_small_it_is(tmp_path, source
         writer.finish(companions_of(source), torch.float16)
     weight_map = json.loads((tmp_path / INDEX).read_text())["weight_map"]
     assert weight_map["x.q"] == weight_map["x.scale"] != weight_map["y.q"] == weight_map["y.scale"]
-
-
-def test_the_index_lists_every_tensor_in_the_shard_that_holds_it(tmp_path, source):
-    tensors = {f"layer.{i}": numbers(KILOBYTE, i) for i in range(5)}
-    write(tmp_path, source, tensors, shard_bytes=2048)
-    shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert sorted(tmp_path.glob("model-*")) == [tmp_path / shard for shard in shards]
-    index = json.loads((tmp_path / INDEX).read_text())
-    assert index["metadata"]["total_size"] == 5 * 1024
-    assert index["weight_map"].keys() == tensors.keys()
-    for name, shard in index["weight_map"].items():
-        assert torch.equal(load_file(tmp_path / shard)[name], tensors[name])
-    assert sum(len(load_file(tmp_path / shard)) for shard in shards) == 5
 
 
 def test_a_single_shard_has_no_index_and_says_it_holds_torch_tensors(tmp_path, source):

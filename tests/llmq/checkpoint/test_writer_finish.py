@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from written import KILOBYTE, complete_source, names_in, numbers, write
 
 from llmq.checkpoint import model_files as companions_module
-from llmq.checkpoint.model_files import companions_in, companions_of
+from llmq.checkpoint.model_files import companions_of
 from llmq.checkpoint.output_dir import REPORT
 from llmq.checkpoint.writer import Writer
 from llmq.core.errors import CheckpointError, WorkError
@@ -47,15 +46,6 @@ def test_only_gptq_keeps_a_second_copy_of_its_config_where_its_tools_look_first(
     second = tmp_path / "quantize_config.json"
     assert second.exists() == (method == "gptq")
     assert method != "gptq" or json.loads(second.read_text()) == config
-
-
-def test_companions_are_copied_byte_for_byte(tmp_path, source):
-    write(tmp_path, source, {"a": numbers(4)})
-    companions = ["generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
-    companions += ["chat_template.jinja", "modeling_own.py", "additional_chat_templates/tools.jinja"]
-    for name in companions:
-        assert (tmp_path / name).read_bytes() == (source.directory / name).read_bytes()
-    assert not (tmp_path / "README.md").exists()
 
 
 def test_a_failure_while_finishing_leaves_nothing_either(tmp_path, source, monkeypatch):
@@ -131,33 +121,42 @@ def test_templates_of_an_older_checkpoint_are_replaced_as_a_whole(tmp_path, sour
     assert names_in(tmp_path) == ["config.json", "model.safetensors", "modeling_own.py"]
 
 
-def test_what_the_hub_keeps_as_links_is_copied_as_files(tmp_path, source):
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
-    blobs.mkdir()
-    (snapshot / "additional_chat_templates").mkdir(parents=True)
-    for i, name in enumerate(["config.json", "tokenizer.json", "additional_chat_templates/tools.jinja"]):
-        (blobs / str(i)).write_bytes((source.directory / name).read_bytes())
-        (snapshot / name).symlink_to(blobs / str(i))
-    with Writer(tmp_path / "out") as writer:
-        writer.put({"a": numbers(4)})
-        writer.finish(companions_in(snapshot))
-    for name in ("tokenizer.json", "additional_chat_templates/tools.jinja"):
-        assert not (tmp_path / "out" / name).is_symlink()
-        assert (tmp_path / "out" / name).read_bytes() == (source.directory / name).read_bytes()
+@pytest.mark.parametrize("state", ["streaming", "joining", "staged", "checked", "published"])
+def test_every_state_that_a_kill_may_leave_is_continued_to_the_same_checkpoint(state, tmp_path, source, monkeypatch):
+    replace_file, tensors, output = os.replace, {"a": numbers(4), "b": numbers(4, 4)}, tmp_path / "out"
+    stops_at = {"joining": SINGLE, "staged": "config.json", "checked": SINGLE, "published": "emptied.partial"}
 
+    def replace_or_stop(old, new):
+        if new.name == stops_at.get(state) and (new.parent == output or state in ("joining", "staged")):
+            raise KeyboardInterrupt
+        replace_file(old, new)
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "own.py", "additional_chat_templates/tools.jinja"])
-@pytest.mark.parametrize("odd", ["link", "pipe"])
-def test_a_companion_that_is_no_file_of_the_model_is_refused(name, odd, tmp_path):
-    (tmp_path / "secret").write_text('{"key": 1}')
-    model = tmp_path / "model"
-    (model / "additional_chat_templates").mkdir(parents=True)
-    (model / "config.json").write_text("{}")
-    (model / name).unlink(missing_ok=True)
-    if odd == "link":
-        (model / name).symlink_to(tmp_path / "secret")
-    else:
-        os.mkfifo(model / name)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(CheckpointError, match=r"is a link out of the directory|is not a regular file"):
-        companions_in(model).write(tmp_path / "out")
+    def begin():
+        with Writer(output) as writer:
+            writer.resumable = True
+            writer.put({"a": tensors["a"]})
+            writer.flush()
+            if state == "streaming":
+                raise KeyboardInterrupt
+            writer.put({"b": tensors["b"]})
+            writer.finish(companions_of(source), torch.float16)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_or_stop)
+        with pytest.raises(KeyboardInterrupt):
+            begin()
+    with Writer(output, resume=True) as writer:
+        assert writer.is_checked == (state in ("checked", "published"))
+        assert not writer.is_finished
+        if writer.is_checked:
+            writer.publish()
+        else:
+            writer.keep_parts(1 if state == "streaming" else 2)
+            if state == "streaming":
+                writer.put({"b": tensors["b"]})
+            writer.finish(companions_of(source), torch.float16)
+        assert writer.is_finished
+    write(tmp_path / "whole", source, tensors, quantization_config=None)
+    assert names_in(output) == names_in(tmp_path / "whole")
+    for name in (SINGLE, "config.json"):
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

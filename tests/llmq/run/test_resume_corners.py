@@ -3,13 +3,10 @@
 from dataclasses import replace
 
 import pytest
-import torch
 from killed import interrupted, quantize_until, result_of, small_run
-from safetensors.torch import save_file
 
 import llmq
 from llmq.checkpoint.output_dir import REPORT
-from llmq.checkpoint.shard_join import join
 from llmq.core.errors import CheckpointError, RequestError, WorkError
 from llmq.core.settings import Tuned
 
@@ -62,7 +59,7 @@ def trained(config):
 
 def test_a_run_goes_on_if_it_ends_while_the_checkpoint_to_train_is_moved(trained, tmp_path, monkeypatch):
     llmq.quantize(replace(trained, output=tmp_path / "whole"))
-    replaced = llmq.writer.os.replace
+    replaced = llmq.checkpoint.writer.os.replace
 
     def replace_all_but_the_last(source, target):
         if target.name == "config.json" and target.parent.name == "first":
@@ -134,11 +131,3 @@ def test_hidden_states_cannot_wait_in_a_file(dry_run, config, tmp_path):
         with pytest.raises(RequestError, match="cannot wait in"):
             llmq.quantize(replace(config, offload_dir=place, dry_run=dry_run))
     assert not config.output.exists()
-
-
-def test_a_part_that_was_cut_off_is_an_error(tmp_path):
-    part = tmp_path / "part.safetensors"
-    save_file({"a": torch.zeros(8)}, part)
-    part.write_bytes(part.read_bytes()[:-8])
-    with pytest.raises(OSError, match="shorter than it was written"):
-        join([part], tmp_path / "joined")
