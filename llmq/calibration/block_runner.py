@@ -5,8 +5,8 @@ Two models run through it. "This model" is quantized up to this block; "the orig
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from math import fsum
 from typing import Any
@@ -85,18 +85,10 @@ class Block:
         lost, whole = zip(*(pair for pairs in self.ranks.each(energies) for pair in pairs), strict=True)
         return fsum(lost) / fsum(whole)  # fsum is exact, so the order of the processes does not matter
 
-    @contextmanager
-    def many_runs(self) -> Iterator[None]:
+    def many_runs(self) -> AbstractContextManager[None]:
         """Hold the weights in the dtype of matmuls, so that they are not cast again for every micro-batch."""
-        linears = [module for module in self.module.modules() if isinstance(module, nn.Linear)]
-        before = [linear.weight.data for linear in linears]
-        for linear in linears:
-            linear.weight.data = linear.weight.data.to(self.compute.factors)
-        try:
-            yield
-        finally:
-            for linear, W in zip(linears, before, strict=True):
-                linear.weight.data = W
+        weights = [module.weight for module in self.module.modules() if isinstance(module, nn.Linear)]
+        return _other_data(weights, [weight.data.to(self.compute.factors) for weight in weights])
 
     @torch.no_grad()
     def run(self, hidden: Float[Tensor, "batch tokens features"]) -> Float[Tensor, "batch tokens features"]:
@@ -116,7 +108,9 @@ class Block:
     def run_batch(self, i: int, original: bool = False) -> Float[Tensor, "batch tokens features"]:
         """Return the block's output for micro-batch i. `original`: that of the original model."""
         hidden = self.original if original and self.original is not None else self.hidden
-        with self._original_weights() if original else nullcontext(), self.kept_inputs.used(i, original):
+        replaced = self._replaced if original else {}
+        parameters = [self.module.get_parameter(name) for name in replaced]
+        with _other_data(parameters, list(replaced.values())), self.kept_inputs.used(i, original):
             return self.run(hidden[i])
 
     def expect(self, groups: list[Group]) -> None:
@@ -142,15 +136,15 @@ class Block:
         """Free the original model's parameters: it does not run through this block again."""
         self._replaced.clear()
 
-    @contextmanager
-    def _original_weights(self) -> Iterator[None]:
-        """Give the block the original model's parameters for a while."""
-        parameters = {name: self.module.get_parameter(name) for name in self._replaced}
-        now = {name: parameter.data for name, parameter in parameters.items()}
-        for name, parameter in parameters.items():
-            parameter.data = self._replaced[name]
-        try:
-            yield
-        finally:
-            for name, parameter in parameters.items():
-                parameter.data = now[name]
+
+@contextmanager
+def _other_data(parameters: Sequence[Tensor], data: Sequence[Tensor]) -> Iterator[None]:
+    """Give parameters other data, and their own back at the end."""
+    own = [parameter.data for parameter in parameters]
+    try:
+        for parameter, other in zip(parameters, data, strict=True):
+            parameter.data = other
+        yield
+    finally:
+        for parameter, before in zip(parameters, own, strict=True):
+            parameter.data = before

@@ -187,8 +187,7 @@ def record_block_inputs(
             return list(calls)
 
         first = calls_for(one)
-        _check_arguments(decoder, first, calls_for(one.flip(1)))
-        _check_order(decoder, first, len(source.blocks))
+        _check_calls(type(decoder).__name__, len(source.blocks), first, calls_for(one.flip(1)))
         for i, batch in enumerate(batches):
             keep(i, calls_for(batch)[0][0].cpu())
     return first[0][0], [arguments for _, arguments in first]
@@ -225,18 +224,11 @@ def _recorders(blocks: list[nn.Module]) -> Iterator[list[_Call]]:
             del block.forward
 
 
-def _check_arguments(decoder: nn.Module, calls: list[_Call], others: list[_Call]) -> None:
-    """Raise RequestError if the arguments of the blocks differ between two texts."""
-    first, second = ([(args, list(kwargs.items())) for _, (args, kwargs) in each] for each in (calls, others))
-    if not _same(first, second):
-        name = type(decoder).__name__
+def _check_calls(name: str, blocks: int, first: list[_Call], other: list[_Call]) -> None:
+    """Raise RequestError if arguments differ between two texts, or if blocks are not called one after the other."""
+    if not _same(*([(args, list(kwargs.items())) for _, (args, kwargs) in calls] for calls in (first, other))):
         raise RequestError(f"the blocks of {name} take arguments that depend on the tokens; llmq cannot stream it")
-
-
-def _check_order(decoder: nn.Module, calls: list[_Call], blocks: int) -> None:
-    """Raise RequestError if the blocks were not called one after the other."""
-    if len(calls) != blocks or calls[-1][0].shape != calls[0][0].shape:
-        name = type(decoder).__name__
+    if len(first) != blocks or first[-1][0].shape != first[0][0].shape:
         raise RequestError(f"{name} does not run its blocks one after the other; llmq cannot stream it")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -104,13 +104,10 @@ def _inputs(block: Block, names: set[str], inputs: dict[str, Tensor], stop: bool
         if stop and names <= inputs.keys():
             raise _AllSeenError
 
-    handles = [module.register_forward_pre_hook(hook) for module in modules]
-    try:
-        with suppress(_AllSeenError):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as handles, suppress(_AllSeenError):
+        for module in modules:
+            handles.enter_context(module.register_forward_pre_hook(hook))
+        yield
 
 
 class _GroupSums:

@@ -41,9 +41,8 @@ class KeptInputs:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._module, self._device = module, device
-        self._groups: list[Group] = []
-        self._unreplaced: set[str] = set()
-        """Linears of these groups that still have their old weight."""
+        self._waiting: list[set[str]] = []
+        """The groups that are not replaced yet, in order: names of the linears with their old weight."""
         self._submodules: dict[str, Submodule] = {}
         """By the name of the last linear."""
         self._inputs: dict[_Key, Tensor] = {}
@@ -55,7 +54,7 @@ class KeptInputs:
         The input of a submodule's last linear is cached once no earlier group can change it, so the submodule is not
         run again for every group.
         """
-        self._groups, self._unreplaced = groups, {name for group in groups for name in group.linears}
+        self._waiting = [set(group.linears) for group in groups]
         # The statistics want the inputs of these modules from every run, so what contains them is never skipped.
         residuals = {group.residual for group in groups if group.residual}
         for group in groups:
@@ -64,10 +63,9 @@ class KeptInputs:
 
     def replaced(self, name: str) -> None:
         """Note that a linear has got a new weight."""
-        if name in self._unreplaced:
-            self._unreplaced.remove(name)
-        else:  # for a second time: what was kept came from the first replacement
+        if not self._is_waiting(name):  # a second replacement: what was kept came from the first one
             self.forget()
+        self._waiting = [left for linears in self._waiting if (left := linears - {name})]
 
     def forget(self) -> None:
         """Drop everything that was kept."""
@@ -77,7 +75,6 @@ class KeptInputs:
     @contextmanager
     def used(self, i: int, original: bool) -> Iterator[None]:
         """Make a run of the block on micro-batch i skip what is kept, and keep what has become final."""
-        waiting = self._waiting
         with ExitStack() as undo:
             for name, submodule in self._submodules.items():
                 key = (name, i, original)
@@ -85,9 +82,9 @@ class KeptInputs:
                     module = self._module.get_submodule(submodule.name)
                     module.forward = partial(self._skip, key, submodule)
                     undo.callback(delattr, module, "forward")
-                elif self._runs_again(original) and (original or name in waiting[0].linears):
+                elif self._runs_again(original) and (original or name in self._waiting[0]):
                     keep = partial(self._keep_input, key)
-                    undo.callback(linear_of(self._module, name).register_forward_pre_hook(keep, prepend=True).remove)
+                    undo.enter_context(linear_of(self._module, name).register_forward_pre_hook(keep, prepend=True))
             yield
 
     def _keep_input(self, key: _Key, _linear: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -102,7 +99,7 @@ class KeptInputs:
             output = self._outputs[key].to(self._device)
         else:
             output = linear_of(self._module, name)(self._inputs[key].to(self._device))
-            if original or name not in self._unreplaced:
+            if original or not self._is_waiting(name):
                 del self._inputs[key]
                 self._outputs[key] = output.cpu()
         if not self._runs_again(original):
@@ -113,7 +110,5 @@ class KeptInputs:
         """Return whether this model runs again after the current run. The original one has no run at the end."""
         return len(self._waiting) > (1 if original else 0)
 
-    @property
-    def _waiting(self) -> list[Group]:
-        """Return the groups that are not replaced yet."""
-        return [group for group in self._groups if not self._unreplaced.isdisjoint(group.linears)]
+    def _is_waiting(self, name: str) -> bool:
+        return any(name in linears for linears in self._waiting)

@@ -1,9 +1,9 @@
 """Sums over the calibration text that have the same bits for any number of processes.
 
-    process 0     s0 ─────► s2 ─────► s4 …         each process sums its own shares of the text, one after the other
-    process 1     s1 ──┐──► s3 ──┐──► s5 …
-    in process 0  s0 + s1   + s2 + s3 …            shares are added in their order; some arrive late, so that
-                                                   a process need not wait for a slightly slower one
+process 0     s0 ─────► s2 ─────► s4 …         each process sums its own shares of the text, one after the other
+process 1     s1 ──┐──► s3 ──┐──► s5 …
+in process 0  s0 + s1   + s2 + s3 …            shares are added in their order; some arrive late, so that
+                                               a process need not wait for a slightly slower one
 """
 
 from __future__ import annotations

@@ -109,24 +109,14 @@ def read_text(name: str, enough_characters: int = _MAX_CHARACTERS, evaluation: b
     Raises RequestError if the name is unknown, WorkError if the text cannot be fetched or read. No other text is taken
     instead.
     """
-    if name in _TEXTS:
-        documents = _TEXTS[name](evaluation)
-    else:
-        documents = _file_documents(Path(name).expanduser())
-    limit = min(enough_characters, _MAX_CHARACTERS)
-    return _joined(documents, limit)
-
-
-def _joined(documents: Iterable[str], limit: int) -> str:
-    """Join documents with blank lines, until there are `limit` characters."""
-    kept: list[str] = []
+    documents: list[str] = []
     size = 0
-    for document in documents:
-        kept.append(document)
+    for document in _TEXTS[name](evaluation) if name in _TEXTS else _file_documents(Path(name).expanduser()):
+        documents.append(document)
         size += len(document) + 2
-        if size >= limit:
+        if size >= min(enough_characters, _MAX_CHARACTERS):
             break
-    return "\n\n".join(kept)
+    return "\n\n".join(documents)
 
 
 def _bos(tokenizer: Any) -> Int64[Tensor, "bos"]:

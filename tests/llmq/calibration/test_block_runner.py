@@ -73,7 +73,9 @@ def test_other_weights_are_used_for_one_run_and_get_gradients():
 @torch.no_grad()
 def test_many_runs_hold_the_weights_in_the_precision_of_matmuls_and_give_them_back():
     block = block_of(hidden_states(), 2)
-    low = Block("block", block.module, block.hidden, 2, ((), {}), Compute(torch.device("cpu"), precision=torch.bfloat16))
+    low = Block(
+        "block", block.module, block.hidden, 2, ((), {}), Compute(torch.device("cpu"), precision=torch.bfloat16)
+    )
     seen = []
     handle = block.module.b.register_forward_hook(lambda _, args, output: seen.append(output.dtype))
     weight = block.module.a.weight.data_ptr()

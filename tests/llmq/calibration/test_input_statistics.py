@@ -9,7 +9,6 @@ from llmq.calibration.input_statistics import collect_statistics
 from llmq.core.timing import Clock
 from llmq.models.block_structure import Group, find_groups
 
-
 GROUPS = [Group(("a",)), Group(("b",))]
 
 

@@ -12,8 +12,8 @@ from llmq.core.timing import Clock
 from llmq.models.block_structure import Group, Submodule, find_groups, linear_of
 
 
-class Two(nn.Module):
-    """Two parts one after the other, each added to the residual stream, as attention and MLP are."""
+class TwoSubmodules(nn.Module):
+    """Two submodules one after the other, each added to the residual stream, as attention and MLP are."""
 
     def __init__(self):
         super().__init__()
@@ -24,9 +24,9 @@ class Two(nn.Module):
         return hidden + self.second(self.norm(hidden))
 
 
-def two_parts(hidden, original=None):
-    """The block, and its groups."""
-    block = Block("block", Two(), hidden, 2, ((), {}), CPU, original)
+def block_and_groups(hidden, original=None):
+    """Return a block of two submodules, and its groups."""
+    block = Block("block", TwoSubmodules(), hidden, 2, ((), {}), CPU, original)
     return block, find_groups(block.module, block.run, hidden[0])
 
 
@@ -40,34 +40,35 @@ def round_one_by_one(block, groups):
 
 
 @torch.no_grad()
-def test_parts_that_end_with_a_linear_run_once_and_everything_is_as_if_they_ran_each_time():
+def test_submodules_that_end_with_a_linear_run_once_and_everything_is_as_if_they_ran_each_time():
     results, runs = [], []
     for keeps in (False, True):
         torch.manual_seed(0)
         hidden = hidden_states()
         original = [h + 0.1 * torch.randn_like(h) for h in hidden]
-        block, groups = two_parts(hidden, original)
+        block, groups = block_and_groups(hidden, original)
         if keeps:
             block.expect(groups)
         calls = []
-        for part in (block.module.first, block.module.second):
-            part.a.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        for submodule in (block.module.first, block.module.second):
+            submodule.a.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         stats = round_one_by_one(block, groups)
         outputs = [block.run_batch(i) for i in range(3)]
         results.append(
-            [*outputs, *block.original, *(part for each in stats for part in (each.H, each.target_moment, each.H_val))]
+            [*outputs, *block.original, *(moment for s in stats for moment in (s.H, s.target_moment, s.H_val))]
         )
         runs.append(len(calls))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    # For 3 batches each: the first part for its own b, and, in this model and the original one, for both linears of
-    # the second part, which runs for its own b and, in this model, once more at the end. Kept: never again.
+    # For each of 3 batches. Without keeping, the first submodule runs in both models for its own b and for both linears
+    # of the second one, and once at the end. The second one runs in both models for its own b, and once at the end.
+    # With keeping, each of the two runs once in each model.
     assert runs == [3 * (2 * 3 + 1 + 2 + 1), 3 * (2 + 2)]
 
 
 @torch.no_grad()
 def test_an_input_is_kept_only_when_everything_before_it_is_replaced():
     hidden = hidden_states()
-    block, groups = two_parts(hidden)
+    block, groups = block_and_groups(hidden)
     groups = [group for group in groups if group.linears != ("second.a",)]
     block.expect(groups)
     collect_statistics(block, groups, Clock())  # of all groups at once
@@ -81,7 +82,7 @@ def test_an_input_is_kept_only_when_everything_before_it_is_replaced():
 def test_what_does_not_fit_is_computed_again(most, monkeypatch):
     monkeypatch.setattr("llmq.calibration.kept_inputs.MOST_KEPT", most)
     hidden = hidden_states()
-    block, groups = two_parts(hidden, list(hidden))
+    block, groups = block_and_groups(hidden, list(hidden))
     block.expect(groups)
     round_one_by_one(block, groups)
     assert all(torch.equal(block.run_batch(i), block.run(hidden[i])) for i in range(3))
@@ -91,7 +92,7 @@ def test_what_does_not_fit_is_computed_again(most, monkeypatch):
 @pytest.mark.parametrize("name", ["first.b", "second.a"])
 def test_a_weight_replaced_once_more_changes_what_the_block_gives(name):
     hidden = hidden_states()
-    block, groups = two_parts(hidden, list(hidden))
+    block, groups = block_and_groups(hidden, list(hidden))
     block.expect(groups)
     round_one_by_one(block, groups)
     block.replace_weight(name, -linear_of(block.module, name).weight)
@@ -99,7 +100,7 @@ def test_a_weight_replaced_once_more_changes_what_the_block_gives(name):
 
 
 def counted(kept, module, hidden, original=False, i=0):
-    """Run the block once; return how often its linears a and b ran, and whether the output is right."""
+    """Run the block once, check its output, and return how often its linears a and b ran."""
     expected, calls = module(hidden), {"a": 0, "b": 0}
 
     def count(name):
@@ -145,6 +146,7 @@ def expecting(returns=None, residual=None):
 
 
 def replace(kept, module, name):
+    """Round the weight of a linear, and tell so."""
     weight = linear_of(module, name).weight
     weight.data = weight.data.round(decimals=1)
     kept.replaced(name)
