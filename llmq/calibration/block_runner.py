@@ -98,7 +98,7 @@ class Block:
     def run_with(
         self, weights: dict[str, Tensor], hidden: Float[Tensor, "batch tokens features"]
     ) -> Float[Tensor, "batch tokens features"]:
-        """Return the output with `weights` in place of the block's own. Gradients flow where they are enabled."""
+        """Return the output with `weights` in place of the block's own. Computes gradients if they are enabled."""
         args, kwargs = self.arguments
         device, factors = self.compute.device, self.compute.factors
         with torch.autocast(device.type, factors, enabled=factors != self.compute.dtype):

@@ -25,10 +25,9 @@ _STRIP = 256
 class InputStatistics:
     """Moments of one group's input. All algorithms use these and nothing else, so any of them can be combined.
 
-    X: inputs in the model quantized so far; X_o: the same tokens in the original model; R and R_o: the residual streams
-    to which the outputs are added, if they are added to one. The outputs reach the original model's if they change by
-
-        T = (X_o - X) Wᵀ + (R_o - R)          [tokens, out]
+    X, X_o    inputs [tokens, in] in the model quantized so far, and of the same tokens in the original model
+    R, R_o    residual streams to which the outputs are added, in both models; 0 if they are not added
+    T         (X_o - X) Wᵀ + R_o - R, the target: X Wᵀ + R lacks this of the original model's X_o Wᵀ + R_o
     """
 
     H: Float[Tensor, "in in"]
@@ -118,7 +117,7 @@ class _GroupSums:
 
     def __init__(self, group: Group, block: Block) -> None:
         self.linear, self.ranks, self.device = group.linears[0], block.ranks, block.compute.device
-        self.tokens = self.tokens_val = self.dropped = 0
+        self.tokens, self.dropped = {False: 0, True: 0}, 0  # tokens by whether they are held out
         self.target = None if block.original is None else _TargetMoment(group, block)
         width = linear_of(block.module, self.linear).in_features
         self.shapes: dict[str, tuple[int, ...]] = {"H": (width, width), "abs": (width,)}
@@ -134,10 +133,7 @@ class _GroupSums:
         count = len(rows[0])
         X, *differences = _finite_rows(rows)
         self.dropped += count - len(X)
-        if held_out:
-            self.tokens_val += len(X)
-        else:
-            self.tokens += len(X)
+        self.tokens[held_out] += len(X)
         X32 = X.float()
         _add_lower(self.sums.growing("H"), X32)
         self.sums.growing("abs").add_(X32.abs().sum(0))
@@ -147,7 +143,7 @@ class _GroupSums:
     def finish(self) -> InputStatistics:
         """Return the statistics over the tokens of all processes, in every process."""
         totals = self.sums.finish()
-        counts = self.ranks.each((self.tokens, self.tokens_val, self.dropped))
+        counts = self.ranks.each((*self.tokens.values(), self.dropped))
         tokens, tokens_val, dropped = (sum(column) for column in zip(*counts, strict=True))
 
         def mean(name: str, held_out: bool = False) -> Tensor:
@@ -181,7 +177,7 @@ class _TargetMoment:
         return [(originals[name].to(device) - inputs[name].to(device)).flatten(0, -2) for name in self.names]
 
     def add_to(self, total: Tensor, X: Tensor, dX: Tensor, dR: Tensor | None = None) -> None:
-        """Add TᵀX of a micro-batch to `total`, or (X_o - X)ᵀX if the sum is not narrow."""
+        """Add TᵀX of a micro-batch to `total`, or (X_o - X)ᵀX if the sum is not direct."""
         T = self._product(dX, self.W.T) if self.narrow else dX
         total.add_(self._product((T if dR is None else T + dR).T, X))
 
@@ -195,10 +191,10 @@ class _TargetMoment:
 
 
 def target_moment_is_narrow(group: Group, out: int, width: int) -> bool:
-    """Return whether TᵀX [out, width] is summed itself; otherwise (X_o - X)ᵀX [width, width] is, and W multiplies it.
+    """Return whether TᵀX [out, width] is summed directly; otherwise W (X_o - X)ᵀX is computed at the end.
 
-    The narrow sum takes two products with T for every token, the other one product of square size. With a residual
-    stream only the narrow sum is possible, because R_o - R is not multiplied by W.
+    The direct sum takes two products of out x width for every token; (X_o - X)ᵀX takes one of width x width. With a
+    residual stream only the direct sum is possible, because W does not multiply R_o - R.
     """
     return group.residual is not None or 2 * out < width
 

@@ -26,17 +26,17 @@ _Key = tuple[str, int, bool]
 class KeptInputs:
     """Keeps the input of each submodule's last linear, and later its output instead.
 
-    Every last linear has one state for each micro-batch and each of the two models (quantized so far, original):
+    Each last linear has a state for every micro-batch and for both models (the one quantized so far, the original):
 
-        state         a run of the block …           next state
-        unknown       runs the submodule             input kept, in a run after every earlier group was replaced
-        input kept    runs the last linear alone     output kept, in a run after the linear itself was replaced
-        output kept   runs nothing of it             dropped, in the last run that was announced
+        state         a run of the block …         next state
+        unknown       runs the submodule           input kept, in a run after every earlier group was replaced
+        input kept    runs the last linear only    output kept, in a run after the linear itself was replaced
+        output kept   runs nothing of it           dropped, in the last run that was announced
         dropped       runs the submodule
 
-    The original model's weights never change, so it does not wait for replacements. A state stays unknown if the input
-    does not fit within `MOST_KEPT`, or if no further run was announced. All states become unknown by `forget`, and when
-    a weight is replaced for a second time.
+    The original model keeps its weights, so it does not wait for replacements. A state stays unknown if the input does
+    not fit within `MOST_KEPT`, or if no further run was announced. If the last run computes an output, it is dropped at
+    once. All states become unknown by `forget`, and when a weight is replaced for a second time.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -55,7 +55,7 @@ class KeptInputs:
         run again for every group.
         """
         self._waiting = [set(group.linears) for group in groups]
-        # The statistics want the inputs of these modules from every run, so what contains them is never skipped.
+        # Statistics need the inputs of these modules in every run, so a submodule that contains one is never skipped.
         residuals = {group.residual for group in groups if group.residual}
         for group in groups:
             if group.ends and not any(name.startswith(group.ends.name + ".") for name in residuals):
@@ -63,9 +63,10 @@ class KeptInputs:
 
     def replaced(self, name: str) -> None:
         """Note that a linear has got a new weight."""
-        if not self._is_waiting(name):  # a second replacement: what was kept came from the first one
+        waiting = [left for linears in self._waiting if (left := linears - {name})]
+        if waiting == self._waiting:  # a second replacement: what was kept came from the first one
             self.forget()
-        self._waiting = [left for linears in self._waiting if (left := linears - {name})]
+        self._waiting = waiting
 
     def forget(self) -> None:
         """Drop everything that was kept."""
@@ -99,7 +100,7 @@ class KeptInputs:
             output = self._outputs[key].to(self._device)
         else:
             output = linear_of(self._module, name)(self._inputs[key].to(self._device))
-            if original or not self._is_waiting(name):
+            if original or name not in set[str]().union(*self._waiting):
                 del self._inputs[key]
                 self._outputs[key] = output.cpu()
         if not self._runs_again(original):
@@ -109,6 +110,3 @@ class KeptInputs:
     def _runs_again(self, original: bool) -> bool:
         """Return whether this model runs again after the current run. The original one has no run at the end."""
         return len(self._waiting) > (1 if original else 0)
-
-    def _is_waiting(self, name: str) -> bool:
-        return any(name in linears for linears in self._waiting)
