@@ -1,6 +1,6 @@
 """One decoder block while it is quantized: its weights, and the hidden states that enter it.
 
-Two models run through it. "This model" is quantized up to this block; "the original model" has no changed weight.
+It runs in two models: "this model" is quantized up to this block; "the original model" has no changed weight.
 """
 
 from __future__ import annotations

@@ -50,10 +50,10 @@ def new_hidden_dir(directory: Path, name: str) -> HiddenDir:
 
 
 def remove_states(directory: Path | None) -> None:
-    """Remove the hidden states of all processes of this run on this machine. None: they are in memory.
+    """Remove the hidden states of all processes of this run on this machine.
 
     Args:
-        directory: that of one process; those of the others differ only in the number at the end of the name.
+        directory: of one process; the others differ only in the number at the end. None: the states are in memory.
     """
     if directory is not None:
         for path in directory.parent.glob(f"{directory.name.rpartition('-')[0]}-*.partial"):

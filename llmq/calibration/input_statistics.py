@@ -161,7 +161,7 @@ class _GroupSums:
 
 
 class _TargetMoment:
-    """The sum of TᵀX of one group, made in the cheaper of two ways (see `target_moment_is_narrow`)."""
+    """The sum of TᵀX of one group, computed in the cheaper of two ways (see `target_moment_is_narrow`)."""
 
     def __init__(self, group: Group, block: Block) -> None:
         self.precision = block.compute.precision
@@ -177,7 +177,7 @@ class _TargetMoment:
         return [(originals[name].to(device) - inputs[name].to(device)).flatten(0, -2) for name in self.names]
 
     def add_to(self, total: Tensor, X: Tensor, dX: Tensor, dR: Tensor | None = None) -> None:
-        """Add TᵀX of a micro-batch to `total`, or (X_o - X)ᵀX if the sum is not direct."""
+        """Add TᵀX of a micro-batch to `total`, or (X_o - X)ᵀX if the sum is wide."""
         T = self._product(dX, self.W.T) if self.narrow else dX
         total.add_(self._product((T if dR is None else T + dR).T, X))
 
@@ -191,10 +191,10 @@ class _TargetMoment:
 
 
 def target_moment_is_narrow(group: Group, out: int, width: int) -> bool:
-    """Return whether TᵀX [out, width] is summed directly; otherwise W (X_o - X)ᵀX is computed at the end.
+    """Return whether TᵀX [out, width] is summed. The wide sum is (X_o - X)ᵀX [width, width]; W multiplies it at the end.
 
-    The direct sum takes two products of out x width for every token; (X_o - X)ᵀX takes one of width x width. With a
-    residual stream only the direct sum is possible, because W does not multiply R_o - R.
+    The narrow sum takes two products of out x width for every token, the wide one takes one of width x width. With a
+    residual stream only the narrow sum is possible, because W does not multiply R_o - R.
     """
     return group.residual is not None or 2 * out < width
 
