@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from llmq.calibration.block_stream import Journey, stream
+from llmq.calibration.block_stream import StreamSettings, stream
 from llmq.calibration.hidden_states import remove_states
 from llmq.checkpoint.model_files import companions_of
 from llmq.checkpoint.output_dir import PROGRESS, remove_leftovers
@@ -120,7 +120,7 @@ def _quantize_blocks(request: Request, run: Run, progress: Progress, states: Sta
     stop = names.index(run.chosen[-1]) + 1
     finished = sum(map(progress.is_done, names[:stop]))
     if finished < stop:
-        journey = Journey(
+        settings = StreamSettings(
             keep_original=run.matching,
             ranks=run.ranks,
             stop=stop,
@@ -131,7 +131,7 @@ def _quantize_blocks(request: Request, run: Run, progress: Progress, states: Sta
             passed=progress.commit,
             hidden_dir=progress.hidden_dir_for(states.directory),
         )
-        with closing(stream(source, request.tokens, request.compute, request.clock, journey)) as blocks:
+        with closing(stream(source, request.tokens, request.compute, request.clock, settings)) as blocks:
             bar = tqdm(blocks, "blocks", total=stop, initial=finished, disable=not request.progress, unit="block")
             for block in bar:
                 progress.save(block.name, [run.quantize_block(block, bar.set_postfix_str)], block)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import llmq
-from llmq.calibration.block_stream import _Travellers
+from llmq.calibration.block_stream import _StreamedStates
 from llmq.core.errors import LlmqError
 
 # Ways in which the writer, the journal, the report and the hidden states change what is on the disk.
@@ -56,7 +56,7 @@ def small_run(model, text, output):
 
 def interrupted(config, monkeypatch, blocks=2):
     """A run that ends, politely, when so many blocks are finished."""
-    enter = _Travellers.enter
+    enter = _StreamedStates.enter
 
     def stop(self, index, *arguments):
         if index == blocks:
@@ -64,7 +64,7 @@ def interrupted(config, monkeypatch, blocks=2):
         return enter(self, index, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Travellers, "enter", stop)
+        patch.setattr(_StreamedStates, "enter", stop)
         with pytest.raises(KeyboardInterrupt):
             llmq.quantize(config)
 

@@ -29,128 +29,132 @@ from llmq.core.timing import Clock
 from llmq.models.model_source import ModelSource, move_buffers
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a block is given beside hidden states."""
+"""The arguments of a block besides hidden states."""
+_Call = tuple[Tensor, Arguments]
+"""The hidden states that enter a block, and its other arguments."""
 
 
 @dataclass(frozen=True)
-class Journey:
-    """How the hidden states travel through the model, and where they set out."""
+class StreamSettings:
+    """How hidden states pass through the model, and where they start."""
 
     keep_original: bool = False
-    """Blocks come with the original model's hidden states too, if there are held-out samples to tell by how far to
-    follow them."""
+    """Blocks come with the original model's hidden states too. Without held-out samples they do not: nothing could tell
+    how far to follow the original model."""
     ranks: Ranks = ALONE
     stop: int | None = None
-    """Index of the block after the last one that is wanted."""
+    """Index after the last block that is wanted."""
     linears: torch.dtype | None = None
-    """In which the weights of linears are loaded, if not in the one of computation."""
+    """Dtype in which the weights of linears are loaded; None for the dtype of computation."""
     states_unused: bool = False
-    """Nobody looks at the hidden states: they stay what they are."""
+    """The method needs no statistics, so hidden states are not passed on."""
     finished: int = 0
-    """Blocks that an earlier run has finished: they are not yielded."""
+    """Number of blocks that an earlier process finished; they are not yielded."""
     restore: Callable[[Block], None] = lambda _: None
-    """Gives such a block the weights it was left with."""
+    """Gives a finished block its final weights."""
     passed: Callable[[], None] = lambda: None
-    """Called when the hidden states have passed a block: nothing more is done with it."""
+    """Called when the hidden states have passed a block, and nothing more is done with it."""
     hidden_dir: HiddenDir | None = None
-    """Where hidden states wait on disk, perhaps with the inputs of the first block that is not finished; None for
-    memory."""
+    """Directory for hidden states; None to keep them in memory."""
 
     @property
-    def is_under_way(self) -> bool:
-        """The inputs of the first block that is not finished wait on disk."""
+    def has_states(self) -> bool:
+        """Return whether an earlier process left the inputs of the first unfinished block on disk."""
         return self.hidden_dir is not None and self.hidden_dir.turn is not None
 
 
 def stream(
-    source: ModelSource, tokens: Tokens, compute: Compute, clock: Clock, journey: Journey | None = None
+    source: ModelSource, tokens: Tokens, compute: Compute, clock: Clock, settings: StreamSettings | None = None
 ) -> Generator[Block]:
-    """Yield each block in order. What the caller leaves in its weights decides what the next block sees.
+    """Yield each block in order. The weights that the caller leaves in it decide what the next block sees.
 
     Args:
-        tokens: calibration sequences; they may be few and short for methods that need no statistics.
+        tokens: calibration sequences; few and short ones are enough for methods that need no statistics.
     """
-    journey = journey or Journey()
-    travellers, names = _Travellers(source, tokens, compute, clock, journey), source.block_names[: journey.stop]
+    settings = settings or StreamSettings()
+    states, names = _StreamedStates(source, tokens, compute, clock, settings), source.block_names[: settings.stop]
     try:
         for index, name in enumerate(names):
-            if index < journey.finished and (journey.states_unused or journey.is_under_way):
+            if index < settings.finished and (settings.states_unused or settings.has_states):
                 continue
-            block = travellers.enter(index, name)
-            if index >= journey.finished:
+            block = states.enter(index, name)
+            if index >= settings.finished:
                 yield block
             else:
+                with clock("forward"):  # the weights are still the original ones
+                    _pass_through(block, original=True)
+                settings.restore(block)
+            if not settings.states_unused and name != names[-1]:
                 with clock("forward"):
-                    travellers.original_passes(block)
-                journey.restore(block)
-            if not journey.states_unused and name != names[-1]:
-                with clock("forward"), block.many_runs():
-                    for i in range(len(block.hidden)):
-                        block.hidden[i] = block.run_batch(i).cpu()
-            journey.passed()
+                    _pass_through(block)
+            settings.passed()
             source.free(source.block_tensor_names(name))
-            block.forget()
+            block.kept_inputs.forget()
             release_memory()
     finally:
-        travellers.close()
+        states.close()
 
 
-class _Travellers:
-    """The hidden states of this process, and what each block is to know of them."""
+def _pass_through(block: Block, original: bool = False) -> None:
+    """Replace the hidden states that enter a block, in this or the original model, by its outputs."""
+    states = block.original if original else block.hidden
+    if states is not None:
+        with block.many_runs():
+            for i in range(len(states)):
+                states[i] = block.run_batch(i, original).cpu()
 
-    def __init__(self, source: ModelSource, tokens: Tokens, compute: Compute, clock: Clock, journey: Journey) -> None:
-        self.source, self.compute, self.clock, self.journey = source, compute, clock, journey
-        self.portion = portion_of(tokens, journey.ranks)
-        self.shapes = [
-            torch.Size((*batch.shape, source.config.get_text_config().hidden_size)) for batch in self.portion.batches
-        ]
-        self.hidden = self._waiting("quantized")
-        self.original = self._waiting("original") if journey.keep_original and len(tokens.held_out) > 0 else None
+
+class _StreamedStates:
+    """The hidden states of this process, which enter one block after the other."""
+
+    def __init__(
+        self, source: ModelSource, tokens: Tokens, compute: Compute, clock: Clock, settings: StreamSettings
+    ) -> None:
+        self.source, self.compute, self.clock, self.settings = source, compute, clock, settings
+        self.portion = portion_of(tokens, settings.ranks)
+        self.hidden = self._room_for("quantized")
+        self.original = self._room_for("original") if settings.keep_original and len(tokens.held_out) > 0 else None
         with clock("forward"):
-            batches = [] if journey.is_under_way else self.portion.batches
-            sample, self.arguments = record_block_inputs(source, tokens.train[:1], compute, batches, self._set_out)
-            self.sample = journey.ranks.share(sample).cpu()
+            batches = [] if settings.has_states else self.portion.batches
+            sample, self.arguments = record_block_inputs(source, tokens.train[:1], compute, batches, self._set_first)
+            self.sample = settings.ranks.share(sample).cpu()
 
-    def _waiting(self, kind: str) -> HiddenStates:
-        """Where they wait."""
-        if self.journey.hidden_dir is None:
-            return [torch.empty(0)] * len(self.shapes)
-        return StoredStates(self.journey.hidden_dir, kind, self.shapes, self.compute.dtype)
+    def _room_for(self, kind: str) -> HiddenStates:
+        """Return a list, in memory or on disk, with room for the hidden states of each micro-batch."""
+        width, batches = self.source.config.get_text_config().hidden_size, self.portion.batches
+        if self.settings.hidden_dir is None:
+            return [torch.empty(0)] * len(batches)
+        shapes = [torch.Size((*batch.shape, width)) for batch in batches]
+        return StoredStates(self.settings.hidden_dir, kind, shapes, self.compute.dtype)
 
-    def _set_out(self, i: int, hidden: Tensor) -> None:
+    def _set_first(self, i: int, hidden: Tensor) -> None:
+        """Set the hidden states that enter the first block, which are the same in both models."""
         self.hidden[i] = hidden
         if self.original is not None:
             self.original[i] = hidden
 
     def enter(self, index: int, name: str) -> Block:
-        """The block with its weights loaded."""
+        """Return a block with its weights loaded, and with the hidden states as they are now."""
         compute = self.compute
         with self.clock("read"):
-            module = load_block(self.source, name, compute, self.journey.linears)
-        arguments, ranks, portion = self.arguments[index], self.journey.ranks, self.portion
+            module = load_block(self.source, name, compute, self.settings.linears)
+        arguments, ranks, portion = self.arguments[index], self.settings.ranks, self.portion
         states = (self.hidden, portion.held_out_from, arguments, compute, self.original, ranks)
         return Block(name, module, *states, portion.shares, self.sample)
 
-    def original_passes(self, block: Block) -> None:
-        """The original model's hidden states go through a block whose weights are still its own."""
-        if block.original is None:
-            return
-        with block.many_runs():
-            for i in range(len(block.original)):
-                block.original[i] = block.run_batch(i, original=True).cpu()
-
     def close(self) -> None:
+        """Close the files of hidden states on disk."""
         for states in (self.hidden, self.original):
             if isinstance(states, StoredStates):
                 states.close()
 
 
 def load_block(source: ModelSource, name: str, compute: Compute, linears: torch.dtype | None) -> nn.Module:
-    """The block of this name with its weights. `linears`: dtype of those of its linears, if not that of `compute`."""
+    """Load the weights of a block. `linears`: dtype of its linears' weights, if it is not that of `compute`."""
     module, names = source.skeleton.get_submodule(name), source.block_tensor_names(name)
-    apart = {f"{name}.{inner}.weight" for inner, m in module.named_modules() if isinstance(m, nn.Linear)}
-    source.load([each for each in names if each in apart], compute.device, linears or compute.dtype)
-    source.load([each for each in names if each not in apart], compute.device, compute.dtype)
+    weights = {f"{name}.{inner}.weight" for inner, m in module.named_modules() if isinstance(m, nn.Linear)}
+    source.load([tensor for tensor in names if tensor in weights], compute.device, linears or compute.dtype)
+    source.load([tensor for tensor in names if tensor not in weights], compute.device, compute.dtype)
     return module
 
 
@@ -162,55 +166,53 @@ def record_block_inputs(
     batches: Sequence[Tensor] = (),
     keep: Callable[[int, Tensor], None] = lambda *_: None,
 ) -> tuple[Float[Tensor, "1 length features"], list[Arguments]]:
-    """Hidden states entering the first block, and the other arguments of every block.
+    """Return the hidden states that enter the first block, and the other arguments of every block.
 
-    All blocks are recorders that pass their input on, so one cheap forward through embeddings and masks shows what the
-    model gives to each of them (Gemma-style models give different masks), and no exception has to stop it.
-    Arguments are recorded for one sequence and broadcast over a micro-batch.
+    Every block becomes a recorder that returns its input, so a forward runs embeddings and masks only, which is cheap.
+    All blocks record, because some models give them different masks (Gemma). The arguments of one sequence are
+    broadcast over a micro-batch.
 
     Args:
-        one: a sequence.
-        keep: is given the hidden states of each of the batches, on the CPU.
+        one: one sequence; its hidden states are returned, on the device.
+        keep: called for each of `batches` with its index and its hidden states, on the CPU.
 
-    Returns:
-        the hidden states of the one sequence, on the device; the arguments of each block.
+    Raises RequestError if the model does not run its blocks in order, or gives them arguments that depend on tokens.
     """
     decoder = source.skeleton.get_decoder()
+    with _outer_weights(source, decoder, compute), _recorders(source.blocks) as calls:
+
+        def calls_for(ids: Tensor) -> list[_Call]:
+            calls.clear()
+            decoder(input_ids=ids.to(compute.device), use_cache=False)
+            return list(calls)
+
+        first = calls_for(one)
+        _check_calls(type(decoder).__name__, len(source.blocks), first, calls_for(one.flip(1)))
+        for i, batch in enumerate(batches):
+            keep(i, calls_for(batch)[0][0].cpu())
+    return first[0][0], [arguments for _, arguments in first]
+
+
+@contextmanager
+def _outer_weights(source: ModelSource, decoder: nn.Module, compute: Compute) -> Iterator[None]:
+    """Load the weights of the decoder outside its blocks, such as embeddings, and free them at the end."""
     inside = {id(tensor) for tensor in decoder.state_dict(keep_vars=True).values()}
     outer = source.skeleton.state_dict(keep_vars=True)
     names = [name for name in source.outer_names() if id(outer[name]) in inside]
     source.load(names, compute.device, compute.dtype)
     move_buffers(source.skeleton, compute.device)
-    with _recorders(source.blocks) as calls:
-
-        def recorded(ids: Tensor) -> list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:
-            calls.clear()
-            decoder(input_ids=ids.to(compute.device), use_cache=False)
-            return list(calls)
-
-        first, other = recorded(one), recorded(one.flip(1))
-        arguments = [(args, kwargs) for _, args, kwargs in first]
-        if not _same(*([(args, list(kwargs.items())) for _, args, kwargs in each] for each in (first, other))):
-            name = type(decoder).__name__
-            raise RequestError(f"the blocks of {name} take arguments that depend on the tokens; llmq cannot stream it")
-        for i, batch in enumerate(batches):
-            keep(i, recorded(batch)[0][0].cpu())
+    yield
     source.free(names)
-    if len(arguments) != len(source.blocks) or calls[-1][0].shape != calls[0][0].shape:
-        raise RequestError(
-            f"{type(decoder).__name__} does not run its blocks one after the other; llmq cannot stream it"
-        )
-    return first[0][0], arguments
 
 
 @contextmanager
-def _recorders(blocks: list[nn.Module]) -> Iterator[list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]]:
-    """Make every block an identity that notes its arguments. Only `forward` is replaced: attributes stay readable."""
-    calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+def _recorders(blocks: list[nn.Module]) -> Iterator[list[_Call]]:
+    """Make every block return its input and record its call. Only `forward` changes: attributes stay readable."""
+    calls: list[_Call] = []
 
     def record(*args: Any, **kwargs: Any) -> Tensor:
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        calls.append((hidden, args[1:], kwargs))
+        calls.append((hidden, (args[1:], kwargs)))
         return hidden
 
     for block in blocks:
@@ -222,8 +224,16 @@ def _recorders(blocks: list[nn.Module]) -> Iterator[list[tuple[Tensor, tuple[Any
             del block.forward
 
 
+def _check_calls(name: str, blocks: int, first: list[_Call], other: list[_Call]) -> None:
+    """Raise RequestError if arguments differ between two texts, or if blocks are not called one after the other."""
+    if not _same(*([(args, list(kwargs.items())) for _, (args, kwargs) in calls] for calls in (first, other))):
+        raise RequestError(f"the blocks of {name} take arguments that depend on the tokens; llmq cannot stream it")
+    if len(first) != blocks or first[-1][0].shape != first[0][0].shape:
+        raise RequestError(f"{name} does not run its blocks one after the other; llmq cannot stream it")
+
+
 def _same(a: Any, b: Any) -> bool:
-    """Whether two recordings agree. An empty dictionary is a state that blocks will share: never the same."""
+    """Return whether two recordings agree. An empty dictionary never agrees: blocks share it to store state."""
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.shape == b.shape and bool((a == b).all())
     if isinstance(a, list | tuple):

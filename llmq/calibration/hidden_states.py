@@ -1,11 +1,11 @@
-"""Hidden states of the calibration text that wait on disk, for when memory has no room for them.
+"""Hidden states of the calibration text, kept on disk if memory has no room for them.
 
     file 0:  inputs of block k      ◄── read
-    file 1:  inputs of block k+1    ◄── written, and read from then on
+    file 1:  inputs of block k+1    ◄── written; read for the next block
 
-A micro-batch is read and written whole and its copy in the other file is kept until the one after it is written: a run
-that is killed within block k still has all inputs of block k. Plain reads and writes, not a mapped file: the pages of
-a mapping would count as this program's memory.
+A micro-batch is read and written whole. Its old copy stays in the other file until the next block overwrites it, so a
+run that is killed within block k still has all inputs of block k. Plain reads and writes are used, not a mapped file:
+the pages of a mapping would count as memory of this program.
 """
 
 from __future__ import annotations
@@ -27,23 +27,22 @@ from llmq.core.errors import WorkError
 
 @dataclass(frozen=True)
 class HiddenDir:
-    """Where the hidden states of a process wait."""
+    """The directory of one process's hidden states."""
 
     directory: Path
     name: str
-    """What the names of the files begin with: another for every run that begins with none, so that what one run left
-    is never taken for what another did."""
+    """First word of the file names. Every new run takes another one, so it never reads the files of an old run."""
     turn: int | None = None
-    """Which of the two files holds what is there already (see `complete`); None to begin with none."""
+    """Which file, 0 or 1, holds the states that an earlier process left (see `complete`); None if there are none."""
 
     def files(self, kind: str) -> list[Path]:
-        """The two files of one kind of states."""
+        """Return the paths of the two files of one kind of states (`quantized` or `original`)."""
         return [self.directory / f"{self.name}-{kind}-{turn}.states" for turn in (0, 1)]
 
 
 def new_hidden_dir(directory: Path, name: str) -> HiddenDir:
-    """Make a directory for hidden states, with none in it. Raises WorkError if it cannot be made."""
-    with _explained(directory):
+    """Make a directory without any hidden states in it. Raises WorkError if that fails."""
+    with _disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         for path in directory.glob("*.states"):
             path.unlink()
@@ -51,24 +50,25 @@ def new_hidden_dir(directory: Path, name: str) -> HiddenDir:
 
 
 def remove_states(directory: Path | None) -> None:
-    """Remove the hidden states in `directory`, and those of this run's other processes on this machine beside it.
+    """Remove the hidden states of all processes of this run on this machine.
 
-    Their directories bear the same name but for the number at its end. None: there are none on disk.
+    Args:
+        directory: of one process; the others differ only in the number at the end. None: the states are in memory.
     """
     if directory is not None:
-        for each in directory.parent.glob(f"{directory.name.rpartition('-')[0]}-*.partial"):
-            shutil.rmtree(each, ignore_errors=True)
+        for path in directory.parent.glob(f"{directory.name.rpartition('-')[0]}-*.partial"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class StoredStates:
-    """A list of tensors of one dtype whose items are on disk.
+    """A list of tensors of one dtype on disk. Items are written and read by index.
 
     Args:
-        hidden_dir: where the two files are, or are made.
-        kind: tells them from others there.
-        shapes: of all items.
+        hidden_dir: the directory of the two files; they are made if they do not exist.
+        kind: see `HiddenDir.files`.
+        shapes: the shape of each item.
 
-    Raises WorkError if the disk is full, or the files are not what was written.
+    Raises WorkError if the disk is full, or if a file is too short.
     """
 
     def __init__(self, hidden_dir: HiddenDir, kind: str, shapes: Sequence[torch.Size], dtype: torch.dtype) -> None:
@@ -76,19 +76,20 @@ class StoredStates:
         self._shapes, self._dtype = list(shapes), dtype
         sizes = [shape.numel() * dtype.itemsize for shape in self._shapes]
         self._offsets = [0, *accumulate(sizes)]
-        with _explained(hidden_dir.directory):
+        with _disk_errors(hidden_dir.directory):
             self._files = [os.open(path, os.O_RDWR | os.O_CREAT, 0o600) for path in hidden_dir.files(kind)]
         self._turns = [hidden_dir.turn or 0] * len(sizes)
+        """For each item, which file holds its newest copy."""
 
     def __len__(self) -> int:
         return len(self._shapes)
 
     def __getitem__(self, i: int) -> Tensor:
-        shape = self._shapes[i]  # an IndexError ends a loop over all
+        shape = self._shapes[i]  # raises IndexError behind the last item, which ends a `for` loop
         tensor = torch.empty(shape, dtype=self._dtype)
         view, file = _bytes(tensor), self._files[self._turns[i]]
         at = self._offsets[i]
-        with _explained(self.hidden_dir.directory):
+        with _disk_errors(self.hidden_dir.directory):
             while view:
                 count = os.preadv(file, [view], at)
                 if count == 0:
@@ -100,7 +101,7 @@ class StoredStates:
         assert tensor.shape == self._shapes[i], (tensor.shape, self._shapes[i])
         turn = 1 - self._turns[i]
         view, at = _bytes(tensor.to(self._dtype).contiguous()), self._offsets[i]
-        with _explained(self.hidden_dir.directory):
+        with _disk_errors(self.hidden_dir.directory):
             while view:
                 count = os.pwrite(self._files[turn], view, at)
                 view, at = view[count:], at + count
@@ -108,11 +109,11 @@ class StoredStates:
 
     @property
     def complete(self) -> int | None:
-        """The file that holds all items; None while they are spread over both."""
+        """Return the file that holds the newest copies of all items; None if they are spread over both files."""
         return self._turns[0] if len(set(self._turns)) == 1 else None
 
     def close(self) -> None:
-        """Close the files, which stay. May be called twice."""
+        """Close the files, without removing them. A second call does nothing."""
         while self._files:
             os.close(self._files.pop())
 
@@ -122,13 +123,15 @@ HiddenStates = list[Tensor] | StoredStates
 
 
 @contextmanager
-def _explained(directory: Path) -> Iterator[None]:
+def _disk_errors(directory: Path) -> Iterator[None]:
+    """Turn an OSError into a WorkError that names the directory and the flag to change."""
     try:
         yield
     except OSError as error:
-        raise WorkError(f"hidden states cannot wait in {directory}: {error}; name another --offload-dir") from None
+        raise WorkError(f"hidden states cannot be kept in {directory}: {error}; name another --offload-dir") from None
 
 
 def _bytes(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor."""
     array: Any = tensor.view(torch.uint8).flatten().numpy()
     return memoryview(array)

@@ -1,9 +1,9 @@
-"""What the algorithms know about a group's inputs X [tokens, in], gathered while the block runs."""
+"""Statistics of a group's inputs X [tokens, in], summed while the block runs. Algorithms see these, never the text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -23,54 +23,58 @@ _STRIP = 256
 
 @dataclass
 class InputStatistics:
-    """Second moments of one group's input. All algorithms consume these and only these, so all of them compose."""
+    """Moments of one group's input. All algorithms use these and nothing else, so any of them can be combined.
+
+    X, X_o    inputs [tokens, in] in the model quantized so far, and of the same tokens in the original model
+    R, R_o    residual streams to which the outputs are added, in both models; 0 if they are not added
+    T         (X_o - X) Wᵀ + R_o - R, the target: X Wᵀ + R lacks this of the original model's X_o Wᵀ + R_o
+    """
 
     H: Float[Tensor, "in in"]
     """XᵀX / tokens in float32 (the Hessian of the layer's squared output error, up to a factor of 2)."""
     H_val: Float[Tensor, "in in"]
-    """The same over held-out tokens; equal to H when none are held out."""
+    """The same over held-out tokens; equal to H if none are held out."""
     mean_abs: Float[Tensor, "in"]
-    """Mean |x| per input channel."""
+    """Mean |x| of each input channel."""
     tokens: int
     dropped: int
-    """Token rows left out because they held NaN or infinity."""
+    """Number of tokens that were left out because of NaN or infinity."""
     target_moment: Float[Tensor, "out in"] | None = None
-    """TᵀX / tokens, where T is what the outputs X Wᵀ lack of the original model's, X_o Wᵀ - X Wᵀ; where these are added
-    to a residual stream, T is what the sum lacks."""
+    """TᵀX / tokens; None if the original model does not run."""
     target_moment_val: Float[Tensor, "out in"] | None = None
     """The same over held-out tokens."""
 
 
 def collect_statistics(block: Block, groups: list[Group], clock: Clock, last: bool = True) -> list[InputStatistics]:
-    """Run the block over all micro-batches and gather the statistics of the groups' inputs.
+    """Run the block over all micro-batches and return the statistics of each group's input.
 
     Args:
-        groups: those whose inputs are wanted; the block runs up to the last one of them.
-        last: the block will not run on the original model's hidden states again; its outputs take their place.
+        groups: the block runs no further than to the last of their inputs.
+        last: the original model runs for the last time, so its hidden states are replaced by the block's outputs.
     """
-    sums = [_Sums(group, block) for group in groups]
+    sums = [_GroupSums(group, block) for group in groups]
     names = {name for group in groups for name in (group.linears[0], group.residual) if name}
     with block.many_runs():
         for share in block.shares:
             for i in share.batches:
                 inputs, originals = _run(block, i, names, clock, last)
                 with clock("statistics"):
-                    for each in sums:
-                        each.add(inputs, originals, share.held_out)
+                    for group_sums in sums:
+                        group_sums.add(inputs, originals, share.held_out)
             with clock("statistics"):
-                for each in sums:
-                    each.sums.fold(share)
+                for group_sums in sums:
+                    group_sums.sums.fold(share)
     if last:
         block.forget_original()
     with clock("statistics"):
         release_memory()
-        return [each.finish() for each in sums]
+        return [group_sums.finish() for group_sums in sums]
 
 
 def _run(
     block: Block, i: int, names: set[str], clock: Clock, last: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What enters the modules of these names for micro-batch i, in this model and in the original one."""
+    """Return the inputs of these modules for micro-batch i, in this model and in the original one; "" is the block."""
     originals: dict[str, Tensor] = {}
     if block.original is not None:
         originals[""] = block.original[i]
@@ -85,127 +89,137 @@ def _run(
     return inputs, originals
 
 
-class _EnoughError(Exception):
-    """Every input has been seen: what follows in the block need not run."""
+class _AllSeenError(Exception):
+    """Every input has been seen, so the remainder of the block need not run."""
 
 
 @contextmanager
 def _inputs(block: Block, names: set[str], inputs: dict[str, Tensor], stop: bool) -> Iterator[None]:
-    """Keep the inputs of the modules of these names; with `stop`, leave out what follows the last one of them."""
-
+    """Store the inputs of these modules in `inputs`. `stop`: end the run after the last of them."""
     modules = {block.module.get_submodule(name): name for name in names}
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs[modules[module]] = args[0]
         if stop and names <= inputs.keys():
-            raise _EnoughError
+            raise _AllSeenError
 
-    handles = [module.register_forward_pre_hook(hook) for module in modules]
-    try:
-        with suppress(_EnoughError):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as handles, suppress(_AllSeenError):
+        for module in modules:
+            handles.enter_context(module.register_forward_pre_hook(hook))
+        yield
 
 
-class _Sums:
-    """Sums over token rows, of H only the lower triangle until `finish`.
+class _GroupSums:
+    """Sums of H, |x| and the target moment over the tokens of one group. Of H, only the lower triangle is summed.
 
-    Memory: what is returned, and one more of each while it grows.
+    Memory: the finished sums, and one more of each while it grows.
     """
 
     def __init__(self, group: Group, block: Block) -> None:
-        self.first, self.residual, self.ranks = group.linears[0], group.residual, block.ranks
-        self.paired = block.original is not None
-        self.precision, self.device = block.compute.precision, block.compute.device
-        self.tokens = self.tokens_val = self.dropped = 0
-        self.W = torch.cat([linear_of(block.module, name).weight.data for name in group.linears])
-        out, width = self.W.shape
-        self.narrow = target_moment_is_narrow(group, out, width)
-        target_moment = {"target_moment": (out if self.narrow else width, width)} if self.paired else {}
-        self.shapes: dict[str, tuple[int, ...]] = {"H": (width, width), "abs": (width,)} | target_moment
+        self.linear, self.ranks, self.device = group.linears[0], block.ranks, block.compute.device
+        self.tokens, self.dropped = {False: 0, True: 0}, 0  # tokens by whether they are held out
+        self.target = None if block.original is None else _TargetMoment(group, block)
+        width = linear_of(block.module, self.linear).in_features
+        self.shapes: dict[str, tuple[int, ...]] = {"H": (width, width), "abs": (width,)}
+        if self.target is not None:
+            self.shapes["target_moment"] = self.target.shape
         self.sums = ShareSums(self.shapes, block.ranks, self.device)
 
     def add(self, inputs: dict[str, Tensor], originals: dict[str, Tensor], held_out: bool) -> None:
-        """Inputs of the block's modules by name, in this model and, where it runs along, in the original one."""
-        X, dX, dR = self._rows(inputs, originals)
+        """Add a micro-batch, given the inputs of modules by name, in this model and in the original one."""
+        rows = [inputs[self.linear].flatten(0, -2)]
+        if self.target is not None:
+            rows += self.target.differences(inputs, originals)
+        count = len(rows[0])
+        X, *differences = _finite_rows(rows)
+        self.dropped += count - len(X)
+        self.tokens[held_out] += len(X)
         X32 = X.float()
         _add_lower(self.sums.growing("H"), X32)
         self.sums.growing("abs").add_(X32.abs().sum(0))
-        if held_out:
-            self.tokens_val += len(X)
-        else:
-            self.tokens += len(X)
-        if dX is not None:
-            T = self._product(dX, self.W.T) if self.narrow else dX
-            self.sums.growing("target_moment").add_(self._product((T if dR is None else T + dR).T, X))
-
-    def _rows(
-        self, inputs: dict[str, Tensor], originals: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """X, X_original - X, R_original - R, one row per token, without the rows of tokens that are not finite."""
-
-        def difference(name: str | None) -> Tensor | None:
-            if not self.paired or name is None:
-                return None
-            return (originals[name].to(X.device) - inputs[name].to(X.device)).flatten(0, -2)
-
-        X = inputs[self.first].flatten(0, -2)
-        dX, dR = difference(self.first), difference(self.residual)
-        known = [each for each in (X, dX, dR) if each is not None]
-        # One reduction finds the rare bad batch: a sum is finite only if every term is.
-        if all(bool(torch.isfinite(each.sum(dtype=torch.float32))) for each in known):
-            return X, dX, dR
-        finite = torch.stack([torch.isfinite(each).all(1) for each in known]).all(0)
-        self.dropped += int((~finite).sum())
-        return X[finite], None if dX is None else dX[finite], None if dR is None else dR[finite]
-
-    def _product(self, A: Tensor, B: Tensor) -> Tensor:
-        """Of differences, in which rounding is nothing beside the noise of what is averaged."""
-        return (A.to(self.precision) @ B.to(self.precision)).float()
+        if self.target is not None:
+            self.target.add_to(self.sums.growing("target_moment"), X, *differences)
 
     def finish(self) -> InputStatistics:
+        """Return the statistics over the tokens of all processes, in every process."""
         totals = self.sums.finish()
-        counts = self.ranks.each((self.tokens, self.tokens_val, self.dropped))
+        counts = self.ranks.each((*self.tokens.values(), self.dropped))
         tokens, tokens_val, dropped = (sum(column) for column in zip(*counts, strict=True))
-        kinds = {False: tokens, True: tokens_val} if tokens_val else {False: tokens}
-        means: dict[tuple[str, bool], Tensor] = {}
-        for name, shape in self.shapes.items():
-            for held_out, count in kinds.items():
-                total = totals.pop((name, held_out), None)
-                total = torch.zeros(shape, device=self.device) if total is None else total
-                means[name, held_out] = self.ranks.share(total).div_(max(1, count))
-        H = _mirrored(means["H", False])
-        H_val = _mirrored(means["H", True]) if tokens_val else H
-        target_moment, target_moment_val = means.get(("target_moment", False)), means.get(("target_moment", True))
-        if target_moment is not None and target_moment_val is not None and not self.narrow:
-            target_moment, target_moment_val = (
-                self.W.float() @ target_moment,
-                self.W.float() @ target_moment_val,
-            )
-        return InputStatistics(H, H_val, means["abs", False], tokens, dropped, target_moment, target_moment_val)
+
+        def mean(name: str, held_out: bool = False) -> Tensor:
+            total = totals.pop((name, held_out), None)
+            total = torch.zeros(self.shapes[name], device=self.device) if total is None else total
+            return self.ranks.share(total).div_(max(1, tokens_val if held_out else tokens))
+
+        H, mean_abs = _mirrored(mean("H")), mean("abs")
+        statistics = InputStatistics(H, _mirrored(mean("H", True)) if tokens_val else H, mean_abs, tokens, dropped)
+        if self.target is not None:
+            statistics.target_moment = self.target.finished(mean("target_moment"))
+            if tokens_val:
+                statistics.target_moment_val = self.target.finished(mean("target_moment", True))
+        return statistics
+
+
+class _TargetMoment:
+    """The sum of TᵀX of one group, computed in the cheaper of two ways (see `target_moment_is_narrow`)."""
+
+    def __init__(self, group: Group, block: Block) -> None:
+        self.precision = block.compute.precision
+        self.names = [name for name in (group.linears[0], group.residual) if name is not None]
+        self.W = torch.cat([linear_of(block.module, name).weight.data for name in group.linears])
+        out, width = self.W.shape
+        self.narrow = target_moment_is_narrow(group, out, width)
+        self.shape = (out if self.narrow else width, width)
+
+    def differences(self, inputs: dict[str, Tensor], originals: dict[str, Tensor]) -> list[Tensor]:
+        """Return X_o - X and, if there is a residual stream, R_o - R: one row for each token."""
+        device = inputs[self.names[0]].device
+        return [(originals[name].to(device) - inputs[name].to(device)).flatten(0, -2) for name in self.names]
+
+    def add_to(self, total: Tensor, X: Tensor, dX: Tensor, dR: Tensor | None = None) -> None:
+        """Add TᵀX of a micro-batch to `total`, or (X_o - X)ᵀX if the sum is wide."""
+        T = self._product(dX, self.W.T) if self.narrow else dX
+        total.add_(self._product((T if dR is None else T + dR).T, X))
+
+    def _product(self, A: Tensor, B: Tensor) -> Tensor:
+        """Return A @ B in low precision: rounding is small beside the noise of the differences that are averaged."""
+        return (A.to(self.precision) @ B.to(self.precision)).float()
+
+    def finished(self, mean: Tensor) -> Tensor:
+        """Return TᵀX / tokens, given the mean of the terms that were added."""
+        return mean if self.narrow else self.W.float() @ mean
 
 
 def target_moment_is_narrow(group: Group, out: int, width: int) -> bool:
-    """Whether the sum grows as TᵀX, not as (X_o - X)ᵀX of width x width, which W makes TᵀX of in the end.
+    """Return whether TᵀX [out, width] is summed. The wide sum is (X_o - X)ᵀX [width, width]; W multiplies it at the end.
 
-    Two products with T for every token, or one of square size. T may have something added to it.
+    The narrow sum takes two products of out x width for every token, the wide one takes one of width x width. With a
+    residual stream only the narrow sum is possible, because W does not multiply R_o - R.
     """
     return group.residual is not None or 2 * out < width
 
 
+def _finite_rows(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the tensors without the rows of tokens that are not finite in all of them."""
+    # One reduction finds the rare bad batch: a sum is finite only if every term is.
+    if all(bool(torch.isfinite(tensor.sum(dtype=torch.float32))) for tensor in tensors):
+        return tensors
+    finite = torch.stack([torch.isfinite(tensor).all(1) for tensor in tensors]).all(0)
+    return [tensor[finite] for tensor in tensors]
+
+
 def _add_lower(H: Tensor, X: Tensor) -> None:
+    """Add the lower triangle of XᵀX to H."""
     for start in range(0, len(H), _STRIP):
         stop = min(start + _STRIP, len(H))
         H[start:stop, :stop].addmm_(X[:, start:stop].T, X[:, :stop])
 
 
 def _mirrored(H: Tensor) -> Tensor:
-    """The lower triangle above the diagonal too, in place."""
+    """Copy the lower triangle of H to above the diagonal, in place, and return H."""
     for start in range(0, len(H), _STRIP):
         stop = min(start + _STRIP, len(H))
-        square = H[start:stop, start:stop]  # on the diagonal: full, but both halves need not agree to the last bit
+        square = H[start:stop, start:stop]  # both halves were summed, but they may differ in the last bit
         square.copy_(square.tril() + square.tril(-1).T)
         H[start:stop, stop:] = H[stop:, start:stop].T
     return H

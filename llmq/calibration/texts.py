@@ -1,4 +1,4 @@
-"""Text for calibration and evaluation, and how it becomes fixed-length token sequences (no padding anywhere)."""
+"""Reads text for calibration and evaluation, and cuts it into token sequences of fixed length, without padding."""
 
 from __future__ import annotations
 
@@ -18,33 +18,34 @@ from llmq.core.errors import RequestError, WorkError
 from llmq.core.settings import Calibration
 
 MORE = "more"
-"""Other windows of the calibration text."""
+"""The name of further windows of the calibration text, for `--tuned.end-text`."""
 _HELD_OUT_EVERY = 10
-# Enough text for any calibration; tokenizing all of a large file would only take time.
+# Enough text for any calibration. Tokenizing more of a large file would only take time.
 _MAX_CHARACTERS = 64_000_000
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Calibration sequences; codes come from `train`, the held-out tenth measures and decides between candidates."""
+    """Calibration sequences. Codes are computed from `train`; `held_out` measures, and decides between candidates."""
 
     train: Int64[Tensor, "train length"]
     held_out: Int64[Tensor, "held_out length"]
 
 
 def windows(tokenizer: Any, settings: Calibration, more: int = 0) -> Int64[Tensor, "samples length"]:
-    """Windows spread evenly over the text: one at a seeded random place in each of `samples` equal stretches.
+    """Cut the text into `samples` equal stretches and draw one window at a seeded random position in each.
+
+    If the tokenizer starts a text with a BOS token, every window starts with it: models react strongly to its absence.
 
     Args:
-        more: so many further samples, or as many as the text has room for.
+        more: number of further samples; fewer if the text is too short for them.
 
-    If the tokenizer starts a text with a BOS token, so does every window: models react strongly to its absence.
-    Raises RequestError if the text is too short, saying how many tokens it has and how many are needed.
+    Raises RequestError if the text is too short for `samples`.
     """
     bos = _bos(tokenizer)
     length = settings.sequence_length - len(bos)
     needed, wanted = settings.samples * length, (settings.samples + more) * length
-    # The text's own BOS goes: its first window gets one like all others.
+    # Remove the text's own BOS, because every window gets one.
     tokens = tokenize(tokenizer, read_text(settings.text, enough_characters=12 * wanted))[len(bos) :]
     if len(tokens) < needed:
         raise RequestError(
@@ -60,19 +61,19 @@ def windows(tokenizer: Any, settings: Calibration, more: int = 0) -> Int64[Tenso
 
 
 def hold_out(sequences: Int64[Tensor, "samples length"]) -> Tokens:
-    """Every tenth sequence is held out."""
+    """Hold out every tenth sequence, or the last one if there are two to nine."""
     held_out = torch.arange(len(sequences)) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
     if not held_out.any():
-        held_out[1:][-1:] = True  # the last of a few; a single sample must serve both ends
+        held_out[1:][-1:] = True  # a single sequence stays in `train`
     return Tokens(sequences[~held_out], sequences[held_out])
 
 
 def evaluation_chunks(
     tokenizer: Any, text: str, length: int, limit: int | None = None
 ) -> Int64[Tensor, "chunks length"]:
-    """The text tokenized in one go and cut into non-overlapping chunks, the last partial one dropped.
+    """Tokenize the whole text at once and cut it into chunks that do not overlap. A last partial chunk is dropped.
 
-    Raises RequestError if there is not a single full chunk.
+    Raises RequestError if the text is shorter than one chunk.
     """
     tokens = tokenize(tokenizer, text)
     chunks = len(tokens) // length
@@ -84,54 +85,49 @@ def evaluation_chunks(
 
 
 def check_context(config: Any, sequence_length: int) -> None:
-    """Raise RequestError if the model was not made for sequences this long."""
+    """Raise RequestError if sequences are longer than the context of the model."""
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
         raise RequestError(f"sequence length {sequence_length} exceeds the model's context of {longest} tokens")
 
 
 def tokenize(tokenizer: Any, text: str) -> Int64[Tensor, "tokens"]:
-    """Token ids as the tokenizer gives them for one long text. Raises RequestError for an empty one."""
+    """Return the token ids of one long text. Raises RequestError if the text is empty."""
     if not text.strip():
         raise RequestError("the text is empty")
-    # verbose=False: that the text is longer than the model's context is intended.
+    # verbose=False: no warning that the text is longer than the model's context.
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
 def read_text(name: str, enough_characters: int = _MAX_CHARACTERS, evaluation: bool = False) -> str:
-    """The text called `name`, cut off after `enough_characters` where it is much longer.
+    """Return the text called `name`. A longer text ends soon after `enough_characters`.
 
-    Names: wikitext2, c4, pile (through `datasets`), pydoc, pytopics (offline), or a .txt, .jsonl or .parquet file.
-    Data sets that come in splits give the training one, or the one for `evaluation`.
-    No silent fallback: what cannot be had is a RequestError (unknown) or WorkError (not reachable).
+    Args:
+        name: wikitext2, c4, pile (through `datasets`), pydoc, pytopics (offline), or a .txt, .jsonl or .parquet file.
+        evaluation: read the split for evaluation instead of the training split, if the data set has both.
+
+    Raises RequestError if the name is unknown, WorkError if the text cannot be fetched or read. No other text is taken
+    instead.
     """
-    if name in _TEXTS:
-        documents = _TEXTS[name](evaluation)
-    else:
-        documents = _file_documents(Path(name).expanduser())
-    limit = min(enough_characters, _MAX_CHARACTERS)
-    return _joined(documents, limit)
-
-
-def _joined(documents: Iterable[str], limit: int) -> str:
-    kept: list[str] = []
+    documents: list[str] = []
     size = 0
-    for document in documents:
-        kept.append(document)
+    for document in _TEXTS[name](evaluation) if name in _TEXTS else _file_documents(Path(name).expanduser()):
+        documents.append(document)
         size += len(document) + 2
-        if size >= limit:
+        if size >= min(enough_characters, _MAX_CHARACTERS):
             break
-    return "\n\n".join(kept)
+    return "\n\n".join(documents)
 
 
 def _bos(tokenizer: Any) -> Int64[Tensor, "bos"]:
+    """Return the BOS token if the tokenizer starts a text with it, else no token."""
     first = tokenizer("a")["input_ids"][:1]
     starts = bool(first) and first[0] == tokenizer.bos_token_id
     return torch.tensor(first if starts else [], dtype=torch.int64)
 
 
 def _pydoc(_evaluation: bool) -> Iterator[str]:
-    """Docstrings of CPython's standard library, in the order of file names."""
+    """Yield the docstrings of CPython's standard library, in the order of file names."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         inside = path.relative_to(library).parts
@@ -147,14 +143,14 @@ def _pydoc(_evaluation: bool) -> Iterator[str]:
 
 
 def _pytopics(_evaluation: bool) -> Iterator[str]:
-    """The language reference behind Python's `help()`: a text that shares next to nothing with `pydoc`."""
+    """Yield the language reference of Python's `help()`. It has almost nothing in common with `pydoc`."""
     from pydoc_data.topics import topics
 
     yield from (topics[name] for name in sorted(topics))
 
 
 def _wikitext2(evaluation: bool) -> Iterator[str]:
-    # Joined with blank lines, the test split is the string everybody reports perplexity on.
+    # Joined with blank lines, the test split is the text of published perplexities.
     return _hub_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test" if evaluation else "train")
 
 
@@ -168,15 +164,16 @@ def _pile(evaluation: bool) -> Iterator[str]:
 
 
 def _hub_dataset(*name: str, **options: Any) -> Iterator[str]:
+    """Yield the documents of a data set. Raises WorkError if it cannot be fetched."""
     from datasets import load_dataset
 
     try:
         rows = load_dataset(*name, **options)
         yield from (row["text"] for row in rows)  # type: ignore[index, call-overload]
-    except Exception as error:  # datasets raises its own, fsspec's, the hub's and requests' errors alike
+    except Exception as error:  # its own errors, and those of fsspec, the hub and requests
         raise WorkError(
             f"the data set {name[0]} cannot be fetched ({type(error).__name__}).\n"
-            "Check the connection, or calibrate on a text that is here: --calibration pydoc, or a file"
+            "Check the connection, or use a text on this machine: --calibration pydoc, or a file"
         ) from error
 
 
@@ -190,6 +187,7 @@ _TEXTS: dict[str, Callable[[bool], Iterable[str]]] = {
 
 
 def _file_documents(path: Path) -> Iterator[str]:
+    """Yield the documents of a file. Raises RequestError for an unknown file, WorkError for a broken one."""
     if not path.is_file():
         raise RequestError(f"no such text: {str(path)!r} is neither a file nor one of {', '.join(_TEXTS)}, self")
     reader = _READERS.get(path.suffix)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from llmq.algorithms.awq import ROWS_PER_SEARCH
-from llmq.calibration.block_runner import MOST_KEPT
+from llmq.calibration.kept_inputs import MOST_KEPT
 from llmq.calibration.ordered_sums import shares_ahead
 from llmq.calibration.self_generated import SELF
 from llmq.models.block_structure import Group

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmq.calibration.block_runner import MOST_KEPT
+from llmq.calibration.kept_inputs import MOST_KEPT
 from llmq.plan.block_shapes import Layout
 from llmq.plan.microbenchmarks import Speeds
 from llmq.plan.workload import States, Workload, workload_of

@@ -1,3 +1,5 @@
+"""Blocks come one at a time, with the hidden states of the model quantized so far."""
+
 import pytest
 import torch
 from tiny import save_tiny, tiny_model

@@ -1,3 +1,5 @@
+"""Hidden states on disk are read as they were written, even after a process was killed."""
+
 import pytest
 import torch
 
@@ -56,7 +58,7 @@ def test_a_file_that_is_too_short_is_an_error_not_numbers(tmp_path):
         kept[2]
 
 
-def test_a_new_place_is_made_and_emptied_of_states(tmp_path):
+def test_a_new_directory_is_made_and_emptied_of_states(tmp_path):
     kept = stored(new_hidden_dir(tmp_path / "states", "run").directory, states())
     kept[0] = states()[0]
     kept.close()

@@ -1,3 +1,5 @@
+"""The model writes its own calibration text: seeded, and from its own distribution."""
+
 import torch
 from small_runs import run
 from tiny import tiny_model

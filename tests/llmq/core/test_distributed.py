@@ -11,10 +11,8 @@ from killed import quantize_together, result_of
 from tiny import save_tiny
 
 import llmq
-from llmq.calibration.texts import Tokens
-from llmq.calibration.work_split import portion_of, shares_of
 from llmq.checkpoint.output_dir import PROGRESS, REPORT
-from llmq.core.distributed import ALONE, Ranks
+from llmq.core.distributed import Ranks
 from llmq.core.errors import RequestError
 from llmq.models.untrusted_files import read_json
 from llmq.run.journal import read_journal
@@ -64,14 +62,14 @@ def test_one_that_dies_ends_the_others_and_any_number_goes_on(config, tmp_path, 
 
     def fails(rank):
         if rank == 1:
-            enter = llmq.stream._Travellers.enter
+            enter = llmq.calibration.block_stream._StreamedStates.enter
 
             def dies(self, index, *arguments):
                 if index == 2:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return enter(self, index, *arguments)
 
-            llmq.stream._Travellers.enter = dies
+            llmq.calibration.block_stream._StreamedStates.enter = dies
 
     started = time.monotonic()
     assert quantize_together(together, 2, fails) == [1, -9]
@@ -159,31 +157,6 @@ def test_training_needs_one_process(config, monkeypatch):
 
     with pytest.raises(RequestError, match="one process"):
         open_request(replace(config, method="tuned"), torch.device("cpu"), Ranks(1, 2), False)
-
-
-@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 100])
-@pytest.mark.parametrize("size", [1, 2, 3, 8, 11])
-def test_shares_do_not_depend_on_how_many_there_are(count, size):
-    tokens = Tokens(torch.arange(count * 1024).view(count, 1024), torch.arange(2 * 1024).view(2, 1024))
-    alone = portion_of(tokens, ALONE)
-    portions = [portion_of(tokens, Ranks(rank, size)) for rank in range(size)]
-    assert len(alone.shares) == min(8, count) + 2
-    for i, share in enumerate(alone.shares):
-        owner = portions[0].shares[i].rank
-        assert [len(portion.shares[i].batches) > 0 for portion in portions] == [rank == owner for rank in range(size)]
-        mine = portions[owner]
-        ours = [mine.batches[j] for j in mine.shares[i].batches]
-        theirs = [alone.batches[j] for j in share.batches]
-        assert torch.equal(torch.cat(ours), torch.cat(theirs))
-        assert all((j >= mine.held_out_from) == share.held_out for j in mine.shares[i].batches)
-    assert sum(len(portion.batches) for portion in portions) == len(alone.batches)
-
-
-@pytest.mark.parametrize(("train", "held_out"), [(58, 3), (7, 1), (8, 2), (1, 1)])
-def test_two_processes_have_about_the_same_to_do(train, held_out):
-    counts = [sum(len(share.batches) for share in shares_of(train, held_out, Ranks(rank, 2))) for rank in (0, 1)]
-    assert sum(counts) == train + held_out
-    assert abs(counts[0] - counts[1]) <= max(2, train // 8)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

@@ -9,7 +9,7 @@ from killed import interrupted, quantize_until, result_of, small_run
 from tiny import save_tiny
 
 import llmq
-from llmq.calibration.block_stream import _Travellers
+from llmq.calibration.block_stream import _StreamedStates
 from llmq.checkpoint.output_dir import PROGRESS, REPORT
 from llmq.core.errors import CheckpointError, RequestError
 from llmq.core.settings import Tuned
@@ -79,13 +79,13 @@ def test_so_it_does_when_trained_from_end_to_end(config, tmp_path):
 def test_finished_blocks_are_not_solved_again(on_disk, config, tmp_path, monkeypatch):
     config = replace(config, offload_dir=tmp_path / "states" if on_disk else None)
     interrupted(config, monkeypatch)
-    entered, enter = [], _Travellers.enter
+    entered, enter = [], _StreamedStates.enter
 
     def spy(self, index, *arguments):
         entered.append(index)
         return enter(self, index, *arguments)
 
-    monkeypatch.setattr(_Travellers, "enter", spy)
+    monkeypatch.setattr(_StreamedStates, "enter", spy)
     llmq.quantize(replace(config, resume=True))
     assert entered == ([2] if on_disk else [0, 1, 2])
     report = json.loads((config.output / REPORT).read_text())
