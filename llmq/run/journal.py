@@ -1,4 +1,4 @@
-"""llmq_progress.jsonl: one JSON object a line for what a run has done. People watch it, and `--resume` continues from it.
+"""llmq_progress.jsonl: what a run has done, one JSON object a line. People watch it, and `--resume` continues from it.
 
     {"fingerprint": …}                       the first line: what the result depends on
     {"block": …, "linears": …, "error": …}   a group of linears, once it is solved

@@ -62,7 +62,7 @@ def trained(config):
 
 def test_a_run_goes_on_if_it_ends_while_the_checkpoint_to_train_is_moved(trained, tmp_path, monkeypatch):
     llmq.quantize(replace(trained, output=tmp_path / "whole"))
-    replaced = llmq.writer.os.replace
+    replaced = llmq.checkpoint.writer.os.replace
 
     def replace_all_but_the_last(source, target):
         if target.name == "config.json" and target.parent.name == "first":
@@ -82,7 +82,7 @@ def test_a_run_goes_on_if_it_ends_while_the_checkpoint_to_train_is_moved(trained
 def test_a_damaged_checkpoint_leaves_nothing_to_resume(which, resumed, trained, monkeypatch):
     if resumed:
         interrupted(trained, monkeypatch)
-    check, calls = llmq.pipeline.check, []
+    check, calls = llmq.run.finish.check, []
 
     def checks(*arguments):
         calls.append(arguments)
@@ -90,7 +90,7 @@ def test_a_damaged_checkpoint_leaves_nothing_to_resume(which, resumed, trained, 
             raise CheckpointError("damaged")
         check(*arguments)
 
-    monkeypatch.setattr("llmq.pipeline.check", checks)
+    monkeypatch.setattr("llmq.run.finish.check", checks)
     with pytest.raises(CheckpointError, match="damaged"):
         llmq.quantize(replace(trained, resume=resumed))
     assert len(calls) == which
