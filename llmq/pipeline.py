@@ -21,10 +21,9 @@ from llmq.core.config import QuantizeConfig
 from llmq.core.device import pick_device
 from llmq.core.distributed import joined_ranks, local_rank
 from llmq.plan import States, check_plan, lines, plan_of
-from llmq.run.block_loop import quantize_blocks
+from llmq.run.block_loop import finish, quantize_blocks
 from llmq.run.block_quantizer import Run
 from llmq.run.end_to_end import quantize_and_train
-from llmq.run.finish import finish
 from llmq.run.format_roundtrip import prove
 from llmq.run.journal import Journal
 from llmq.run.prepare import Request, open_request
@@ -88,7 +87,8 @@ def _work(request: Request, run: Run, journal: Journal, states: States) -> None:
         if request.config.end_to_end and writer is not None:
             quantize_and_train(request, run, writer, journal, states.directory, states.nbytes)
         else:
-            quantize_blocks(request, run, Progress(run, writer, journal, request.steps), states.directory, states.nbytes)
+            progress = Progress(run, writer, journal, request.steps)
+            quantize_blocks(request, run, progress, states.directory, states.nbytes)
         finish(request, run, writer)
     if request.progress:
         run.report.show(request.config.output)

@@ -1,36 +1,36 @@
-"""Quantizes the blocks of a model one after the other, and saves each before the next one begins."""
+"""Writes a checkpoint: saves block after block as they are quantized, then checks the whole and publishes it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
 from llmq.calibration.block_stream import Journey, stream
 from llmq.calibration.hidden_states import remove_states
+from llmq.checkpoint.model_files import companions_of
+from llmq.checkpoint.writer import Writer
 from llmq.run.block_quantizer import Run
-from llmq.run.prepare import Request
+from llmq.run.prepare import FINGERPRINT, Request
 from llmq.run.resume import OUTSIDE, Progress
+from llmq.verification.check import DIGESTS, check
 
 
 def quantize_blocks(
     request: Request, run: Run, progress: Progress, states_dir: Path | None, states_nbytes: int
 ) -> None:
-    """Save all tensors of the model: those outside the blocks, then block by block. Finished steps are not repeated.
+    """Save all tensors of the model, first those outside the blocks, then block by block. Finished steps are left out.
 
-    One block is in memory at a time.
-
-    Args:
-        states_dir: where hidden states wait on disk; None keeps them in memory.
-        states_nbytes: their size.
+    One block is in memory at a time. `states_dir`: where hidden states wait on disk; None keeps them in memory.
     """
     names = request.source.block_names
     if not progress.is_done(OUTSIDE):
-        progress.save(OUTSIDE, _outside(run))
+        progress.save(OUTSIDE, _unchanged(run, request.source.outer_names(), lambda name: name))
         progress.commit()
     if states_dir is not None and request.config.offload_dir is None and not request.steps:
         size = f"{states_nbytes / 1e9:.1f} GB, more than a quarter of free memory"
@@ -39,7 +39,8 @@ def quantize_blocks(
     _quantize_chosen(request, run, progress, states_dir, stop)
     for name in names[stop:]:
         if not progress.is_done(name):
-            progress.save(name, _untouched(run, name))
+            tensors = request.source.block_tensor_names(name)
+            progress.save(name, _unchanged(run, tensors, lambda tensor: tensor.rpartition(".")[0]))
             progress.commit()
     run.ranks.meet()  # no process needs its hidden states any more
     remove_states(states_dir)
@@ -67,14 +68,25 @@ def _quantize_chosen(request: Request, run: Run, progress: Progress, states_dir:
             progress.save(block.name, [run.quantize_block(block, bar.set_postfix_str)], block)
 
 
-def _outside(run: Run) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors outside the blocks one at a time, in the process that writes."""
-    for name in run.source.outer_names() if run.ranks.is_first else ():
-        yield run.unchanged({name: run.source.read(name)})
+def _unchanged(run: Run, names: Iterable[str], unit: Callable[[str], str]) -> Iterator[dict[str, Tensor]]:
+    """Yield tensors as they are stored, in the process that writes. Those with the same `unit` come together."""
+    for _, together in groupby(names if run.ranks.is_first else (), unit):
+        yield run.unchanged({name: run.source.read(name) for name in together})
 
 
-def _untouched(run: Run, block: str) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors of a block that is not quantized, module by module, in the process that writes."""
-    names = run.source.block_tensor_names(block) if run.ranks.is_first else []
-    for _, of_module in groupby(names, key=lambda name: name.rpartition(".")[0]):
-        yield run.unchanged({name: run.source.read(name) for name in of_module})
+def finish(request: Request, run: Run, writer: Writer | None) -> None:
+    """Read the checkpoint back, check it, and publish it with its report, in the process that writes.
+
+    Raises CheckpointError if the files are not what was computed. Then nothing is published.
+    """
+    if writer is None:
+        return
+
+    def read_back(directory: Path) -> None:
+        with run.clock("check"):
+            check(directory, run.digests, run.config.trust_remote_code)
+
+    def report() -> dict[str, Any]:
+        return run.report.to_json() | {DIGESTS: run.digests, FINGERPRINT: request.fingerprint}
+
+    writer.finish(companions_of(run.source), run.source.dtype, run.hf_config(), report, read_back)

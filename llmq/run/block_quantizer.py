@@ -23,7 +23,7 @@ from llmq.calibration.input_statistics import collect_statistics
 from llmq.checkpoint.digests import digest
 from llmq.core.config import QuantizeConfig
 from llmq.core.distributed import ALONE, Ranks
-from llmq.core.errors import WorkError
+from llmq.core.errors import RequestError, WorkError
 from llmq.core.memory import release_memory
 from llmq.core.timing import Clock
 from llmq.formats import FORMATS
@@ -31,7 +31,7 @@ from llmq.formats.scheme import Scheme
 from llmq.models.block_structure import Group, find_groups, left_in_float, split_packable
 from llmq.models.model_source import ModelSource
 from llmq.run.journal import Line
-from llmq.run.layer_bits import bits_of_linears, fitted_grid, shared_bits
+from llmq.run.layer_bits import bits_of_linears, fitted_grid
 from llmq.run.layer_problem import errors_of, make_problem, matched_problem, solve_in_first, solve_rows, weights_of
 from llmq.run.report import Report
 
@@ -141,8 +141,12 @@ class Run:
         return changed, None if self.matching or self.sequential else problems
 
     def _bits_of(self, block: Block, group: Group) -> int:
-        """Return the bits that the linears of a group share."""
-        return shared_bits({name: self.bits[f"{block.name}.{name}"] for name in group.linears})
+        """Return the bits that the linears of a group share. Raises RequestError if the request gives them others."""
+        bits = {self.bits[f"{block.name}.{name}"] for name in group.linears}
+        if len(bits) > 1:
+            names = ", ".join(group.linears)
+            raise RequestError(f"layer bits: {names} share an input and are rounded together; give all the same bits")
+        return bits.pop()
 
     def _problems(self, block: Block, groups: list[Group], last: bool) -> list[Problem]:
         """Return one rounding problem per group, with the statistics that the method needs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from tqdm import tqdm
@@ -58,6 +58,7 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
     if config.directory.resolve() == config.output.resolve():
         raise RequestError("the output directory is the checkpoint's own; choose another")
     checkpoint, target = Checkpoint(config.directory), FORMATS[config.format]
+    before = str(checkpoint.quantization.get("checkpoint_format") or checkpoint.quantization.get("quant_method"))
     schemes = _schemes(checkpoint)
     model = build_skeleton(model_config(checkpoint, config.trust_remote_code), config.trust_remote_code)
     quantization = target.hf_config(schemes, left_in_float(model, schemes))
@@ -72,7 +73,7 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
             companions_in(config.directory),
             None,
             quantization,
-            lambda: {"llmq": VERSION, "converted_from": _kind(checkpoint.quantization), DIGESTS: computed},
+            lambda: {"llmq": VERSION, "converted_from": before, DIGESTS: computed},
             lambda directory: check(directory, computed, config.trust_remote_code),
         )
     return config.output
@@ -93,8 +94,3 @@ def _schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
         )
         for name, scheme in checkpoint.schemes.items()
     }
-
-
-def _kind(quantization: dict[str, Any]) -> str:
-    """Return the name of a checkpoint's format as its config gives it."""
-    return str(quantization.get("checkpoint_format") or quantization.get("quant_method"))

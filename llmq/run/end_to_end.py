@@ -45,9 +45,8 @@ from llmq.core.errors import WorkError
 from llmq.core.memory import release_memory
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.core.settings import Tuned
-from llmq.run.block_loop import quantize_blocks
+from llmq.run.block_loop import finish, quantize_blocks
 from llmq.run.block_quantizer import Run
-from llmq.run.finish import finish
 from llmq.run.journal import Journal
 from llmq.run.prepare import Request, whole_model
 from llmq.run.resume import TRAINING, Progress

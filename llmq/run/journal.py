@@ -25,60 +25,36 @@ Pair = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class StatesOnDisk:
-    """Where one process left its hidden states on disk, to be found by a process that resumes."""
-
-    name: str
-    """How the names of the files begin."""
-    turn: int
-    """Which of the two files of each kind holds the states."""
-    kinds: list[str]
-    """Of states: `quantized`, and perhaps `original`."""
-    ranks: int
-    """Number of processes that share the states."""
-    boot: str | None
-    """Tells when the machine was started; None if it does not say."""
-
-
-@dataclass(frozen=True)
 class FinishedStep:
-    """What is known of a finished step: the line of the journal with the key `finished`."""
+    """What the steps after a finished one need to know of it: the line with the key `finished`."""
 
     name: str
-    """A block, or OUTSIDE or TRAINING of resume.py."""
     parts: int
     """Files that the writer has written since the run began."""
     digests: dict[str, str]
-    """Of the tensors of this step, by name; so are the schemes."""
     schemes: dict[str, Scheme]
     notes: list[dict[str, str]]
-    """Added to the report since the step before."""
+    """Notes and the next three fields go into the report: see report.py."""
     drift: float | None
-    """This and the next two are entries of the report: see report.py."""
     refined: Pair | None
     distilled: Pair | None
     seconds: dict[str, float]
     """Since the run began, by phase, and `total`."""
-    states: StatesOnDisk | None
-    """The hidden states that leave the block; None if they are in memory."""
+    states: Line | None
+    """How to find the hidden states that leave the block; None if they are in memory."""
 
     def to_json(self) -> Line:
         """Return the line, ready for json.dumps."""
-        fields = vars(self) | {
-            "schemes": {name: list(vars(scheme).values()) for name, scheme in self.schemes.items()},
-            "states": None if self.states is None else vars(self.states),
-        }
+        schemes = {name: list(vars(scheme).values()) for name, scheme in self.schemes.items()}
+        fields = vars(self) | {"schemes": schemes}
         return {"finished": fields.pop("name"), **fields}
 
     @classmethod
     def from_json(cls, line: Line) -> FinishedStep:
         """Return the step that a line tells of."""
-        fields = line | {
-            "schemes": {name: Scheme(*values) for name, values in line["schemes"].items()},
-            "refined": None if line["refined"] is None else tuple(line["refined"]),
-            "distilled": None if line["distilled"] is None else tuple(line["distilled"]),
-            "states": None if line["states"] is None else StatesOnDisk(**line["states"]),
-        }
+        fields = line | {"schemes": {name: Scheme(*values) for name, values in line["schemes"].items()}}
+        for pair in ("refined", "distilled"):
+            fields[pair] = line[pair] and tuple(line[pair])
         return cls(name=fields.pop("finished"), **fields)
 
 

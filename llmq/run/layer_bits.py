@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -57,12 +56,3 @@ def _check_fused(bits: dict[str, int]) -> None:
                 raise RequestError(
                     f"layer bits: engines run {', '.join(fused)} of {parent} as one; give all of them the same bits"
                 )
-
-
-def shared_bits(bits: Mapping[str, int]) -> int:
-    """Return the bits of linears that are rounded together, given by name. Raises RequestError if they differ."""
-    if len(set(bits.values())) > 1:
-        raise RequestError(
-            f"layer bits: {', '.join(bits)} share an input and are rounded together; give all of them the same bits"
-        )
-    return next(iter(bits.values()))

@@ -6,7 +6,7 @@ import dataclasses
 import platform
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 from llmq.algorithms.problem import Solution
@@ -127,12 +127,4 @@ class Report:
 
 def versions() -> dict[str, str]:
     """Return the versions of the libraries that compute."""
-    return {name: _version(name) for name in ("torch", "transformers", "safetensors")}
-
-
-def _version(package: str) -> str:
-    """Return the version of a package, or words for none."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    return {name: version(name) for name in ("torch", "transformers", "safetensors")}

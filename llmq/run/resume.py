@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from llmq.calibration.block_runner import Block
 from llmq.calibration.hidden_states import HiddenDir, StoredStates, new_hidden_dir, remove_states
 from llmq.checkpoint.writer import Writer
 from llmq.run.block_quantizer import Run
-from llmq.run.journal import FinishedStep, Journal, StatesOnDisk, Step
+from llmq.run.journal import FinishedStep, Journal, Line, Step
 from llmq.run.prepare import Request
 
 OUTSIDE, TRAINING = "outside the blocks", "training"
@@ -75,7 +75,7 @@ class Progress:
     def save(
         self,
         name: str,
-        tensors: Iterable[Mapping[str, Tensor]],
+        tensors: Iterable[dict[str, Tensor]],
         block: Block | None = None,
         writer: Writer | None = None,
     ) -> None:
@@ -90,7 +90,7 @@ class Progress:
         with self._run.clock("write"):
             for of_module in tensors:
                 if writer is not None:
-                    writer.put(dict(of_module))
+                    writer.put(of_module)
             if writer is not None:
                 writer.flush()
         self._open = name, block, writer
@@ -152,27 +152,24 @@ class Progress:
         """
         ranks, states = self._run.ranks, self._done[-1].states if self._done else None
         new_name = ranks.first(lambda: secrets.token_hex(4))
-        kept = None if directory is None or states is None else HiddenDir(directory, states.name, states.turn)
-        is_usable = kept is not None and states is not None and _are_there(states, kept, ranks.size)
-        if all(ranks.each(is_usable)):
+        kept, is_sound = None, False
+        if directory is not None and states is not None:
+            kept = HiddenDir(directory, states["name"], states["turn"])
+            is_same = states["boot"] is not None and (states["boot"], states["ranks"]) == (_boot(), ranks.size)
+            is_sound = is_same and all(kept.files(kind)[states["turn"]].is_file() for kind in states["kinds"])
+        if all(ranks.each(is_sound)):
             return kept
         return None if directory is None else new_hidden_dir(directory, new_name)
 
 
-def _states_of(block: Block) -> StatesOnDisk | None:
+def _states_of(block: Block) -> Line | None:
     """Return how a later process finds the hidden states that leave a block; None if they are in memory."""
     hidden = block.hidden
     if not isinstance(hidden, StoredStates) or hidden.complete is None:
         return None
     kinds = ["quantized"] + ["original"] * (block.original is not None)
-    return StatesOnDisk(hidden.hidden_dir.name, hidden.complete, kinds, block.ranks.size, _boot())
-
-
-def _are_there(states: StatesOnDisk, hidden_dir: HiddenDir, processes: int) -> bool:
-    """Return whether a directory holds these states, sound and for this number of processes."""
-    if states.boot is None or states.boot != _boot() or states.ranks != processes:
-        return False
-    return all(hidden_dir.files(kind)[states.turn].is_file() for kind in states.kinds)
+    files = {"name": hidden.hidden_dir.name, "turn": hidden.complete, "kinds": kinds}
+    return files | {"ranks": block.ranks.size, "boot": _boot()}
 
 
 def _boot() -> str | None:

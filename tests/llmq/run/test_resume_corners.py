@@ -82,7 +82,7 @@ def test_a_run_goes_on_if_it_ends_while_the_checkpoint_to_train_is_moved(trained
 def test_a_damaged_checkpoint_leaves_nothing_to_resume(which, resumed, trained, monkeypatch):
     if resumed:
         interrupted(trained, monkeypatch)
-    check, calls = llmq.run.finish.check, []
+    check, calls = llmq.run.block_loop.check, []
 
     def checks(*arguments):
         calls.append(arguments)
@@ -90,7 +90,7 @@ def test_a_damaged_checkpoint_leaves_nothing_to_resume(which, resumed, trained, 
             raise CheckpointError("damaged")
         check(*arguments)
 
-    monkeypatch.setattr("llmq.run.finish.check", checks)
+    monkeypatch.setattr("llmq.run.block_loop.check", checks)
     with pytest.raises(CheckpointError, match="damaged"):
         llmq.quantize(replace(trained, resume=resumed))
     assert len(calls) == which
