@@ -97,21 +97,6 @@ def test_a_damaged_checkpoint_leaves_nothing_to_resume(which, resumed, trained, 
     assert not list(trained.output.glob("*"))
 
 
-def test_text_that_the_model_wrote_is_kept_whole_or_not_at_all(config, monkeypatch):
-    config = replace(config, calibration="self", samples=4)
-    interrupted(config, monkeypatch)
-    (path,) = config.output.rglob("tokens.safetensors")
-    before = path.stat()
-    interrupted(replace(config, resume=True), monkeypatch)
-    assert (path.stat().st_mtime_ns, path.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
-    llmq.quantize(replace(config, resume=True))
-
-
-def test_a_method_that_needs_no_text_has_none_written(config):
-    llmq.quantize(replace(config, method="rtn", calibration="self"))
-    assert (config.output / "config.json").exists()
-
-
 def test_an_error_is_told_even_where_nothing_can_be_removed(config, monkeypatch):
     config.output.mkdir()
 
