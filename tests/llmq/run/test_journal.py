@@ -62,7 +62,7 @@ def test_one_that_is_there_but_cannot_be_read_is_not_taken_for_none(tmp_path):
         read_journal(tmp_path)
 
 
-# As version 0.1.0 wrote it on 2026-11-27.
+# In the form of version 0.1.0.
 OLD = (
     '{"finished": "model.layers.0", "parts": 2, "digests": {"model.layers.0.mlp.up_proj": "ab", "norm": "cd"}, '
     '"schemes": {"model.layers.0.mlp.up_proj": [4, 32, true, false, 0]}, "notes": [{"where": "model", "note": "n"}], '

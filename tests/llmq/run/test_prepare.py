@@ -1,6 +1,7 @@
 """What a run needs before it begins: room to train, the text, what an earlier process left."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,4 +92,4 @@ def test_a_run_with_other_settings_is_not_resumed_and_the_first_difference_is_na
 
 def test_the_model_itself_is_no_output_directory(config):
     with pytest.raises(RequestError, match="the model's own"):
-        opened(replace(config, output=config.output.parent.parent / config.model, overwrite=True))
+        opened(replace(config, output=Path(config.model), overwrite=True))
