@@ -1,1 +1,1 @@
-"""One quantization run: prepared, block by block, resumed, reported."""
+"""One quantization run: prepare it, quantize block by block, resume after a crash, report what was done."""

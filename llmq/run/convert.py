@@ -1,11 +1,11 @@
-"""Converts a packed checkpoint to another format: the same codes, scales and zero points."""
+"""Converts a packed checkpoint to another format. Codes, scales and zero points stay the same."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from tqdm import tqdm
@@ -29,7 +29,7 @@ from llmq.verification.check import DIGESTS, check
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Write a packed checkpoint in another format. Nothing is rounded: what a format cannot say is refused."""
+    """Write a packed checkpoint in another format. Nothing is rounded. What the format cannot store is refused."""
 
     directory: Annotated[Path, Positional]
     """The checkpoint: compressed-tensors, gptq, awq or auto-round."""
@@ -49,15 +49,16 @@ class ConvertConfig:
 
 @torch.no_grad()
 def convert(config: ConvertConfig, progress: bool = False) -> Path:
-    """Convert; returns the directory written.
+    """Convert a checkpoint; return the directory of the result.
 
-    Raises RequestError for an output that cannot be, CheckpointError for a checkpoint that is not sound or holds what
-    the format cannot say. In both cases nothing that looks like a checkpoint is left in the output directory.
+    Raises RequestError if the output directory cannot be used. Raises CheckpointError if the checkpoint is damaged, or
+    holds something that the format cannot store. In both cases no checkpoint is left in the output directory.
     """
     check_output(config.output, config.overwrite)
     if config.directory.resolve() == config.output.resolve():
         raise RequestError("the output directory is the checkpoint's own; choose another")
     checkpoint, target = Checkpoint(config.directory), FORMATS[config.format]
+    before = str(checkpoint.quantization.get("checkpoint_format") or checkpoint.quantization.get("quant_method"))
     schemes = _schemes(checkpoint)
     model = build_skeleton(model_config(checkpoint, config.trust_remote_code), config.trust_remote_code)
     quantization = target.hf_config(schemes, left_in_float(model, schemes))
@@ -72,15 +73,15 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
             companions_in(config.directory),
             None,
             quantization,
-            lambda: {"llmq": VERSION, "converted_from": _kind(checkpoint.quantization), DIGESTS: computed},
+            lambda: {"llmq": VERSION, "converted_from": before, DIGESTS: computed},
             lambda directory: check(directory, computed, config.trust_remote_code),
         )
     return config.output
 
 
 def _schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
-    """The schemes, with what only the source's format or writer said of them made plain."""
-    # Some tools call every AWQ checkpoint asymmetric; where all zero points are in the middle, nothing is lost.
+    """Return the scheme of each linear, without what only the source's format or writer claims."""
+    # Some tools call every AWQ checkpoint asymmetric. If all zero points are in the middle, symmetric loses nothing.
     symmetric = all(scheme.symmetric for scheme in checkpoint.schemes.values()) or all(
         checkpoint.weight(name).symmetric for name in checkpoint.linears
     )
@@ -93,7 +94,3 @@ def _schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
         )
         for name, scheme in checkpoint.schemes.items()
     }
-
-
-def _kind(quantization: dict[str, Any]) -> str:
-    return str(quantization.get("checkpoint_format") or quantization.get("quant_method"))

@@ -1,22 +1,26 @@
-"""End to end: scales, norms and biases (codes, on request) of a packed model learn to predict what the original does.
+"""Trains a packed model as a whole to predict what the original model predicts.
+
+Scales, norms and biases learn, and on request the codes.
 
 Objective:    KL(original || quantized) of the next token, mean over the tokens of a text
 
-Block by block, every layer can only be told to be like itself; here the layers learn together what matters in the end.
-EfficientQAT (Chen et al., arXiv 2407.11062) ends with such a phase for the scales alone, on the text's next tokens;
-LLM-QAT (Liu et al., arXiv 2305.17888) distils, as here: the original's predictions say more per token than the text.
+Block by block, a layer can only learn to reproduce its own outputs. Here the layers learn together what counts in the
+end: the predictions. EfficientQAT (Chen et al., arXiv 2407.11062) ends with such a phase for the scales alone, on the
+text's next tokens. LLM-QAT (Liu et al., arXiv 2305.17888) distils, as here: for each token, the original's predictions
+tell more than the text.
 
-With few texts the model learns those: of 2-bit SmolLM2-135M (KL 1.27) 58 windows made 1.12, 480 more made 1.00, 96
-texts of its own 1.04 (some 120 steps of 512 to 1024 tokens, 2026-11-23). Hence the text beside the calibration's.
+With little text the model learns it by heart, so there is more text than for calibration. 2-bit SmolLM2-135M has KL
+1.27 before; 58 windows gave 1.12, 480 more gave 1.00, 96 texts of its own gave 1.04 (some 120 steps of 512 to 1024
+tokens, 2026-11-23).
 
-The state with the least loss on held-out text is kept, the start among them. The file format stays what it is; norms
-and biases, which it stores as they are, change with the rest.
+The state with the least loss on held-out text is kept; that may be the start. The file format stays the same. Norms and
+biases are stored unquantized, and they change too.
 
-Memory: the original model; of the packed one 20 bytes for each quantized weight (latent code, weight, gradient and the
-two moments of Adam; 8 where the codes stay); what the layers keep for the way back, three copies of a batch's logits.
+Memory: the original model; 20 bytes for each quantized weight (latent code, weight, gradient and the two moments of
+Adam), or 8 if codes do not learn; what the layers keep for the backward pass; three copies of a batch's logits.
 """
 
-# torch annotates only part of itself: what it leaves unknown is not reported here.
+# torch has types for only a part of itself; what it leaves unknown is not reported here.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
@@ -41,7 +45,9 @@ from llmq.core.errors import WorkError
 from llmq.core.memory import release_memory
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.core.settings import Tuned
+from llmq.run.block_loop import finish, quantize_blocks
 from llmq.run.block_quantizer import Run
+from llmq.run.journal import Journal
 from llmq.run.prepare import Request, whole_model
 from llmq.run.resume import TRAINING, Progress
 from llmq.runtime.load import load
@@ -51,7 +57,7 @@ from llmq.training.loop import Task, train
 
 
 class _Learning(nn.Module):
-    """Stands where a packed linear stood."""
+    """A linear layer with a weight that learns. It takes the place of a packed linear."""
 
     def __init__(self, latent: Latent, bias: Tensor | None) -> None:
         super().__init__()
@@ -63,10 +69,10 @@ class _Learning(nn.Module):
 
 
 class Student:
-    """A packed checkpoint that can learn, in float32.
+    """A packed checkpoint as a model that can learn, in float32.
 
     Args:
-        original: the model it was made of.
+        original: the model that the checkpoint was made from.
     """
 
     def __init__(self, directory: Path, original: Any, compute: Compute, trust_remote_code: bool = False) -> None:
@@ -79,25 +85,25 @@ class Student:
 
         model = load(directory, str(compute.device), torch.float32, trust_remote_code, make_linear=learning)
         self.model = model.requires_grad_(False)
-        self.vectors = {name: each for name, each in self.model.named_parameters() if each.ndim == 1}
+        self.vectors = {name: vector for name, vector in self.model.named_parameters() if vector.ndim == 1}
         """Norms and biases."""
         self._stored = {name: self.checkpoint.files.read(name).dtype for name in self.vectors}
 
     @contextmanager
     def as_stored(self) -> Iterator[None]:
-        """Inside, norms and biases are what would be stored. (Latent weights always are.)"""
-        exact = {name: each.data for name, each in self.vectors.items()}
-        for name, each in self.vectors.items():
-            each.data = each.data.to(self._stored[name]).float()
+        """Round norms and biases to their stored dtype while inside. (Latent weights always compute as stored.)"""
+        exact = {name: vector.data for name, vector in self.vectors.items()}
+        for name, vector in self.vectors.items():
+            vector.data = vector.data.to(self._stored[name]).float()
         try:
             yield
         finally:
-            for name, each in self.vectors.items():
-                each.data = exact[name]
+            for name, vector in self.vectors.items():
+                vector.data = exact[name]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What would be stored now, by the names of the checkpoint."""
-        stored = {name: each.detach().to(self._stored[name]) for name, each in self.vectors.items()}
+        """Return the tensors that would be stored now, by their names in the checkpoint."""
+        stored = {name: vector.detach().to(self._stored[name]) for name, vector in self.vectors.items()}
         for name, latent in self.latents.items():
             stored |= self.checkpoint.format.encode(name, latent.rounded(), self.checkpoint.schemes[name])
         return {name: tensor.cpu() for name, tensor in stored.items()}
@@ -109,10 +115,10 @@ def distill(
     """Train a packed checkpoint.
 
     Args:
-        original: the model it was made of, ready to run on the same device.
+        original: the model that it was made from, ready to run on the same device.
 
     Returns:
-        all tensors of the checkpoint that changed, by name; and the mean KL on held-out text before and after.
+        the tensors of the checkpoint that changed, by name; and the mean KL on held-out text, before and after.
     """
 
     def loss(ids: Int64[Tensor, "batch length"]) -> Float[Tensor, ""]:
@@ -138,10 +144,29 @@ def distill(
     return train(task, settings.end_steps, settings.end_batch, {}, progress)
 
 
-def train_end_to_end(request: Request, run: Run, directory: Path, writer: Writer, progress: Progress) -> None:
-    """Train the whole checkpoint in `directory`, and write the trained one with `writer`.
+def quantize_and_train(
+    request: Request, run: Run, writer: Writer, journal: Journal, states_dir: Path | None, states_nbytes: int
+) -> None:
+    """Write a first checkpoint block by block into a workroom, train it, and save the trained tensors with `writer`.
 
-    Raises WorkError if a GPU has too little memory for it.
+    If an interrupted run got that far, the first checkpoint is there already, and perhaps the trained tensors.
+    """
+    with writer.workroom() as first:
+        progress = Progress(run, first, journal, request.steps)
+        if not progress.is_done(TRAINING):
+            if first.is_checked:
+                first.publish()
+            if not first.is_finished:
+                quantize_blocks(request, run, progress, states_dir, states_nbytes)
+                finish(request, run, first)
+            _train(request, run, first.directory, writer, progress)
+    writer.keep_parts(progress.parts)
+
+
+def _train(request: Request, run: Run, directory: Path, writer: Writer, progress: Progress) -> None:
+    """Train the checkpoint in `directory` as a whole, and save the tensors of the trained one with `writer`.
+
+    Raises WorkError if a GPU has too little memory.
     """
     config, compute = run.config, request.compute
     with run.clock("distill"):
@@ -162,7 +187,7 @@ def train_end_to_end(request: Request, run: Run, directory: Path, writer: Writer
     files, run.digests = checkpoint.files, digests_of(checkpoint, changed)
 
     def tensors() -> Iterator[dict[str, Tensor]]:
-        # The tensors of one module stay together.
+        """Yield all tensors of the checkpoint, module by module, trained ones in place of the old ones."""
         for _, names in groupby(sorted(files.names()), key=lambda name: name.rpartition(".")[0]):
             yield {name: changed[name] if name in changed else files.read(name) for name in names}
 

@@ -1,6 +1,6 @@
-"""What the bytes of a result depend on: two runs that agree in all of it end in the same checkpoint.
+"""What the bytes of a result depend on. Two runs with the same fingerprint end in the same checkpoint.
 
-A resumed run is refused if anything here differs from the run that was interrupted.
+A run is not resumed if its fingerprint differs from that of the interrupted run.
 """
 
 from __future__ import annotations
@@ -21,64 +21,68 @@ from llmq.core.config import VERSION, QuantizeConfig
 from llmq.models.model_source import ModelSource
 from llmq.run.report import versions
 
-# Settings that say where and how, not what.
+# Settings without influence on the bytes of the result.
 _WITHOUT_EFFECT = {"model", "output", "device", "overwrite", "resume", "dry_run", "offload_dir", "plot"}
-_SAMPLES, _SAMPLE = 16, 1 << 16  # of every file of weights: so many stretches of so many bytes
+# Stretches of each file of weights that are hashed, and the bytes of one.
+_STRETCHES, _STRETCH = 16, 1 << 16
 
 
 def fingerprint(
     config: QuantizeConfig, source: ModelSource, tokens: Tokens, training: Tokens, compute: Compute
 ) -> dict[str, Any]:
-    """JSON object. `training`: what the whole model is trained on in the end."""
+    """Return the fingerprint, a JSON object. `training`: the text that the whole model is trained on in the end."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _WITHOUT_EFFECT}
     on_gpu = compute.device.type == "cuda"
     name = torch.cuda.get_device_name(compute.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
     return {
-        "source": {path.name: _sampled(path) for path in (*source.files.paths, *_code(source))},
+        "source": {path.name: _hash_of_file(path) for path in (*source.files.paths, *_code(source))},
         "config": settings,
-        "tokens": _hash(tokens.train, tokens.held_out, training.train),
+        "tokens": _hash_of_tensors(tokens.train, tokens.held_out, training.train),
         "versions": {"llmq": VERSION, **versions()},
         "compute": {"device": name, "dtype": str(compute.dtype), "products": str(compute.precision)},
     }
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """What differs between two fingerprints, as 'config.bits: 4, now 3'."""
+    """Return what differs between two fingerprints, in lines such as 'config.bits: 4, now 3'.
+
+    Args:
+        name: of the entry that is compared; empty for the whole.
+    """
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         keys = [*before, *(key for key in now if key not in before)]
-        found = (differences(before.get(key), now.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
-        return [each for part in found for each in part]
-    # JSON knows no tuples.
-    same = (
-        list(before) == list(now)
-        if isinstance(before, list | tuple) and isinstance(now, list | tuple)
-        else before == now
-    )
-    return [] if same else [f"{name}: {_short(before)}, now {_short(now)}"]
+        return [
+            line for key in keys for line in differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    # JSON has no tuples: one that was written comes back as a list.
+    stored = [list(value) if isinstance(value, tuple) else value for value in (before, now)]
+    return [] if stored[0] == stored[1] else [f"{name}: {_short(before)}, now {_short(now)}"]
 
 
 def _short(value: Any) -> str:
+    """Return a value as text of at most 40 characters."""
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 40 else text[:12] + "…"
 
 
 def _code(source: ModelSource) -> list[Path]:
-    """What says how the weights are used; in a GGUF file they say it themselves."""
+    """Return the files that say how the weights are used. A GGUF file says so itself."""
     patterns = () if source.is_gguf else ("config.json", "*.py")
     return [path for pattern in patterns for path in sorted(source.directory.glob(pattern))]
 
 
-def _sampled(path: Path) -> str:
-    """Size, and a hash of stretches all over the file: reading all of a large model would take minutes."""
+def _hash_of_file(path: Path) -> str:
+    """Return the size of a file and a hash of stretches all over it: to read a whole large model would take minutes."""
     hashed, size = hashlib.sha256(), path.stat().st_size
     with path.open("rb") as file:
-        for i in range(_SAMPLES):
-            file.seek(max(0, size - _SAMPLE) * i // (_SAMPLES - 1), os.SEEK_SET)
-            hashed.update(file.read(_SAMPLE))
+        for i in range(_STRETCHES):
+            file.seek(max(0, size - _STRETCH) * i // (_STRETCHES - 1), os.SEEK_SET)
+            hashed.update(file.read(_STRETCH))
     return f"{size} bytes, {hashed.hexdigest()}"
 
 
-def _hash(*tensors: Tensor) -> str:
+def _hash_of_tensors(*tensors: Tensor) -> str:
+    """Return one hash of the shapes and values of all these tensors."""
     hashed = hashlib.sha256()
     for tensor in tensors:
         hashed.update(f"{list(tensor.shape)} ".encode())

@@ -1,11 +1,11 @@
-"""llmq_progress.jsonl: what a run has done so far, one JSON object a line; people watch it, `--resume` goes on from it.
+"""llmq_progress.jsonl: what a run has done, one JSON object a line. People watch it, and `--resume` continues from it.
 
-    {"fingerprint": …}                       the first line: what the run depends on
-    {"block": …, "linears": …, "error": …}   a group of linears, as it is solved
-    {"finished": "model.layers.0", …}        a block whose tensors are on disk, and what the rest of the run must know
+    {"fingerprint": …}                       the first line: what the result depends on
+    {"block": …, "linears": …, "error": …}   a group of linears, once it is solved
+    {"finished": "model.layers.0", …}        a step whose tensors are on disk, with what later steps need to know of it
     …
 
-A line is only added when what it speaks of is on disk, and what follows the last finished block does not count.
+A line is added only after the data it refers to is on disk. Lines after the last finished step do not count.
 """
 
 from __future__ import annotations
@@ -18,31 +18,71 @@ from pathlib import Path
 from typing import Any
 
 from llmq.core.errors import RequestError
+from llmq.formats.scheme import Scheme
 
 Line = dict[str, Any]
+Pair = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class FinishedStep:
+    """What the steps after a finished one need to know of it: the line with the key `finished`."""
+
+    name: str
+    parts: int
+    """Files that the writer has written since the run began."""
+    digests: dict[str, str]
+    schemes: dict[str, Scheme]
+    notes: list[dict[str, str]]
+    """Notes and the next three fields go into the report: see report.py."""
+    drift: float | None
+    refined: Pair | None
+    distilled: Pair | None
+    seconds: dict[str, float]
+    """Since the run began, by phase, and `total`."""
+    states: Line | None
+    """How to find the hidden states that leave the block; None if they are in memory."""
+
+    def to_json(self) -> Line:
+        """Return the line, ready for json.dumps."""
+        schemes = {name: list(vars(scheme).values()) for name, scheme in self.schemes.items()}
+        fields = vars(self) | {"schemes": schemes}
+        return {"finished": fields.pop("name"), **fields}
+
+    @classmethod
+    def from_json(cls, line: Line) -> FinishedStep:
+        """Return the step that a line tells of."""
+        fields = line | {"schemes": {name: Scheme(*values) for name, values in line["schemes"].items()}}
+        for pair in ("refined", "distilled"):
+            fields[pair] = line[pair] and tuple(line[pair])
+        return cls(name=fields.pop("finished"), **fields)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A block that an earlier process finished, or what lies outside the blocks, which comes first."""
+    """The lines of a step that an earlier process finished: a block, or the tensors outside the blocks."""
 
     finished: Line
+    """See FinishedStep."""
     groups: list[Line] = field(default_factory=list)
-    """The lines of its groups."""
+    """One for each of its groups of linears."""
 
 
 class Journal:
-    """The file, open for adding to it.
+    """Writes the journal.
 
     Args:
-        path: of the file; None for a run that leaves none.
+        path: the file; None to write nothing.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
 
     def begin(self, fingerprint: Mapping[str, Any], steps: Sequence[Step] = ()) -> None:
-        """A new file, with what earlier processes finished. Raises OSError if it cannot be written."""
+        """Replace the file by a new one with the steps that earlier processes finished.
+
+        Raises OSError if it cannot be written.
+        """
         if self._path is not None:
             lines = [line for step in steps for line in (*step.groups, step.finished)]
             new = self._path.with_name(self._path.name + ".partial")
@@ -50,19 +90,19 @@ class Journal:
             os.replace(new, self._path)
 
     def add(self, line: Line) -> None:
-        """One line more. It is on the disk when this returns, whatever happens then."""
+        """Add one line. When this returns, the line is safely on the disk."""
         if self._path is not None:
             _write(self._path, "a", [line])
 
 
 def read_journal(path: Path) -> tuple[Line, list[Step]]:
-    """The fingerprint and the finished steps of a journal; empty where there is none.
+    """Return the fingerprint and the finished steps of a journal; both are empty if there is no file.
 
-    Raises RequestError if it cannot be read.
+    Raises RequestError if the file cannot be read.
     """
     fingerprint, steps, groups = Line(), list[Step](), list[Line]()
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]  # what has no end was being written
+        lines = path.read_bytes().split(b"\n")[:-1]  # a last line without an end was cut off
         for line in map(json.loads, lines):
             if "fingerprint" in line:
                 fingerprint = line["fingerprint"]
@@ -72,13 +112,14 @@ def read_journal(path: Path) -> tuple[Line, list[Step]]:
             else:
                 groups.append(line)
     except (FileNotFoundError, ValueError):
-        pass  # a line that was never finished: what comes before it stands
+        pass  # ValueError: a damaged line; the steps before it count
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
     return fingerprint, steps
 
 
 def _write(path: Path, mode: str, lines: Sequence[Line]) -> None:
+    """Write lines and wait until they are on the disk."""
     with path.open(mode, encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         file.flush()

@@ -1,43 +1,58 @@
-"""Other bits for some layers: which linears `--layer-bits NAME=BITS` names."""
+"""The bits of each linear (`--layer-bits NAME=BITS`), and the grid that all of them share."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
 
 from llmq.core.config import QuantizeConfig
 from llmq.core.errors import RequestError
-from llmq.models.block_structure import SIBLINGS
+from llmq.core.settings import Grid
+from llmq.models.block_structure import SIBLINGS, fit_group_size, packable_widths
 from llmq.models.model_source import ModelSource
 
 
-def bits_of_linears(config: QuantizeConfig, source: ModelSource) -> dict[str, int]:
-    """The bits of every linear of the blocks, by its name in the model.
+def fitted_grid(config: QuantizeConfig, source: ModelSource, blocks: list[str]) -> tuple[Grid, list[str]]:
+    """Return the requested grid with a group size that divides every layer of these blocks, and notes on changes."""
+    widths = packable_widths([source.skeleton.get_submodule(name) for name in blocks])
+    if not widths:
+        raise RequestError("no linear of this model can be packed: none has both sides in multiples of 32")
+    requested = config.grid_settings
+    fitted = fit_group_size(requested.group_size, widths)
+    same = fitted == requested.group_size
+    notes = [] if same else [f"group size {requested.group_size} does not divide every layer: using {fitted}"]
+    return replace(requested, group_size=fitted), notes
 
-    Raises RequestError for patterns that fit no linear, and for linears that engines fuse and that would differ.
+
+def bits_of_linears(config: QuantizeConfig, source: ModelSource) -> dict[str, int]:
+    """Return the bits of every linear of the blocks, by its name in the model. The first pattern that fits counts.
+
+    Raises RequestError if a pattern fits no linear, or if linears that engines fuse would differ.
     """
     wanted = config.other_bits
     bits: dict[str, int] = {}
     used: set[str] = set()
     for block in source.block_names:
-        for name, module in source.skeleton.get_submodule(block).named_modules():
+        for inner, module in source.skeleton.get_submodule(block).named_modules():
             if isinstance(module, torch.nn.Linear):
-                full = f"{block}.{name}"
-                pattern = next((p for p in wanted if fnmatchcase(full, p) or fnmatchcase(full, f"*.{p}")), None)
-                bits[full] = config.bits if pattern is None else wanted[pattern]
+                name = f"{block}.{inner}"
+                pattern = next((p for p in wanted if fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}")), None)
+                bits[name] = config.bits if pattern is None else wanted[pattern]
                 used |= {pattern} if pattern else set()
-    if idle := [pattern for pattern in wanted if pattern not in used]:
-        raise RequestError(f"layer bits: no linear of this model is called {idle[0]!r} (first: {next(iter(bits))})")
+    if unused := [pattern for pattern in wanted if pattern not in used]:
+        raise RequestError(f"layer bits: no linear of this model is called {unused[0]!r} (first: {next(iter(bits))})")
     _check_fused(bits)
     return bits
 
 
 def _check_fused(bits: dict[str, int]) -> None:
+    """Raise RequestError if linears that engines run as one have different bits."""
     for name in bits:
         parent, _, leaf = name.rpartition(".")
         for fused in SIBLINGS:
-            if leaf in fused and len({bits.get(f"{parent}.{each}", bits[name]) for each in fused}) > 1:
+            if leaf in fused and len({bits.get(f"{parent}.{sibling}", bits[name]) for sibling in fused}) > 1:
                 raise RequestError(
-                    f"layer bits: {', '.join(fused)} of {parent} run as one in engines: same bits for all"
+                    f"layer bits: engines run {', '.join(fused)} of {parent} as one; give all of them the same bits"
                 )

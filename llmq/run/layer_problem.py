@@ -1,4 +1,4 @@
-"""What a block asks of the rounding algorithms: one problem per group of linears, and what its answer is worth."""
+"""Builds the rounding problem of a group of linears, solves it with all processes, and measures the error."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from math import fsum
 
 import torch
 
+from llmq.algorithms import Algorithm
 from llmq.algorithms.output_matching import Match, matched
 from llmq.algorithms.problem import Problem, Solution, energy, lost_energy, round_to_nearest
 from llmq.calibration.block_runner import Block
 from llmq.calibration.input_statistics import InputStatistics
+from llmq.core.config import QuantizeConfig
 from llmq.core.distributed import Ranks
+from llmq.core.quantized_weight import QuantizedWeight
 from llmq.core.settings import Grid
 from llmq.models.block_structure import Group, linear_of
 
@@ -19,12 +22,12 @@ from llmq.models.block_structure import Group, linear_of
 _NOT_CLIPPED = ("q_proj", "k_proj", "qkv_proj")
 
 
-def posed(
+def make_problem(
     block: Block, group: Group, statistics: InputStatistics | None, grid: Grid, scale_dtype: torch.dtype
 ) -> Problem:
-    """The problem of a group, whose linears are stacked."""
+    """Return the rounding problem of a group. The weights of its linears are stacked along the rows."""
     linears = [linear_of(block.module, name) for name in group.linears]
-    # As stored where only they are looked at, strip by strip.
+    # Without statistics the weights keep their stored dtype: they are rounded strip by strip.
     weights = [linear.weight.data if statistics is None else linear.weight.data.float() for linear in linears]
     W = weights[0] if len(weights) == 1 else torch.cat(weights)
     clippable = [
@@ -34,18 +37,53 @@ def posed(
     return Problem(W, statistics, grid.on(W.shape[1]), scale_dtype, torch.cat(clippable))
 
 
-def take_matched(problem: Problem, choice: Match) -> None:
-    """Round these weights, and forget what they were found by."""
-    problem.W = matched(problem, choice)
+def matched_problem(problem: Problem, match: Match, rows: slice) -> Problem:
+    """Return the problem of some rows: with the matched weights, and without the target moments, now used up."""
+    problem = problem.rows(rows.start, rows.stop)
+    problem.W = matched(problem, match)
     if problem.statistics is not None:
         problem.statistics = replace(problem.statistics, target_moment=None, target_moment_val=None)
+    return problem
+
+
+def solve_rows(
+    problem: Problem, slices: list[slice], algorithm: Algorithm, config: QuantizeConfig, ranks: Ranks
+) -> tuple[Solution, tuple[float, float]]:
+    """Solve the rows of this process; return the solution for the rows of all processes, and its errors.
+
+    Args:
+        problem: with the rows of this process alone.
+        slices: the rows of each process.
+    """
+    solution = algorithm.solve(problem, config)
+    errors = errors_of(problem, solution, algorithm.is_nearest(config), ranks)
+    tensors = {name: ranks.joined(getattr(solution, name), slices) for name in ("q", "scale", "zero")}
+    return replace(solution, **tensors), errors
+
+
+def solve_in_first(
+    problem: Problem, algorithm: Algorithm, config: QuantizeConfig, ranks: Ranks
+) -> tuple[Solution, tuple[float, float]]:
+    """Let the first process solve a problem whose rows cannot be solved apart; return the solution and its errors."""
+    device = problem.W.device
+    # The solution is sent from a CPU: the GPU of the first process has no meaning in the others.
+    way = device if ranks.size == 1 else torch.device("cpu")
+    solution = ranks.first(lambda: algorithm.solve(problem, config).to(way)).to(device)
+    return solution, errors_of(problem, solution, algorithm.is_nearest(config), ranks)
+
+
+def weights_of(block: Block, group: Group, solution: Solution, bits: int) -> dict[str, QuantizedWeight]:
+    """Return the quantized weight of each linear of a group, by name."""
+    rows = [linear_of(block.module, name).out_features for name in group.linears]
+    tensors = zip(solution.q.split(rows), solution.scale.split(rows), solution.zero.split(rows), strict=True)
+    return {name: QuantizedWeight(*of_linear, bits) for name, of_linear in zip(group.linears, tensors, strict=True)}
 
 
 def errors_of(problem: Problem, solution: Solution, is_nearest: bool, ranks: Ranks) -> tuple[float, float]:
-    """Relative error of a solution and of plain rounding to nearest, over the rows of all processes.
+    """Return the relative error of a solution and that of plain rounding, both over the rows of all processes.
 
     Args:
-        is_nearest: the solution is that of plain rounding.
+        is_nearest: the solution itself is plain rounding to nearest.
     """
     H = None if problem.statistics is None else problem.statistics.H_val
     lost = [lost_energy(problem, solution, H)]

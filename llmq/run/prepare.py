@@ -1,4 +1,4 @@
-"""A quantization before it begins: the model opened, the text drawn, and what an earlier process left of it found."""
+"""Prepares a run: checks the request, opens the model, tokenizes the calibration text, finds earlier progress."""
 
 from __future__ import annotations
 
@@ -31,51 +31,42 @@ from llmq.run.journal import Step, read_journal
 from llmq.run.report_plot import check_plot
 
 FINGERPRINT = "fingerprint"
-"""Entry of the report that says what the checkpoint depends on."""
+"""Key of the report: what the checkpoint depends on."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for, with what it takes to do it."""
+    """A checked request, with everything that a run needs to begin."""
 
     config: QuantizeConfig
     source: ModelSource
+    """The model; its weights are read when they are needed."""
     compute: Compute
     ranks: Ranks
     clock: Clock
     progress: bool
     """Show a progress bar."""
     tokens: Tokens
+    """The calibration text."""
     training: Tokens
-    """What the whole model is trained on in the end."""
+    """The text that the whole model is trained on in the end."""
     fingerprint: dict[str, Any]
     steps: list[Step]
-    """What earlier processes finished of it."""
+    """The steps that earlier processes finished."""
     is_met: bool
-    """The checkpoint is already there."""
+    """Whether the finished checkpoint is there already."""
 
     def keep_tokens(self) -> None:
-        """Text that the model wrote is not written again by a process that goes on."""
-        path = _kept_tokens(self.config.output)
-        if self.ranks.is_first and _is_written(self.config) and not path.exists():
+        """Store text that the model wrote, so that a resumed run need not write it again."""
+        path = _tokens_file(self.config.output)
+        if self.ranks.is_first and _is_self_written(self.config) and not path.exists():
             tensors = {"train": self.tokens.train, "held_out": self.tokens.held_out, "training": self.training.train}
             with written_whole(path) as new:
                 save_file(tensors, new)
 
 
-def _check_offload(directory: Path) -> None:
-    """Raise RequestError unless hidden states can wait there, as far as one can tell without writing."""
-    try:
-        there = existing_parent(directory)
-        fits = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-    except OSError:
-        fits = False
-    if not fits:
-        raise RequestError(f"hidden states cannot wait in {directory}: no directory that may be written to")
-
-
 def open_request(config: QuantizeConfig, device: torch.device, ranks: Ranks, progress: bool) -> Request:
-    """Raises RequestError for what cannot be asked for, also of an output directory where something else lies."""
+    """Prepare a run. Raises RequestError if the request cannot be met, or if the output directory is in use."""
     clock = Clock()
     if config.plot:
         check_plot()
@@ -90,54 +81,38 @@ def open_request(config: QuantizeConfig, device: torch.device, ranks: Ranks, pro
         if source.directory.resolve() == config.output.resolve():
             raise RequestError("the output directory is the model's own; choose another")
         compute = compute_for(source, device)
-        if config.end_to_end and not config.dry_run:  # which says all that is needed, not only this
+        if config.end_to_end and not config.dry_run:  # a dry run tells all needs, not only this one
             check_training_memory(source.skeleton, source.blocks, config.tuned, compute)
-    tokens, training = ranks.first(lambda: _tokens(source, config, compute, clock, progress))
+    tokens, training = ranks.first(lambda: _Text(config, source, compute, clock, progress).tokens())
     identity = fingerprint(config, source, tokens, training, compute)
     steps, is_met = ranks.first(lambda: _earlier(config, identity) if config.resume else ([], False))
     return Request(config, source, compute, ranks, clock, progress, tokens, training, identity, steps, is_met)
 
 
-def _earlier(config: QuantizeConfig, identity: dict[str, Any]) -> tuple[list[Step], bool]:
-    """What an earlier process finished of this request, and whether that is all of it.
-
-    Raises RequestError if it was asked for something else.
-    """
-    if unfinished_work(config.output).is_dir():
-        before, steps = read_journal(config.output / PROGRESS)
-        is_met = False
-    elif (config.output / REPORT).exists() and (config.output / "config.json").exists():
-        try:
-            before, steps, is_met = read_json(config.output, REPORT).get(FINGERPRINT), [], True
-        except CheckpointError as error:
-            raise RequestError(f"{error}; nothing to resume there. --overwrite begins anew") from None
-    else:
-        return [], False
-    if not before and is_met:
-        raise RequestError(
-            f"{config.output} holds a checkpoint that says not what it was made of; --overwrite replaces it"
-        )
-    if not before:  # killed before anything was written down
-        return [], False
-    if found := differences(before, identity):
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise RequestError(
-            f"{config.output} holds another run, which this one cannot go on with: {found[0]}{more}.\n"
-            "Repeat its request, or begin anew with --overwrite."
-        )
-    return steps, is_met
+def _check_offload(directory: Path) -> None:
+    """Raise RequestError unless hidden states can be written there. Writes nothing itself."""
+    try:
+        parent = existing_parent(directory)
+        is_writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+    except OSError:
+        is_writable = False
+    if not is_writable:
+        raise RequestError(f"hidden states cannot wait in {directory}: it is not a directory that llmq may write to")
 
 
 def check_training_memory(model: nn.Module, blocks: list[nn.Module], settings: Tuned, compute: Compute) -> None:
-    """Raise RequestError if there is no room to train this model, which may be a mere skeleton, of these blocks."""
-    whole = sum(parameter.numel() for parameter in model.parameters())
+    """Raise RequestError if there is too little free memory to train a model with these blocks.
+
+    Only the shapes are looked at: the model may be a skeleton.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
     inside = (module for block in blocks for module in block.modules())
     linears = sum(module.weight.numel() for module in inside if isinstance(module, nn.Linear))
-    original, rest = whole * compute.dtype.itemsize, (whole - linears) * 4
-    needed = original + rest + linears * (20 if settings.end_rate else 8)
+    original, others = total * compute.dtype.itemsize, (total - linears) * 4
+    needed = original + others + linears * (20 if settings.end_rate else 8)  # see end_to_end.py
     free = free_memory(compute.device)
     if free is not None and needed > free:
-        less = "--tuned.end-rate 0 leaves the codes as they are, in less than half; " if settings.end_rate else ""
+        less = "--tuned.end-rate 0 does not train the codes, in less than half; " if settings.end_rate else ""
         raise RequestError(
             f"training the whole model takes more than {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free.\n"
             f"{less}--tuned.end-steps 0 --tuned.steps 100 trains one block after the other."
@@ -145,9 +120,9 @@ def check_training_memory(model: nn.Module, blocks: list[nn.Module], settings: T
 
 
 def compute_for(source: ModelSource, device: torch.device) -> Compute:
-    """float32, in which nothing overflows, but products in bfloat16 where the device is made for them.
+    """Return how to compute: in float32, where nothing overflows, with bfloat16 products if the device is fast at them.
 
-    bfloat16 models stay bfloat16 on a GPU, whose memory is dear.
+    On a GPU, where memory is scarce, bfloat16 models stay bfloat16.
     """
     precision = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
     dtype = torch.bfloat16 if device.type == "cuda" and source.dtype == torch.bfloat16 else torch.float32
@@ -155,56 +130,111 @@ def compute_for(source: ModelSource, device: torch.device) -> Compute:
 
 
 def whole_model(config: QuantizeConfig, device: torch.device, dtype: torch.dtype) -> Any:
-    """The original, ready to run, in a skeleton of its own that is gone with it."""
+    """Return the original model with all its weights. It shares nothing with the run's skeleton: `del` frees all."""
     return ModelSource(config.model, config.trust_remote_code).load_all(device, dtype).requires_grad_(False)
 
 
-def _is_written(config: QuantizeConfig) -> bool:
-    """Whether the model writes (some of) the text."""
-    return ALGORITHMS[config.method].needs_statistics(config) and SELF in (
-        config.calibration,
-        config.tuned.end_text if config.end_to_end else "",
-    )
+def _earlier(config: QuantizeConfig, identity: dict[str, Any]) -> tuple[list[Step], bool]:
+    """Return the steps of this request that earlier processes finished, and whether the whole checkpoint is there.
+
+    Raises RequestError if the directory holds the result of another request.
+    """
+    output, steps, is_met = config.output, list[Step](), False
+    if unfinished_work(output).is_dir():
+        before, steps = read_journal(output / PROGRESS)
+        if not before:  # the run was killed before it wrote anything down
+            return [], False
+    elif (output / REPORT).exists() and (output / "config.json").exists():
+        is_met = True
+        try:
+            before = read_json(output, REPORT).get(FINGERPRINT)
+        except CheckpointError as error:
+            raise RequestError(f"{error}; nothing to resume there. --overwrite begins anew") from None
+        if not before:
+            raise RequestError(
+                f"{output} holds a checkpoint without a record of its settings, so it cannot be resumed; "
+                "--overwrite replaces it"
+            )
+    else:
+        return [], False
+    if differing := differences(before, identity):
+        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+        raise RequestError(
+            f"{output} holds a run with other settings, which this one cannot resume: {differing[0]}{more}.\n"
+            "Give the settings of that run, or replace it with --overwrite."
+        )
+    return steps, is_met
 
 
-def _kept_tokens(output: Path) -> Path:
+def _is_self_written(config: QuantizeConfig) -> bool:
+    """Return whether the model writes the text, or some of it."""
+    texts = (config.calibration, config.tuned.end_text if config.end_to_end else "")
+    return ALGORITHMS[config.method].needs_statistics(config) and SELF in texts
+
+
+def _tokens_file(output: Path) -> Path:
+    """Return where text that the model wrote is kept until the run is finished."""
     return unfinished_work(output) / "tokens.safetensors"
 
 
-def _tokens(
-    source: ModelSource, config: QuantizeConfig, compute: Compute, clock: Clock, progress: bool
-) -> tuple[Tokens, Tokens]:
-    """What to calibrate on, and what to train on from end to end: that and some more, judged by the same."""
-    if not ALGORITHMS[config.method].needs_statistics(config):
-        # Only to see which linears share an input; the values do not matter.
-        ids = torch.arange(16)[None] % source.config.get_text_config().vocab_size
-        few = Tokens(ids, ids[:0])
-        return few, few
-    check_context(source.config, config.sequence_length)
-    if config.resume and _is_written(config) and _kept_tokens(config.output).exists():
-        kept = load_file(_kept_tokens(config.output))
+@dataclass(frozen=True)
+class _Text:
+    """Gets the token ids that a run needs from where the request says."""
+
+    config: QuantizeConfig
+    source: ModelSource
+    compute: Compute
+    clock: Clock
+    progress: bool
+
+    def tokens(self) -> tuple[Tokens, Tokens]:
+        """Return the tokens to calibrate on, and those to train on from end to end.
+
+        The latter are the former and some more. The same held-out ones judge both.
+        """
+        config = self.config
+        if not ALGORITHMS[config.method].needs_statistics(config):
+            return self._placeholder()
+        check_context(self.source.config, config.sequence_length)
+        if config.resume and _is_self_written(config) and _tokens_file(config.output).exists():
+            return self._kept()
+        settings, tuned = config.calibration_settings, config.tuned
+        wanted = tuned.end_samples if config.end_to_end else 0
+        # Windows of one text are drawn in one go, so that no two overlap.
+        drawn = self._sequences(settings, wanted if tuned.end_text == MORE else 0)
+        spread = torch.linspace(0, len(drawn) - 1, settings.samples).round().long()
+        tokens, others = hold_out(drawn[spread]), drawn[torch.isin(torch.arange(len(drawn)), spread, invert=True)]
+        if wanted and tuned.end_text != MORE:
+            others = self._sequences(replace(settings, text=tuned.end_text, samples=wanted, seed=settings.seed + 1))
+        return tokens, replace(tokens, train=torch.cat([tokens.train, others]))
+
+    def _placeholder(self) -> tuple[Tokens, Tokens]:
+        """Return one short sequence. It only shows which linears share an input; its values do not matter."""
+        ids = torch.arange(16)[None] % self.source.config.get_text_config().vocab_size
+        tokens = Tokens(ids, ids[:0])
+        return tokens, tokens
+
+    def _kept(self) -> tuple[Tokens, Tokens]:
+        """Return what the model wrote before the run was interrupted."""
+        kept = load_file(_tokens_file(self.config.output))
         tokens = Tokens(kept["train"], kept["held_out"])
         return tokens, replace(tokens, train=kept["training"])
 
-    def sequences(settings: Calibration, more: int = 0) -> Int64[Tensor, "samples length"]:
+    def _sequences(self, settings: Calibration, more: int = 0) -> Int64[Tensor, "samples length"]:
+        """Return sequences of one text. `more`: how many further ones to draw, if the text is long enough."""
         if settings.text != SELF:
-            with clock("open"):
-                return windows(source.tokenizer, settings, more)
-        if config.dry_run:  # how long the text is will do
-            return torch.zeros(settings.samples + more, settings.sequence_length, dtype=torch.int64)
-        with clock("sample"):
-            whole = whole_model(config, compute.device, compute.precision)
-            enough = replace(settings, samples=settings.samples + more)
-            written = sample_sequences(whole, source.tokenizer.bos_token_id, enough, progress)
-            del whole
-            release_memory()
-            return written
+            with self.clock("open"):
+                return windows(self.source.tokenizer, settings, more)
+        settings = replace(settings, samples=settings.samples + more)
+        if self.config.dry_run:  # only the size of the text matters
+            return torch.zeros(settings.samples, settings.sequence_length, dtype=torch.int64)
+        with self.clock("sample"):
+            return self._written(settings)
 
-    settings, tuned = config.calibration_settings, config.tuned
-    wanted = tuned.end_samples if config.end_to_end else 0
-    drawn = sequences(settings, wanted if tuned.end_text == MORE else 0)  # at once, so that no two overlap
-    spread = torch.linspace(0, len(drawn) - 1, settings.samples).round().long()
-    tokens, others = hold_out(drawn[spread]), drawn[torch.isin(torch.arange(len(drawn)), spread, invert=True)]
-    if wanted and tuned.end_text != MORE:
-        others = sequences(replace(settings, text=tuned.end_text, samples=wanted, seed=settings.seed + 1))
-    return tokens, replace(tokens, train=torch.cat([tokens.train, others]))
+    def _written(self, settings: Calibration) -> Int64[Tensor, "samples length"]:
+        """Return sequences that the model writes. It is loaded for that, and freed afterwards."""
+        model = whole_model(self.config, self.compute.device, self.compute.precision)
+        written = sample_sequences(model, self.source.tokenizer.bos_token_id, settings, self.progress)
+        del model
+        release_memory()
+        return written

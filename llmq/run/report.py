@@ -1,4 +1,4 @@
-"""What a run did, for the user (a table at the end) and for tools (llmq_report.json)."""
+"""Tells what a run did: to the user, in a table at the end, and to tools, in llmq_report.json."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import platform
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 from llmq.algorithms.problem import Solution
@@ -15,46 +15,52 @@ from llmq.core.command_line import command_line
 from llmq.core.config import VERSION, QuantizeConfig
 from llmq.core.memory import PeakMemory
 from llmq.core.timing import Clock
-from llmq.run.journal import Line
+from llmq.run.journal import Line, Pair
 
-_WORST = 5
+_WORST = 5  # layers and notes that are shown
 
 
 class Report:
-    """Collects one entry per group of linears and every fallback.
+    """Collects an entry for each group of linears, and a note on everything that is done otherwise than asked.
 
     Args:
-        clock: of the run.
-        tell: is given each entry as it comes.
+        clock: the clock of the run; its seconds go into the report.
+        tell: called with each entry once it is final.
     """
 
     def __init__(self, config: QuantizeConfig, clock: Clock, tell: Callable[[Line], None] = lambda _: None) -> None:
         self.config, self.clock, self.tell = config, clock, tell
         self.memory = PeakMemory()
         self.groups: list[Line] = []
+        """One entry for each group of linears."""
         self.notes: list[dict[str, str]] = []
+        """What was done otherwise than asked, and where."""
         self.drifts: dict[str, float] = {}
-        """Share of the hidden states entering each block that differs from the original model, on held-out tokens."""
-        self.refined: dict[str, tuple[float, float]] = {}
-        """What learned rounding minimises in each block, on held-out tokens, before and after."""
-        self.distilled: tuple[float, float] | None = None
+        """By block: how far its inputs are from the original model's, as a share, on held-out tokens."""
+        self.refined: dict[str, Pair] = {}
+        """By block: the objective of `--method tuned` on held-out tokens, before and after its training."""
+        self.distilled: Pair | None = None
         """KL to the original model on held-out tokens, before and after training from end to end."""
         self.resumed: list[str] = []
-        """The blocks at which earlier processes were interrupted."""
+        """The last finished step of each process that was interrupted."""
 
     def note(self, where: str, notes: list[str]) -> None:
-        """Record fallbacks: anything done otherwise than asked."""
+        """Add notes on what is done otherwise than asked. `where`: a block, a layer, or `model`."""
         self.notes += [{"where": where, "note": note} for note in notes]
 
     def group(
         self,
         block: str,
         linears: tuple[str, ...],
-        errors: tuple[float, float],
+        errors: Pair,
         solution: Solution,
         statistics: InputStatistics | None,
     ) -> Line:
-        """The entry of one group. `errors`: relative output error of the method and of plain rounding to nearest."""
+        """Return the entry of a group, and note its fallbacks.
+
+        Args:
+            errors: relative output error of the method, and of plain rounding to nearest.
+        """
         entry: Line = {"block": block, "linears": list(linears), "error": errors[0], "rtn_error": errors[1]}
         entry |= {"damping": solution.damping, "matched": solution.matched, "kept": solution.kept}
         fallbacks = list(solution.fallbacks)
@@ -66,19 +72,19 @@ class Report:
         return entry
 
     def add(self, entry: Line) -> None:
-        """Take an entry, which is final, and tell of it."""
+        """Add an entry that is final."""
         self.groups.append(entry | {"at": self.clock.total, "peak_memory_bytes": self.memory.take()})
         self.tell(self.groups[-1])
 
     @property
     def peak_memory(self) -> int:
-        """Bytes, of this process and of those whose work it goes on with."""
+        """Return the peak memory in bytes, of this process and of those that it resumed."""
         return max([self.memory.largest, *(entry["peak_memory_bytes"] for entry in self.groups)])
 
     def to_json(self) -> Line:
-        """Everything, ready for json.dump.
+        """Return the whole report, ready for json.dump.
 
-        Seconds are split by phase; `error` is measured on held-out tokens, before any training from end to end.
+        `seconds` are split by phase. `error` is measured on held-out tokens, before any training from end to end.
         """
         return {
             "llmq": VERSION,
@@ -97,9 +103,9 @@ class Report:
         }
 
     def show(self, output: Path) -> None:
-        """The summary a person reads after a run, on stderr."""
+        """Print a summary on stderr: the worst layers, the notes, the time."""
 
-        def say(text: str = "") -> None:
+        def say(text: str) -> None:
             print(text, file=sys.stderr)
 
         what = "held-out output error" if self.groups and self.groups[0].get("tokens") else "weight error"
@@ -120,12 +126,5 @@ class Report:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that compute."""
-    return {name: _version(name) for name in ("torch", "transformers", "safetensors")}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    """Return the versions of the libraries that compute."""
+    return {name: version(name) for name in ("torch", "transformers", "safetensors")}

@@ -1,4 +1,4 @@
-"""llmq_report.png: a run at a glance, drawn from its report alone, so that it can be drawn again.
+"""Draws llmq_report.png, a picture of a run, from its report alone. So it can be drawn again later.
 
 error per layer against rounding to nearest    |    seconds per phase    |    peak memory over time
 """
@@ -22,13 +22,13 @@ _BELOW: dict[str, Any] = {"frameon": False, "fontsize": "small", "loc": "upper c
 
 
 def check_plot() -> None:
-    """Raise RequestError if there is nothing to draw with: before hours of work, not after them."""
+    """Raise RequestError if matplotlib is missing. Called before hours of work, not after them."""
     if find_spec("matplotlib") is None:
         raise RequestError("plot draws with matplotlib, which is not installed: pip install 'llmq[plots]'")
 
 
 def draw(output: Path) -> None:
-    """Draw the report of a finished run beside it. Raises WorkError if that cannot be; the checkpoint is whole."""
+    """Draw the report of a finished run beside it. Raises WorkError if that fails; the checkpoint is not harmed."""
     try:
         plot(read_json(output, REPORT), output / PICTURE)
     except OSError as error:
@@ -36,12 +36,12 @@ def draw(output: Path) -> None:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Draw what `llmq_report.json` holds."""
+    """Draw a report into an image file."""
     figure_of(report).savefig(path, dpi=160)
 
 
 def figure_of(report: dict[str, Any]) -> Figure:
-    """The three panels. A Figure of its own: pyplot would look for a screen."""
+    """Return a figure with the three panels. It is made without pyplot, which would look for a screen."""
     from matplotlib.figure import Figure
 
     figure = Figure((13, 4.4), layout="constrained")
@@ -55,7 +55,7 @@ def figure_of(report: dict[str, Any]) -> Figure:
 
 
 def _errors(axes: Axes, report: dict[str, Any]) -> None:
-    """One line over the blocks for each kind of group, and a faint one for what rounding to nearest would do."""
+    """Draw the error over the blocks: a line for each kind of group, and a faint one for rounding to nearest."""
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for entry in report["groups"]:
         kind = "+".join(name.rpartition(".")[2].removesuffix("_proj") for name in entry["linears"])
@@ -75,8 +75,8 @@ def _errors(axes: Axes, report: dict[str, Any]) -> None:
 
 
 def _phases(axes: Axes, seconds: dict[str, float]) -> None:
-    """A bar for each phase, the longest on top."""
-    phases = {name: each for name, each in seconds.items() if name != "total"}
+    """Draw a bar for each phase, the longest on top."""
+    phases = {name: length for name, length in seconds.items() if name != "total"}
     phases["other"] = max(seconds["total"] - sum(phases.values()), 0.0)
     longest = sorted(phases, key=lambda name: phases[name])
     bars = axes.barh(longest, [phases[name] for name in longest], height=0.7)
@@ -87,7 +87,7 @@ def _phases(axes: Axes, seconds: dict[str, float]) -> None:
 
 
 def _memory(axes: Axes, report: dict[str, Any]) -> None:
-    """The peak between one group and the next, and where a process went on with what another had left."""
+    """Draw the peak memory between two groups, and a mark at each interruption."""
     groups = report["groups"]
     times = [0.0, *(entry["at"] for entry in groups)]
     peaks = [entry["peak_memory_bytes"] / 1e9 for entry in groups] or [0.0]
@@ -105,6 +105,6 @@ def _memory(axes: Axes, report: dict[str, Any]) -> None:
 
 
 def _number(step: str) -> float:
-    """Where a block stands; what lies outside the blocks comes before them, training after them."""
+    """Return the index of a block; other steps come before the blocks, but training comes after them."""
     last = step.rpartition(".")[2]
     return float(last) if last.isdigit() else math.inf if step == "training" else -1.0

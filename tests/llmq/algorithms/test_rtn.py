@@ -45,20 +45,6 @@ def test_each_search_is_best_in_what_it_looks_for(bits, symmetric):
     assert errors["hessian"][1] < min(errors["minmax"][1], errors["mse"][1])
 
 
-def test_the_relative_error_is_the_lost_share_of_the_output_energy():
-    X = correlated_inputs()
-    problem = make_problem(X)
-    solution = rtn.solve(problem)
-    lost, whole = X @ (problem.W - solution.dequantize(32).double()).T, X @ problem.W.T
-    expected = float(lost.square().sum() / whole.square().sum())
-    error, nearest = errors_of(problem, solution, False, ALONE)
-    assert abs(error / expected - 1) < 1e-12
-    assert error < nearest  # which does not search for its grid
-    assert errors_of(problem, solution, True, ALONE) == (error, error)
-    problem.W.zero_()
-    assert errors_of(problem, rtn.solve(problem), True, ALONE) == (0, 0)
-
-
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("search", ["minmax", "common", "mse", "hessian"])
 def test_strips_and_slices_of_rows_change_nothing(search, symmetric, monkeypatch):

@@ -103,7 +103,7 @@ def test_the_peak_of_memory_is_that_of_all_processes_that_took_part(config, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("llmq.pipeline._finish", stop)
+        patch.setattr("llmq.pipeline.finish", stop)
         with pytest.raises(KeyboardInterrupt):
             llmq.quantize(config)
     path = config.output / PROGRESS

@@ -7,7 +7,6 @@ from packed import random_weight, rewrite
 from safetensors.torch import load_file
 from small_runs import run
 from tiny import save_tiny
-from torch import nn
 
 from llmq.calibration.block_runner import Compute
 from llmq.calibration.texts import hold_out, windows
@@ -19,7 +18,6 @@ from llmq.core.memory import free_memory
 from llmq.core.settings import Calibration, Tuned
 from llmq.models.model_source import ModelSource
 from llmq.run.end_to_end import Student, distill
-from llmq.run.prepare import check_training_memory
 from llmq.runtime.evaluation import evaluate, logits_of
 from llmq.runtime.load import load
 from llmq.training.learnable_weight import Latent
@@ -155,20 +153,6 @@ def test_a_text_to_train_on_that_is_not_there_is_refused_before_the_work(tmp_pat
     with pytest.raises(RequestError, match="nowhere"):
         run(llama, text_file, tmp_path / "out", method="tuned", tuned=settings)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("rate", "each"), [(0.01, 20), (0.0, 8)])
-def test_a_model_that_leaves_no_room_to_train_it_is_refused_before_the_work(rate, each, monkeypatch):
-    with torch.device("meta"):
-        blocks = nn.ModuleList([nn.Linear(10_000, 8_000, bias=False)])
-        model = nn.Sequential(nn.Embedding(1000, 1000), blocks, nn.Linear(1000, 1000, bias=False))
-    needed = 82_000_000 * 4 + 2_000_000 * 4 + 80_000_000 * each
-    settings = replace(SETTINGS, end_rate=rate)
-    monkeypatch.setattr("llmq.run.prepare.free_memory", lambda _: needed)
-    check_training_memory(model, [blocks], settings, CPU)
-    monkeypatch.setattr("llmq.run.prepare.free_memory", lambda _: needed - 1)
-    with pytest.raises(RequestError, match="trains one block after the other"):
-        check_training_memory(model, [blocks], settings, CPU)
 
 
 def test_what_is_free_is_more_than_nothing_and_less_than_everything():

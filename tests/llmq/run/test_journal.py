@@ -3,7 +3,8 @@ import json
 import pytest
 
 from llmq.core.errors import RequestError
-from llmq.run.journal import Journal, read_journal
+from llmq.formats.scheme import Scheme
+from llmq.run.journal import FinishedStep, Journal, read_journal
 
 FINGERPRINT = {"config": {"bits": 4}}
 
@@ -59,3 +60,22 @@ def test_one_that_is_there_but_cannot_be_read_is_not_taken_for_none(tmp_path):
     assert read_journal(tmp_path / "none") == ({}, [])
     with pytest.raises(RequestError, match="cannot be read"):
         read_journal(tmp_path)
+
+
+# In the form of version 0.1.0.
+OLD = (
+    '{"finished": "model.layers.0", "parts": 2, "digests": {"model.layers.0.mlp.up_proj": "ab", "norm": "cd"}, '
+    '"schemes": {"model.layers.0.mlp.up_proj": [4, 32, true, false, 0]}, "notes": [{"where": "model", "note": "n"}], '
+    '"drift": 0.25, "refined": [2.0, 1.5], "distilled": null, "seconds": {"total": 3.5, "solve": 1.0}, '
+    '"states": {"name": "1f", "turn": 1, "kinds": ["quantized", "original"], "ranks": 2, "boot": null}}'
+)
+
+
+def test_a_finished_step_is_the_same_line_as_ever():
+    step = FinishedStep.from_json(json.loads(OLD))
+    assert json.dumps(step.to_json()) == OLD
+    assert (step.name, step.parts, step.refined, step.distilled) == ("model.layers.0", 2, (2.0, 1.5), None)
+    assert step.schemes == {"model.layers.0.mlp.up_proj": Scheme(4, 32, True)}
+    first = json.loads(OLD) | {"drift": None, "refined": None, "distilled": [0.5, 0.25], "states": None}
+    assert FinishedStep.from_json(first).distilled == (0.5, 0.25)
+    assert json.loads(json.dumps(FinishedStep.from_json(first).to_json())) == first

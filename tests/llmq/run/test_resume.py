@@ -162,7 +162,7 @@ def test_damage_found_at_the_end_leaves_nothing_to_resume(config, monkeypatch):
     def check(*_):
         raise CheckpointError("damaged")
 
-    monkeypatch.setattr("llmq.pipeline.check", check)
+    monkeypatch.setattr("llmq.run.block_loop.check", check)
     with pytest.raises(CheckpointError, match="damaged"):
         llmq.quantize(config)
     assert not config.output.exists()

@@ -79,7 +79,7 @@ def test_a_run_goes_on_if_it_ends_while_the_checkpoint_to_train_is_moved(trained
 def test_a_damaged_checkpoint_leaves_nothing_to_resume(which, resumed, trained, monkeypatch):
     if resumed:
         interrupted(trained, monkeypatch)
-    check, calls = llmq.pipeline.check, []
+    check, calls = llmq.run.block_loop.check, []
 
     def checks(*arguments):
         calls.append(arguments)
@@ -87,26 +87,11 @@ def test_a_damaged_checkpoint_leaves_nothing_to_resume(which, resumed, trained, 
             raise CheckpointError("damaged")
         check(*arguments)
 
-    monkeypatch.setattr("llmq.pipeline.check", checks)
+    monkeypatch.setattr("llmq.run.block_loop.check", checks)
     with pytest.raises(CheckpointError, match="damaged"):
         llmq.quantize(replace(trained, resume=resumed))
     assert len(calls) == which
     assert not list(trained.output.glob("*"))
-
-
-def test_text_that_the_model_wrote_is_kept_whole_or_not_at_all(config, monkeypatch):
-    config = replace(config, calibration="self", samples=4)
-    interrupted(config, monkeypatch)
-    (path,) = config.output.rglob("tokens.safetensors")
-    before = path.stat()
-    interrupted(replace(config, resume=True), monkeypatch)
-    assert (path.stat().st_mtime_ns, path.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
-    llmq.quantize(replace(config, resume=True))
-
-
-def test_a_method_that_needs_no_text_has_none_written(config):
-    llmq.quantize(replace(config, method="rtn", calibration="self"))
-    assert (config.output / "config.json").exists()
 
 
 def test_an_error_is_told_even_where_nothing_can_be_removed(config, monkeypatch):

@@ -8,7 +8,6 @@ from commands import error_of, run_here
 from packed import pack, rewrite
 from tiny import save_tiny
 
-from llmq import pipeline
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import CheckpointError, RequestError
 from llmq.formats import compressed_tensors
@@ -76,7 +75,7 @@ def test_the_end_of_a_run_looks_at_the_files_and_not_at_memory(llama, tmp_path, 
         seen.append(sorted(path.name for path in directory.iterdir()))
         assert digests.keys() == {*Checkpoint(directory).linears, *Checkpoint(directory).other_names}
 
-    monkeypatch.setattr(pipeline, "check", check)
+    monkeypatch.setattr("llmq.run.block_loop.check", check)
     pack(llama, tmp_path / "out")
     assert {"config.json", "model.safetensors", "tokenizer.json"} < {*seen[0]}
 

@@ -1,0 +1,92 @@
+"""Writes a checkpoint: saves block after block as they are quantized, then checks the whole and publishes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from llmq.calibration.block_stream import Journey, stream
+from llmq.calibration.hidden_states import remove_states
+from llmq.checkpoint.model_files import companions_of
+from llmq.checkpoint.writer import Writer
+from llmq.run.block_quantizer import Run
+from llmq.run.prepare import FINGERPRINT, Request
+from llmq.run.resume import OUTSIDE, Progress
+from llmq.verification.check import DIGESTS, check
+
+
+def quantize_blocks(
+    request: Request, run: Run, progress: Progress, states_dir: Path | None, states_nbytes: int
+) -> None:
+    """Save all tensors of the model, first those outside the blocks, then block by block. Finished steps are left out.
+
+    One block is in memory at a time. `states_dir`: where hidden states wait on disk; None keeps them in memory.
+    """
+    names = request.source.block_names
+    if not progress.is_done(OUTSIDE):
+        progress.save(OUTSIDE, _unchanged(run, request.source.outer_names(), lambda name: name))
+        progress.commit()
+    if states_dir is not None and request.config.offload_dir is None and not request.steps:
+        size = f"{states_nbytes / 1e9:.1f} GB, more than a quarter of free memory"
+        run.report.note("model", [f"hidden states wait on disk: {size}"])
+    stop = names.index(run.chosen[-1]) + 1
+    _quantize_chosen(request, run, progress, states_dir, stop)
+    for name in names[stop:]:
+        if not progress.is_done(name):
+            tensors = request.source.block_tensor_names(name)
+            progress.save(name, _unchanged(run, tensors, lambda tensor: tensor.rpartition(".")[0]))
+            progress.commit()
+    run.ranks.meet()  # no process needs its hidden states any more
+    remove_states(states_dir)
+
+
+def _quantize_chosen(request: Request, run: Run, progress: Progress, states_dir: Path | None, stop: int) -> None:
+    """Send the hidden states through the first `stop` blocks, and quantize those that are chosen and not finished."""
+    finished = sum(map(progress.is_done, request.source.block_names[:stop]))
+    if finished == stop:
+        return
+    journey = Journey(
+        keep_original=run.matching,
+        ranks=run.ranks,
+        stop=stop,
+        linears=run.linear_dtype(request.compute),
+        states_unused=not run.algorithm.needs_statistics(run.config),
+        finished=finished,
+        restore=progress.restore_block,
+        passed=progress.commit,
+        hidden_dir=progress.hidden_dir_for(states_dir),
+    )
+    with closing(stream(request.source, request.tokens, request.compute, request.clock, journey)) as blocks:
+        bar = tqdm(blocks, "blocks", total=stop, initial=finished, disable=not request.progress, unit="block")
+        for block in bar:
+            progress.save(block.name, [run.quantize_block(block, bar.set_postfix_str)], block)
+
+
+def _unchanged(run: Run, names: Iterable[str], unit: Callable[[str], str]) -> Iterator[dict[str, Tensor]]:
+    """Yield tensors as they are stored, in the process that writes. Those with the same `unit` come together."""
+    for _, together in groupby(names if run.ranks.is_first else (), unit):
+        yield run.unchanged({name: run.source.read(name) for name in together})
+
+
+def finish(request: Request, run: Run, writer: Writer | None) -> None:
+    """Read the checkpoint back, check it, and publish it with its report, in the process that writes.
+
+    Raises CheckpointError if the files are not what was computed. Then nothing is published.
+    """
+    if writer is None:
+        return
+
+    def read_back(directory: Path) -> None:
+        with run.clock("check"):
+            check(directory, run.digests, run.config.trust_remote_code)
+
+    def report() -> dict[str, Any]:
+        return run.report.to_json() | {DIGESTS: run.digests, FINGERPRINT: request.fingerprint}
+
+    writer.finish(companions_of(run.source), run.source.dtype, run.hf_config(), report, read_back)

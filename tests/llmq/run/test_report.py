@@ -1,0 +1,81 @@
+"""The report says all that happened, as JSON for tools and as a short text for people."""
+
+import json
+
+import pytest
+import torch
+from problems import correlated_inputs, make_problem
+from small_runs import run
+
+from llmq.algorithms import rtn
+from llmq.checkpoint.output_dir import REPORT
+from llmq.core.config import QuantizeConfig
+from llmq.core.timing import Clock
+from llmq.run.report import Report
+
+
+def test_the_report_tells_the_whole_story(tmp_path, llama, text_file):
+    report = json.loads((run(llama, text_file, tmp_path / "out", group_size=128) / REPORT).read_text())
+    assert set(report["seconds"]) >= {"total", "forward", "statistics", "solve", "write"}
+    assert report["config"]["seed"] == 0
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["peak_memory_bytes"] > 1e8
+    assert {"where": "model", "note": "group size 128 does not divide every layer: using 32"} in report["fallbacks"]
+    for group in report["groups"]:
+        assert group["damping"] == 0.05
+        assert group["tokens"] == 18 * 32
+        assert 0 < group["error"] < 1
+
+
+def test_effort_best_reports_what_it_kept(tmp_path, llama, text_file):
+    kept = {}
+    for effort in ("normal", "best"):
+        report = json.loads((run(llama, text_file, tmp_path / effort, effort=effort) / REPORT).read_text())
+        kept[effort] = {step for group in report["groups"] for step in group["kept"]}
+    assert kept == {"normal": set(), "best": {"descent", "scale refit"}}
+
+
+@pytest.fixture
+def report(tmp_path):
+    return Report(QuantizeConfig("demo", tmp_path), Clock())
+
+
+def entry(block, error):
+    return {"block": block, "linears": ["mlp.gate_proj", "mlp.up_proj"], "error": error, "rtn_error": 2 * error}
+
+
+def test_the_summary_names_the_five_worst_layers_and_the_first_notes(report, capsys, tmp_path):
+    for i, error in enumerate((0.1, 0.7, 0.3, 0.5, 0.2, 0.6)):
+        report.add(entry(f"model.layers.{i}", error) | {"tokens": 9})
+    report.note("model", [f"note {i}" for i in range(7)])
+    report.distilled = (1.25, 0.5)
+    report.show(tmp_path / "out")
+    said = capsys.readouterr().err
+    layers = [line.split()[:4] for line in said.splitlines() if line.startswith("  model")]
+    assert layers[0] == ["model.layers.1", "gate_proj+up_proj", "7.00e-01", "1.40e+00"]
+    assert [layer[0][-1] for layer in layers] == ["1", "5", "3", "2", "4"]
+    assert "worst layers by relative held-out output error" in said
+    assert [line for line in said.splitlines() if line.startswith("note")] == [
+        f"note: model: note {i}" for i in range(5)
+    ]
+    assert "… and 2 more notes in the report" in said
+    assert "KL to the original on held-out text 1.2500, after training 0.5000" in said
+    assert said.endswith(f"wrote {tmp_path / 'out'}\n")
+
+
+def test_an_entry_notes_rows_that_were_dropped_and_is_told_once_it_is_final(tmp_path):
+    told = []
+    report = Report(QuantizeConfig("demo", tmp_path), Clock(), told.append)
+    problem = make_problem(correlated_inputs())
+    problem.statistics.dropped = 3
+    linears = ("self_attn.q_proj", "self_attn.k_proj")
+    made = report.group("model.layers.0", linears, (0.25, 0.5), rtn.solve(problem), problem.statistics)
+    note = "3 token rows with NaN or infinity left out"
+    assert report.notes == [{"where": "model.layers.0.q_proj+k_proj", "note": note}]
+    assert (made["error"], made["rtn_error"], made["dropped_rows"]) == (0.25, 0.5, 3)
+    assert told == report.groups == []
+    report.add(made)
+    assert told == report.groups
+    assert told[0].items() > made.items()
+    assert told[0]["peak_memory_bytes"] > 1e6
+    assert json.loads(json.dumps(report.to_json()))["groups"] == told
