@@ -1,4 +1,4 @@
-"""python -m llmq.convert DIR --output DIR2 --format F: the same codes, scales and zero points in another format."""
+"""python -m llmq.convert DIR --output DIR2 --format F: write the same codes, scales and zero points in another format."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from llmq.run.convert import ConvertConfig, convert
 
 
 def convert_command(config: ConvertConfig) -> None:
-    """Convert and say so."""
+    """Convert the checkpoint and print where it is."""
     directory = convert(config, progress=True)
     print(f"wrote {directory}")
 
 
 def main() -> None:
-    """Entry point; the flags are the fields of ConvertConfig."""
+    """Run the command; its flags are the fields of ConvertConfig."""
     run(ConvertConfig, convert_command)
 
 

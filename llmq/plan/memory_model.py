@@ -156,7 +156,7 @@ def _problem_bytes(load: Workload, layout: Layout, group: Group) -> int:
 
 
 def _solving_bytes(load: Workload, layout: Layout, group: Group, run: Run) -> int:
-    """Return the bytes of a problem while it is solved: when weights are moved, rounded or put back, whichever is most."""
+    """Return the bytes of a problem when its weights are moved, rounded or put back, whichever is most."""
     (rows, columns), problem = layout.shape(group), _problem_bytes(load, layout, group)
     size, square, strip = rows * columns, columns**2, 4 * _STRIP * columns
     if not load.statistics:
