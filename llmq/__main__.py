@@ -20,10 +20,8 @@ def main() -> None:
     if command not in _COMMANDS:
         listed = "\n".join(f"  llmq {name:<9} {work}" for name, work in _COMMANDS.items())
         asked = command in ("-h", "--help")
-        print(
-            f"usage: llmq COMMAND [OPTIONS]; --help after a command lists its options\n{listed}",
-            file=sys.stdout if asked else sys.stderr,
-        )
+        usage = f"usage: llmq COMMAND [OPTIONS]; llmq COMMAND --help lists the options\n{listed}"
+        print(usage, file=sys.stdout if asked else sys.stderr)
         if not asked:
             print(f"error: no such command: {command!r}; choose one of those above", file=sys.stderr)
         sys.exit(0 if asked else 2)

@@ -1,7 +1,5 @@
 """python -m llmq.eval: print the perplexity of a model on a text, and its KL divergence from a reference model."""
 
-from __future__ import annotations
-
 import json
 import math
 

@@ -1,7 +1,5 @@
 """python -m llmq.generate: let a model continue a prompt."""
 
-from __future__ import annotations
-
 import sys
 
 from llmq.cli import run

@@ -13,7 +13,7 @@ from llmq.cli import Positional, run
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Show format, bits, group size, zero points and bytes of every packed layer. Every layer is decoded and checked."""
+    """Show format, bits, group size, zero points and bytes of every packed layer. Each is decoded and checked."""
 
     directory: Annotated[Path, Positional]
     """Directory of the packed checkpoint."""

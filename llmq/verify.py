@@ -1,7 +1,5 @@
 """python -m llmq.verify DIR: check that a packed checkpoint is sound, and compare it with its original."""
 
-from __future__ import annotations
-
 import json
 
 from llmq.cli import run

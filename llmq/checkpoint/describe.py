@@ -9,10 +9,7 @@ from llmq.checkpoint.reader import Checkpoint
 
 
 def describe(directory: Path) -> dict[str, Any]:
-    """Decode every packed layer and return the layers and totals.
-
-    Raises CheckpointError if the directory is not a packed checkpoint or a layer cannot be decoded.
-    """
+    """Decode every layer and return layers and totals. Raises CheckpointError if it is no sound packed checkpoint."""
     checkpoint = Checkpoint(directory)
     sizes = {name: checkpoint.files.nbytes(name) for name in checkpoint.files.names()}
     layers = [_layer(checkpoint, name, sizes) for name in checkpoint.linears]

@@ -86,12 +86,10 @@ def _repeated(shape: torch.Size, base: Tensor) -> Tensor:
 
 
 def random_blocks(request: Request, run: Run, ids: Tensor) -> Iterator[tuple[tuple[str, ...], Block]]:
-    """Yield one block with random weights for each structure among the blocks to quantize; free it afterwards.
+    """Yield (names of all blocks of a structure, one such block with random weights); the block is freed afterwards.
 
     Args:
-        ids: [samples, length] tokens whose number the block sees; the hidden states themselves are random.
-
-    Yields (names of all blocks of this structure, the block).
+        ids: [samples, length] tokens; the block gets as many random hidden states.
     """
     same: dict[object, list[str]] = {}
     for name in run.chosen:

@@ -49,11 +49,7 @@ class Speeds:
 
 
 def speeds_of(run: Run, widest: int) -> Speeds:
-    """Time every kind of work.
-
-    Args:
-        widest: columns of the widest linear.
-    """
+    """Time every kind of work, for linears of up to `widest` columns."""
     drawn = torch.Generator().manual_seed(0)
     A, H = torch.randn(1024, 2048, generator=drawn).to(run.device), torch.zeros(256, 2048, device=run.device)
     plain, widths = A.to(run.scale_dtype), (512, 1024) if widest <= 2048 else (1024, 2048)
@@ -87,9 +83,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _solve_factors(run: Run, product: float, narrow: int, wide: int) -> tuple[float, float, float, float]:
-    """Fit (a, b, c, d) of the time that a group of n columns takes to be solved:
-
-        seconds = a n + b n³ + rows (c n + d n²)
+    """Fit (a, b, c, d) to the seconds that a group of n columns takes: a n + b n³ + rows (c n + d n²).
 
     b n³ is the factorisation of H, d n² the products of a row with H and its factor; a n and c n is what is done once
     for each column. Four unknowns need four times: two row counts at each of two widths.
@@ -103,22 +97,14 @@ def _solve_factors(run: Run, product: float, narrow: int, wide: int) -> tuple[fl
         return fixed_wide / wide, 0.0, per_row_wide / wide, 0.0
     fixed, per_row = _fixed_and_per_row(run, narrow)
     most_b, most_d = (product * times * (2 if run.config.effort == "best" else 1) for times in _MOST_PRODUCTS)
-    b = _between((fixed_wide / wide - fixed / narrow) / (wide**2 - narrow**2), most_b)
-    d = _between((per_row_wide / wide - per_row / narrow) / (wide - narrow), most_d)
+    b = min(most_b, max(0.0, (fixed_wide / wide - fixed / narrow) / (wide**2 - narrow**2)))
+    d = min(most_d, max(0.0, (per_row_wide / wide - per_row / narrow) / (wide - narrow)))
     return max(0.0, fixed_wide / wide - b * wide**2), b, max(0.0, per_row_wide / wide - d * wide), d
 
 
-def _between(value: float, most: float) -> float:
-    """Return the value, or the nearer limit if it is not between 0 and `most`."""
-    return min(most, max(0.0, value))
-
-
 def _fixed_and_per_row(run: Run, columns: int) -> tuple[float, float]:
-    """Time problems of two row counts and return (seconds without rows, seconds of each row).
-
-    The columns are rounded down to a multiple of the group size.
-    """
-    size = min(columns, run.grid.on(columns).group_size)
+    """Time problems of two row counts and return (seconds without rows, seconds of each row)."""
+    size = min(columns, run.grid.on(columns).group_size)  # columns are rounded down to a multiple of it
     grid = replace(run.grid, group_size=size)
     problems = [_random_problem(run, rows, columns // size * size, grid) for rows in _ROWS]
     few, many = (_seconds(partial(_solve, run, problem)) for problem in problems)

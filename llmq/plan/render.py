@@ -34,7 +34,7 @@ def lines(plan: Plan) -> Iterator[str]:
         works = ", ".join(f"{work} {_time(seconds)}" for work, seconds in plan.seconds.items() if seconds >= 1)
         yield f"time      about {_time(sum(plan.seconds.values()))} ({works or 'less than a second each'})"
         busy = "; other programs are busy" if plan.busy else ""
-        yield f"          estimated in {plan.probe:.1f} s, by timing a block of each structure with random weights{busy}"
+        yield f"          estimated in {plan.probe:.1f} s, by timing each kind of block with random weights{busy}"
 
 
 def _needs(plan: Plan) -> Iterator[str]:

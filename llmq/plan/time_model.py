@@ -27,11 +27,7 @@ class Timed:
 
 
 def block_seconds(load: Workload, layout: Layout, token: float, run: Run, speeds: Speeds) -> dict[str, float]:
-    """Estimate the seconds of one block, by kind of work.
-
-    Args:
-        token: seconds of one token that passes the block.
-    """
+    """Estimate the seconds of one block by kind of work, from those of one `token` that passes the block."""
     tokens, seconds, rows_apart = load.tokens + load.held_out, dict[str, float](), run.algorithm.rows_apart(run.config)
     if load.statistics:
         seconds["forward"] = tokens * token * _passes(load, layout)
@@ -75,11 +71,7 @@ def _passes(load: Workload, layout: Layout) -> float:
 
 
 def _sum_seconds(load: Workload, layout: Layout, group: Group, product: float, speeds: Speeds) -> float:
-    """Estimate the seconds of summing a group's statistics.
-
-    Args:
-        product: seconds of a multiplication in the dtype of the block.
-    """
+    """Estimate the seconds of summing a group's statistics, from those of a `product` in the block's dtype."""
     (rows, columns), (target_moment, multiplied) = layout.shape(group), load.target_moment(layout, group)
     tokens = load.tokens + load.held_out
     seconds = tokens * (columns**2 / 2 * speeds.product + 8 * columns * speeds.addition)  # half of H; it is symmetric
@@ -91,11 +83,7 @@ def _sum_seconds(load: Workload, layout: Layout, group: Group, product: float, s
 
 
 def all_seconds(request: Request, run: Run, layouts: list[Layout], timed: Timed, plain: int) -> dict[str, float]:
-    """Estimate the seconds of the whole run, without the blocks that an earlier process finished.
-
-    Args:
-        plain: bytes that are written as they are.
-    """
+    """Estimate the seconds of what is left of the run; `plain`: bytes that are written as they are."""
     source, speeds = request.source, timed.speeds
     total = {"opening": request.clock.seconds.get("open", 0.0)}
     load, done = workload_of(request, run, States(0, None)), {step.finished["finished"] for step in request.steps}
@@ -125,6 +113,5 @@ def _training_seconds(request: Request, block_weights: int, timed: Timed) -> flo
     tuned, text, depth = request.config.tuned, request.source.config.get_text_config(), len(request.source.blocks)
     token = depth * timed.tokens[0] + text.vocab_size * text.hidden_size * timed.speeds.product
     length, operations = request.training.train.shape[1], 20 if tuned.end_rate else 6
-    weights = depth * block_weights * operations * timed.speeds.addition
-    step = tuned.end_batch * length * 4 * token + weights
+    step = tuned.end_batch * length * 4 * token + depth * block_weights * operations * timed.speeds.addition
     return tuned.end_steps * step + _CHECKS * request.tokens.held_out.numel() * 2 * token

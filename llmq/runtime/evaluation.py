@@ -115,7 +115,7 @@ def evaluate(
 def score(
     logits: Logits, chunks: Int64[Tensor, "chunks length"], reference: Logits | None = None, progress: bool = False
 ) -> Evaluation:
-    """Compute perplexity in the standard way: chunks do not overlap; a token is predicted from those before it in its chunk.
+    """Compute perplexity in the standard way: each token is predicted from the tokens before it in its chunk.
 
     Args:
         reference: returns the logits [length, vocabulary] of the reference model for chunk i (see `logits_of`).
@@ -132,7 +132,7 @@ def score(
             nll += float(nll_loss(p, chunk[at + 1 : stop + 1].to(p.device), reduction="sum"))
             if expected is not None:
                 q = expected[at:stop].to(p.device).float().log_softmax(-1)
-                # A word that the reference rules out (-inf) adds nothing; one that only the model rules out adds infinity.
+                # A word that the reference rules out (-inf) adds 0; one that only the model rules out adds infinity.
                 kl += float(torch.where(q.isneginf(), 0.0, q.exp() * (q - p)).sum())
         so_far = Evaluation(nll, (i + 1) * (len(chunk) - 1))
         bar.set_postfix_str(f"perplexity {so_far.perplexity:.3f}", refresh=False)

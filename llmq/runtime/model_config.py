@@ -62,7 +62,7 @@ def checked_config(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # config classes raise what they like
         raise CheckpointError(
-            f"{directory}: {CONFIG} describes no model transformers knows: {_first_line(error)}"
+            f"{directory}: {CONFIG} describes no model that transformers can build: {_first_line(error)}"
         ) from None
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     if buffers > 4 * stored + _SPARE:
@@ -108,7 +108,7 @@ def _refuse_absurd(config: Any) -> None:
 
 @contextmanager
 def _bounded(tensors: int, weights: int) -> Iterator[None]:
-    """Raise ValueError as soon as this thread builds too many modules for `tensors`, or a tensor of more than `weights`."""
+    """Raise ValueError when this thread builds too many modules for `tensors`, or a tensor of more than `weights`."""
     mine, most = threading.get_ident(), 1000 + _MODULES_PER_TENSOR * tensors
     built = 0
 

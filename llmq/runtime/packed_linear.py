@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from llmq.core.errors import RequestError
 from llmq.core.quantized_weight import QuantizedWeight
 
-# With more tokens, dequantizing once and multiplying in float32 is faster than torch's int4 path, and exact (2-core AVX-512 machine, torch 2.13, 2026-11-22, 1536x576: 0.69 against 1.08 ms at 64 tokens, 5.6 against 5.3 at 512).
+# With more tokens, dequantizing once and multiplying in float32 is faster than torch's int4 path, and exact (2-core
+# AVX-512 machine, torch 2.13, 2026-11-22, 1536x576: 0.69 against 1.08 ms at 64 tokens, 5.6 against 5.3 at 512).
 _INT4_TOKENS = 64
 
 
@@ -58,7 +59,7 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_codes(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> PackedLinear:
-        """Return a layer with the codes and grids of a weight. Groups of different sizes are cut into pieces of one size."""
+        """Return a layer with the codes and grids of a weight. Unequal groups are cut into pieces of one size."""
         even = weight.even()
         packed = pack(even.q, even.scale, even.zero, even.bits, even.group_of)
         linear = cls(packed, bias)

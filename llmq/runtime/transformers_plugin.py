@@ -117,7 +117,7 @@ class LlmqQuantizer(HfQuantizer):
             linear = model.get_submodule(name)
             size = linear.weight.numel() * checkpoint.schemes[name].bits // 8
             linear.weight = None
-            # As large as the packed weight, so that device_map="auto" counts its bytes. Its device is where that weight goes.
+            # As large as the packed weight, which will go to its device: so device_map="auto" counts the bytes.
             linear.register_buffer(_RESERVED, torch.empty(size, dtype=torch.uint8, device="meta"), persistent=False)
             linear._is_hf_initialized = True
         self._opened = checkpoint, wanted, model._keys_to_ignore_on_load_unexpected
