@@ -1,4 +1,4 @@
-"""What all entry points share: arguments from a dataclass, errors as one or two lines, exit codes."""
+"""Runs a command: arguments from a dataclass, errors as one or two lines, exit codes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ _Config = TypeVar("_Config")
 
 
 def run(config: type[_Config] | Callable[..., _Config], work: Callable[[_Config], Any] = lambda _: None) -> NoReturn:
-    """Parse the command line into `config`, do the work, exit: 0 done, 1 the work failed, 2 the request was wrong."""
+    """Parse the command line into `config`, do the work and exit.
+
+    Exit codes: 0 done, 1 the work failed or was interrupted, 2 the request was wrong.
+    """
     received = _interruptions()
     try:
         work(_parse(config))
     except (LlmqError, KeyboardInterrupt) as error:
         if received or isinstance(error, KeyboardInterrupt):
-            print("\nerror: interrupted before it was done", file=sys.stderr)
+            print("\nerror: interrupted before the work was done", file=sys.stderr)
             sys.exit(1)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -34,22 +37,24 @@ def run(config: type[_Config] | Callable[..., _Config], work: Callable[[_Config]
 
 
 def _interruptions() -> list[int]:
-    """Let a polite kill clean up like Ctrl-C. Returns a list that gets the number of every such signal: where one meets
-    C code, what comes out of it may be another error than KeyboardInterrupt."""
+    """Let SIGTERM raise KeyboardInterrupt, like Ctrl-C. Return a list that collects the numbers of received signals.
+
+    The list is needed because C code may turn a KeyboardInterrupt into another error.
+    """
     received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         received.append(number)
         signal.default_int_handler(number, frame)
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # which background jobs of a shell ignore
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # background jobs of a shell ignore SIGINT
         signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     return received
 
 
 def _parse(config: type[_Config] | Callable[..., _Config]) -> _Config:
-    """tyro explains a wrong command line in a box of many lines; keep its words and drop the box."""
+    """Parse the command line. Raises RequestError with the words of tyro, which prints them in a box of many lines."""
     box = io.StringIO()
     try:
         with redirect_stderr(box):
@@ -58,7 +63,7 @@ def _parse(config: type[_Config] | Callable[..., _Config]) -> _Config:
         if not stop.code:  # --help
             raise
         words = " ".join(line.strip("╭╮╰╯─│ ") for line in box.getvalue().splitlines())
-        what = " ".join(words.partition("For full helptext")[0].split())
+        message = " ".join(words.partition("For full helptext")[0].split())
         for title in ("Value error ", "Missing argument ", "Unrecognized options "):
-            what = what.removeprefix(title)
-        raise RequestError(f"{what}\n--help lists every option") from None
+            message = message.removeprefix(title)
+        raise RequestError(f"{message}\n--help lists all options") from None

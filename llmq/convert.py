@@ -1,20 +1,12 @@
-"""python -m llmq.convert DIR --output DIR2 --format F: the same codes, scales and zero points in another format."""
-
-from __future__ import annotations
+"""python -m llmq.convert DIR --output DIR2 --format F: write the same codes, scales and zeros in another format."""
 
 from llmq.cli import run
 from llmq.run.convert import ConvertConfig, convert
 
 
-def convert_command(config: ConvertConfig) -> None:
-    """Convert and say so."""
-    directory = convert(config, progress=True)
-    print(f"wrote {directory}")
-
-
 def main() -> None:
-    """Entry point; the flags are the fields of ConvertConfig."""
-    run(ConvertConfig, convert_command)
+    """Run the command; its flags are the fields of ConvertConfig."""
+    run(ConvertConfig, lambda config: print(f"wrote {convert(config, progress=True)}"))
 
 
 if __name__ == "__main__":

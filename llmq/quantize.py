@@ -6,7 +6,7 @@ from llmq.pipeline import quantize
 
 
 def main() -> None:
-    """Entry point; the flags are the fields of QuantizeConfig."""
+    """Run the command; its flags are the fields of QuantizeConfig."""
     run(QuantizeConfig, lambda config: quantize(config, progress=True))
 
 

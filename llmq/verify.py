@@ -1,6 +1,4 @@
-"""python -m llmq.verify DIR: is a packed checkpoint sound, is it what was computed, how far is it from the original."""
-
-from __future__ import annotations
+"""python -m llmq.verify DIR: check that a packed checkpoint is sound, and compare it with its original."""
 
 import json
 
@@ -9,23 +7,25 @@ from llmq.verification.compare import VerifyConfig, verify
 
 
 def verify_command(config: VerifyConfig) -> None:
-    """Verify and print."""
-    found = verify(config)
+    """Verify the checkpoint and print the result."""
+    result = verify(config)
     if config.json:
-        print(json.dumps(found))
+        print(json.dumps(result))
         return
-    for name, error in found.get("layer_errors", {}).items():
+    for name, error in result.get("layer_errors", {}).items():
         print(f"{name:<58} {error:9.2e}")
-    compared = "are what was computed" if found["compared_with_report"] else "decode (no report says what was computed)"
-    print(f"sound: {found['packed_layers']} packed layers and {found['other_tensors']} other tensors {compared};")
-    print("the model runs on them and its logits are finite")
-    if "kl" in found:
-        kl = "not finite" if found["kl"] is None else f"{found['kl']:.5f} nats per token"
-        print(f"KL to {found['reference']} on {found['text']}: {kl}")
+    compared = (
+        "are what was computed" if result["compared_with_report"] else "can be decoded (no report to compare with)"
+    )
+    print(f"sound: {result['packed_layers']} packed layers and {result['other_tensors']} other tensors {compared};")
+    print("the model runs with them, and its logits are finite")
+    if "kl" in result:
+        kl = "not finite" if result["kl"] is None else f"{result['kl']:.5f} nats per token"
+        print(f"KL to {result['reference']} on {result['text']}: {kl}")
 
 
 def main() -> None:
-    """Entry point; the flags are the fields of VerifyConfig."""
+    """Run the command; its flags are the fields of VerifyConfig."""
     run(VerifyConfig, verify_command)
 
 

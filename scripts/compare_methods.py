@@ -29,10 +29,10 @@ import torch
 
 import llmq
 from llmq.calibration.texts import evaluation_chunks, read_text
+from llmq.checkpoint.describe import describe
 from llmq.checkpoint.output_dir import REPORT
 from llmq.cli import run
 from llmq.core.errors import RequestError, WorkError
-from llmq.inspect import describe
 from llmq.runtime.evaluation import Logits, evaluate, logits_of, remembered, score
 from llmq.runtime.load import load_any
 

@@ -1,4 +1,4 @@
-"""Bytes on disk: of the checkpoint, of what waits until it is put together, of hidden states."""
+"""Counts the bytes a run writes to disk: the checkpoint, its unfinished files, and hidden states."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llmq.run.prepare import Request
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes to be written to one file system."""
+    """Bytes that the run will write to one file system."""
 
     path: Path
     what: str
@@ -30,11 +30,11 @@ class Disk:
     free: int
 
 
-def packed_shapes(found: Iterable[Layout]) -> dict[str, tuple[int, int]]:
-    """(rows, columns) of every linear that is to be packed, by its name in the model."""
+def packed_shapes(layouts: Iterable[Layout]) -> dict[str, tuple[int, int]]:
+    """Return (rows, columns) of every linear that will be packed, by its name in the model."""
     return {
         f"{block}.{name}": layout.shapes[name]
-        for layout in found
+        for layout in layouts
         for block in layout.blocks
         for group in layout.groups
         for name in group.linears
@@ -42,7 +42,7 @@ def packed_shapes(found: Iterable[Layout]) -> dict[str, tuple[int, int]]:
 
 
 def output_bytes(run: Run, shapes: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    """Of the tensors to be written: the packed ones, and those that stay as they are."""
+    """Return the bytes of the checkpoint's tensors as (packed ones, those that stay as they are)."""
     state, known = run.source.skeleton.state_dict(), dict[tuple[tuple[int, int], int], int]()
     for name, shape in shapes.items():
         if (shape, run.bits[name]) not in known:
@@ -55,7 +55,7 @@ def output_bytes(run: Run, shapes: dict[str, tuple[int, int]]) -> tuple[int, int
 
 
 def packed_bytes(run: Run, shape: tuple[int, int], bits: int) -> int:
-    """Of the tensors of a linear in the format of the run: those it would write, without their data."""
+    """Return the bytes of a packed linear. Its format encodes tensors without data (meta device) to find out."""
     scheme = Scheme(bits, run.grid.group_size, run.grid.symmetric)
     q = torch.empty(shape, dtype=torch.uint8, device="meta")
     scale = torch.empty(shape[0], scheme.groups(shape[1]), dtype=run.scale_dtype, device="meta")
@@ -64,24 +64,29 @@ def packed_bytes(run: Run, shape: tuple[int, int], bits: int) -> int:
 
 
 def disks(request: Request, states: States, output: int) -> list[Disk]:
-    """What is to be written where, without what is there already or will make room."""
+    """Return what the run writes to each file system, less the bytes that are there already or make room.
+
+    The checkpoint is written in parts. Joining them to shards needs room for one more shard. Training from end to end
+    needs the checkpoint twice: the one made block by block stays until the trained one is finished.
+    """
     config, local = request.config, processes_here(request.ranks)
-    twice = 2 if config.end_to_end else 1  # what was made block by block stays until the training is done
-    needed = [(config.output, "the checkpoint", twice * output + min(output, SHARD_BYTES) - _there(request))]
+    copies = 2 if config.end_to_end else 1
+    needed = [(config.output, "the checkpoint", copies * output + min(output, SHARD_BYTES) - _existing_bytes(request))]
     if states.directory is not None:
-        there = sum(path.stat().st_size for path in states.directory.glob("*.states"))
-        needed.append((states.directory, "hidden states", local * max(0, 2 * states.nbytes - there)))
-    found: dict[int, Disk] = {}
+        existing = sum(path.stat().st_size for path in states.directory.glob("*.states"))
+        # Twice: a block's outputs are written while its inputs are still there.
+        needed.append((states.directory, "hidden states", local * max(0, 2 * states.nbytes - existing)))
+    by_device: dict[int, Disk] = {}
     for path, what, size in needed:
         parent = existing_parent(path)
-        disk = found.get(parent.stat().st_dev, Disk(path, "", 0, shutil.disk_usage(parent).free))
+        disk = by_device.get(parent.stat().st_dev, Disk(path, "", 0, shutil.disk_usage(parent).free))
         what = " and ".join(filter(None, (disk.what, what)))
-        found[parent.stat().st_dev] = Disk(disk.path, what, disk.needed + max(0, size), disk.free)
-    return list(found.values())
+        by_device[parent.stat().st_dev] = Disk(disk.path, what, disk.needed + max(0, size), disk.free)
+    return list(by_device.values())
 
 
-def _there(request: Request) -> int:
-    """Bytes of an earlier run in the output directory that this one goes on with, or replaces."""
+def _existing_bytes(request: Request) -> int:
+    """Count the bytes of an earlier run in the output directory that this run resumes or replaces."""
     output, config = request.config.output, request.config
     if not (config.overwrite or config.resume) or not output.is_dir():
         return 0

@@ -1,4 +1,4 @@
-"""How long each unit of work takes here: a moment of each, on random numbers."""
+"""Times a little of each kind of work on this machine, with random numbers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from llmq.core.timing import Clock
 from llmq.run.block_quantizer import Run
 from llmq.run.format_roundtrip import nearest, there_and_back
 
-_TRIES, _LONG = 5, 0.2  # of work that is timed; seconds after which it is not tried again
-_WEIGHTS = 1 << 20  # that are written and read once
-# A group of n columns takes some 3 n³ products, and 5 n² for each row (gptq, 2026-11-25); more than this is noise.
-_PRODUCTS = (6, 10)
-_ROWS = (256, 768)  # of problems that are timed: 256 rows choose for all in any case
+_TRIES, _ENOUGH_SECONDS = 5, 0.2  # work is timed five times, or until the times add up to this
+_WEIGHTS = 1 << 20  # weights that are encoded and hashed once
+_ROWS = (256, 768)  # of the problems timed; 256 rows are also what `choose` looks at in a larger problem
+# A group of n columns takes about 3 n³ products, and 5 n² for each row (gptq, 2026-11-25). Twice that is the limit for
+# b and d: more is noise, which would grow with n beyond all reason.
+_MOST_PRODUCTS = (6, 10)
 
 
 @dataclass(frozen=True)
@@ -31,80 +32,87 @@ class Speeds:
     """Seconds that each unit of work takes here."""
 
     product: float
-    """A multiplication in float32 among many."""
-    number: float
-    """Added to another in a large sum."""
+    """One multiplication of a large float32 matmul."""
+    addition: float
+    """One number added to another in a large tensor."""
     solve: tuple[float, float, float, float]
-    """A group of n columns takes a·n + b·n³, and for each row c·n + d·n²."""
+    """(a, b, c, d) of `solving`."""
     weight: float
-    """Of a linear, to be encoded, hashed, decoded and hashed again."""
+    """One weight of a linear: encoded, hashed, decoded and hashed again."""
     byte: float
-    """Of a tensor that is copied as it is: looked at, and hashed twice."""
+    """One byte of a tensor that is copied as it is: checked for NaN, and hashed twice."""
 
     def solving(self, rows: float, columns: int) -> float:
+        """Return the seconds of solving a group: a n + b n³ + rows (c n + d n²), with n columns."""
         a, b, c, d = self.solve
         return columns * (a + b * columns**2 + rows * (c + d * columns))
 
 
 def speeds_of(run: Run, widest: int) -> Speeds:
-    """Time every kind of work for a moment. `widest`: columns of the widest linear."""
+    """Time every kind of work, for linears of up to `widest` columns."""
     drawn = torch.Generator().manual_seed(0)
     A, H = torch.randn(1024, 2048, generator=drawn).to(run.device), torch.zeros(256, 2048, device=run.device)
-    plain = A.to(run.scale_dtype)
+    plain, widths = A.to(run.scale_dtype), (512, 1024) if widest <= 2048 else (1024, 2048)
     weight = _some_weight(run)
     product = _seconds(lambda: H.addmm_(A[:, :256].T, A)) / (A.numel() * 256)
     return Speeds(
         product=product,
-        number=_seconds(lambda: A.add_(A)) / A.numel(),
-        solve=_solve_seconds(run, product, *((512, 1024) if widest <= 2048 else (1024, 2048))),
+        addition=_seconds(lambda: A.add_(A)) / A.numel(),
+        solve=_solve_factors(run, product, *widths),
         weight=_seconds(lambda: (digest(weight), digest(there_and_back(run, "linear", weight)))) / weight.q.numel(),
         byte=_seconds(lambda: (torch.isfinite(plain).all(), digest(plain), digest(plain))) / plain.nbytes,
     )
 
 
 def token_seconds(block: Block) -> float:
-    """Of each token that goes through the block."""
+    """Return the seconds that a token takes to pass the block."""
     hidden = block.hidden[0]
     with block.many_runs():
         return _seconds(lambda: block.run(hidden)) / hidden.shape[:2].numel()
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The best of a few tries, of one if that took long: others may be at work on the machine."""
-    found: list[float] = []
-    while len(found) < _TRIES and sum(found) < _LONG:
+    """Return the shortest of a few times: other programs may slow down the rest."""
+    times: list[float] = []
+    while len(times) < _TRIES and sum(times) < _ENOUGH_SECONDS:
         clock = Clock()
         with clock("work"):
             work()
-        found.append(clock.seconds["work"])
-    return min(found)
+        times.append(clock.seconds["work"])
+    return min(times)
 
 
-def _solve_seconds(run: Run, product: float, narrow: int, wide: int) -> tuple[float, float, float, float]:
-    """Factors of n, n³, and for each row of n and n², for groups of n columns: see Speeds."""
-    _line(run, _ROWS[0])  # the first time is the slowest
-    whole_wide, row_wide = _line(run, wide)
-    if not run.algorithm.needs_statistics(run.config):  # every weight by itself
-        return whole_wide / wide, 0.0, row_wide / wide, 0.0
-    whole, row = _line(run, narrow)
-    # What other programs add to one of them would grow with the columns beyond all reason.
-    most = tuple(product * times * (2 if run.config.effort == "best" else 1) for times in _PRODUCTS)
-    b = min(most[0], max(0.0, (whole_wide / wide - whole / narrow) / (wide**2 - narrow**2)))
-    d = min(most[1], max(0.0, (row_wide / wide - row / narrow) / (wide - narrow)))
-    return max(0.0, whole_wide / wide - b * wide**2), b, max(0.0, row_wide / wide - d * wide), d
+def _solve_factors(run: Run, product: float, narrow: int, wide: int) -> tuple[float, float, float, float]:
+    """Fit (a, b, c, d) to the seconds that a group of n columns takes: a n + b n³ + rows (c n + d n²).
+
+    b n³ is the factorisation of H, d n² the products of a row with H and its factor; a n and c n is what is done once
+    for each column. Four unknowns need four times: two row counts at each of two widths.
+
+    1. At each width, two row counts give a line: `fixed` seconds, and seconds `per_row`.
+    2. Over the two widths, fixed / n = a + b n² and per_row / n = c + d n; each pair of times gives two factors.
+    """
+    _fixed_and_per_row(run, _ROWS[0])  # warms up: the first run is the slowest
+    fixed_wide, per_row_wide = _fixed_and_per_row(run, wide)
+    if not run.algorithm.needs_statistics(run.config):  # no H: each weight is rounded alone, so b = d = 0
+        return fixed_wide / wide, 0.0, per_row_wide / wide, 0.0
+    fixed, per_row = _fixed_and_per_row(run, narrow)
+    most_b, most_d = (product * times * (2 if run.config.effort == "best" else 1) for times in _MOST_PRODUCTS)
+    b = min(most_b, max(0.0, (fixed_wide / wide - fixed / narrow) / (wide**2 - narrow**2)))
+    d = min(most_d, max(0.0, (per_row_wide / wide - per_row / narrow) / (wide - narrow)))
+    return max(0.0, fixed_wide / wide - b * wide**2), b, max(0.0, per_row_wide / wide - d * wide), d
 
 
-def _line(run: Run, columns: int) -> tuple[float, float]:
-    """Seconds of a problem of about so many columns, as (whole, each row)."""
-    size = min(columns, run.grid.on(columns).group_size)
+def _fixed_and_per_row(run: Run, columns: int) -> tuple[float, float]:
+    """Time problems of two row counts and return (seconds without rows, seconds of each row)."""
+    size = min(columns, run.grid.on(columns).group_size)  # columns are rounded down to a multiple of it
     grid = replace(run.grid, group_size=size)
-    problems = [_posed(run, rows, columns // size * size, grid) for rows in _ROWS]
-    less, more = (_seconds(partial(_solve, run, problem)) for problem in problems)
-    row = max(0.0, more - less) / (_ROWS[1] - _ROWS[0])
-    return max(0.0, less - row * _ROWS[0]), row
+    problems = [_random_problem(run, rows, columns // size * size, grid) for rows in _ROWS]
+    few, many = (_seconds(partial(_solve, run, problem)) for problem in problems)
+    per_row = max(0.0, many - few) / (_ROWS[1] - _ROWS[0])
+    return max(0.0, few - per_row * _ROWS[0]), per_row
 
 
-def _posed(run: Run, rows: int, columns: int, grid: Grid) -> Problem:
+def _random_problem(run: Run, rows: int, columns: int, grid: Grid) -> Problem:
     drawn = torch.Generator().manual_seed(0)
     W, statistics = torch.randn(rows, columns, generator=drawn).to(run.device), None
     if run.algorithm.needs_statistics(run.config):
@@ -118,12 +126,13 @@ def _posed(run: Run, rows: int, columns: int, grid: Grid) -> Problem:
 
 
 def _solve(run: Run, problem: Problem) -> None:
-    """What is done to a group of linears once its statistics are there."""
+    """Do all that is done to a group of linears once its statistics are there."""
     problem = replace(problem, W=matched(problem, choose(problem)))
     H = None if problem.statistics is None else problem.statistics.H
     solution = run.algorithm.solve(problem, run.config)
-    for each in (solution,) if run.algorithm.is_nearest(run.config) else (solution, round_to_nearest(problem)):
-        lost_energy(problem, each, H)
+    lost_energy(problem, solution, H)
+    if not run.algorithm.is_nearest(run.config):
+        lost_energy(problem, round_to_nearest(problem), H)
     energy(problem.W, H)
     solution.dequantize(problem.grid.group_size)
 

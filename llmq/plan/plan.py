@@ -1,4 +1,4 @@
-"""What a run will do and need: layers, sizes, memory, disk and, for a dry run, time."""
+"""Collects what a run will do and need: layers, sizes, memory, disk and, for a dry run, time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmq.core.distributed import processes_here
 from llmq.core.memory import free_memory, resident_now
 from llmq.core.timing import Clock
 from llmq.models.model_source import tied_aliases
-from llmq.plan.block_shapes import Layout, imagined_blocks, layout_of, layouts, numbers_of
+from llmq.plan.block_shapes import Layout, block_ranges, layout_of, layouts, random_blocks
 from llmq.plan.disk import Disk, disks, output_bytes, packed_shapes
 from llmq.plan.memory_model import Moment, block_moments, other_moments
 from llmq.plan.microbenchmarks import speeds_of, token_seconds
@@ -23,7 +23,7 @@ from llmq.plan.workload import States, Workload, states_of, workload_of
 from llmq.run.block_quantizer import Run
 from llmq.run.prepare import Request
 
-_PRODUCTS, _FEWEST = 5e10, 16  # multiplications of a forward that is timed; tokens
+_PRODUCTS, _FEWEST = 5e10, 16  # the forward that is timed has at most these multiplications, at least these tokens
 
 
 @dataclass(frozen=True)
@@ -31,73 +31,74 @@ class Plan:
     """What a run will do and need."""
 
     model: str
-    numbers: int
-    """Weights of the model."""
+    weight_count: int
+    """Of the whole model."""
     blocks: list[str]
-    """All of the model, by name."""
+    """Names of all blocks of the model."""
     layouts: list[Layout]
     bits: dict[str, int]
-    """Of every linear of the blocks, by its name in the model."""
+    """Bits of every linear of the blocks, by its name in the model."""
     in_float: list[str]
-    """What stays in float, and why."""
+    """Tensors that stay in float, with the reason."""
     stored_as: str
     packed: tuple[int, int]
     """Weights that are packed, and the bytes they take."""
     output: int
-    """Bytes of all tensors."""
+    """Bytes of all tensors of the checkpoint."""
     text: str
     states: States
     processes: tuple[int, int]
-    """Of the run, and those on this machine."""
+    """Number of processes of the run, and of those on this machine."""
     device: str
     program: int
-    """Bytes that the program has already."""
+    """Bytes that the program takes already."""
     moments: list[Moment]
-    """What a process takes beside them."""
+    """What a process takes besides the program."""
     free: tuple[int | None, int | None]
-    """Bytes on the machine and on the device; None where nobody says."""
+    """Free bytes of the machine and of the device; None where the system does not tell."""
     disks: list[Disk]
     seconds: dict[str, float] = field(default_factory=dict)
-    """By what is done; empty where nothing was timed."""
+    """Seconds by kind of work; empty if nothing was timed."""
     probe: float = 0.0
-    """Seconds that this took."""
+    """Seconds that planning took."""
     busy: bool = False
-    """Whether other programs slowed it, as they would the run."""
+    """Whether other programs were busy: they slow down the timed work, and the run."""
 
     @property
     def worst(self) -> Moment:
-        """The moment that takes the most memory of the machine."""
+        """Return the moment that takes the most memory of the machine."""
         return max(self.moments, key=self.host_bytes)
 
     def host_bytes(self, moment: Moment) -> int:
-        """Memory of the machine that a moment takes."""
+        """Return the memory of the machine that a moment takes."""
         return moment.host + (moment.device if self.device == "cpu" else 0)
 
     @property
     def worst_on_device(self) -> Moment:
+        """Return the moment that takes the most memory of the device."""
         return max(self.moments, key=lambda moment: moment.device)
 
 
 def plan_of(request: Request, run: Run, timed: bool = False) -> Plan:
-    """The plan of a run. Reads no weights.
+    """Return the plan of a run. Reads no weights.
 
     Args:
-        timed: also estimate how long it takes, from work on random numbers: some seconds.
+        timed: also estimate the time of the run. This takes some seconds of work on random numbers.
     """
     states, source, program, clock = states_of(request, run), request.source, resident_now(), Clock()
     load = workload_of(request, run, states)
     free = free_memory(torch.device("cpu")), free_memory(request.compute.device)
-    probed = _probed(request, run) if timed else None
-    found = probed[0] if probed else list(layouts(request, run))
-    shapes = packed_shapes(found)
+    timings = _timed(request, run) if timed else None
+    seen = timings[0] if timings else list(layouts(request, run))
+    shapes = packed_shapes(seen)
     packed, plain = output_bytes(run, shapes)
     return Plan(
         model=f"{request.config.model} ({type(source.skeleton).__name__})",
-        numbers=source.size,
+        weight_count=source.size,
         blocks=source.block_names,
-        layouts=found,
+        layouts=seen,
         bits=run.bits,
-        in_float=list(_in_float(run, found)),
+        in_float=list(_in_float(run, seen)),
         stored_as=_format_of(run),
         packed=(sum(map(math.prod, shapes.values())), packed),
         output=packed + plain,
@@ -107,44 +108,46 @@ def plan_of(request: Request, run: Run, timed: bool = False) -> Plan:
         device=request.compute.device.type,
         program=program,
         moments=[
-            *(moment for layout in found for moment in block_moments(load, layout, run)),
+            *(moment for layout in seen for moment in block_moments(load, layout, run)),
             *other_moments(request, run, load),
         ],
         free=free,
         disks=disks(request, states, packed + plain),
-        seconds=all_seconds(request, run, *probed, plain) if probed else {},
+        seconds=all_seconds(request, run, *timings, plain) if timings else {},
         probe=clock.total,
         busy=hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1),
     )
 
 
-def _probed(request: Request, run: Run) -> tuple[list[Layout], Timed]:
-    """Every structure, and how fast its work is done: it sees a micro-batch, or a part of one if it is large."""
-    found, tokens = list[Layout](), list[float]()
-    numbers = max(sum(p.numel() for p in block.parameters()) for block in request.source.blocks)
-    train, most = micro_batches(request.tokens.train)[0], max(_FEWEST, int(_PRODUCTS / numbers))
+def _timed(request: Request, run: Run) -> tuple[list[Layout], Timed]:
+    """Return the layouts, and how fast each kind of work is done.
+
+    A block runs on one micro-batch, or on fewer tokens if the micro-batch has too many multiplications.
+    """
+    seen, tokens = list[Layout](), list[float]()
+    weights = max(sum(p.numel() for p in block.parameters()) for block in request.source.blocks)
+    train, most = micro_batches(request.tokens.train)[0], max(_FEWEST, int(_PRODUCTS / weights))
     train = train[:1, :most] if train.numel() > most else train
-    for names, block in imagined_blocks(request, run, train):
-        found.append(layout_of(names, block))
+    for names, block in random_blocks(request, run, train):
+        seen.append(layout_of(names, block))
         tokens.append(token_seconds(block))
-    widest = max((columns for layout in found for _, columns in layout.shapes.values()), default=0)
-    return found, Timed(speeds_of(run, widest), tokens)
+    widest = max((columns for layout in seen for _, columns in layout.shapes.values()), default=0)
+    return seen, Timed(speeds_of(run, widest), tokens)
 
 
-def _in_float(run: Run, found: Iterable[Layout]) -> Iterator[str]:
-    """What is not packed, with the reason."""
+def _in_float(run: Run, seen: Iterable[Layout]) -> Iterator[str]:
+    """Yield a line for each tensor, or kind of tensor, that is not packed, with the reason."""
     source, state = run.source, run.source.skeleton.state_dict()
     for name in source.outer_names():
         if state[name].ndim > 1:
-            why = "the blocks' linears alone are packed"
-            yield f"{name} ({'x'.join(map(str, state[name].shape))}): {why}"
+            yield f"{name} ({'x'.join(map(str, state[name].shape))}): only the linears of blocks are packed"
     for name in sorted(tied_aliases(source.skeleton)):
-        yield f"{name}: the embeddings once more"
-    for layout in found:
+        yield f"{name}: it shares its weights with the embeddings"
+    for layout in seen:
         for name, why in layout.skipped.items():
-            yield f"{name} of blocks {numbers_of(source.block_names, layout.blocks)}: {why}"
+            yield f"{name} of blocks {block_ranges(source.block_names, layout.blocks)}: {why}"
     if others := set(source.block_names) - set(run.chosen):
-        yield f"blocks {numbers_of(source.block_names, others)}: not among --blocks {run.config.blocks}"
+        yield f"blocks {block_ranges(source.block_names, others)}: not among --blocks {run.config.blocks}"
     yield "norms and biases"
 
 
@@ -159,7 +162,7 @@ def _format_of(run: Run) -> str:
 def _text_of(request: Request, load: Workload) -> str:
     tokens, config = request.tokens, request.config
     if not load.statistics:
-        return f"none: {config.method} looks at the weights alone"
+        return f"none: {config.method} looks only at the weights"
     train, held_out, length = tokens.train.numel(), tokens.held_out.numel(), tokens.train.shape[1]
     more = f", {request.training.train.numel():,} to train on from end to end" if config.end_to_end else ""
     return f"{config.calibration}: {train:,} tokens, {held_out:,} held out{more}, in sequences of {length}"

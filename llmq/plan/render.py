@@ -1,45 +1,45 @@
-"""A plan as a person reads it."""
+"""Prints a plan, and refuses a run that does not fit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from llmq.core.errors import RequestError
-from llmq.plan.block_shapes import numbers_of
+from llmq.plan.block_shapes import block_ranges
 from llmq.plan.memory_model import END_TO_END, Moment
 from llmq.plan.plan import Plan
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    """The plan as a person reads it."""
+    """Yield the plan as lines of text."""
     packed, nbytes = plan.packed
-    yield f"model     {plan.model}, {plan.numbers / 1e6:,.1f} million weights"
+    yield f"model     {plan.model}, {plan.weight_count / 1e6:,.1f} million weights"
     chosen = [name for layout in plan.layouts for name in layout.blocks]
-    yield f"blocks    {len(plan.blocks)}, of which {len(chosen)} are quantized: {numbers_of(plan.blocks, chosen)}"
+    yield f"blocks    {len(plan.blocks)} in the model; {len(chosen)} are quantized: {block_ranges(plan.blocks, chosen)}"
     for layout in plan.layouts:
-        yield f"          each of {numbers_of(plan.blocks, layout.blocks)}:"
+        yield f"          each of {block_ranges(plan.blocks, layout.blocks)}:"
         for group in layout.groups:
             shapes = [f"{name} {'x'.join(map(str, layout.shapes[name]))}" for name in group.linears]
             bits = plan.bits[f"{layout.blocks[0]}.{group.linears[0]}"]
             yield f"            {' + '.join(shapes)}, {bits} bit"
-    for i, each in enumerate(plan.in_float):
-        yield f"{'' if i else 'in float':<10}{each}"
+    for i, line in enumerate(plan.in_float):
+        yield f"{'' if i else 'in float':<10}{line}"
     yield f"format    {plan.stored_as}"
-    whole = 8 * plan.output / plan.numbers
-    yield f"bits      {8 * nbytes / max(1, packed):.2f} for each packed weight, {whole:.2f} of the whole model"
+    whole = 8 * plan.output / plan.weight_count
+    yield f"bits      {8 * nbytes / max(1, packed):.2f} for each packed weight, {whole:.2f} over the whole model"
     yield f"output    {gb(plan.output)}"
     yield f"text      {plan.text}"
     yield from _needs(plan)
     if plan.seconds:
-        parts = ", ".join(f"{what} {_time(seconds)}" for what, seconds in plan.seconds.items() if seconds >= 1)
-        yield f"time      about {_time(sum(plan.seconds.values()))} ({parts or 'moments'})"
-        busy = "; other programs are at work, which makes it longer" if plan.busy else ""
-        yield f"          estimated in {plan.probe:.1f} s from work on random numbers in a block of each kind{busy}"
+        works = ", ".join(f"{work} {_time(seconds)}" for work, seconds in plan.seconds.items() if seconds >= 1)
+        yield f"time      about {_time(sum(plan.seconds.values()))} ({works or 'less than a second each'})"
+        busy = "; other programs are busy" if plan.busy else ""
+        yield f"          estimated in {plan.probe:.1f} s, by timing each kind of block with random weights{busy}"
 
 
 def _needs(plan: Plan) -> Iterator[str]:
-    """Memory and disk."""
-    each = " for each of the processes" if plan.processes[0] > 1 else ""
+    """Yield the lines about memory and disk."""
+    each = " in each process" if plan.processes[0] > 1 else ""
     where = "in memory" if plan.states.directory is None else f"on disk, in {plan.states.directory.parent}"
     yield f"states    {gb(plan.states.nbytes)} of hidden states{each} wait {where}"
     peak, (host, device) = plan.program + plan.host_bytes(plan.worst), plan.free
@@ -54,6 +54,7 @@ def _needs(plan: Plan) -> Iterator[str]:
 
 
 def gb(size: int) -> str:
+    """Return a number of bytes as GB, or as MB if it is less than one GB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
@@ -65,36 +66,37 @@ def _time(seconds: float) -> str:
 
 
 def check_plan(plan: Plan) -> None:
-    """Raise RequestError if disks or memory do not suffice for what is planned."""
+    """Raise RequestError if the plan needs more disk or memory than is free."""
     for disk in plan.disks:
         if disk.needed > disk.free:
             states = disk.what == "hidden states"
-            way = "name another --offload-dir, or fewer --samples" if states else "choose another --output"
+            way = "choose another --offload-dir, or fewer --samples" if states else "choose another --output"
             raise RequestError(
-                f"{disk.what} need {gb(disk.needed)} in {disk.path}, but {gb(disk.free)} are free there.\n"
-                f"Make room, or {way}."
+                f"not enough disk space in {disk.path}: {disk.what} will take {gb(disk.needed)}, "
+                f"but {gb(disk.free)} are free.\nMake room, or {way}."
             )
-    (host, device), local, less = plan.free, plan.processes[1], "use fewer --samples, or a machine with more"
+    (host, device), local = plan.free, plan.processes[1]
+    less = "use fewer --samples, or a machine with more memory"
     worst, needed = plan.worst, local * plan.host_bytes(plan.worst)
     if host is not None and needed > host:
         states = local * plan.states.nbytes * (plan.states.directory is None)
-        way = f"--offload-dir keeps {gb(states)} of hidden states on disk" if states > needed - host else less
+        way = f"use --offload-dir: it keeps {gb(states)} of hidden states on disk" if states > needed - host else less
         raise RequestError(
             f"{worst.what} will take {gb(needed)} of memory{_per(local)}, but {gb(host)} are free.\n"
-            f"Close other programs; {_less_training(worst) or way}."
+            f"Close other programs, or {_less_training(worst) or way}."
         )
     if plan.device != "cpu" and device is not None and plan.worst_on_device.device > device:
         worst = plan.worst_on_device
         raise RequestError(
             f"{worst.what} will take {gb(worst.device)} of the {plan.device} device, but {gb(device)} are free.\n"
-            f"--device cpu has other memory; {_less_training(worst) or less}."
+            f"Use --device cpu, whose memory may be larger, or {_less_training(worst) or less}."
         )
 
 
 def _less_training(moment: Moment) -> str:
     if moment.what != END_TO_END:
         return ""
-    return "--tuned.end-rate 0 needs less; --tuned.end-steps 0 --tuned.steps 100 trains one block after the other"
+    return "use --tuned.end-rate 0; --tuned.end-steps 0 --tuned.steps 100 trains one block after the other"
 
 
 def _per(processes: int) -> str:

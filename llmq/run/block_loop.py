@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from llmq.calibration.block_stream import Journey, stream
+from llmq.calibration.block_stream import StreamSettings, stream
 from llmq.calibration.hidden_states import remove_states
 from llmq.checkpoint.model_files import companions_of
 from llmq.checkpoint.writer import Writer
@@ -51,7 +51,7 @@ def _quantize_chosen(request: Request, run: Run, progress: Progress, states_dir:
     finished = sum(map(progress.is_done, request.source.block_names[:stop]))
     if finished == stop:
         return
-    journey = Journey(
+    settings = StreamSettings(
         keep_original=run.matching,
         ranks=run.ranks,
         stop=stop,
@@ -62,7 +62,7 @@ def _quantize_chosen(request: Request, run: Run, progress: Progress, states_dir:
         passed=progress.commit,
         hidden_dir=progress.hidden_dir_for(states_dir),
     )
-    with closing(stream(request.source, request.tokens, request.compute, request.clock, journey)) as blocks:
+    with closing(stream(request.source, request.tokens, request.compute, request.clock, settings)) as blocks:
         bar = tqdm(blocks, "blocks", total=stop, initial=finished, disable=not request.progress, unit="block")
         for block in bar:
             progress.save(block.name, [run.quantize_block(block, bar.set_postfix_str)], block)

@@ -1,1 +1,1 @@
-"""A checkpoint becomes a model that runs."""
+"""Turns a checkpoint into a model that runs."""

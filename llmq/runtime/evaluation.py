@@ -1,4 +1,4 @@
-"""How good a model is: perplexity of a text, and KL divergence from the model it was made of."""
+"""Measures a model: perplexity of a text, and KL divergence from a reference model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 from tqdm import tqdm
 
+from llmq.calibration.texts import check_context, evaluation_chunks, read_text
+from llmq.core.errors import RequestError
+from llmq.runtime.load import load_any
+
 # Positions scored at a time: a slice of logits of this many tokens by 128k words is 128 MB in float32.
 _POSITIONS = 256
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
@@ -22,8 +26,40 @@ Logits = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """Print the perplexity of a model on a text, and with --reference its KL divergence from another model.
+
+    Perplexity is computed in the standard way: the text is cut into chunks that do not overlap, without padding, and
+    each chunk is scored alone.
+    """
+
+    model: str
+    """A packed checkpoint, or an original model (directory, hub id, .gguf file or `demo`)."""
+    reference: str | None = None
+    """Also print the mean KL divergence from the predictions of this model, usually the original."""
+    text: str = "wikitext2"
+    """wikitext2, c4 or pile (downloaded); pydoc or pytopics (offline); or a .txt, .jsonl or .parquet file."""
+    sequence_length: int = 2048
+    """Tokens in a chunk."""
+    limit: int | None = None
+    """Score at most this many chunks; all if not given."""
+    device: str = "auto"
+    """auto (cuda if there is a GPU, else cpu), cpu, cuda or cuda:N."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Use it only for models you trust."""
+    json: bool = False
+    """Print one JSON object on stdout, and nothing else."""
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 2:
+            raise RequestError(f"--sequence-length must be at least 2; got {self.sequence_length}")
+        if self.limit is not None and self.limit < 1:
+            raise RequestError(f"--limit must be at least 1; got {self.limit}")
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Sums over a text, and the figures made of them."""
+    """Sums over a text, with their means as properties."""
 
     nll: float
     """Sum of negative log likelihoods, in nats."""
@@ -34,20 +70,44 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean; infinite where a broken model exceeds what a float holds."""
+        """Return exp(nll / tokens); infinity if a float cannot hold it, as with a broken model."""
         mean = self.nll / self.tokens
         return math.inf if mean > _LARGEST_EXPONENT else math.exp(mean)
 
     @property
     def kl(self) -> float | None:
-        """Mean KL divergence per token."""
+        """Return the mean KL divergence per token, or None without a reference."""
         return None if self.kl_sum is None else self.kl_sum / self.tokens
+
+
+def evaluate_on_text(config: EvalConfig) -> tuple[Evaluation, int]:
+    """Load the models and the text, and return (evaluation, number of chunks).
+
+    Raises RequestError if the two models have different vocabularies.
+    """
+    # Some data sets are far larger than --limit asks for.
+    enough = {} if config.limit is None else {"enough_characters": 12 * config.limit * config.sequence_length}
+    text = read_text(config.text, evaluation=True, **enough)
+    model, tokenizer = load_any(config.model, config.device, config.trust_remote_code)
+    check_context(model.config, config.sequence_length)
+    chunks = evaluation_chunks(tokenizer, text, config.sequence_length, config.limit)
+    reference = None
+    if config.reference is not None:
+        original, its_tokenizer = load_any(config.reference, config.device, config.trust_remote_code)
+        first = evaluation_chunks(its_tokenizer, text, config.sequence_length, 1)
+        if not torch.equal(first, chunks[:1]) or original.config.vocab_size != model.config.vocab_size:
+            raise RequestError(
+                f"--reference {config.reference} and --model {config.model} have different vocabularies, so there is "
+                "no KL divergence between them; choose the original of the model"
+            )
+        reference = logits_of(original)
+    return evaluate(model, chunks, reference, progress=True), len(chunks)
 
 
 def evaluate(
     model: Any, chunks: Int64[Tensor, "chunks length"], reference: Logits | None = None, progress: bool = False
 ) -> Evaluation:
-    """`score` of a model's own predictions."""
+    """Score the predictions of a model: see `score`."""
     return score(logits_of(model), chunks, reference, progress)
 
 
@@ -55,10 +115,10 @@ def evaluate(
 def score(
     logits: Logits, chunks: Int64[Tensor, "chunks length"], reference: Logits | None = None, progress: bool = False
 ) -> Evaluation:
-    """Perplexity in the standard way: non-overlapping chunks, each token predicted from those before it in its chunk.
+    """Compute perplexity in the standard way: each token is predicted from the tokens before it in its chunk.
 
     Args:
-        reference: gives the logits [length, vocabulary] of the reference model for chunk i (see `logits_of`).
+        reference: returns the logits [length, vocabulary] of the reference model for chunk i (see `logits_of`).
         progress: show a progress bar with the running perplexity on stderr.
     """
     nll = kl = 0.0
@@ -72,7 +132,7 @@ def score(
             nll += float(nll_loss(p, chunk[at + 1 : stop + 1].to(p.device), reduction="sum"))
             if expected is not None:
                 q = expected[at:stop].to(p.device).float().log_softmax(-1)
-                # A word the reference rules out (-inf) adds nothing; one that only the model rules out adds infinity.
+                # A word that the reference rules out (-inf) adds 0; one that only the model rules out adds infinity.
                 kl += float(torch.where(q.isneginf(), 0.0, q.exp() * (q - p)).sum())
         so_far = Evaluation(nll, (i + 1) * (len(chunk) - 1))
         bar.set_postfix_str(f"perplexity {so_far.perplexity:.3f}", refresh=False)
@@ -80,7 +140,7 @@ def score(
 
 
 def logits_of(model: Any) -> Logits:
-    """The function from (index, chunk) to the model's logits [length, vocabulary]."""
+    """Return the function that computes the model's logits [length, vocabulary] for (index, chunk)."""
 
     def logits(_: int, chunk: Int64[Tensor, "length"]) -> Float[Tensor, "length vocabulary"]:
         return model(input_ids=chunk[None].to(model.device), use_cache=False).logits[0]
@@ -89,7 +149,7 @@ def logits_of(model: Any) -> Logits:
 
 
 def remembered(logits: Logits, chunks: Iterable[Tensor]) -> Logits:
-    """The same logits computed once and kept, for comparing many models with one reference."""
+    """Compute all logits once and return a function that looks them up: for many models and one reference."""
     with torch.no_grad():
         kept = [logits(i, chunk).cpu() for i, chunk in enumerate(chunks)]
     return lambda i, _: kept[i]

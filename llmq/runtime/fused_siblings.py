@@ -1,4 +1,4 @@
-"""Linears that read the same input run as one: a decode step then launches four matmuls per block instead of seven."""
+"""Merges linears that read the same input: a token then takes four matmuls per block instead of seven."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from llmq.runtime.packed_linear import PackedLinear
 
 
 def merge_linears(model: nn.Module) -> int:
-    """Merge siblings wherever a model has them packed alike; returns how many sets were merged.
+    """Merge siblings (q, k, v; gate, up) that are packed in the same way, and return how many sets were merged.
 
-    The model's own code goes on calling `q_proj`, `k_proj`, ...: the first one called computes the rows of all.
+    The model still calls `q_proj`, `k_proj`, ... one by one. The first call computes the rows of all.
     """
     merged = 0
     for parent in list(model.modules()):
@@ -31,21 +31,21 @@ def _merge(parent: nn.Module, names: tuple[str, ...], linears: list[Any]) -> boo
         return False
     owner = MergedLinear(whole, [linear.out_features for linear in linears])
     for i, name in enumerate(names):
-        setattr(parent, name, MergedPart(owner, i))
+        setattr(parent, name, MergedSibling(owner, i))
     return True
 
 
 class MergedLinear(nn.Module):
-    """Several linears over one input; hands out the outputs one by one."""
+    """Several linears over one input, computed together and handed out one by one."""
 
     def __init__(self, whole: PackedLinear, sizes: list[int]) -> None:
         super().__init__()
         self.whole, self.sizes = whole, sizes
         self._held: tuple[Tensor | None, list[Tensor | None]] = None, []
 
-    def part(self, x: Tensor, i: int) -> Tensor:
-        """Output i for x: computed at the first request for x, let go of at the last."""
-        held, outputs = self._held  # together: another thread may be running the same layer
+    def output(self, x: Tensor, i: int) -> Tensor:
+        """Return output i for x. The first call for an x computes all outputs; the last one frees them."""
+        held, outputs = self._held  # read as a pair: another thread may be running the same layer
         if held is not x or outputs[i] is None:
             outputs: list[Tensor | None] = list(self.whole(x).split(self.sizes, dim=-1))
             self._held = x, outputs
@@ -56,20 +56,20 @@ class MergedLinear(nn.Module):
         return y
 
 
-class MergedPart(nn.Module):
-    """Stands where one of the merged linears stood."""
+class MergedSibling(nn.Module):
+    """Takes the place of one of the merged linears."""
 
     def __init__(self, owner: MergedLinear, index: int) -> None:
         super().__init__()
-        # One of the parts registers the weights, so that moves and counts see them once.
+        # Only the first one registers the weights, so that moving and counting see them once.
         self.owner = owner if index == 0 else None
         self._shared, self.index = [owner], index
         self.in_features, self.out_features = owner.whole.in_features, owner.sizes[index]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._shared[0].part(x, self.index)
+        return self._shared[0].output(x, self.index)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense weight of this part, [out, in]."""
+        """Return the dense weight [out, in] of this linear."""
         owner = self._shared[0]
         return owner.whole.dequantize(dtype).split(owner.sizes)[self.index]

@@ -1,4 +1,4 @@
-"""A packed checkpoint becomes a transformers model whose quantized linears stay packed."""
+"""Loads a packed checkpoint as a transformers model. Its quantized linears stay packed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from llmq.core.quantized_weight import QuantizedWeight
 from llmq.models.locate import locate
 from llmq.models.model_source import ModelSource, build_skeleton, move_buffers, read_generation_config
 from llmq.runtime.fused_siblings import merge_linears
-from llmq.runtime.model_config import failure, tried_config
+from llmq.runtime.model_config import checked_config, failure
 from llmq.runtime.packed_linear import PackedLinear
 from llmq.runtime.transformers_plugin import attach
 
 
 def packed_linear(name: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:  # noqa: ARG001
-    """What inference wants."""
+    """Return the module for a packed linear that inference uses."""
     return PackedLinear.from_codes(weight, bias)
 
 
@@ -36,44 +36,44 @@ def load(
     merge: bool = False,
     make_linear: LinearMaker = packed_linear,
 ) -> Any:
-    """The checkpoint as a transformers model, ready for inference: `.generate` works.
+    """Load a checkpoint as a transformers model, ready for inference: `.generate` works.
 
     Args:
         device: auto (cuda when present), cpu, cuda or cuda:N.
-        dtype: of activations and unquantized weights; by default float32 on a CPU and the checkpoint's own on a GPU.
+        dtype: dtype of activations and unquantized weights. Default: float32 on a CPU, the checkpoint's own on a GPU.
         trust_remote_code: run modelling code that ships with the checkpoint.
-        merge: run q, k, v and gate, up as one matmul each, where their bits and groups agree: fewer, larger launches.
-        make_linear: what makes the module that stands for a packed weight.
+        merge: run q, k, v as one matmul, and gate, up as one, if their bits and groups agree. That is faster on a GPU.
+        make_linear: makes the module for a packed weight.
 
-    Raises CheckpointError for anything missing, left over or inconsistent: a model with a single wrong tensor would
-    still talk, only worse.
+    Raises CheckpointError if a tensor is missing, left over or does not fit: with one wrong tensor a model would still
+    write text, only worse.
     """
     target = pick_device(device)
     checkpoint = Checkpoint(Path(directory))
-    config, runs = tried_config(checkpoint, trust_remote_code)
+    config, runs = checked_config(checkpoint, trust_remote_code)
     if dtype is None:
         dtype = torch.float32 if target.type == "cpu" else _torch_dtype(config.dtype)
     model = build_skeleton(config, trust_remote_code)
     wanted = check_fit(model, checkpoint)
     replace_linears(model, checkpoint, lambda *parts: make_linear(*parts).to(target))
     placed = {f"{name}.bias" for name in checkpoint.linears}
-    _place_rest(model, checkpoint, sorted(wanted - placed), target, dtype)
+    _load_unpacked(model, checkpoint, sorted(wanted - placed), target, dtype)
     model.config.dtype = dtype
     attach(model, checkpoint)
     read_generation_config(model, checkpoint.directory)
     if merge:
         merge_linears(model)
-    # Code that looks at numbers, as mixtures of experts do, cannot be tried without them.
+    # Code that branches on values (mixtures of experts) cannot run on the meta device, so it is tried here.
     reason = None if runs else failure(model.eval(), target)
     if reason is not None:
-        raise CheckpointError(f"{checkpoint.directory}: {CONFIG} describes a model that cannot run: {reason}")
+        raise CheckpointError(f"{checkpoint.directory}: {CONFIG} describes a model that does not run: {reason}")
     return model.eval()
 
 
 def load_any(spec: str, device: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """(model, tokenizer) of a packed checkpoint or of an original model, whichever `spec` is.
+    """Load a packed checkpoint or an original model, and return (model, tokenizer).
 
-    float32 on a CPU, the dtype of the files on a GPU.
+    The model computes in float32 on a CPU and in the dtype of its files on a GPU.
     """
     path = locate(spec, trust_remote_code)
     if is_packed(path):
@@ -83,19 +83,24 @@ def load_any(spec: str, device: str = "auto", trust_remote_code: bool = False) -
 
 
 def _torch_dtype(name: Any) -> torch.dtype:
-    """What config.json calls a dtype; float16 where it says nothing."""
-    found = getattr(torch, name, None) if isinstance(name, str) else name
-    return found if isinstance(found, torch.dtype) else torch.float16
+    """Return the dtype that config.json names, float16 if it names none."""
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    return dtype if isinstance(dtype, torch.dtype) else torch.float16
 
 
 def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a dozen tokenizer classes, each with its own way to fail
-        raise CheckpointError(f"{path} holds no readable tokenizer ({type(error).__name__})") from None
+        raise CheckpointError(
+            f"{path} holds no tokenizer that transformers can read ({type(error).__name__})"
+        ) from None
 
 
-def _place_rest(model: Any, checkpoint: Checkpoint, names: list[str], device: torch.device, dtype: torch.dtype) -> None:
+def _load_unpacked(
+    model: Any, checkpoint: Checkpoint, names: list[str], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Load the tensors that are not packed, and move all buffers to the device."""
     tensors: dict[str, Tensor] = {}
     for name in names:
         tensor = checkpoint.files.read(name)

@@ -1,6 +1,6 @@
-"""The config.json of a checkpoint, which may come from strangers: what model it describes, and whether that can be.
+"""Reads the config.json of a checkpoint, which may come from strangers, and checks the model that it describes.
 
-transformers may build no more of it than the files beside it could fill.
+transformers is stopped as soon as it builds more of that model than the files beside config.json could fill.
 """
 
 from __future__ import annotations
@@ -19,56 +19,64 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmq.checkpoint.reader import CONFIG, Checkpoint
 from llmq.core.errors import CheckpointError
 
-# Config classes make lists as long as these numbers say, before anything is built: kinds of layers, names of labels.
+# Largest values of counts, by what their names contain. Config classes make lists of such lengths (kinds of layers,
+# names of labels) before anything is built.
 _COUNTS = {
-    re.compile(r"layer|depth|block|stage|expert|dense|indices|heads"): 1_000_000,  # Gemma 3n: a vocabulary "per layer"
-    re.compile(r"label|class"): 10_000,  # each gets a name
+    re.compile(
+        r"layer|depth|block|stage|expert|dense|indices|heads"
+    ): 1_000_000,  # Gemma 3n has a vocabulary "per layer"
+    re.compile(r"label|class"): 10_000,  # each label gets a name
 }
 _MODULES_PER_TENSOR = 20  # a block of Llama has 15 modules and 9 tensors or more; some models add dropouts
-_SPARE = 1 << 28  # bytes of buffers that a model may have beside what its files hold: masks, rotary frequencies
+_SPARE = 1 << 28  # bytes of buffers that no file holds: masks, rotary frequencies
 
 
 def model_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
-    """The model's configuration without its quantization, for which transformers would want the format's own package.
+    """Return the model's configuration without its quantization_config, for which transformers wants other packages.
 
-    Raises CheckpointError if it describes no model, or one that cannot be what the files hold.
+    Raises CheckpointError if it describes no model, or one that the files cannot hold.
     """
-    return tried_config(checkpoint, trust_remote_code)[0]
+    return checked_config(checkpoint, trust_remote_code)[0]
 
 
-def tried_config(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, bool]:
-    """`model_config`, and whether a model of it has been seen to run, on the meta device."""
+def checked_config(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, bool]:
+    """Return `model_config`, and whether its model ran on the meta device."""
     directory, files = checkpoint.directory, checkpoint.files
     stored = sum(files.nbytes(name) for name in files.names())
     try:
         _refuse_absurd(checkpoint.config)
         if "configuration_files" in checkpoint.config:  # transformers would open these instead
-            raise ValueError("it points to other configuration files")
+            raise ValueError("it names other configuration files")
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         if hasattr(config, "quantization_config"):
             delattr(config, "quantization_config")
         depth = config.get_text_config().num_hidden_layers
         if not 0 < depth <= len(files.names()):
-            raise ValueError(f"{depth} blocks, of {len(files.names())} tensors")
-        # Not for a checkpoint to say: which code computes attention (some names are fetched from the hub) and what a
+            raise ValueError(f"it has {depth} blocks, but the files hold {len(files.names())} tensors")
+        # A checkpoint must not choose which code computes attention (some names are fetched from the hub), nor what a
         # model returns.
         config.output_attentions, config.return_dict = False, True
         config._attn_implementation = config._experts_implementation = None
-        # Two bits are the least that a number takes.
+        # A weight takes two bits at least: a byte holds four.
         with torch.device("meta"), _bounded(len(files.names()), 4 * stored):
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # config classes check their own fields and raise what they like
+    except Exception as error:  # config classes raise what they like
         raise CheckpointError(
-            f"{directory}: {CONFIG} describes no model transformers knows: {_first_line(error)}"
+            f"{directory}: {CONFIG} describes no model that transformers can build: {_first_line(error)}"
         ) from None
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     if buffers > 4 * stored + _SPARE:
-        raise CheckpointError(f"{directory}: {CONFIG} wants {buffers} bytes of buffers; all files have {stored}")
+        raise CheckpointError(
+            f"{directory}: {CONFIG} describes {buffers} bytes of buffers, but all files together have {stored}"
+        )
     return config, failure(model.eval(), torch.device("meta")) is None
 
 
 def failure(model: Any, device: torch.device) -> str | None:
-    """Why the model cannot run, as some settings only show then; None if it can."""
+    """Run the model on two tokens and return the first line of its error; None if it runs.
+
+    Some wrong settings only show when a model runs.
+    """
     try:
         with torch.no_grad(), device:
             model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False).logits.size()
@@ -84,23 +92,23 @@ def _first_line(error: Exception) -> str:
 
 
 def _refuse_absurd(config: Any) -> None:
-    """Raise ValueError for a count, anywhere in a parsed config.json, that no model has."""
+    """Raise ValueError if a count anywhere in a parsed config.json is larger than that of any model."""
     left: list[tuple[str, Any]] = [("", config)]
-    while left:  # no recursion: the nesting, too, is theirs to choose
+    while left:  # no recursion: strangers choose how deep it is nested
         name, value = left.pop()
         if isinstance(value, dict):
-            left += [(str(key), each) for key, each in value.items()]
+            left += [(str(key), inner) for key, inner in value.items()]
         elif isinstance(value, list):
-            left += [(name, each) for each in value]
+            left += [(name, inner) for inner in value]
         elif isinstance(value, int | float):
             most = min((most for names, most in _COUNTS.items() if names.search(name)), default=None)
             if most is not None and not abs(value) <= most:
-                raise ValueError(f"{name} is beyond {most}")
+                raise ValueError(f"{name} is more than {most}")
 
 
 @contextmanager
-def _bounded(tensors: int, numbers: int) -> Iterator[None]:
-    """Raise ValueError as soon as this thread builds more modules than so many tensors fill, or one of more numbers."""
+def _bounded(tensors: int, weights: int) -> Iterator[None]:
+    """Raise ValueError when this thread builds too many modules for `tensors`, or a tensor of more than `weights`."""
     mine, most = threading.get_ident(), 1000 + _MODULES_PER_TENSOR * tensors
     built = 0
 
@@ -110,9 +118,9 @@ def _bounded(tensors: int, numbers: int) -> Iterator[None]:
             return
         built += 1
         if built > most:
-            raise ValueError(f"it describes more than {most} modules, for {tensors} tensors")
-        if isinstance(child, Tensor) and child.numel() > numbers:
-            raise ValueError(f"it wants a tensor of {child.numel()} numbers, more than all files could hold")
+            raise ValueError(f"it describes more than {most} modules, but the files hold {tensors} tensors")
+        if isinstance(child, Tensor) and child.numel() > weights:
+            raise ValueError(f"it describes a tensor of {child.numel()} weights, more than all files could hold")
 
     with (
         torch_hooks.register_module_module_registration_hook(count),

@@ -1,4 +1,4 @@
-"""A linear layer that keeps its weight packed. It and `llmq.tune` alone know the kernels."""
+"""A linear layer that keeps its weight packed. Only this file, tiles.py and gptq_columns.py import the kernels."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from llmq.core.errors import RequestError
 from llmq.core.quantized_weight import QuantizedWeight
 
-# Above this many tokens torch's int4 path loses to dequantizing once and multiplying in float32, which is also exact
-# (2-core AVX-512 machine, torch 2.13, 2026-11-22, 1536x576: 0.69 against 1.08 ms at 64 tokens, 5.6 against 5.3 at 512).
+# With more tokens, dequantizing once and multiplying in float32 is faster than torch's int4 path, and exact (2-core
+# AVX-512 machine, torch 2.13, 2026-11-22, 1536x576: 0.69 against 1.08 ms at 64 tokens, 5.6 against 5.3 at 512).
 _INT4_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """What the layout does not tell of the weight it was made of."""
+    """What `codes` needs to know about the original weight besides its layout for the kernels."""
 
     dtype: torch.dtype = torch.float32
-    """Of the scales."""
-    parts: tuple[int, ...] | None = None
-    """How many groups each of its groups was cut into; None where none was."""
+    """Dtype of the scales."""
+    pieces: tuple[int, ...] | None = None
+    """Number of equal pieces that each group was cut into; None if no group was cut."""
     lossless: bool = True
 
 
@@ -35,7 +35,7 @@ class PackedLinear(nn.Module):
     """y = x Wᵀ + b with W = scale * (codes - zero), never stored dense.
 
     Args:
-        packed: the weight as the kernels want it.
+        packed: the weight in the layout of the kernels.
         bias: [out] or None.
     """
 
@@ -59,21 +59,21 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_codes(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> PackedLinear:
-        """Lay out the codes and grids of a layer. Groups of several sizes are cut into groups of one."""
+        """Return a layer with the codes and grids of a weight. Unequal groups are cut into pieces of one size."""
         even = weight.even()
         packed = pack(even.q, even.scale, even.zero, even.bits, even.group_of)
         linear = cls(packed, bias)
-        parts = None
+        pieces = None
         if even.scale.shape != weight.scale.shape and weight.group_of is not None:
             sizes = torch.bincount(weight.group_of, minlength=weight.scale.shape[1])
-            parts = tuple((sizes // even.group_size).tolist())
-        lossless = torch.equal(packed.scale(), even.scale.float()) and 0 not in (parts or ())
-        linear._origin = _Origin(weight.scale.dtype, parts, lossless)
+            pieces = tuple((sizes // even.group_size).tolist())
+        lossless = torch.equal(packed.scale(), even.scale.float()) and 0 not in (pieces or ())
+        linear._origin = _Origin(weight.scale.dtype, pieces, lossless)
         return linear
 
     @classmethod
     def stack(cls, linears: Sequence[PackedLinear]) -> PackedLinear | None:
-        """One layer with the rows of several, or None if they do not fit together."""
+        """Return one layer with the rows of several, or None if their bits, groups or biases differ."""
         packed = stack([linear.packed for linear in linears])
         biases = [linear.bias for linear in linears if linear.bias is not None]
         if packed is None or len(biases) not in (0, len(linears)):
@@ -81,7 +81,7 @@ class PackedLinear(nn.Module):
         return cls(packed, torch.cat(biases) if biases else None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
-        """What a device needs beside the weight is made anew after a move."""
+        """Make the buffers that belong to a device anew after a move."""
         super()._apply(fn, recurse)
         self.counters = new_counters(self.grid.device)
         self._int4 = None
@@ -92,42 +92,42 @@ class PackedLinear(nn.Module):
         self._int4 = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the int4 copy: its layout depends on this very CPU."""
+        """Leave out the int4 copy: its layout depends on this CPU."""
         return self.__dict__ | {"_int4": None}
 
     @property
     def packed(self) -> PackedWeight:
-        """The buffers as the kernels take them."""
+        """Return the buffers as the kernels take them."""
         words = tuple(self.get_buffer(f"words{i}") for i in range(self._arrays))
         return PackedWeight(
             words, self.grid, self.bits, self.group_size, self.in_features, self.symmetric, self.permutation
         )
 
     def codes(self) -> QuantizedWeight:
-        """The weight that `from_codes` was given, exactly.
+        """Return exactly the weight that `from_codes` was given.
 
-        Raises RequestError where the layout could not keep it: the last digits of float32 scales, beside zero points,
-        and the grid of a group without inputs.
+        Raises RequestError if the layout could not keep it: float32 scales beside zero points are rounded, and the grid
+        of a group without inputs is dropped.
         """
         packed, origin = self.packed, self._origin
         if not origin.lossless:
-            raise RequestError("float32 scales beside zero points, and groups without inputs, are kept rounded only")
+            raise RequestError("packed layers keep neither float32 scales beside zero points nor groups without inputs")
         q, scale, zero = unpack(packed), packed.scale().to(origin.dtype), packed.zero()
-        if packed.permutation is None and origin.parts is None:
+        if packed.permutation is None and origin.pieces is None:
             return QuantizedWeight(q, scale, zero, self.bits)
         group_of = torch.arange(self.in_features, device=q.device) // self.group_size
         if packed.permutation is not None:
-            place = torch.argsort(packed.permutation)
-            q, group_of = q[:, place], group_of[place]
-        if origin.parts is not None:
-            parts = torch.tensor(origin.parts, device=q.device)
-            first = parts.cumsum(0) - parts
+            back = torch.argsort(packed.permutation)
+            q, group_of = q[:, back], group_of[back]
+        if origin.pieces is not None:
+            pieces = torch.tensor(origin.pieces, device=q.device)
+            first = pieces.cumsum(0) - pieces
             scale, zero = scale[:, first], zero[:, first]
-            group_of = torch.arange(len(parts), device=q.device).repeat_interleave(parts)[group_of]
+            group_of = torch.arange(len(pieces), device=q.device).repeat_interleave(pieces)[group_of]
         return QuantizedWeight(q, scale, zero, self.bits, group_of.to(torch.int32))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
-        """The dense weight, for checks and for export."""
+        """Return the dense weight, for checks and for export."""
         return dequantize(self.packed, dtype)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
@@ -135,10 +135,10 @@ class PackedLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         few = x.device.type == "cpu" and x.numel() <= _INT4_TOKENS * self.in_features and cpu_int4.supports(weight)
         if few and not (x.requires_grad and torch.is_grad_enabled()):  # torch's operator has no gradient
-            if self._int4 is None:  # made at the first decode: evaluation never needs it
+            if self._int4 is None:  # made when first needed: evaluation runs without it
                 self._int4 = cpu_int4.prepare(weight)
             return cpu_int4.matmul(reference.permuted(x, weight), self._int4, bias)
-        if self.counters.device != x.device:  # left behind where buffers were moved one by one
+        if self.counters.device != x.device:  # accelerate moves buffers one by one and leaves these behind
             self.counters = new_counters(x.device)
         return packed_linear(x, weight, bias, self.counters)
 

@@ -22,14 +22,20 @@ from llmq.models.locate import locate
 from llmq.models.model_source import ModelSource, build_skeleton
 from llmq.runtime.model_config import model_config
 
-# One for each bucket of a table up to 256. Decoding is what up to 8 tokens mostly are, so that bucket is tuned at 1.
+# One number of tokens for each bucket of a table up to 256. The bucket up to 8 is tuned at 1: it is mostly decoding.
 _TOKENS = (1, 16, 32, 64, 128, 256)
+
+
+def check_gpu() -> None:
+    """Raise WorkError if there is no CUDA GPU."""
+    if not torch.cuda.is_available():
+        raise WorkError("there is no CUDA GPU here, so there is nothing to tune: matmuls on a CPU have no tiles")
 
 
 def problems_of(model: str, grid: Grid, trust_remote_code: bool = False) -> list[Problem]:
     """Return the matmuls to tune for a packed checkpoint, or for an original model that will be packed on `grid`.
 
-    Raises RequestError if the kernels take none of them.
+    Raises RequestError if the kernels can run none of them.
     """
     path = locate(model, trust_remote_code)
     if is_packed(path):
@@ -38,7 +44,7 @@ def problems_of(model: str, grid: Grid, trust_remote_code: bool = False) -> list
 
 
 def packed_problems(checkpoint: Checkpoint, trust_remote_code: bool = False) -> list[Problem]:
-    """One-token problems of a packed checkpoint's layers, each once, known without reading its weights."""
+    """Return the one-token problems of a packed checkpoint's layers, each once. Reads no weights."""
     model = build_skeleton(model_config(checkpoint, trust_remote_code), trust_remote_code)
     dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
     problems = set()
@@ -50,7 +56,7 @@ def packed_problems(checkpoint: Checkpoint, trust_remote_code: bool = False) -> 
 
 
 def original_problems(source: ModelSource, grid: Grid) -> list[Problem]:
-    """One-token problems of the layers that an original model will have, each once."""
+    """Return the one-token problems that an original model will have once it is packed, each once."""
     widths = packable_widths(source.blocks)
     size = fit_group_size(grid.group_size, widths)
     dtype = str(source.dtype).removeprefix("torch.")
@@ -61,23 +67,23 @@ def original_problems(source: ModelSource, grid: Grid) -> list[Problem]:
 
 
 def at_all_sizes(problems: Iterable[Problem]) -> list[Problem]:
-    """The problems that have kernels, for each of some numbers of tokens, few tokens first.
+    """Return the problems that have kernels, once for each of _TOKENS; few tokens come first.
 
-    Raises RequestError if there are none.
+    Raises RequestError if no problem has a kernel.
     """
     problems = list(problems)
     kept = [problem for problem in problems if problem.has_kernel]
     if not kept:
         kinds = ", ".join(sorted({f"groups of {p.group_size} in {p.dtype}" for p in problems})) or "no packed layer"
         raise RequestError(
-            f"the kernels take float16 or bfloat16 and groups of a power of two from 16 on; here: {kinds}.\n"
-            "Such a model runs, on torch's own matmul; there is nothing to tune"
+            "the kernels need float16 or bfloat16, and groups whose size is a power of two from 16 on; "
+            f"this model has {kinds}.\nIt runs with torch's own matmul, which has nothing to tune."
         )
     return [Problem(p.bits, p.group_size, p.symmetric, p.dtype, M, p.N, p.K) for M, p in product(_TOKENS, kept)]
 
 
 def tune_here(problems: list[Problem], seconds: float) -> tuple[Path, list[dict[str, Any]]]:
-    """Measure on the present GPU; returns where the table is, and its new rows."""
+    """Measure on this GPU, write the table, and return its path and its new rows."""
     from llmq_kernels.op import describe
     from llmq_kernels.trial import Trial, time_graph  # Triton is imported where there is a GPU for it
 
@@ -88,13 +94,14 @@ def tune_here(problems: list[Problem], seconds: float) -> tuple[Path, list[dict[
     except RuntimeError as error:
         raise WorkError(str(error)) from None
     if not rows:
-        raise WorkError(f"no problem was begun within {seconds:g} seconds; allow more with --seconds")
+        raise WorkError(f"no problem was started within {seconds:g} seconds; allow more with --seconds")
     path = user_table(device.name)
     write_table(path, device, merged(path, rows))
     return path, rows
 
 
 def _shown(problems: list[Problem]) -> Iterator[Problem]:
+    """Yield the problems, and print each to stderr when it is its turn."""
     for i, problem in enumerate(problems, 1):
         print(f"{i}/{len(problems)}: {problem.M} tokens, {problem.N} x {problem.K}", file=sys.stderr, flush=True)
         yield problem

@@ -1,17 +1,17 @@
-"""llmq as a quantization method of transformers: it opens what `llmq.load` opens, and saves what either has opened.
+"""llmq as a quantization method of transformers: it opens and saves packed checkpoints of every format llmq reads.
 
     config = AutoConfig.from_pretrained(DIR)
     config.quantization_config = {"quant_method": "llmq"}
     model = AutoModelForCausalLM.from_pretrained(DIR, config=config)
 
-is the model of `llmq.load(DIR)`, for every format llmq reads, with no other quantization package. Without the second
-line transformers asks for the package of the format that config.json names. (Weights under an old name, such as
-gptq_model-4bit-128g.safetensors, it finds if `config.transformers_weights` says that name.)
+gives the model of `llmq.load(DIR)` and needs no other quantization package. Without the second line transformers asks
+for the package of the format that config.json names. If the weights have an old name, such as
+gptq_model-4bit-128g.safetensors, set `config.transformers_weights` to it.
 
-`save_pretrained` of such a model, or of one from `llmq.load`, writes the packed tensors as they were read, under a
-config.json of their own format; never `llmq`, which nobody else could read. AutoRound's checkpoints become plain gptq
-or awq. GPTQ zero points are written as llmq does: v1 for symmetric weights, v2 for others. Missing is what transformers
-has no place for: quantize_config.json, in whose absence readers of GPTQ checkpoints look into config.json.
+`save_pretrained` of such a model, or of one from `llmq.load`, writes the packed tensors as they were read. config.json
+names their own format, never `llmq`, which no other tool could read. AutoRound's checkpoints become plain gptq or awq.
+GPTQ zero points are written as llmq writes them: v1 for symmetric weights, v2 for others. quantize_config.json is not
+written: transformers has no way to do so, and readers of GPTQ checkpoints look into config.json without it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from llmq.models.block_structure import left_in_float
 from llmq.runtime.packed_linear import PackedLinear
 
 METHOD = "llmq"
-_PLACE = "llmq_place"
-_NOT_OFFLOADED = "packed weights are not offloaded; choose a device_map without disk, and without cpu beside GPUs"
+_RESERVED = "llmq_reserved"
+_NOT_OFFLOADED = "packed weights are not offloaded; choose a device_map without disk, and with either cpu or GPUs"
 
 
 def attach(model: Any, checkpoint: Checkpoint) -> None:
@@ -50,9 +50,9 @@ def attach(model: Any, checkpoint: Checkpoint) -> None:
 
 
 class LlmqConfig(QuantizationConfigMixin):
-    """Asks for this method; of a loaded model, the quantization_config of its format.
+    """A request for this method; after loading, it holds the quantization_config of the checkpoint's format.
 
-    Whatever else a request says is not looked at: the directory knows how its tensors are packed.
+    Other keys of a request are ignored: the directory says how its tensors are packed.
     """
 
     def __init__(self, **_: Any) -> None:
@@ -60,30 +60,30 @@ class LlmqConfig(QuantizationConfigMixin):
         self.stored: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json says."""
+        """Return the entry of config.json."""
         return {"quant_method": METHOD} if self.stored is None else copy.deepcopy(self.stored)
 
 
 class LlmqQuantizer(HfQuantizer):
-    """What transformers calls while it opens and saves a model."""
+    """The methods that transformers calls while it opens and saves a model."""
 
-    requires_calibration = True  # transformers' way to say: for packed checkpoints only
+    requires_calibration = True  # this tells transformers: for packed checkpoints only
 
     def __init__(self, quantization_config: LlmqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.quantization_config: LlmqConfig
         self._schemes: dict[str, Scheme] = {}
-        # While a model is being opened: its files, the tensors it takes from them, and a setting to put back.
+        # While a model is being opened: its files, the tensors to take from them, and a setting to restore.
         self._opened: tuple[Checkpoint, set[str], Any] | None = None
 
     def remember(self, checkpoint: Checkpoint) -> None:
-        """Keep what saving needs beside the model itself."""
+        """Keep what saving needs besides the model."""
         self._schemes, self.quantization_config.stored = checkpoint.schemes, checkpoint.quantization
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
-        """Raise RequestError for what has no room on the devices themselves. "auto" is seen through later."""
-        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
-        if "disk" in places or ("cpu" in places and len(places) > 1):
+        """Raise RequestError if weights would be offloaded to a disk or a CPU. "auto" is checked after loading."""
+        devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in devices or ("cpu" in devices and len(devices) > 1):
             raise RequestError(_NOT_OFFLOADED)
 
     def is_serializable(self) -> bool:
@@ -103,66 +103,66 @@ class LlmqQuantizer(HfQuantizer):
         checkpoint_files: list[str] | None = None,
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
-        """Leave of packed linears their biases, so that transformers fills in the rest.
+        """Remove the weights of packed linears, so that transformers loads only the other tensors.
 
-        Raises CheckpointError unless the files hold exactly that: transformers would go on with random weights.
+        Raises CheckpointError if the files lack one of those: transformers would continue with random weights.
         """
         if not checkpoint_files:
-            raise RequestError("llmq opens packed checkpoints from files; from_pretrained was given a state_dict only")
+            raise RequestError(
+                "llmq opens packed checkpoints only from files, but from_pretrained was given a state_dict"
+            )
         checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
         wanted = check_fit(model, checkpoint)
         for name in checkpoint.linears:
             linear = model.get_submodule(name)
             size = linear.weight.numel() * checkpoint.schemes[name].bits // 8
             linear.weight = None
-            # As large as what will be here, so that device_map="auto" counts right; and it ends up on the right device.
-            linear.register_buffer(_PLACE, torch.empty(size, dtype=torch.uint8, device="meta"), persistent=False)
+            # As large as the packed weight, which will go to its device: so device_map="auto" counts the bytes.
+            linear.register_buffer(_RESERVED, torch.empty(size, dtype=torch.uint8, device="meta"), persistent=False)
             linear._is_hf_initialized = True
         self._opened = checkpoint, wanted, model._keys_to_ignore_on_load_unexpected
-        model._keys_to_ignore_on_load_unexpected = {".*"}  # packed tensors; any other would have been refused above
+        model._keys_to_ignore_on_load_unexpected = {".*"}  # packed tensors; check_fit refused any other
 
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Check what transformers loaded, and put in the packed linears."""
         assert self._opened is not None
         (checkpoint, wanted, model._keys_to_ignore_on_load_unexpected), self._opened = self._opened, None
         if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
             raise RequestError(_NOT_OFFLOADED)
         if getattr(model, "_tp_size", None) is not None:
-            raise RequestError("packed weights are not split over devices; leave out tp_plan and distributed_config")
-
+            raise RequestError("packed weights cannot be split over devices; leave out tp_plan and distributed_config")
         _check_loaded(model, checkpoint, wanted)
 
         def make(name: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
-            return PackedLinear.from_codes(weight, bias).to(model.get_submodule(name).get_buffer(_PLACE).device)
+            return PackedLinear.from_codes(weight, bias).to(model.get_submodule(name).get_buffer(_RESERVED).device)
 
         replace_linears(model, checkpoint, make)
         self.remember(checkpoint)
 
     @torch.no_grad()
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The tensors that `save_pretrained` writes; the model's configuration then says their format.
+        """Return the tensors that `save_pretrained` writes, and put their format into the model's configuration.
 
-        Raises RequestError for merged linears, CheckpointError for what the format cannot say.
+        Raises RequestError for merged linears, CheckpointError for a weight that the format cannot store.
         """
         stored, linears = self.quantization_config.stored, _packed_linears(model, self._schemes)
         assert stored is not None
         form = format_of(stored)
         self.quantization_config.stored = form.hf_config(self._schemes, left_in_float(model, self._schemes))
         model.config.quantization_config = self.quantization_config
-        inside = {
-            f"{name}.{part}" for name, linear in linears.items() for part in linear.state_dict() if part != "bias"
-        }
+        inside = {f"{name}.{key}" for name, linear in linears.items() for key in linear.state_dict() if key != "bias"}
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in inside}
         for name, linear in linears.items():
             tensors = form.encode(name, _codes(name, linear), self._schemes[name])
-            state.update({part: tensor.cpu() for part, tensor in tensors.items()})
+            state.update({key: tensor.cpu() for key, tensor in tensors.items()})
         return state, {}
 
 
 def _check_loaded(model: nn.Module, checkpoint: Checkpoint, wanted: set[str]) -> None:
-    """Raise CheckpointError unless the model holds these tensors of the files.
+    """Raise CheckpointError if one of these tensors differs between the model and the files.
 
-    from_pretrained can be told otherwise: a key_mapping may put one in the place of another, and leave that random.
+    A key_mapping given to from_pretrained can load a tensor under another name, which leaves its own random.
     """
     loaded = model.state_dict()
     for name in sorted(wanted):
@@ -172,24 +172,27 @@ def _check_loaded(model: nn.Module, checkpoint: Checkpoint, wanted: set[str]) ->
 
 
 def _packed_linears(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, PackedLinear]:
-    modules, found = dict(model.named_modules()), {}
+    """Return the packed linears by name. Raises RequestError if one is merged or offloaded."""
+    modules, linears = dict(model.named_modules()), {}
     for name in schemes:
         linear = modules.get(name)
         if not isinstance(linear, PackedLinear) or linear.grid.is_meta:
             what = "is offloaded" if isinstance(linear, PackedLinear) else f"has become a {type(linear).__name__}"
-            raise RequestError(f"{name} {what}: to save the model, load it again without merge=True and offloading")
-        found[name] = linear
-    return found
+            raise RequestError(f"{name} {what}; to save the model, load it without merge=True and without offloading")
+        linears[name] = linear
+    return linears
 
 
 def _codes(name: str, linear: PackedLinear) -> QuantizedWeight:
     try:
         return linear.codes()
     except RequestError as error:
-        raise RequestError(f"{name} cannot be saved as it was read: {error}") from None
+        raise RequestError(
+            f"{name} cannot be saved as it was read: {error}.\nCopy the checkpoint's files instead."
+        ) from None
 
 
-# The one thing here that importing does: transformers learns the method's name.
+# Importing this module tells transformers the name of the method, and does nothing else.
 if METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantization_config(METHOD)(LlmqConfig)
     register_quantizer(METHOD)(LlmqQuantizer)

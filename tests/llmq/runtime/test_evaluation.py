@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from packed import logits, some_tokens
-from tiny import tiny_model
+from tiny import save_tiny, tiny_model
 from torch.nn.functional import cross_entropy, kl_div, one_hot
 
+from llmq.core.errors import RequestError
 from llmq.runtime import evaluation as module
-from llmq.runtime.evaluation import Evaluation, evaluate, logits_of, remembered, score
+from llmq.runtime.evaluation import EvalConfig, Evaluation, evaluate, evaluate_on_text, logits_of, remembered, score
 
 CHUNKS = some_tokens(3, 71)
 TARGETS = 3 * 70
@@ -164,3 +165,23 @@ def test_words_ruled_out_by_both_models_add_nothing_to_the_divergence():
     assert whole > 0
     ruled_out = score(lambda *_: masked[0], chunks, lambda *_: masked[1]).kl
     assert abs(ruled_out / whole - 1) < 1e-6  # float32 sums over rows of another length
+
+
+def test_models_of_different_vocabularies_are_refused(llama, text_file, tmp_path):
+    other = save_tiny(tmp_path / "other", vocab_size=390)
+    config = EvalConfig(str(llama), str(other), str(text_file), sequence_length=64, limit=1, device="cpu")
+    with pytest.raises(RequestError, match="have different vocabularies, so there is no KL"):
+        evaluate_on_text(config)
+
+
+def test_only_as_many_chunks_as_allowed_are_scored(llama, text_file):
+    config = EvalConfig(str(llama), str(llama), str(text_file), sequence_length=64, limit=2, device="cpu")
+    result, chunks = evaluate_on_text(config)
+    assert (chunks, result.tokens, result.kl) == (2, 2 * 63, 0)
+
+
+@pytest.mark.parametrize(("option", "value", "least"), [("sequence_length", 1, 2), ("limit", 0, 1)])
+def test_a_request_for_nothing_is_refused_with_its_value(option, value, least):
+    flag = "--" + option.replace("_", "-")
+    with pytest.raises(RequestError, match=f"{flag} must be at least {least}; got {value}"):
+        EvalConfig("demo", **{option: value})

@@ -13,7 +13,7 @@ from tiny import save_tiny
 from torch import nn
 
 import llmq
-from llmq.runtime.fused_siblings import MergedLinear, MergedPart, merge_linears
+from llmq.runtime.fused_siblings import MergedLinear, MergedSibling, merge_linears
 from llmq.runtime.packed_linear import PackedLinear
 
 
@@ -94,7 +94,7 @@ def test_a_loaded_model_computes_the_same(tmp_path, architecture):
     directory = pack(save_tiny(tmp_path / "source", architecture), tmp_path / "packed", bits=8)
     apart, merged = llmq.load(directory, "cpu"), llmq.load(directory, "cpu", merge=True)
     assert sum(isinstance(module, MergedLinear) for module in merged.modules()) == 2 * 3
-    assert sum(isinstance(module, MergedPart) for module in merged.modules()) == 5 * 3
+    assert sum(isinstance(module, MergedSibling) for module in merged.modules()) == 5 * 3
     ids = some_tokens()
     torch.testing.assert_close(logits(merged, ids), logits(apart, ids), rtol=1e-5, atol=1e-5)
     options = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}

@@ -136,12 +136,6 @@ def test_an_unfinished_directory_is_refused(checkpoint):
     refused(checkpoint, "config.json is missing")
 
 
-@pytest.mark.parametrize("model_type", ["no_such_model", None])
-def test_a_model_that_transformers_does_not_know_is_refused(checkpoint, model_type):
-    change_config(checkpoint, lambda config: config.update(model_type=model_type))
-    refused(checkpoint, "describes no model")
-
-
 @pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.999])
 def test_a_truncated_file_is_refused(checkpoint, kept):
     path = checkpoint / "model.safetensors"

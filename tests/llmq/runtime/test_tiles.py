@@ -37,7 +37,7 @@ def test_without_a_gpu_it_says_so_in_one_line_and_exits_with_1(checkpoint, monke
     done = run_here("llmq.tune", "--model", checkpoint)
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: there is no CUDA GPU here: nothing to tune on a CPU")
+    assert line.startswith("error: there is no CUDA GPU here, so there is nothing to tune")
 
 
 def test_the_shapes_of_a_packed_checkpoint_are_found_once_each_and_without_its_weights(checkpoint, monkeypatch):
@@ -125,7 +125,7 @@ def test_when_the_time_is_over_the_rest_is_left_out_and_counted(checkpoint, pret
     clock = iter([0.0, 10.0, 20.0, 30.0, 61.0])
     monkeypatch.setattr(tiles.time, "perf_counter", lambda: next(clock))
     tune.tune_command(tune.TuneConfig(str(checkpoint)))
-    assert "no time for 21 of 24 problems (--seconds)" in capsys.readouterr().out
+    assert "no time for 21 of 24 problems: allow more with --seconds" in capsys.readouterr().out
     assert len(json.loads(choosing.user_table(H200.name).read_text())["rows"]) == 3
 
 

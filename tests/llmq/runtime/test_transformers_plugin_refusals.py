@@ -94,7 +94,7 @@ def test_weights_are_not_offloaded_to_disk(checkpoints, tmp_path):
 
 def test_a_merged_model_refuses_to_be_saved(checkpoints, tmp_path):
     model = llmq.load(checkpoints("compressed-tensors"), "cpu", merge=True)
-    with pytest.raises(RequestError, match=r"gate_proj has become a MergedPart.*merge=True"):
+    with pytest.raises(RequestError, match=r"gate_proj has become a MergedSibling.*merge=True"):
         model.save_pretrained(tmp_path / "saved")
     assert list(tmp_path.glob("saved/*")) == []
 
@@ -108,7 +108,7 @@ def test_a_merged_model_refuses_to_be_saved(checkpoints, tmp_path):
     ids=["float32 beside zero points", "a group without inputs"],
 )
 def test_codes_that_were_kept_rounded_are_not_given_back(weight):
-    with pytest.raises(RequestError, match="kept rounded only"):
+    with pytest.raises(RequestError, match="keep neither float32 scales beside zero points nor groups without inputs"):
         PackedLinear.from_codes(weight).codes()
 
 
@@ -117,5 +117,5 @@ def test_what_cannot_be_saved_exactly_is_named(checkpoints, tmp_path):
     wide = f"{LINEAR}.scales"
     rewrite(directory, lambda tensors: tensors.update({wide: tensors[wide].float() * 1.0001}))
     for route in ROUTES.values():
-        with pytest.raises(RequestError, match=f"{LINEAR} cannot be saved as it was read: float32 scales"):
+        with pytest.raises(RequestError, match=f"{LINEAR} cannot be saved as it was read: .* float32 scales"):
             route(directory).save_pretrained(tmp_path / "saved")

@@ -1,0 +1,48 @@
+"""Describes a packed checkpoint: format, bits, group size, zero points and bytes of each layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmq.checkpoint.reader import Checkpoint
+
+
+def describe(directory: Path) -> dict[str, Any]:
+    """Decode every layer and return layers and totals. Raises CheckpointError if it is no sound packed checkpoint."""
+    checkpoint = Checkpoint(directory)
+    sizes = {name: checkpoint.files.nbytes(name) for name in checkpoint.files.names()}
+    layers = [_layer(checkpoint, name, sizes) for name in checkpoint.linears]
+    weights = sum(layer["out"] * layer["in"] for layer in layers)
+    packed = sum(layer["bytes"] for layer in layers)
+    return {
+        "directory": str(directory),
+        "quant_method": checkpoint.quantization["quant_method"],
+        "format": checkpoint.format.METHOD,
+        "bits": sorted({layer["bits"] for layer in layers}),
+        "symmetric": all(layer["symmetric"] for layer in layers),
+        "layers": layers,
+        "packed_weights": weights,
+        "packed_bytes": packed,
+        "bits_per_packed_weight": 8 * packed / weights,
+        "other_bytes": sum(sizes.values()) - packed,
+    }
+
+
+def _layer(checkpoint: Checkpoint, name: str, sizes: dict[str, int]) -> dict[str, Any]:
+    """Decode one packed layer and return its entry."""
+    weight, scheme = checkpoint.weight(name), checkpoint.schemes[name]
+    rows, columns = weight.q.shape
+    zero = weight.zero.float()
+    return {
+        "name": name,
+        "out": rows,
+        "in": columns,
+        "bits": weight.bits,
+        "group_size": columns if scheme.group_size == -1 else scheme.group_size,
+        "symmetric": scheme.symmetric,
+        "act_order": scheme.act_order,
+        "zero": {"min": int(zero.min()), "mean": float(zero.mean()), "max": int(zero.max())},
+        "scale_dtype": str(weight.scale.dtype).removeprefix("torch."),
+        "bytes": sum(sizes.get(f"{name}.{suffix}", 0) for suffix in checkpoint.format.TENSOR_SUFFIXES),
+    }

@@ -1,0 +1,66 @@
+"""Lets a model continue a prompt."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmq.core.errors import RequestError
+from llmq.runtime.load import load_any
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Let a model continue a prompt. The text is printed as it is written."""
+
+    model: str
+    """A packed checkpoint, or an original model (directory, hub id, .gguf file or `demo`)."""
+    prompt: str
+    """The text to continue. If the model has a chat template, the prompt is a user's message in it."""
+    max_new_tokens: int = 64
+    """Stop after this many tokens, or earlier if the model ends its text."""
+    temperature: float = 0.0
+    """0 always takes the most likely token; higher values, such as 0.7, vary the text."""
+    seed: int = 0
+    """Seed of the random choices at temperatures above 0."""
+    chat: bool = True
+    """Use the chat template; --no-chat continues the bare prompt."""
+    device: str = "auto"
+    """auto (cuda if there is a GPU, else cpu), cpu, cuda or cuda:N."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Use it only for models you trust."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise RequestError("--prompt is empty; give a text to continue")
+        if self.max_new_tokens < 1:
+            raise RequestError(f"--max-new-tokens must be at least 1; got {self.max_new_tokens}")
+        if not self.temperature >= 0:
+            raise RequestError(f"--temperature must be at least 0; got {self.temperature}")
+
+
+def generate(config: GenerateConfig) -> tuple[int, float]:
+    """Print the continuation of the prompt as it is written, and return (new tokens, seconds)."""
+    from transformers import TextStreamer
+
+    model, tokenizer = load_any(config.model, config.device, config.trust_remote_code)
+    inputs = encode_prompt(tokenizer, config.prompt, config.chat).to(model.device)
+    torch.manual_seed(config.seed)
+    sampling: dict[str, Any] = {"do_sample": config.temperature > 0}
+    if config.temperature > 0:
+        sampling["temperature"] = config.temperature
+    streamer = TextStreamer(tokenizer, skip_prompt=config.chat, skip_special_tokens=True)
+    started = time.perf_counter()
+    output = model.generate(**inputs, max_new_tokens=config.max_new_tokens, streamer=streamer, **sampling)
+    return output.shape[1] - inputs["input_ids"].shape[1], time.perf_counter() - started
+
+
+def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    """Return token ids and attention mask; `chat` uses the tokenizer's chat template if it has one."""
+    if chat and tokenizer.chat_template:
+        turns = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return tokenizer(prompt, return_tensors="pt")

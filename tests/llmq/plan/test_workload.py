@@ -1,0 +1,41 @@
+"""The work of one process: hidden states, and its share of the text."""
+
+from planned import open_run
+
+from llmq.core.distributed import ALONE, Ranks
+from llmq.plan import lines, plan_of
+from llmq.plan.workload import states_of, workload_of
+
+
+class Halves(Ranks):
+    """The first of two processes; it asks nobody."""
+
+    def first(self, make):
+        return make()
+
+
+def load(model, text, tmp_path, ranks):
+    request, run = open_run(model, text, tmp_path / "out", ranks, samples=40)
+    return workload_of(request, run, states_of(request, run))
+
+
+def test_hidden_states_are_counted_where_they_wait(llama, text_file, tmp_path):
+    waiting, offload = tmp_path / "out", tmp_path / "offload"
+    request, run = open_run(llama, text_file, waiting)
+    states = states_of(request, run)
+    assert states.nbytes == 2 * 10 * 64 * 64 * 4  # both streams of ten sequences of 64 tokens, in float32
+    assert workload_of(request, run, states).states == states.nbytes
+    request, run = open_run(llama, text_file, waiting, offload_dir=offload)
+    elsewhere = states_of(request, run)
+    assert elsewhere.nbytes == states.nbytes
+    assert elsewhere.directory.parent == offload
+    assert workload_of(request, run, elsewhere).states == 0
+    plan = plan_of(request, run)
+    assert f"wait on disk, in {offload}" in "\n".join(lines(plan))
+    assert sum(disk.needed for disk in plan.disks) == 2 * plan.output + 2 * states.nbytes
+
+
+def test_each_of_several_processes_has_its_share(llama, text_file, tmp_path):
+    alone, two = (load(llama, text_file, tmp_path, ranks) for ranks in (ALONE, Halves(0, 2)))
+    assert two.tokens + two.held_out < alone.tokens + alone.held_out
+    assert two.states == alone.states // 2

@@ -1,0 +1,39 @@
+"""A block goes through the format before a run starts: what comes back must be what was given."""
+
+import pytest
+from planned import open_run
+
+import llmq
+from llmq import formats
+from llmq.core.errors import WorkError
+from llmq.run.format_roundtrip import prove
+
+
+def test_a_checkpoint_is_only_begun_if_its_format_gives_back_what_it_is_given(llama, text_file, tmp_path, monkeypatch):
+    for stored_as, part in (("compressed-tensors", "weight_packed"), ("gptq", "scales"), ("awq", "qzeros")):
+        module = formats.FORMATS[stored_as]
+        encode = module.encode
+
+        def lossy(name, weight, scheme, encode=encode, part=part):
+            tensors = encode(name, weight, scheme)
+            tensors[f"{name}.{part}"][0, 0] += 1
+            return tensors
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "encode", lossy)
+            request, run = open_run(llama, text_file, tmp_path / "out", format=stored_as, symmetric=stored_as != "awq")
+            with pytest.raises(WorkError, match=rf"layers.0.self_attn.q_proj does not survive .* format {stored_as}"):
+                llmq.quantize(request.config)
+        assert list(tmp_path.iterdir()) == []
+        prove(run)
+
+
+def test_the_proof_sees_one_linear_of_each_shape_and_number_of_bits(llama, text_file, tmp_path, monkeypatch):
+    seen = []
+    module = formats.FORMATS["compressed-tensors"]
+    encode = module.encode
+    monkeypatch.setattr(module, "encode", lambda name, *rest: seen.append(name) or encode(name, *rest))
+    _, run = open_run(llama, text_file, tmp_path / "out", layer_bits=("o_proj=8",), blocks="1")
+    prove(run)
+    leaves = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+    assert seen == [f"model.layers.1.{leaf}" for leaf in leaves]

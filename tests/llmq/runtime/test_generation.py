@@ -1,0 +1,52 @@
+"""llmq.generate: prompts, chat templates, temperatures."""
+
+import pytest
+
+from llmq.core.errors import RequestError
+from llmq.runtime.generation import GenerateConfig, encode_prompt, generate
+from llmq.runtime.load import load_any
+
+
+def written(llama, capsys, **options):
+    """What is printed for a prompt, and the number of new tokens."""
+    tokens, seconds = generate(GenerateConfig(str(llama), "once upon", max_new_tokens=6, device="cpu", **options))
+    assert seconds > 0
+    return capsys.readouterr().out, tokens
+
+
+def test_the_likeliest_tokens_follow_the_prompt(llama, capsys):
+    model, tokenizer = load_any(str(llama), "cpu")
+    prompt = tokenizer("once upon", return_tensors="pt")
+    expected = model.generate(**prompt, max_new_tokens=6, do_sample=False)[0]
+    text, tokens = written(llama, capsys, chat=False)
+    assert tokens == len(expected) - prompt["input_ids"].shape[1]
+    assert text.strip() == tokenizer.decode(expected, skip_special_tokens=True).strip()
+
+
+def test_at_a_temperature_the_seed_decides(llama, capsys):
+    texts = [written(llama, capsys, temperature=5.0, seed=seed, chat=False)[0] for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_prompt_is_put_into_the_chat_template_on_request(llama):
+    _, tokenizer = load_any(str(llama), "cpu")
+    plain = tokenizer("a word")["input_ids"]
+    assert encode_prompt(tokenizer, "a word", True)["input_ids"].tolist() == [plain]  # there is no template
+    tokenizer.chat_template = "{% for m in messages %}{{ 'the ' + m['content'] + ' is' }}{% endfor %}"
+    expected = tokenizer("the a word is", add_special_tokens=False)["input_ids"]
+    assert encode_prompt(tokenizer, "a word", True)["input_ids"].tolist() == [expected]
+    assert encode_prompt(tokenizer, "a word", False)["input_ids"].tolist() == [plain]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prompt": " \n"}, "--prompt is empty"),
+        ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1; got 0"),
+        ({"temperature": -0.5}, "--temperature must be at least 0; got -0.5"),
+        ({"temperature": float("nan")}, "--temperature must be at least 0; got nan"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused_with_its_value(options, said):
+    with pytest.raises(RequestError, match=said):
+        GenerateConfig(**({"model": "demo", "prompt": "a word"} | options))
