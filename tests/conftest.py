@@ -7,7 +7,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
+import shape_checks
 import torch
+
+shape_checks.install()  # before anything imports llmq
+
 from tiny import save_tiny, some_text
 
 
