@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from small_runs import small_config
 
 import llmq
 from llmq.calibration.block_stream import _Travellers
@@ -50,9 +51,8 @@ def quantize_until(moment, config, count=None):
 
 
 def small_run(model, text, output):
-    """Of a model for tests, with just enough text for two micro-batches to be held out."""
-    settings = {"samples": 20, "sequence_length": 32, "group_size": 32, "device": "cpu"}
-    return llmq.QuantizeConfig(model=str(model), output=output / "out", calibration=str(text), **settings)
+    """Return a small request whose output is in the directory `output`."""
+    return small_config(model, text, output / "out", device="cpu")
 
 
 def interrupted(config, monkeypatch, blocks=2):
