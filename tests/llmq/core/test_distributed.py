@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def of_one():
     made = {}
 
     def of_one(config):
-        request = str(replace(config, output="out"))
+        request = str(replace(config, output=Path("out")))
         if request not in made:
             made[request] = result_of(llmq.quantize(config))
         return made[request]

@@ -62,7 +62,7 @@ def trained(config):
 
 def test_a_run_goes_on_if_it_ends_while_the_checkpoint_to_train_is_moved(trained, tmp_path, monkeypatch):
     llmq.quantize(replace(trained, output=tmp_path / "whole"))
-    replaced = llmq.writer.os.replace
+    replaced = llmq.checkpoint.writer.os.replace
 
     def replace_all_but_the_last(source, target):
         if target.name == "config.json" and target.parent.name == "first":
