@@ -61,8 +61,8 @@ def _checked(function: types.FunctionType) -> Callable[..., Any]:
     """Return the function as beartype checks it. All functions made of the same code share what was compiled."""
     same = _COMPILED.setdefault(function.__code__, [])
     written = function.__annotations__
-    for annotations, template in same:
-        if annotations == written and template.__globals__ is function.__globals__:
+    for earlier, template in same:
+        if earlier == written and template.__globals__ is function.__globals__:
             copy = types.FunctionType(template.__code__, template.__globals__, template.__name__)
             copy.__kwdefaults__ = {**template.__kwdefaults__, "__beartype_func": function}
             return copy

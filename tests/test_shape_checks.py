@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
+import shape_checks
 import torch
 from beartype import beartype
 from jaxtyping import Float, Int
@@ -34,7 +35,11 @@ def test_a_call_that_keeps_what_it_promises_passes_and_says_nothing():
 
 @pytest.mark.parametrize(
     ("a", "b"),
-    [(torch.ones(2, 3), torch.ones(2, 4)), (torch.ones(3), torch.ones(3, 4)), (torch.ones(2, 3).int(), torch.ones(3, 4))],
+    [
+        (torch.ones(2, 3), torch.ones(2, 4)),
+        (torch.ones(3), torch.ones(3, 4)),
+        (torch.ones(2, 3).int(), torch.ones(3, 4)),
+    ],
     ids=["another size", "a dimension less", "another dtype"],
 )
 def test_wrong_arguments_are_refused_before_the_call(a, b):
@@ -130,6 +135,7 @@ def test_a_name_that_only_type_checkers_know_allows_anything_and_the_others_are_
 
 
 def test_llmq_itself_is_checked():
+    assert pack_stream.__code__.co_filename == shape_checks.__file__
     with pytest.raises(Exception, match="parameter"):
         Grid("four", 32, True)
     with pytest.raises(Exception, match="parameter"):

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 from llmq_kernels import choose as choosing
+from llmq_kernels import tune as tuning
 from llmq_kernels.choose import (
     COUNTERS,
     Device,
@@ -20,7 +21,6 @@ from llmq_kernels.choose import (
     tables_for,
     user_table,
 )
-from llmq_kernels import tune as tuning
 from llmq_kernels.tune import merged, tune, write_table
 
 H200 = Device("NVIDIA H200", 90, 132, 227 << 10)
