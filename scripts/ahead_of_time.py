@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 import triton
+from disassembly import disassembled, instructions
 from llmq_kernels import dequantize_matmul, packed_matmul
 from llmq_kernels.choose import Device, Problem, Tile, shared_bytes
 from llmq_kernels.layout import WIDTHS, PackedWeight, block_of, plane_of
@@ -27,6 +28,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+_TOGETHER = 32  # kernels that are disassembled at once
 _POINTERS = {"torch.float16": "*fp16", "torch.bfloat16": "*bf16", "torch.float32": "*fp32"} | {
     "torch.int16": "*i16",
     "torch.int32": "*i32",
@@ -161,21 +163,6 @@ def compiled(launch: Launch, arch: int) -> tuple[Any, str]:
     return binary, log.getvalue()
 
 
-def disassembled(cubin: bytes) -> str:
-    """Return the output of cuobjdump. Triton's own `asm["sass"]` stops at 64 KiB of code."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def instructions(sass: str) -> dict[int, str]:
-    """Return the instructions by address, without the padding at the end."""
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?) ?;", sass)
-    return {int(address, 16): text for address, text in lines if text != "NOP"}
-
-
 def hot_loop(program: dict[int, str]) -> list[str]:
     """Return the loop over K: the longest loop that contains tensor-core instructions."""
     best: list[str] = []
@@ -233,17 +220,24 @@ def inspect(cases: Iterable[Case], sass: Path | None = None) -> Iterator[Row]:
     Args:
         sass: directory for the disassembled programs; None writes none.
     """
-    seen = set()
     with uncached():
-        for case in cases:
-            launch = launch_of(case)
-            if (case.device.arch, launch) in seen:
-                continue
+        for arch, launches in groupby(_different(cases), lambda made: made[0].device.arch):
+            while some := list(islice(launches, _TOGETHER)):
+                binaries = [compiled(launch, arch) for _, launch in some]
+                texts = disassembled([binary.asm["cubin"] for binary, _ in binaries], arch)
+                for (case, launch), (binary, log), text in zip(some, binaries, texts, strict=True):
+                    row = row_of(case, launch, binary.metadata.shared, log, text)
+                    if sass:
+                        values = (str(value) for value in list(asdict(row).values())[:14])
+                        (sass / ("-".join(values) + ".sass")).write_text(text, encoding="utf-8")
+                    yield row
+
+
+def _different(cases: Iterable[Case]) -> Iterator[tuple[Case, Launch]]:
+    """Yield each call with its launch, but for launches that came before."""
+    seen = set()
+    for case in cases:
+        launch = launch_of(case)
+        if (case.device.arch, launch) not in seen:
             seen.add((case.device.arch, launch))
-            binary, log = compiled(launch, case.device.arch)
-            text = disassembled(binary.asm["cubin"])
-            row = row_of(case, launch, binary.metadata.shared, log, text)
-            if sass:
-                values = (str(value) for value in list(asdict(row).values())[:14])
-                (sass / ("-".join(values) + ".sass")).write_text(text, encoding="utf-8")
-            yield row
+            yield case, launch

@@ -7,8 +7,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
+import shape_checks
 import torch
 from tiny import save_tiny, some_text
+
+shape_checks.install()  # before anything imports llmq
 
 
 def pytest_collection_modifyitems(config, items):

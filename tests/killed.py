@@ -3,6 +3,7 @@
 A moment at which a run is killed is counted in what it does to the disk, so that none between two changes is missed.
 """
 
+import gc
 import hashlib
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from small_runs import small_config
 
 import llmq
 from llmq.calibration.block_stream import _StreamedStates
@@ -49,9 +51,8 @@ def quantize_until(moment, config, count=None):
 
 
 def small_run(model, text, output):
-    """Of a model for tests, with just enough text for two micro-batches to be held out."""
-    settings = {"samples": 20, "sequence_length": 32, "group_size": 32, "device": "cpu"}
-    return llmq.QuantizeConfig(model=str(model), output=output / "out", calibration=str(text), **settings)
+    """Return a small request whose output is in the directory `output`."""
+    return small_config(model, text, output / "out", device="cpu")
 
 
 def interrupted(config, monkeypatch, blocks=2):
@@ -97,8 +98,10 @@ def result_of(directory):
 
 
 def _forked(work):
+    gc.freeze()  # the child's collections pass over what it shares with this process: no page of it is copied
     child = os.fork()
     if child:
+        gc.unfreeze()
         return child
     code = 1
     try:

@@ -12,19 +12,20 @@ import torch
 from bench import correctness
 from bench.machine import the_machine
 from bench.plan import TOY
+from commands import run_here
 from llmq_kernels import dequantize_matmul, reference
 
 ROOT = Path(__file__).parent.parent
 
 
-def script(name, *arguments, code=0):
-    """Run scripts/NAME.py in the interpreter. Returns (stdout, stderr)."""
+def benchmark(*arguments):
+    """Run scripts/bench_kernels.py in the interpreter, in a process of its own; returns what it printed."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "scripts" / "bench_kernels.py"), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def toy(tmp_path_factory):
     """Make a toy run. Returns (results, table, stdout)."""
     folder = tmp_path_factory.mktemp("bench")
     results, table = folder / "new" / "toy.jsonl", folder / "table.json"
-    return results, table, script("bench_kernels", "--toy", "--results", results, "--table", table)[0]
+    return results, table, benchmark("--toy", "--results", results, "--table", table)
 
 
 def rows_of(path):
@@ -78,7 +79,7 @@ def test_the_tuned_tiles_are_a_table_and_the_ones_that_are_timed(toy):
 def test_a_second_call_measures_nothing_again_and_prints_the_same_table(toy):
     results, _, printed = toy
     before = results.read_text()
-    again, _ = script("bench_kernels", "--toy", "--results", results)
+    again = benchmark("--toy", "--results", results)
     assert results.read_text() == before
     numbers = [line for line in printed.splitlines() if not line.startswith("note")]
     assert numbers == [line for line in again.splitlines() if not line.startswith("note")]
@@ -86,10 +87,12 @@ def test_a_second_call_measures_nothing_again_and_prints_the_same_table(toy):
 
 def test_the_results_are_plotted_only_if_one_insists_on_plotting_toys(toy, tmp_path):
     pytest.importorskip("matplotlib")
-    _, said = script("plot_kernels", "--results", toy[0], "--output", tmp_path / "no", code=2)
-    assert "nothing in it is a measurement" in said
+    refused = run_here("plot_kernels", "--results", toy[0], "--output", tmp_path / "no")
+    assert refused.returncode == 2
+    assert "nothing in it is a measurement" in refused.stderr
     assert not (tmp_path / "no").exists()
-    script("plot_kernels", "--results", toy[0], "--output", tmp_path / "plots", "--toy")
+    plotted = run_here("plot_kernels", "--results", toy[0], "--output", tmp_path / "plots", "--toy")
+    assert plotted.returncode == 0, plotted.stderr
     for name in ("speedup.png", "roofline.png"):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
 

@@ -9,6 +9,7 @@ import pytest
 import tyro
 from check_scale import ScaleConfig, check, claims, disk_speed, measured
 from commands import ENVIRONMENT
+from forked import forking
 from interruptions import STOPS
 from make_model import MakeConfig, make_model
 from soak import SoakConfig, quantization
@@ -32,6 +33,8 @@ GOOD = {
 def _light(monkeypatch):
     for name in ("PYTHONPATH", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, ENVIRONMENT[name])
+    with forking():
+        yield
 
 
 def with_rows(path, **changed):

@@ -9,6 +9,7 @@ import pytest
 import soak
 import tyro
 from commands import ENVIRONMENT, run_here
+from forked import forking
 from interruptions import STOPS, dead_process, interrupted
 from make_model import MakeConfig, make_model
 from soak import SoakConfig, case, finish, hashes, quantization
@@ -21,7 +22,7 @@ from llmq.run.journal import read_journal
 
 @pytest.fixture(scope="module", autouse=True)
 def _light():
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, forking():
         for name in ("PYTHONPATH", "OMP_NUM_THREADS"):
             patch.setenv(name, ENVIRONMENT[name])
         yield

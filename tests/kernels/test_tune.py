@@ -1,5 +1,6 @@
 """Tuning, with made-up times: what is tried, what wins, and that the choice of later runs follows the table."""
 
+import functools
 import itertools
 import json
 import os
@@ -7,6 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 from llmq_kernels import choose as choosing
+from llmq_kernels import tune as tuning
 from llmq_kernels.choose import (
     COUNTERS,
     Device,
@@ -19,7 +21,7 @@ from llmq_kernels.choose import (
     tables_for,
     user_table,
 )
-from llmq_kernels.tune import candidates, merged, tune, write_table
+from llmq_kernels.tune import merged, tune, write_table
 
 H200 = Device("NVIDIA H200", 90, 132, 227 << 10)
 A100 = Device("NVIDIA A100-SXM4-80GB", 80, 108, 163 << 10)
@@ -28,6 +30,8 @@ BAR_SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 
 SHAPES = ((4096, 4096), (28672, 8192), (8192, 28672), (1, 1024), (576, 1536), (262144, 2048))
 TOKENS = (1, 9, 32, 64, 65, 256, 4096)
 PROBLEM = Problem(4, 128, True, "bfloat16", 1, 4096, 4096)
+
+candidates = functools.cache(tuning.candidates)
 
 
 def problems():

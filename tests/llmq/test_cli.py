@@ -10,6 +10,7 @@ import subprocess
 import pytest
 import torch
 from commands import ENVIRONMENT, ROOT, command, error_of, run, run_here
+from forked import Forked, run_forked
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, some_text
 
@@ -82,7 +83,7 @@ def test_an_output_in_use_is_refused_and_kept_then_replaced_with_overwrite(llama
 def test_a_full_disk_exits_with_1_and_leaves_no_directory(llama, tmp_path):
     output = tmp_path / "out"
     limit = 100_000  # bytes a file may have; the embeddings alone need twice as many
-    result = run(
+    result = run_forked(
         *("llmq.quantize", "--model", llama, "--output", output, "--method", "rtn", "--group-size", "32"),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
@@ -96,7 +97,7 @@ def test_ctrl_c_midway_exits_with_1_and_leaves_no_directory(llama, tmp_path):
     output, text = tmp_path / "out", tmp_path / "long.txt"
     text.write_text(some_text(90_000))
     arguments = ("--model", llama, "--output", output, "--calibration", text, "--group-size", "32")
-    process = subprocess.Popen(
+    process = Forked(
         command("llmq.quantize", *arguments, "--samples", "2000", "--sequence-length", "250"),
         cwd=ROOT,
         env=ENVIRONMENT,
@@ -215,7 +216,7 @@ def test_an_unknown_command_exits_with_2_and_lists_the_commands():
 
 
 def test_help_names_every_flag_through_the_llmq_command():
-    result = run("llmq", "quantize", "--help")
+    result = run_forked("llmq", "quantize", "--help")
     assert result.returncode == 0
     flags = "model output method bits group-size symmetric format calibration samples sequence-length seed device"
     assert [flag for flag in flags.split() if f"--{flag}" not in result.stdout] == []

@@ -199,6 +199,9 @@ def test_the_sound_checkpoints_load_and_are_what_the_plain_reference_says(sound,
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_damaged_checkpoint_is_refused_or_computes_what_its_files_say(sound, place, name):
     became: Counter[str] = Counter()
+    root = place / name
+    root.mkdir()
+    hostile.write(sound[name].files, root / hostile.OUTSIDE)
 
     @settings(
         max_examples=CASES // len(FORMATS),
@@ -211,10 +214,7 @@ def test_a_damaged_checkpoint_is_refused_or_computes_what_its_files_say(sound, p
     def one(damage, data):
         files = dict(sound[name].files)
         must_refuse = damage(data.draw, files)
-        root = place / name
-        shutil.rmtree(root, ignore_errors=True)
-        root.mkdir()
-        hostile.write(sound[name].files, root / hostile.OUTSIDE)
+        shutil.rmtree(root / "damaged", ignore_errors=True)
         hostile.write(files, root / "damaged")
         found = opened(root / "damaged")
         became[f"{damage.__name__}: {'refused' if found is None else 'computed'}"] += 1
@@ -223,6 +223,8 @@ def test_a_damaged_checkpoint_is_refused_or_computes_what_its_files_say(sound, p
             same_as_reference(found, sound[name], root / "damaged")
 
     one()
+    outside = {path.name: path.read_bytes() for path in (root / hostile.OUTSIDE).iterdir()}
+    assert outside == sound[name].files
     print(
         f"{name}: {became.total()} cases:", *(f"{what} {count}" for what, count in sorted(became.items())), sep="\n  "
     )

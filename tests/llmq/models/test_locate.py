@@ -1,6 +1,7 @@
 """Hub ids, against a small server that speaks the hub's download API; every download in a process of its own."""
 
 import hashlib
+import importlib
 import json
 import re
 import shutil
@@ -8,7 +9,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from commands import ENVIRONMENT, error_of, run
+from commands import ENVIRONMENT, error_of
+from forked import run_forked
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from tiny import save_tiny
 
@@ -143,7 +146,9 @@ def quantize_from(tmp_path):
         environment |= {"HF_HUB_ETAG_TIMEOUT": "3", "HF_HUB_DOWNLOAD_TIMEOUT": "3", "HF_HUB_OFFLINE": "0"}
         environment |= {"HF_HUB_DISABLE_TELEMETRY": "1"}
         arguments = ("--model", repo, "--output", tmp_path / "out", "--method", "rtn", "--group-size", "32")
-        return run("llmq.quantize", *arguments, cwd=tmp_path, env=environment)
+        # The hub's client reads its environment when it is imported.
+        options = {"cwd": tmp_path, "env": environment, "preexec_fn": lambda: importlib.reload(constants)}
+        return run_forked("llmq.quantize", *arguments, **options)
 
     return quantize_from
 
@@ -159,6 +164,7 @@ def test_a_sharded_model_quantizes_from_its_hub_id_as_from_its_directory(hub, sh
     fetched = {request.rpartition("/")[2] for request in hub.asked if request.startswith("GET /storage/")}
     assert fetched == {shard.name for shard in sharded.glob("model-*.safetensors")}
     assert len(fetched) > 2
+    assert len(list((tmp_path / "hf").rglob("model-*.safetensors"))) == len(fetched)
     assert not [request for request in hub.asked if request.endswith((".bin", ".py"))]
 
 

@@ -24,8 +24,11 @@ def config(gemma, text_file, tmp_path):
 def killed_and_resumed(config, moments, tmp_path):
     """How many of a run's changes of the disk there are, each of which (or some) a run was killed at."""
     whole = replace(config, output=tmp_path / "whole")
-    assert quantize_until(0, whole, tmp_path / "count") == 0
-    count, wanted = int((tmp_path / "count").read_text()), result_of(whole.output)
+    llmq.quantize(whole)  # here, so that the processes below begin with all that is imported and compiled on the way
+    wanted = result_of(whole.output)
+    assert quantize_until(0, replace(config, output=tmp_path / "counted"), tmp_path / "count") == 0
+    assert result_of(tmp_path / "counted") == wanted
+    count = int((tmp_path / "count").read_text())
     for moment in moments(count):
         now = replace(config, output=tmp_path / f"killed-{moment}")
         assert quantize_until(moment, now) == -9, moment
