@@ -191,7 +191,7 @@ class _TargetMoment:
 
 
 def target_moment_is_narrow(group: Group, out: int, width: int) -> bool:
-    """Return whether TᵀX [out, width] is summed. The wide sum is (X_o - X)ᵀX [width, width]; W multiplies it at the end.
+    """Return whether TᵀX [out, width] is summed. If not, (X_o - X)ᵀX [width, width] is, and W multiplies it at the end.
 
     The narrow sum takes two products of out x width for every token, the wide one takes one of width x width. With a
     residual stream only the narrow sum is possible, because W does not multiply R_o - R.
