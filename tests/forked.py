@@ -86,7 +86,8 @@ def _connect(pipes: list[int]) -> None:
     for pipe in {read_in, write_in, read_out, write_out, read_err, write_err}:
         if pipe > 2:
             os.close(pipe)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    options = {"buffering": 1, "encoding": "utf-8", "closefd": False}
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", **options) for number in (1, 2))
 
 
 def _become(script: Path, arguments: list[str]) -> NoReturn:
