@@ -42,8 +42,8 @@ class QuantizeConfig:
     symmetric: bool = True
     """Use one fixed zero point, in the middle of the codes. --no-symmetric stores a zero point per group instead."""
     grid: str = "auto"
-    """How to choose the grid (scale and zero point) of each group. minmax: it spans the group's weights. mse: least error
-    of the weights. hessian: least error of the layer's output. auto: hessian if the method uses calibration text, else
+    """How the grid (scale, zero point) of each group is chosen. minmax: spans the group's weights. mse: least error of
+    the weights. hessian: least error of the layer's output. auto: hessian if the method uses calibration text, else
     minmax. common: the grid of other tools (symmetric, scale max/7.5 at 4 bit), for comparisons."""
     effort: str = "normal"
     """normal: each layer also corrects the errors of the layers before it, as far as this helps on held-out text. fast:
@@ -96,7 +96,7 @@ class QuantizeConfig:
         if self.grid == "common" and not self.symmetric:
             raise RequestError("grid common is symmetric; with --no-symmetric, use grid minmax")
         if self.method == "awq" and self.grid not in ("auto", "minmax"):
-            raise RequestError(f"awq works with grid minmax only; got {self.grid}; use minmax or auto, or another method")
+            raise RequestError(f"awq works with grid minmax only; got {self.grid}; use minmax, or another method")
         if self.stored_as == "awq" and (self.bits != 4 or self.layer_bits):
             raise RequestError("format awq stores 4-bit weights only; use gptq or compressed-tensors for others")
         if self.resume and self.overwrite:
@@ -110,16 +110,16 @@ class QuantizeConfig:
             what = "method tuned" if self.method == "tuned" else "effort best"
             raise RequestError(f"samples must be at least 2 for {what}, which needs held-out text; got {self.samples}")
         if self.method == "tuned" and self.effort == "fast":
-            raise RequestError("tuned follows the original model's outputs, but effort fast ignores them; use effort normal")
+            raise RequestError("tuned follows the original model's outputs, but effort fast ignores them; use normal")
         if self.method == "tuned" and "match" in self.without:
             raise RequestError("tuned follows the original model's outputs, so it needs match; remove --without match")
         if self.effort == "best" and self.method in ("rtn", "awq"):
-            raise RequestError(f"effort best tries optional steps of gptq; method {self.method} has none; use effort normal")
+            raise RequestError(f"effort best tries optional steps of gptq; method {self.method} has none; use normal")
         if self.without and (self.effort == "fast" or (self.method == "rtn" and self.grid != "hessian")):
             what = f"method {self.method} with effort {self.effort}"
             raise RequestError(f"{what} has no step {' or '.join(self.without)}; remove --without")
         if "sequential" in self.without and "match" not in self.without:
-            # Attention and MLP would each correct the whole error of the residual stream: each block would correct twice.
+            # Attention and MLP would each correct all of the error in the residual stream: twice too much.
             raise RequestError("match needs sequential; to leave out both: --without match sequential")
 
     @property

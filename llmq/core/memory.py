@@ -1,33 +1,25 @@
-"""How much memory this process takes, how much is free, and how to give some back."""
+"""Memory: how much this program takes, how much is free, and how to give it back."""
 
 from __future__ import annotations
 
 import ctypes
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import psutil
 import torch
 
-# Per version of Linux cgroups (2, 1): files with the limit and the use; entry of memory.stat with the disk cache, which
-# the kernel counts as use but drops on demand.
-_CGROUP_FILES = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
-
 
 class PeakMemory:
-    """The largest resident memory of this process: since the last look, and since it began."""
+    """Measure the largest resident memory of this program: since the last look, and in all."""
 
     def __init__(self) -> None:
         self._before = 0
 
     def take(self) -> int:
-        """Return the peak in bytes since the last call. Where the system cannot reset it (not Linux): since the start."""
+        """Return the peak in bytes since the last call. Only Linux can restart it; elsewhere it is the peak in all."""
         peak = resident_peak()
         self._before = max(self._before, peak)
         with suppress(OSError):
@@ -36,27 +28,31 @@ class PeakMemory:
 
     @property
     def largest(self) -> int:
-        """Return the peak in bytes since the process began."""
+        """The peak in all, in bytes."""
         return max(self._before, resident_peak())
 
 
 def resident_peak() -> int:
-    """Return the peak of resident memory in bytes, since the process began or PeakMemory last reset it."""
+    """Return the peak in bytes since the program began, or since PeakMemory was last asked."""
     if sys.platform == "linux":
-        # Not ru_maxrss: a child inherits it from the process that started it. psutil has no peak on Linux.
+        # Not ru_maxrss: a child inherits it from the process that started it.
         return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def resident_now() -> int:
-    """Return the resident memory of this process in bytes."""
+    """Return the bytes that this program has in memory now."""
     return psutil.Process().memory_info().rss
 
 
 def release_memory() -> None:
     """Give freed memory back to the system, if the C library can do that (glibc).
 
-    Every block allocates and frees tens of megabytes, which glibc keeps in fragments. Without this call a run on a
+    glibc keeps the tens of megabytes that every block allocates and frees, fragmented: without this a run on a
     30-block model grew by 40 MB per block (2026-11-22, 64x512 calibration tokens).
     """
     if sys.platform == "linux":
@@ -65,46 +61,46 @@ def release_memory() -> None:
             trim(0)
 
 
-def free_memory(device: torch.device, root: Path = Path("/")) -> int:
-    """Return how many bytes this process can still allocate on the device.
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that this program can still take on a device.
 
-    On the CPU, this is the available memory of the machine, or less if the container has a limit.
-
-    Args:
-        root: the root of the file system; a test passes another one.
+    On a CPU: what the machine has available, or what the limits of its containers (cgroups) leave, if that is less.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    left = (_left_in(directory) for directory in _memory_cgroups(root))
-    return min([psutil.virtual_memory().available, *(n for n in left if n is not None)])
+    return min([psutil.virtual_memory().available, *left_by_cgroups(Path("/"))])
 
 
-def _memory_cgroups(root: Path) -> Iterator[Path]:
-    """Yield the directories of this process' memory cgroup and of all its parents; their limits hold too."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        controllers, _, name = line.partition(":")[2].partition(":")
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")  # version 2 names no controllers
-        path = PurePosixPath(name.lstrip("/"))
-        yield from (mount / part for part in (path, *path.parents))
+def left_by_cgroups(root: Path) -> Iterator[int]:
+    """Yield the bytes that each memory limit on this process leaves. `root`: of the file system.
 
-
-def _left_in(cgroup: Path) -> int | None:
-    """Return the bytes that the limit of one cgroup leaves; None if it has no limit that can be read."""
-    for limit_file, use_file, cache_entry in _CGROUP_FILES:
-        limit = _text(cgroup / limit_file).strip()
-        if limit.isdigit():  # otherwise "max", or absent
-            use = _text(cgroup / use_file).strip()
-            entries = dict(line.split(maxsplit=1) for line in _text(cgroup / "memory.stat").splitlines() if " " in line)
-            held = int(use if use.isdigit() else 0) - int(entries.get(cache_entry, 0))
-            return max(0, int(limit) - max(0, held))
-    return None
-
-
-def _text(path: Path) -> str:
-    """Return the content of a file, or nothing if it cannot be read."""
+    A process is in one cgroup and in all above it. Inside a container the path in /proc/self/cgroup may not exist; then
+    the limits are at the top.
+    """
     try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # no Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        top, limit, usage, cache = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        if controllers:  # version 1
+            if "memory" not in controllers.split(","):
+                continue
+            top, limit, usage = top / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        inner = top / path.lstrip("/")
+        for group in (inner, *inner.parents):
+            if group.is_relative_to(top):
+                with suppress(OSError, ValueError):  # no limit: the file is missing or says "max"
+                    used = int((group / usage).read_text()) - _reclaimable(group, cache)
+                    yield max(0, int((group / limit).read_text()) - used)
+
+
+def _reclaimable(group: Path, entry: str) -> int:
+    """Return the bytes of cached files that the system drops when a program wants memory."""
+    with suppress(OSError):
+        for name, _, size in (line.partition(" ") for line in (group / "memory.stat").read_text().splitlines()):
+            if name == entry:
+                return int(size)
+    return 0

@@ -48,12 +48,14 @@ class Awq:
 
     def __post_init__(self) -> None:
         if self.ratios < 1 or not 0 <= self.clip_steps <= 20:
-            raise RequestError(f"awq needs at least 1 ratio and 0 to 20 clip steps; got {self.ratios}, {self.clip_steps}")
+            raise RequestError(
+                f"awq ratios must be at least 1, clip steps 0 to 20; got {self.ratios}, {self.clip_steps}"
+            )
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Settings of learned rounding. Training goes block by block (off by default), then over the whole model (end_*)."""
+    """Settings of learned rounding. First train each block (off by default), then the whole model (end_*)."""
 
     steps: int = 0
     """Training steps per block. They help less for their time than training the whole model, but they need memory for

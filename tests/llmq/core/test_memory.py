@@ -1,91 +1,69 @@
-"""Free memory is what the machine and the container's limits leave; the peak can be taken piece by piece."""
+"""Free memory is the machine's, or what the narrowest limit of a container leaves."""
 
-from types import SimpleNamespace
-
+import psutil
 import pytest
 import torch
 
-from llmq.core.memory import PeakMemory, free_memory, resident_now, resident_peak
+from llmq.core import memory
+from llmq.core.memory import PeakMemory, free_memory, left_by_cgroups, resident_now, resident_peak
 
-CPU = torch.device("cpu")
-MACHINE = 10_000
-
-
-@pytest.fixture
-def free(tmp_path, monkeypatch):
-    """Free memory of a machine with 10,000 bytes, given /proc/self/cgroup and the files below /sys/fs/cgroup."""
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=MACHINE))
-
-    def free(membership, files):
-        for name, content in {"proc/self/cgroup": membership, **{f"sys/fs/cgroup/{n}": t for n, t in files.items()}}.items():
-            path = tmp_path / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(str(content))
-        return free_memory(CPU, tmp_path)
-
-    return free
+GB = 10**9
 
 
-def v2(directory, limit, use, cache=0):
-    stat = f"anon 1\ninactive_file {cache}\nactive_file 7777\n"
-    names = {"memory.max": limit, "memory.current": use, "memory.stat": stat}
-    return {f"{directory}{name}": content for name, content in names.items()}
+def group(root, path, **files):
+    """A cgroup's directory below a made-up root of the file system."""
+    directory = root / "sys/fs/cgroup" / path
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (directory / ("memory." + name)).write_text(f"{content}\n")
 
 
-def v1(directory, limit, use, cache=0):
-    stat = f"inactive_file 5555\ntotal_inactive_file {cache}\n"
-    names = {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": use, "memory.stat": stat}
-    return {f"memory/{directory}{name}": content for name, content in names.items()}
+def process(root, *lines):
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text("".join(f"{line}\n" for line in lines))
 
 
-V1_LINES = "8:pids:/jobs\n4:memory:/jobs/mine\n1:cpu:/\n0::/\n"
+def test_every_limit_from_the_process_group_to_the_top_counts(tmp_path):
+    process(tmp_path, "0::/pods/one")
+    group(tmp_path, "pods/one", max="max", current=GB)
+    group(tmp_path, "pods", max=8 * GB, current=3 * GB, stat=f"anon 5\ninactive_file {GB}\nfile 7")
+    group(tmp_path, "", max=20 * GB, current=4 * GB)
+    assert list(left_by_cgroups(tmp_path)) == [6 * GB, 16 * GB]
 
 
-@pytest.mark.parametrize(
-    ("membership", "files", "expected"),
-    [
-        ("0::/\n", {}, MACHINE),
-        ("", {}, MACHINE),
-        ("0::/mine\n", v2("mine/", "max", 400), MACHINE),
-        ("0::/mine\n", v2("mine/", 1000, 400), 600),
-        ("0::/mine\n", v2("mine/", 1000, 400, cache=300), 900),
-        ("0::/mine\n", v2("mine/", 1000, 1200), 0),
-        ("0::/mine\n", v2("mine/", 1000, 200, cache=300), 1000),
-        ("0::/mine\n", v2("mine/", 10**9, 400), MACHINE),
-        ("0::/a/b\n", v2("a/b/", "max", 10) | v2("a/", 2000, 500) | v2("", 5000, 900), 1500),
-        ("0::/a/b\n", v2("a/b/", 3000, 10) | v2("a/", 8000, 500) | v2("", 1000, 900), 100),
-        ("0::/a:b\n", v2("a:b/", 1000, 400), 600),
-        ("0::/elsewhere/on/the/host\n", v2("", 1000, 400), 600),
-        (V1_LINES, v1("jobs/mine/", 1000, 400), 600),
-        (V1_LINES, v1("jobs/mine/", 1000, 400, cache=100), 700),
-        (V1_LINES, v1("jobs/mine/", 9223372036854771712, 400) | v1("jobs/", 700, 500), 200),
-        (V1_LINES, v1("jobs/mine/", 9223372036854771712, 400), MACHINE),
-        ("3:cpu,memory:/x\n", v1("x/", 1000, 400), 600),
-        ("0::/mine\n", {"mine/memory.max": 1000}, 1000),
-        ("0::/mine\n", {"mine/memory.max": "nonsense", "mine/memory.current": 5}, MACHINE),
-        ("nonsense\n", v2("mine/", 1000, 400), MACHINE),
-    ],
-)
-def test_free_memory_is_the_least_that_the_machine_and_any_limit_leave(membership, files, expected, free):
-    assert free(membership, files) == expected
+def test_a_path_that_is_not_visible_in_the_container_leaves_the_limits_at_the_top(tmp_path):
+    process(tmp_path, "0::/machine/container")
+    group(tmp_path, "", max=4 * GB, current=5 * GB)
+    assert list(left_by_cgroups(tmp_path)) == [0]
 
 
-def test_a_limit_that_cannot_be_read_is_none(free, tmp_path):
-    (tmp_path / "sys/fs/cgroup/mine/memory.max").mkdir(parents=True)
-    assert free("0::/mine\n", v2("", 3000, 400)) == 2600
+def test_version_1_has_other_names(tmp_path):
+    process(tmp_path, "12:cpu,cpuacct:/a", "9:memory:/a", "0::/a")
+    group(tmp_path, "memory/a", limit_in_bytes=2 * GB, usage_in_bytes=GB, stat="total_inactive_file 1000")
+    group(tmp_path, "memory", limit_in_bytes=9223372036854771712, usage_in_bytes=GB)
+    assert list(left_by_cgroups(tmp_path)) == [GB + 1000, 9223372036854771712 - GB]
 
 
-def test_this_machine_has_free_memory_and_this_process_takes_some():
-    assert free_memory(CPU) > 0
-    assert 10_000_000 < resident_now() <= resident_peak() * 1.1
+@pytest.mark.parametrize("lines", [(), ("0::/nowhere",)])
+def test_without_limits_there_are_none(lines, tmp_path):
+    process(tmp_path, *lines)
+    assert list(left_by_cgroups(tmp_path)) == []
+    assert list(left_by_cgroups(tmp_path / "no-linux")) == []
 
 
-def test_the_peak_is_of_the_while_since_the_last_look_and_the_largest_of_all_time():
-    memory = PeakMemory()
-    memory.take()
-    before = memory.take()
-    large = torch.ones(40_000_000)
-    assert memory.take() > before + 100_000_000
-    del large
-    assert memory.take() < memory.largest
-    assert memory.largest > before + 100_000_000
+@pytest.mark.parametrize(("limits", "expected"), [([], 5 * GB), ([9 * GB], 5 * GB), ([7 * GB, 3 * GB], 3 * GB)])
+def test_free_is_the_least_of_the_machine_and_all_limits(limits, expected, monkeypatch):
+    available = psutil.virtual_memory()._replace(available=5 * GB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: available)
+    monkeypatch.setattr(memory, "left_by_cgroups", lambda _: iter(limits))
+    assert free_memory(torch.device("cpu")) == expected
+
+
+def test_the_peak_is_never_below_what_the_program_has_now():
+    peak = PeakMemory()
+    held = torch.ones(10_000_000)
+    now = resident_now()
+    assert resident_peak() >= now - (1 << 20)  # the system counts some pages late
+    assert now > held.nbytes
+    assert peak.take() > held.nbytes
+    assert peak.largest > held.nbytes
