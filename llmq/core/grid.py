@@ -10,6 +10,18 @@ a quarter at 2 bit, for free: the same file, the same kernels.
 
        max/7.5         -7.5 ....... 0 ....... 7.5      code 15 = +7: the largest weight is clipped
        full range      -8 ......... 0 ......... 7      scale < 0 when the largest weight is positive
+
+One group of four weights at 4 bit. The largest, 0.8, gets code 0, and 0.24 is rounded to 0.2:
+
+    >>> W = torch.tensor([[0.8, -0.5, 0.24, 0.1]])                     # [groups, group_size] = [1, 4]
+    >>> scale, zero = choose_scale_zero(W, 4, True, torch.float32)     # [groups] each
+    >>> scale, zero
+    (tensor([-0.1000]), tensor([8], dtype=torch.uint8))
+    >>> q = quantize(W, scale[:, None], zero[:, None], 4)              # [groups, group_size]
+    >>> q
+    tensor([[ 0, 13,  6,  7]], dtype=torch.uint8)
+    >>> dequantize(q, scale[:, None], zero[:, None], torch.float32)    # [groups, group_size]
+    tensor([[ 0.8000, -0.5000,  0.2000,  0.1000]])
 """
 
 # torch annotates only part of itself: what it leaves unknown is not reported here.

@@ -46,7 +46,7 @@ class QuantizedWeight:
         return grid.dequantize(codes, self.scale[..., None], self.zero[..., None], dtype).flatten(-2)
 
     def even(self) -> QuantizedWeight:
-        """Return the same weights in groups of equal size, which kernels need: the largest size that divides all groups.
+        """Return the same weights in groups of equal size, which kernels need: the largest that divides all groups.
 
         The result has no `group_of` if its groups are contiguous.
         """
