@@ -1,4 +1,4 @@
-"""Where to compute."""
+"""Chooses the device, and tells what it can do."""
 
 import os
 
@@ -8,7 +8,7 @@ from llmq.core.errors import RequestError
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16 products, which make a forward 2 to 4 times as fast."""
+    """Tell whether a device has instructions for bfloat16 products; they make a forward pass 2 to 4 times as fast."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, but nothing public names them
@@ -16,15 +16,15 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def cores() -> int:
-    """Of the CPU, that this program may use."""
+    """Return the number of CPU cores that this program may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pick_device(name: str, default_index: int = 0) -> torch.device:
-    """auto (cuda where there is one), cpu, cuda or cuda:N.
+    """Return the device of this name: auto (cuda if there is a GPU), cpu, cuda or cuda:N.
 
     Args:
-        default_index: of the GPU where the name leaves it open.
+        default_index: number of the GPU if the name gives none.
 
     Raises RequestError for any other name, and for a GPU that is not there.
     """

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, distributed
 
 from llmq.core.device import cores
-from llmq.core.errors import RequestError, WorkError
+from llmq.core.errors import RequestError, WorkError, first_line
 
 _T = TypeVar("_T")
 
@@ -36,54 +36,54 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes."""
+        """Tell whether this is the process that writes."""
         return self.rank == 0
 
     def first(self, make: Callable[[], _T]) -> _T:
-        """What `make` returns in the first process; it is called there only."""
+        """Call `make` in the first process only; return its result in all of them."""
         if self.size == 1:
             return make()
         box = [make() if self.is_first else None]
-        with _explained():
+        with _as_work_error():
             distributed.broadcast_object_list(box, src=0)
         made: Any = box[0]
         return made
 
     def each(self, mine: _T) -> list[_T]:
-        """What every process has to say, in their order."""
+        """Return the values `mine` of all processes, ordered by rank."""
         if self.size == 1:
             return [mine]
         box: list[Any] = [None] * self.size
-        with _explained():
+        with _as_work_error():
             distributed.all_gather_object(box, mine)
         return box
 
     def share(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """The tensor of one process, in everybody's own of the same shape, which is returned."""
+        """Copy the tensor of the process `source` into the tensors of all others (same shape); return it."""
         if self.size > 1:
-            with _explained():
+            with _as_work_error():
                 distributed.broadcast(tensor, src=source)
         return tensor
 
     def meet(self) -> None:
-        """Return when all processes have come this far."""
+        """Wait until all processes have reached this call."""
         self.each(None)
 
     def send(self, tensor: Tensor) -> Callable[[], None]:
-        """Send a tensor to the first process. Returns what waits until it has left: so long it must stay as it is."""
-        return _begun(lambda: distributed.isend(tensor, dst=0))
+        """Send a tensor to the first process. Returns a function that blocks until it is sent; keep it unchanged."""
+        return _started(lambda: distributed.isend(tensor, dst=0))
 
     def receive(self, tensor: Tensor, source: int) -> Callable[[], None]:
-        """In the first process: fill the tensor with what another one sends. Returns what waits until it is there."""
-        return _begun(lambda: distributed.irecv(tensor, src=source))
+        """Fill the tensor from `source` (first process only). Returns a function that blocks until it is filled."""
+        return _started(lambda: distributed.irecv(tensor, src=source))
 
     def rows(self, count: int, together: int) -> list[slice]:
-        """So many rows shared out to the processes as evenly as it goes, in multiples of `together`."""
+        """Return the rows of each process: `count` rows split as evenly as multiples of `together` allow."""
         bounds = [count // together * i // self.size * together for i in range(self.size)]
         return [slice(start, stop) for start, stop in pairwise([*bounds, count])]
 
     def joined(self, mine: Tensor, slices: Sequence[slice]) -> Tensor:
-        """The rows of all processes, of which this one has its own slice."""
+        """Return the rows of all processes; this one has only its own slice."""
         if self.size == 1:
             return mine
         whole = mine.new_empty((slices[-1].stop, *mine.shape[1:]))
@@ -98,20 +98,20 @@ ALONE = Ranks()
 
 
 def local_rank() -> int:
-    """Which of the processes on this machine this one is, as the launcher says."""
+    """Return the number of this process among those on this machine, as the launcher says."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def processes_here(ranks: Ranks) -> int:
-    """How many of them are on this machine."""
+    """Return how many of the processes are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
 
 
 @contextmanager
 def joined_ranks(device: torch.device) -> Iterator[Ranks]:
-    """The processes that a launcher started, if one did: inside, they can talk to each other.
+    """Connect the processes that a launcher started, if any; inside the context they can talk to each other.
 
-    On CPUs over gloo, where the machine's cores are split evenly; on GPUs over NCCL.
+    CPUs use gloo and split the machine's cores evenly. GPUs use NCCL.
 
     Raises RequestError if the environment speaks of several processes but does not say how they meet.
     """
@@ -129,7 +129,7 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
         torch.set_num_threads(max(1, cores() // processes_here(Ranks(size=size))))
     else:
         torch.cuda.set_device(device)  # by which NCCL tells the processes apart
-    with _explained():
+    with _as_work_error():
         backend = "nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=_PATIENCE)
     try:
@@ -139,13 +139,13 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
         torch.set_num_threads(threads)
 
 
-def _begun(begin: Callable[[], distributed.Work | None]) -> Callable[[], None]:
-    """What waits for the end of what is begun."""
-    with _explained():
+def _started(begin: Callable[[], distributed.Work | None]) -> Callable[[], None]:
+    """Start a transfer; return a function that blocks until it ends."""
+    with _as_work_error():
         work = begin()
 
     def wait() -> None:
-        with _explained():
+        with _as_work_error():
             if work is not None:
                 work.wait()
 
@@ -153,10 +153,9 @@ def _begun(begin: Callable[[], distributed.Work | None]) -> Callable[[], None]:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
-    """torch says which socket was closed, not what that means."""
+def _as_work_error() -> Iterator[None]:
+    """Raise WorkError instead of torch's error, which only names the socket that was closed."""
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise WorkError(f"another process of this run ended; its own message says why ({reason})") from None
+        raise WorkError(f"another process of this run ended; its own message says why ({first_line(error)})") from None

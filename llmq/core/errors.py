@@ -4,7 +4,7 @@ _LONGEST = 600  # characters of a line
 
 
 class LlmqError(Exception):
-    """Anything llmq refuses or fails at on purpose; entry points print it without a traceback."""
+    """An error that llmq raises on purpose. Programs print its message without a traceback."""
 
     exit_code = 1
 
@@ -26,8 +26,14 @@ class CheckpointError(WorkError):
     """A checkpoint on disk is missing, truncated, inconsistent or of a kind llmq does not read."""
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error, with the next one if the first ends with a colon."""
+    first, *rest = str(error).strip().splitlines() or ["no reason given"]
+    return (f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first)[:300]
+
+
 def _readable(message: str) -> str:
-    """Two lines of printable characters at most, whatever the names of files and tensors that a message quotes."""
+    """Return at most two printable lines, even if the message quotes strange names of files or tensors."""
     first, _, rest = message.partition("\n")
     lines = (first, " ".join(rest.split("\n"))) if rest else (first,)
     shown = ("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line[:_LONGEST]) for line in lines)

@@ -10,6 +10,18 @@ a quarter at 2 bit, for free: the same file, the same kernels.
 
        max/7.5         -7.5 ....... 0 ....... 7.5      code 15 = +7: the largest weight is clipped
        full range      -8 ......... 0 ......... 7      scale < 0 when the largest weight is positive
+
+One group of four weights at 4 bit. The largest, 0.8, gets code 0, and 0.24 is rounded to 0.2:
+
+    >>> W = torch.tensor([[0.8, -0.5, 0.24, 0.1]])                     # [groups, group_size] = [1, 4]
+    >>> scale, zero = choose_scale_zero(W, 4, True, torch.float32)     # [groups] each
+    >>> scale, zero
+    (tensor([-0.1000]), tensor([8], dtype=torch.uint8))
+    >>> q = quantize(W, scale[:, None], zero[:, None], 4)              # [groups, group_size]
+    >>> q
+    tensor([[ 0, 13,  6,  7]], dtype=torch.uint8)
+    >>> dequantize(q, scale[:, None], zero[:, None], torch.float32)    # [groups, group_size]
+    tensor([[ 0.8000, -0.5000,  0.2000,  0.1000]])
 """
 
 # torch annotates only part of itself: what it leaves unknown is not reported here.
@@ -30,7 +42,7 @@ def choose_scale_zero(
     dtype: torch.dtype,
     shrink: Float[Tensor, "*#groups"] | float = 1.0,
 ) -> tuple[Float[Tensor, "*groups"], UInt8[Tensor, "*groups"]]:
-    """The grid that spans the range of each group.
+    """Return the grid that spans the range of each group.
 
     Args:
         W: weights, one group along the last axis.
@@ -44,7 +56,7 @@ def choose_scale_zero(
 
 
 def _range(W: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """What the grid of each group must reach: least and greatest weight; if symmetric, the largest and 0."""
+    """Return the two ends of each group's grid: least and greatest weight; if symmetric, the largest and 0."""
     # The range must contain 0, or the zero point would not be a code.
     low, high = W.amin(-1).clamp(max=0), W.amax(-1).clamp(min=0)
     if not symmetric:
@@ -61,7 +73,7 @@ def _range(W: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
 def _spanning(
     ends: tuple[Tensor, Tensor], bits: int, symmetric: bool, dtype: torch.dtype, shrink: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero of the grids over this fraction of these ranges."""
+    """Return scale and zero of the grids that cover the fraction `shrink` of these ranges."""
     low, high = ends[0] * shrink, ends[1] * shrink
     if symmetric:
         half = 2 ** (bits - 1)
@@ -75,7 +87,7 @@ def _spanning(
 def common_scale_zero(
     W: Float[Tensor, "*groups group_size"], bits: int, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "*groups"], UInt8[Tensor, "*groups"]]:
-    """The symmetric grid of other tools, with the range of both signs between the codes: max/7.5 at 4 bit."""
+    """Return the symmetric grid of other tools: a scale of max/7.5 at 4 bit."""
     scale = storable(W.abs().amax(-1) * (2 / (2**bits - 1)), dtype)
     return scale, torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8, device=W.device)
 
@@ -88,7 +100,9 @@ def search_scale_zero(
     dtype: torch.dtype,
     power: float = 2.0,
 ) -> tuple[Float[Tensor, "*groups"], UInt8[Tensor, "*groups"]]:
-    """The grid of each group with the least Σ_k importance_k |w_k - ŵ_k|^power found, never worse than the whole range.
+    """Return the grid of each group with the least Σ_k importance_k |w_k - ŵ_k|^power of those tried.
+
+    It is never worse than the grid of the whole range.
 
     Eight widths are tried, from the whole range down to 0.4 of it (2-bit grids are best far inside it, wider ones stop
     near 0.8); for asymmetric 2 and 3 bit the neighbouring zero points too; the best grid is then improved by least
@@ -136,7 +150,7 @@ def storable(step: Float[Tensor, "*groups"], dtype: torch.dtype) -> Float[Tensor
 def quantize(
     W: Float[Tensor, "*shape"], scale: Float[Tensor, "*#shape"], zero: UInt8[Tensor, "*#shape"], bits: int
 ) -> UInt8[Tensor, "*shape"]:
-    """The nearest code of every weight. `scale` and `zero` broadcast against `W`."""
+    """Return the nearest code of every weight. `scale` and `zero` broadcast against `W`."""
     return _codes(W, scale, zero, bits).to(torch.uint8)
 
 
@@ -145,17 +159,17 @@ def _codes(W: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 
 def _steps(W: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """q - zero of the nearest codes, as real numbers."""
+    """Return q - zero of the nearest codes, as real numbers."""
     return _codes(W, scale, zero, bits).sub_(zero.to(W.dtype))
 
 
 def dequantize(
     q: UInt8[Tensor, "*shape"], scale: Float[Tensor, "*#shape"], zero: UInt8[Tensor, "*#shape"], dtype: torch.dtype
 ) -> Float[Tensor, "*shape"]:
-    """scale * (q - zero), computed in `dtype`."""
+    """Return scale * (q - zero), computed in `dtype`."""
     return q.to(dtype).sub_(zero.to(dtype)).mul_(scale.to(dtype))
 
 
 def group_view(W: Tensor, group_size: int) -> Tensor:
-    """[out, in] as [out, groups, group_size]."""
+    """Return [out, in] as [out, groups, group_size]."""
     return W.unflatten(-1, (-1, group_size))

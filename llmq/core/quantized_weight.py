@@ -1,4 +1,4 @@
-"""The value in the middle: what every algorithm returns and every format stores."""
+"""The value in the middle: every algorithm returns it, every format stores it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class QuantizedWeight:
     """w ~= scale * (q - zero): one (scale, zero) per output row and group of consecutive inputs."""
 
     q: UInt8[Tensor, "out in"]
-    """Codes in [0, 2**bits), unpacked: packing is the format's business."""
+    """Codes in [0, 2**bits), one per byte. Formats pack them."""
     scale: Float[Tensor, "out groups"]
-    """In storage dtype: q was rounded against this very value. May be negative."""
+    """In the dtype of the file: q was rounded against exactly this value. May be negative."""
     zero: UInt8[Tensor, "out groups"]
     """Integer zero point in code units; symmetric = 2**(bits-1)."""
     bits: int
@@ -29,16 +29,16 @@ class QuantizedWeight:
 
     @property
     def group_size(self) -> int:
-        """Inputs per group (the average one where `group_of` is given)."""
+        """Return the number of inputs per group (the average if `group_of` is given)."""
         return self.q.shape[1] // self.scale.shape[1]
 
     @property
     def symmetric(self) -> bool:
-        """Whether every zero point is the middle of the codes."""
+        """Tell whether every zero point is the middle of the codes."""
         return bool((self.zero == 2 ** (self.bits - 1)).all())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
-        """The weights these codes stand for, computed in `dtype`."""
+        """Return the weights that these codes stand for, computed in `dtype`."""
         if self.group_of is not None:
             group_of = self.group_of.long()
             return grid.dequantize(self.q, self.scale[:, group_of], self.zero[:, group_of], dtype)
@@ -46,9 +46,9 @@ class QuantizedWeight:
         return grid.dequantize(codes, self.scale[..., None], self.zero[..., None], dtype).flatten(-2)
 
     def even(self) -> QuantizedWeight:
-        """The same weights in groups of one size, as kernels want them: of the largest that divides all groups.
+        """Return the same weights in groups of equal size, which kernels need: the largest that divides all groups.
 
-        Without `group_of` where the groups are contiguous.
+        The result has no `group_of` if its groups are contiguous.
         """
         if self.group_of is None:
             return self
@@ -64,7 +64,7 @@ class QuantizedWeight:
         return QuantizedWeight(self.q, scale, zero, self.bits, None if contiguous else finer.to(torch.int32))
 
     def validate(self, name: str = "weight") -> None:
-        """Raise CheckpointError unless the parts fit together and decode to finite numbers."""
+        """Raise CheckpointError unless the tensors fit together and decode to finite numbers."""
         rows, columns = self.q.shape
         groups = self.scale.shape[1] if self.scale.ndim == 2 else 0
         if self.scale.shape != self.zero.shape or self.scale.shape[0] != rows or groups < 1:

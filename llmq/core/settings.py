@@ -1,4 +1,4 @@
-"""The settings of one thing each (a method, a grid, the calibration text), declared once and checked when made."""
+"""Groups of settings (a method, the grid, the calibration text). Each is declared once and checked when it is made."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ ORDERS = ("group", "static", "natural")
 
 @dataclass(frozen=True)
 class Gptq:
-    """Settings of GPTQ that the paper names."""
+    """Settings of GPTQ, named as in the paper."""
 
     damping: float = 0.05
-    """Added to the diagonal of H, as a fraction of its mean. 0.05 generalises better than the paper's 0.01."""
+    """This fraction of the mean of H's diagonal is added to the diagonal. 0.05 generalises better than the paper's
+    0.01."""
     block_size: int = 128
-    """Columns per lazy update. Changes speed, never the result."""
+    """Number of columns per lazy update. Changes the speed, never the result."""
     order: str = "group"
-    """In which columns are rounded: group (groups by importance, columns within them likewise), static (all columns by
-    importance, grids fixed beforehand) or natural."""
+    """Order in which the columns are rounded. group: the most important group first, and within it the most important
+    column first. static: the most important column of all first; grids are fixed before. natural: left to right."""
     passes: int = 0
-    """Times that every column is looked at again once all are rounded (coordinate descent)."""
+    """How often every column is rounded again after all have been rounded (coordinate descent)."""
 
     def __post_init__(self) -> None:
         one_of("gptq order", self.order, ORDERS)
@@ -32,7 +33,7 @@ class Gptq:
             raise RequestError(f"gptq damping must lie between 0 and 1; got {self.damping}")
         if self.block_size < 1 or self.passes < 0:
             raise RequestError(
-                f"gptq needs a block size from 1 on and passes from 0; got {self.block_size}, {self.passes}"
+                f"gptq block size must be at least 1 and passes at least 0; got {self.block_size}, {self.passes}"
             )
 
 
@@ -41,41 +42,45 @@ class Awq:
     """Settings of the AWQ search."""
 
     ratios: int = 20
-    """Exponents tried between 0 (no scaling) and 1 when searching the channel scales."""
+    """How many exponents between 0 (no scaling) and 1 are tried in the search for the channel scales."""
     clip_steps: int = 10
-    """Clipping levels tried per group between 1 and 0.5 of its range; 0 switches clipping off."""
+    """How many clipping levels are tried per group, from 1 down to 0.5 of its range. 0 switches clipping off."""
 
     def __post_init__(self) -> None:
         if self.ratios < 1 or not 0 <= self.clip_steps <= 20:
-            raise RequestError(f"awq needs a ratio and 0 to 20 clip steps; got {self.ratios}, {self.clip_steps}")
+            raise RequestError(
+                f"awq ratios must be at least 1, clip steps 0 to 20; got {self.ratios}, {self.clip_steps}"
+            )
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Settings of learned rounding: block by block where asked for, then (end_*) of the whole model."""
+    """Settings of learned rounding. First train each block (off by default), then the whole model (end_*)."""
 
     steps: int = 0
-    """Steps of training per block. They bring less for their time than training from end to end, but need no more
-    memory than a block: 100, with end_steps 0, for models too large to train as a whole."""
+    """Training steps per block. They help less for their time than training the whole model, but they need memory for
+    one block only. For models that are too large to train as a whole: 100, with end_steps 0."""
     batch: int = 2
-    """Micro-batches per step: 1024 tokens each, or one longer sequence."""
+    """Micro-batches per training step. A micro-batch has 1024 tokens, or is one longer sequence."""
     rate: float = 0.005
-    """Learning rate of the codes, in codes per step."""
+    """Learning rate of the codes, in codes per training step."""
     scale_rate: float = 0.001
-    """Learning rate of the scales, relative to them."""
+    """Learning rate of the scales, as a fraction of each scale."""
     end_steps: int = 160
-    """Steps of training from end to end, after the blocks; 0 leaves it out. The model and its training state must fit
-    into memory."""
+    """Training steps of the whole model, after the blocks. 0: no such training. The model and its training state must
+    fit into memory."""
     end_text: str = "more"
-    """What to train on besides the calibration sequences: more (others of their text), or any text that they may be."""
+    """Extra text for training the whole model, besides the calibration sequences. more: other sequences of the
+    calibration text. Or any text that --calibration accepts."""
     end_samples: int = 320
-    """Sequences of that text; 0 for none. Of `more` fewer, where there are no more."""
+    """Number of sequences of the extra text; 0: none. `more` uses fewer if the calibration text is too short."""
     end_batch: int = 2
-    """Calibration sequences per such step."""
+    """Sequences per training step of the whole model."""
     end_rate: float = 0.0
-    """Learning rate of the codes there. 0 keeps them, in half the memory; 0.0015 saves a fifth of the steps."""
+    """Learning rate of the codes when training the whole model. 0: the codes stay as they are, which halves the memory.
+    0.0015 needs a fifth fewer training steps."""
     end_scale_rate: float = 0.004
-    """Learning rate of scales, norms and biases there."""
+    """Learning rate of scales, norms and biases when training the whole model."""
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("batch", 1), ("end_steps", 0), ("end_samples", 0), ("end_batch", 1)):
@@ -85,20 +90,20 @@ class Tuned:
             rates = [getattr(self, name) for name in names]
             if not all(0 <= rate < math.inf for rate in rates) or not any(rates):
                 raise RequestError(
-                    f"tuned {' and '.join(names)} must be numbers from 0 on, one of them above; got {rates}.\n"
+                    f"tuned {' and '.join(names)} must be at least 0, and one of them above 0; got {rates}.\n"
                     f"To leave this training out, set {steps} to 0."
                 )
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How a group of weights is laid on integers. `group_size` -1 means one group per row."""
+    """How a group of weights is mapped to integers. `group_size` -1 means one group per row."""
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
     search: str = "auto"
-    """Which of the possible grids a group gets; see QuantizeConfig.grid."""
+    """How the grid of each group is chosen; see QuantizeConfig.grid."""
 
     def __post_init__(self) -> None:
         one_of("grid", self.search, GRIDS)
@@ -108,13 +113,13 @@ class Grid:
             raise RequestError(f"group size must be positive, or -1 for one group per row; got {self.group_size}")
 
     def on(self, columns: int) -> Grid:
-        """The same for rows of so many columns: with a positive group size."""
+        """Return these settings for rows with this many columns: -1 is replaced by a positive group size."""
         return replace(self, group_size=columns) if self.group_size == -1 else self
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which text the input statistics come from, and how much of it."""
+    """The text that the input statistics are computed from, and how much of it."""
 
     text: str = "pile"
     samples: int = 128
@@ -129,9 +134,11 @@ class Calibration:
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise RequestError if `value` is not allowed for the setting `name`."""
     if value not in allowed:
         raise RequestError(f"{name} must be one of {listed(allowed)}; got {value!r}")
 
 
 def listed(values: tuple[object, ...]) -> str:
+    """Return the values separated by commas, for a message."""
     return ", ".join(str(value) for value in values)

@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""Measures how the time of a run is spent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Clock:
         self._started = time.perf_counter()
 
     def go_on(self, total: float, seconds: Mapping[str, float]) -> None:
-        """Count what an earlier process needed too."""
+        """Add the time that an earlier process needed."""
         self._started -= total
         for phase, each in seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + each
@@ -39,11 +39,11 @@ class Clock:
 
     @property
     def total(self) -> float:
-        """Seconds since the clock was made, and those of earlier processes."""
+        """Return the seconds since the clock was made, plus those of earlier processes."""
         return time.perf_counter() - self._started
 
 
 def _wait_for_gpu() -> None:
-    """GPU work is only queued by the call that asks for it; without waiting, the next phase would be charged."""
+    """Wait until the GPU is idle: calls only queue its work, so the next phase would be charged for it."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

@@ -1,11 +1,11 @@
-"""What a decoder block is made of, found by running it once instead of listing models.
+"""Finds the structure of a decoder block by running it once; no list of known models is needed.
 
 Linears that receive the very same tensor share one Hessian, one factorisation and one column loop. A llama block gives
 
     [[q_proj, k_proj, v_proj], [o_proj], [gate_proj, up_proj], [down_proj]]
 
-and the same run shows which norm produced that tensor, which is where AWQ folds its scales. Only the pairs with an
-operation between them that is not a module (v -> attention -> o, up -> multiply -> down) are declared below.
+The same run shows which norm produced that tensor: there AWQ folds its scales. Some pairs have an operation between
+them that is not a module (v -> attention -> o, up -> multiply -> down). Only these pairs are declared below.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llmq.core.errors import RequestError
 # (producer, consumer): output channel c of the producer's last rows only ever reaches input channel c of the consumer.
 _DECLARED_FOLDS = (("v_proj", "o_proj"), ("up_proj", "down_proj"), ("gate_up_proj", "down_proj"))
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linears that read the same input and that engines run as one."""
+"""Linears that read the same input. Engines run them as one."""
 # Packed formats and the engines' kernels want both sides of a weight in multiples of this.
 _MULTIPLE = 32
 
@@ -39,10 +39,10 @@ class Group:
     norm_offset: float | None = None
     """A norm producer multiplies by weight + offset (Gemma stores weight - 1). None: the producer is a linear."""
     residual: str | None = None
-    """The output is added to what enters the module of this name ("" is the block): the residual stream at that point.
-    None where it is not added to anything, or not right away."""
+    """The output is added to the input of the module with this name ("" is the block itself), which is the residual
+    stream at that point. None if the output is not added to it directly."""
     ends: Submodule | None = None
-    """The part of the block that returns the output of this group's only linear."""
+    """The child of the block that returns the output of this group's only linear."""
 
 
 @dataclass(frozen=True)
@@ -61,59 +61,73 @@ def find_groups(
 
     Args:
         run: calls `block` with the arguments the model gives it.
-        hidden: what enters the block; any values will do.
+        hidden: the input of the block; its values do not matter.
     """
-    inputs: dict[tuple[object, ...], list[str]] = {}
-    produced: dict[tuple[object, ...], str] = {}
-    residuals: dict[str, Tensor] = {"": hidden.to(next(block.parameters()).device)}
-    outputs: dict[str, Tensor] = {}
-    ended_by: dict[tuple[object, ...], str] = {}
-    parts: dict[str, Submodule] = {}
-    alive: list[Tensor] = []  # keeps storages from being reused, which would make two tensors look like one
-
-    def seen(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if isinstance(module, nn.Linear) and args:
-            inputs.setdefault(_identity(args[0]), []).append(name)
-            alive.append(args[0])
-            outputs[name] = output
-            ended_by[_identity(output)] = name
-        elif isinstance(output, Tensor) and _is_norm(module):
-            produced[_identity(output)] = name
-            alive.append(output)
-            residuals[name] = args[0]
-        elif "." not in name:
-            first, *others = output if isinstance(output, tuple) else (output,)
-            if isinstance(first, Tensor) and all(other is None for other in others):
-                linear = ended_by.get(_identity(first), "")
-                if linear.startswith(name + "."):
-                    parts[linear] = Submodule(name, len(output) if isinstance(output, tuple) else None)
-
-    with _hooked(block, seen):
+    seen = Observation(hidden.to(next(block.parameters()).device))
+    with _hooked(block, seen.record):
         end = run(hidden)
-    names = [name for linears in inputs.values() for name in linears]
+    names = [name for linears in seen.linears_of_input.values() for name in linears]
     if len(names) != len(set(names)):
         raise RequestError("a linear of this model runs on several inputs in one forward; llmq cannot quantize that")
     groups = []
-    for key, linears in inputs.items():
-        norm = produced.get(key)
+    for tensor, linears in seen.linears_of_input.items():
+        norm = seen.norm_of_output.get(tensor)
         offset = _norm_offset(block.get_submodule(norm), hidden) if norm is not None else None
         producer = norm if offset is not None else _declared_producer(block, linears)
         alone = len(linears) == 1
-        residual = _residual_of(outputs[linears[0]], residuals, end) if alone else None
-        ends = parts.get(linears[0]) if alone else None
+        residual = seen.residual_of(linears[0], end) if alone else None
+        ends = seen.submodule_ended_by.get(linears[0]) if alone else None
         groups.append(Group(tuple(linears), producer, offset, residual, ends))
     return groups
 
 
-def _residual_of(output: Tensor, residuals: dict[str, Tensor], end: Tensor) -> str | None:
-    """The name of the residual that `output` is added to, to give another one or what leaves the block."""
-    sums = [*residuals.values(), end]
-    for name, residual in residuals.items():
-        if residual.shape == output.shape:
-            total = residual + output
-            if any(total.shape == seen.shape and torch.equal(total, seen) for seen in sums):
-                return name
-    return None
+class Observation:
+    """What one run of a block shows. Tensors are told apart by `_identity`, modules by their name in the block."""
+
+    def __init__(self, entering: Tensor) -> None:
+        self.linears_of_input: dict[tuple[object, ...], list[str]] = {}  # in call order
+        self.norm_of_output: dict[tuple[object, ...], str] = {}
+        self.submodule_ended_by: dict[str, Submodule] = {}  # by the name of its last linear
+        self._output_of: dict[str, Tensor] = {}  # of the linears
+        self._linear_of_output: dict[tuple[object, ...], str] = {}
+        self._residuals: dict[str, Tensor] = {"": entering}  # what enters the block and each norm
+        self._alive: list[Tensor] = []  # keeps storages from being reused, which would make two tensors look like one
+
+    def record(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Note the call of one module."""
+        if isinstance(module, nn.Linear) and args:
+            self.linears_of_input.setdefault(_identity(args[0]), []).append(name)
+            self._alive.append(args[0])
+            self._output_of[name] = output
+            self._linear_of_output[_identity(output)] = name
+        elif isinstance(output, Tensor) and _is_norm(module):
+            self.norm_of_output[_identity(output)] = name
+            self._alive.append(output)
+            self._residuals[name] = args[0]
+        elif "." not in name:
+            self._record_child(name, output)
+
+    def _record_child(self, name: str, output: Any) -> None:
+        """Note a child of the block if it returns the output of one of its linears, alone or with None beside it."""
+        first, *others = output if isinstance(output, tuple) else (output,)
+        if isinstance(first, Tensor) and all(other is None for other in others):
+            linear = self._linear_of_output.get(_identity(first), "")
+            if linear.startswith(name + "."):
+                length = len(output) if isinstance(output, tuple) else None
+                self.submodule_ended_by[linear] = Submodule(name, length)
+
+    def residual_of(self, linear: str, end: Tensor) -> str | None:
+        """Return the name of the residual to which the output of a linear is added.
+
+        Their sum must be another residual or `end`, which leaves the block. None if there is no such sum.
+        """
+        output, sums = self._output_of[linear], [*self._residuals.values(), end]
+        for name, residual in self._residuals.items():
+            if residual.shape == output.shape:
+                total = residual + output
+                if any(total.shape == tensor.shape and torch.equal(total, tensor) for tensor in sums):
+                    return name
+        return None
 
 
 @contextmanager
@@ -132,7 +146,7 @@ def _hooked(block: nn.Module, hook: Any) -> Iterator[None]:
 
 
 def packable_widths(blocks: list[nn.Module]) -> set[int]:
-    """Input sizes of all linears in these blocks that can be packed."""
+    """Return the input sizes of all linears in these blocks that can be packed."""
     linears = [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
     return {linear.in_features for linear in linears if _packable(linear)}
 
@@ -142,7 +156,7 @@ def _packable(linear: nn.Linear) -> bool:
 
 
 def split_packable(block: nn.Module, groups: list[Group]) -> tuple[list[Group], dict[str, str]]:
-    """Groups that can be packed, and the linears left in float with the reason.
+    """Return the groups that can be packed, and the reason for each linear that stays in float.
 
     A group is skipped as a whole: engines fuse q/k/v and gate/up and then need one scheme for all of them.
     """
@@ -163,22 +177,22 @@ def split_packable(block: nn.Module, groups: list[Group]) -> tuple[list[Group], 
 
 
 def linear_of(block: nn.Module, name: str) -> nn.Linear:
-    """The linear of that name inside the block."""
+    """Return the linear with this name inside the block."""
     module = block.get_submodule(name)
     assert isinstance(module, nn.Linear), name
     return module
 
 
 def left_in_float(model: nn.Module, packed: Container[str]) -> list[str]:
-    """Names of the linears of a model that are not among the packed ones."""
+    """Return the names of a model's linears that are not packed."""
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in packed]
 
 
 def fit_group_size(requested: int, in_features: set[int]) -> int:
-    """The largest of requested, 128, 64, 32 that divides every layer's inputs; -1 (whole rows) always fits.
+    """Return the largest of requested, 128, 64, 32 that divides every layer's input size; -1 (whole rows) always fits.
 
-    One size for the whole model: engines fuse layers and formats store one number.
-    Raises RequestError when none divides.
+    The whole model gets one size, because engines fuse layers and formats store one number.
+    Raises RequestError if none of them divides.
     """
     if requested == -1:
         return -1
@@ -199,7 +213,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _norm_offset(norm: nn.Module, hidden: Tensor) -> float | None:
-    """What the norm adds to its weight before multiplying: 0 (llama) or 1 (gemma); None if it is neither."""
+    """Return what the norm adds to its weight before it multiplies: 0 (llama) or 1 (gemma); None if it is neither."""
     weight: Any = norm.weight
     if weight.shape[0] != hidden.shape[-1]:
         return None

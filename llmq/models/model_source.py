@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from llmq.core.errors import CheckpointError, RequestError, WorkError
+from llmq.core.errors import CheckpointError, RequestError, WorkError, first_line
 from llmq.models.gguf_file import GgufFile
 from llmq.models.locate import locate
 from llmq.models.safetensors_files import SafetensorsDirectory, TensorFiles
@@ -74,7 +74,9 @@ class ModelSource:
         try:
             return AutoTokenizer.from_pretrained(self.directory, **self._hf_arguments)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise CheckpointError(f"{self.directory} has no tokenizer that can be opened: {_reason(error)}") from None
+            raise CheckpointError(
+                f"{self.directory} has no tokenizer that can be opened: {first_line(error)}"
+            ) from None
 
     def outer_names(self) -> list[str]:
         """Tensors outside the decoder blocks: embeddings, final norm, lm_head."""
@@ -123,7 +125,7 @@ class ModelSource:
             if "trust_remote_code" in str(error):
                 reason = "it needs its own modelling code; pass --trust-remote-code if you trust its author"
             else:
-                reason = _reason(error)
+                reason = first_line(error)
             raise RequestError(f"{self.directory} cannot be opened as a language model: {reason}") from None
 
 
@@ -134,9 +136,9 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> Any:
             # float32: buffers are real, and must not be rounded to the dtype of the weights (Gemma's embedding scale).
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        raise RequestError(f"not a causal language model: {_reason(error)}") from None
+        raise RequestError(f"not a causal language model: {first_line(error)}") from None
     except Exception as error:  # what modelling code does with a config it cannot build, any architecture its own way
-        what = f"{type(error).__name__}: {_reason(error)}"
+        what = f"{type(error).__name__}: {first_line(error)}"
         raise RequestError(f"config.json describes no {config.model_type} model that can be built ({what})") from None
     return model.requires_grad_(False).eval()
 
@@ -172,7 +174,7 @@ def read_generation_config(model: Any, directory: Path) -> None:
         try:
             model.generation_config = GenerationConfig.from_pretrained(directory)
         except Exception as error:  # it checks its own fields and raises what it likes
-            raise CheckpointError(f"{directory / _GENERATION} cannot be used: {_reason(error)}") from None
+            raise CheckpointError(f"{directory / _GENERATION} cannot be used: {first_line(error)}") from None
 
 
 def move_buffers(model: Any, device: torch.device) -> Any:
@@ -187,12 +189,6 @@ def move_buffers(model: Any, device: torch.device) -> Any:
 def _is_finite(tensor: Tensor) -> bool:
     """Whether all numbers are: NaN is both the least and the largest. Thirty times as fast as asking each of them."""
     return all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, with the next one where the first only announces it."""
-    first, *rest = str(error).strip().splitlines() or ["no reason given"]
-    return (f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first)[:300]
 
 
 def _refuse_quantized(config: Any, path: Path) -> None:
