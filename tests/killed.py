@@ -9,18 +9,21 @@ import os
 import signal
 import socket
 import sys
+import time
 
 import pytest
 import torch
 from small_runs import small_config
 
 import llmq
+import llmq.pipeline  # before any fork
 from llmq.calibration.block_stream import _StreamedStates
 from llmq.core.errors import LlmqError
 
 # Ways in which the writer, the journal, the report and the hidden states change what is on the disk.
 _CHANGES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_PATIENCE = 180  # seconds
 _NOT_COMPARED = {"llmq_report.json", "llmq_progress.jsonl"}  # which tell of times
 
 
@@ -115,5 +118,12 @@ def _forked(work):
 
 
 def _exit_code(child):
-    """Negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    """Return the exit code of a child; negative for a signal. Fails if the child hangs."""
+    deadline = time.monotonic() + _PATIENCE
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail(f"a process was still running after {_PATIENCE} seconds")
+        time.sleep(0.01)
+    return os.waitstatus_to_exitcode(ended[1])

@@ -17,7 +17,7 @@ from torch.nn.modules import module as torch_hooks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmq.checkpoint.reader import CONFIG, Checkpoint
-from llmq.core.errors import CheckpointError
+from llmq.core.errors import CheckpointError, first_line
 
 # Largest values of counts, by what their names contain. Config classes make lists of such lengths (kinds of layers,
 # names of labels) before anything is built.
@@ -62,7 +62,7 @@ def checked_config(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # config classes raise what they like
         raise CheckpointError(
-            f"{directory}: {CONFIG} describes no model that transformers can build: {_first_line(error)}"
+            f"{directory}: {CONFIG} describes no model that transformers can build: {first_line(error)}"
         ) from None
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     if buffers > 4 * stored + _SPARE:
@@ -83,12 +83,8 @@ def failure(model: Any, device: torch.device) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any modelling code
-        return _first_line(error)
+        return first_line(error)
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0][:300]
 
 
 def _refuse_absurd(config: Any) -> None:

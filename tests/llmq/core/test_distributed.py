@@ -128,7 +128,7 @@ def test_processes_have_nothing_to_do_where_only_the_moving_is_left(of_one, conf
                 os.kill(os.getpid(), signal.SIGKILL)
             moved(source, target)
 
-        llmq.writer.os.replace = dies
+        llmq.checkpoint.writer.os.replace = dies
 
     assert quantize_together(together, 2, fails) == [-9, 0]
     assert not (together.output / "config.json").exists()
