@@ -15,7 +15,7 @@ _UNWANTED = ["consolidated*", "original/*", "onnx/*", "*.onnx*"]
 
 
 def locate(spec: str, trust_remote_code: bool = False) -> Path:
-    """The directory or .gguf file that `spec` means, downloaded first if it is a hub id.
+    """Return the directory or .gguf file that `spec` means. Download it first if it is a hub id.
 
     Raises RequestError if nothing of that name exists, WorkError if the download fails.
     """

@@ -1,4 +1,4 @@
-"""Where weights come from: the model's skeleton on the meta device, and its tensors read lazily, block by block."""
+"""The model to quantize: a skeleton on the meta device, and tensors that are read block by block."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ModelSource:
 
     @cached_property
     def size(self) -> int:
-        """Numbers in the model, each stored once."""
+        """The number of weights in the model. Tied weights count once."""
         state = self.skeleton.state_dict()
         return sum(state[name].numel() for name in self.tensor_names)
 
@@ -79,7 +79,7 @@ class ModelSource:
             ) from None
 
     def outer_names(self) -> list[str]:
-        """Tensors outside the decoder blocks: embeddings, final norm, lm_head."""
+        """Return the names of the tensors outside the decoder blocks: embeddings, final norm, lm_head."""
         prefixes = tuple(name + "." for name in self.block_names)
         return [name for name in self.tensor_names if not name.startswith(prefixes)]
 
@@ -87,7 +87,7 @@ class ModelSource:
         return [name for name in self.tensor_names if name.startswith(block + ".")]
 
     def read(self, name: str) -> Tensor:
-        """One tensor as stored, on the CPU. Raises WorkError if it holds NaN or infinity."""
+        """Return one tensor as stored, on the CPU. Raises WorkError if it holds NaN or infinity."""
         tensor = self.files.read(name)
         if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
             raise WorkError(f"tensor {name} holds NaN or infinite values; this model cannot be quantized")
@@ -105,7 +105,7 @@ class ModelSource:
         self._assign({name: torch.empty_like(parameters[name], device="meta") for name in names})
 
     def load_all(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """The whole model in memory, ready to run: the reference that a quantized one is compared with."""
+        """Load the whole model, ready to run: the reference for a quantized one."""
         self.load(self.tensor_names, device, dtype)
         self.skeleton.tie_weights()
         read_generation_config(self.skeleton, self.directory)
@@ -130,7 +130,7 @@ class ModelSource:
 
 
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> Any:
-    """The model with parameters on the meta device and real buffers (rotary frequencies are computed, not stored)."""
+    """Build the model with parameters on the meta device and real buffers, which are computed and not stored."""
     try:
         with init_empty_weights(include_buffers=False):
             # float32: buffers are real, and must not be rounded to the dtype of the weights (Gemma's embedding scale).
@@ -187,7 +187,7 @@ def move_buffers(model: Any, device: torch.device) -> Any:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are: NaN is both the least and the largest. Thirty times as fast as asking each of them."""
+    """Return whether all numbers are finite. NaN is both minimum and maximum: 30 times as fast as testing each number."""
     return all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())
 
 

@@ -42,11 +42,11 @@ class TensorFiles(Protocol):
     def names(self) -> set[str]: ...
 
     def dtype(self, name: str) -> torch.dtype:
-        """In which the tensor is read; known without reading it."""
+        """Return the dtype in which the tensor is read, without reading it."""
         ...
 
     def read(self, name: str) -> Tensor:
-        """The tensor on the CPU in its stored dtype. Raises CheckpointError if it cannot be read."""
+        """Return the tensor on the CPU in its stored dtype. Raises CheckpointError if it cannot be read."""
         ...
 
 
@@ -88,20 +88,20 @@ class SafetensorsDirectory:
             raise CheckpointError(f"{self.directory}: tensor {name} cannot be read ({error})") from None
 
     def dtype(self, name: str) -> torch.dtype:
-        """From the header alone, if it says one of those that weights come in."""
+        """Return the dtype from the header; read the tensor only if the header names an unusual type."""
         found = _DTYPES.get(self._about[name][1])
         return self.read(name).dtype if found is None else found
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape, from the header alone."""
+        """Return the shape, from the header alone."""
         return self._about[name][0]
 
     def is_float(self, name: str) -> bool:
-        """Whether it holds floating-point numbers that mean what they say, without a scale elsewhere."""
+        """Return whether the tensor holds floating-point numbers that need no scale from elsewhere."""
         return self._about[name][1] in ("F64", "F32", "F16", "BF16")
 
     def nbytes(self, name: str) -> int:
-        """Bytes on disk, from the header alone."""
+        """Return the bytes on disk, from the header alone."""
         bits = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32}
         bits |= {"F16": 16, "BF16": 16, "I16": 16, "U16": 16, "F4": 4}
         shape, kind = self._about[name]

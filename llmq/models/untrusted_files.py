@@ -1,4 +1,4 @@
-"""Files of a model's directory, which may come from strangers: what lies in it is opened, and no more of it read."""
+"""Files in a model's directory, which may come from strangers: only regular files inside it are opened."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _OPENED = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
 
 
 def regular_file(directory: Path, name: str, model: Path | None = None) -> Path:
-    """The path of a file in a directory.
+    """Return the path of a file in a directory.
 
-    Links may lead to other files of the directory, or to where the hub's cache keeps the files of its snapshots.
+    Links may lead to other files of the directory, or to the hub cache's files of this model.
 
     Args:
         model: the directory of the whole model, where `directory` is one inside it.
 
-    Raises CheckpointError if the file is not there, is none (a pipe would block for ever) or lies elsewhere.
+    Raises CheckpointError if the file is missing, is not a regular file (a pipe would block for ever) or lies elsewhere.
     """
     if Path(name).name != name or name in ("", ".", ".."):
         raise CheckpointError(f"{directory}: {name[:80]!r} is not a plain file name inside the directory")
@@ -41,7 +41,7 @@ def regular_file(directory: Path, name: str, model: Path | None = None) -> Path:
 def refuse_odd_files(directory: Path) -> None:
     """Raise CheckpointError if something lies in a model's directory that only looks like one of its files.
 
-    Libraries open what they find there, tokenizers above all, and would wait for a pipe or follow a link.
+    Libraries (tokenizers above all) open the files they find there. They would wait for a pipe or follow a link.
     """
     try:
         paths = sorted(directory.iterdir())
@@ -53,7 +53,7 @@ def refuse_odd_files(directory: Path) -> None:
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:
-    """The JSON object in a file of a directory. Raises CheckpointError for anything else."""
+    """Return the JSON object in a file of a directory. Raises CheckpointError for anything else."""
     path = regular_file(directory, name)
     try:
         if path.stat().st_size > _LONGEST_JSON:
