@@ -20,7 +20,7 @@ def regular_file(directory: Path, name: str, model: Path | None = None) -> Path:
     Args:
         model: the directory of the whole model, where `directory` is one inside it.
 
-    Raises CheckpointError if the file is missing, is not a regular file (a pipe would block for ever) or lies elsewhere.
+    Raises CheckpointError if the file is missing, not regular (a pipe would block for ever) or lies elsewhere.
     """
     if Path(name).name != name or name in ("", ".", ".."):
         raise CheckpointError(f"{directory}: {name[:80]!r} is not a plain file name inside the directory")
