@@ -61,8 +61,8 @@ def test_a_step_that_helps_only_on_the_calibration_tokens_is_not_kept(monkeypatc
 
     assert on_calibration(after) < on_calibration(before)
     assert best_of.held_out_loss(problem, after) > best_of.held_out_loss(problem, before)
-    monkeypatch.setattr(gate, "_DAMPINGS", (1.0,))
-    monkeypatch.setattr(gate, "_STEPS", {"overfitting": lambda problem, solution, _: descend(problem, solution, H, 20)})
+    monkeypatch.setattr(best_of, "_DAMPINGS", (1.0,))
+    monkeypatch.setattr(best_of, "_STEPS", {"overfitting": lambda problem, solution, _: descend(problem, solution, H, 20)})
     kept = best_of.solve(problem, Gptq())
     assert kept.kept == []
     assert torch.equal(kept.q, before.q)
