@@ -27,8 +27,7 @@ class Compute:
     """The device and the dtypes of a computation."""
 
     device: torch.device
-    dtype: torch.dtype = torch.float32
-    """Dtype of weights and hidden states."""
+    dtype: torch.dtype = torch.float32  # dtype of weights and hidden states
     precision: torch.dtype = torch.float32
     """Dtype of the factors of matmuls inside the blocks, if it is lower than `dtype`."""
 
@@ -44,10 +43,8 @@ class Block:
 
     name: str
     module: nn.Module
-    hidden: HiddenStates
-    """Micro-batches of this process as they enter the block; the held-out ones come last."""
-    held_out_from: int
-    """Index of the first held-out micro-batch in `hidden`."""
+    hidden: HiddenStates  # micro-batches of this process as they enter the block; the held-out ones come last
+    held_out_from: int  # index of the first held-out micro-batch in `hidden`
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     """Other arguments that the model passes to this block: mask, rotary embedding, …"""
     compute: Compute
@@ -57,8 +54,7 @@ class Block:
     ranks: Ranks = ALONE
     shares: list[Share] = field(default_factory=list)
     """The shares of all processes, in the order in which they are summed."""
-    sample: Tensor | None = None
-    """Hidden states of one sequence, the same in all processes."""
+    sample: Tensor | None = None  # hidden states of one sequence, the same in all processes
     kept_inputs: KeptInputs = field(init=False, repr=False)
     _replaced: dict[str, Tensor] = field(default_factory=dict)
     """Parameters of the original model that this model has changed, by name."""

@@ -28,10 +28,8 @@ from llmq.core.memory import release_memory
 from llmq.core.timing import Clock
 from llmq.models.model_source import ModelSource, move_buffers
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""The arguments of a block besides hidden states."""
-_Call = tuple[Tensor, Arguments]
-"""The hidden states that enter a block, and its other arguments."""
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block besides hidden states
+_Call = tuple[Tensor, Arguments]  # the hidden states that enter a block, and its other arguments
 
 
 @dataclass(frozen=True)
@@ -42,20 +40,15 @@ class StreamSettings:
     """Blocks come with the original model's hidden states too. Without held-out samples they do not: nothing could tell
     how far to follow the original model."""
     ranks: Ranks = ALONE
-    stop: int | None = None
-    """Index after the last block that is wanted."""
+    stop: int | None = None  # index after the last block that is wanted
     linears: torch.dtype | None = None
     """Dtype in which the weights of linears are loaded; None for the dtype of computation."""
-    states_unused: bool = False
-    """The method needs no statistics, so hidden states are not passed on."""
-    finished: int = 0
-    """Number of blocks that an earlier process finished; they are not yielded."""
-    restore: Callable[[Block], None] = lambda _: None
-    """Gives a finished block its final weights."""
+    states_unused: bool = False  # the method needs no statistics, so hidden states are not passed on
+    finished: int = 0  # number of blocks that an earlier process finished; they are not yielded
+    restore: Callable[[Block], None] = lambda _: None  # gives a finished block its final weights
     passed: Callable[[], None] = lambda: None
     """Called when the hidden states have passed a block, and nothing more is done with it."""
-    hidden_dir: HiddenDir | None = None
-    """Directory for hidden states; None to keep them in memory."""
+    hidden_dir: HiddenDir | None = None  # directory for hidden states; None to keep them in memory
 
     @property
     def has_states(self) -> bool:

@@ -78,8 +78,7 @@ class StoredStates:
         self._offsets = [0, *accumulate(sizes)]
         with _disk_errors(hidden_dir.directory):
             self._files = [os.open(path, os.O_RDWR | os.O_CREAT, 0o600) for path in hidden_dir.files(kind)]
-        self._turns = [hidden_dir.turn or 0] * len(sizes)
-        """For each item, which file holds its newest copy."""
+        self._turns = [hidden_dir.turn or 0] * len(sizes)  # for each item, which file holds its newest copy
 
     def __len__(self) -> int:
         return len(self._shapes)
@@ -118,8 +117,7 @@ class StoredStates:
             os.close(self._files.pop())
 
 
-HiddenStates = list[Tensor] | StoredStates
-"""Micro-batches [samples, tokens, features] on the CPU, in memory or on disk."""
+HiddenStates = list[Tensor] | StoredStates  # micro-batches [samples, tokens, features] on the CPU, in memory or on disk
 
 
 @contextmanager

@@ -32,17 +32,12 @@ class InputStatistics:
 
     H: Float[Tensor, "in in"]
     """XᵀX / tokens in float32 (the Hessian of the layer's squared output error, up to a factor of 2)."""
-    H_val: Float[Tensor, "in in"]
-    """The same over held-out tokens; equal to H if none are held out."""
-    mean_abs: Float[Tensor, "in"]
-    """Mean |x| of each input channel."""
+    H_val: Float[Tensor, "in in"]  # the same over held-out tokens; equal to H if none are held out
+    mean_abs: Float[Tensor, "in"]  # mean |x| of each input channel
     tokens: int
-    dropped: int
-    """Number of tokens that were left out because of NaN or infinity."""
-    target_moment: Float[Tensor, "out in"] | None = None
-    """TᵀX / tokens; None if the original model does not run."""
-    target_moment_val: Float[Tensor, "out in"] | None = None
-    """The same over held-out tokens."""
+    dropped: int  # number of tokens that were left out because of NaN or infinity
+    target_moment: Float[Tensor, "out in"] | None = None  # TᵀX / tokens; None if the original model does not run
+    target_moment_val: Float[Tensor, "out in"] | None = None  # the same over held-out tokens
 
 
 def collect_statistics(block: Block, groups: list[Group], clock: Clock, last: bool = True) -> list[InputStatistics]:

@@ -19,8 +19,7 @@ from llmq.models.block_structure import Group, Submodule, linear_of
 # Largest number of bytes that a block keeps. Results that do not fit are computed again.
 MOST_KEPT = 1 << 30
 
-_Key = tuple[str, int, bool]
-"""Name of a last linear, index of a micro-batch, and whether the original model runs."""
+_Key = tuple[str, int, bool]  # name of a last linear, index of a micro-batch, and whether the original model runs
 
 
 class KeptInputs:
@@ -43,8 +42,7 @@ class KeptInputs:
         self._module, self._device = module, device
         self._waiting: list[set[str]] = []
         """The groups that are not replaced yet, in order: names of the linears with their old weight."""
-        self._submodules: dict[str, Submodule] = {}
-        """By the name of the last linear."""
+        self._submodules: dict[str, Submodule] = {}  # by the name of the last linear
         self._inputs: dict[_Key, Tensor] = {}
         self._outputs: dict[_Key, Tensor] = {}
 

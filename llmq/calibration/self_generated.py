@@ -17,8 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from llmq.core.settings import Calibration
 
-SELF = "self"
-"""The name of this text for `--calibration`."""
+SELF = "self"  # the name of this text for `--calibration`
 _HOTTEST, _HOT_TOKENS = 2.0, 16
 _CACHE_BYTES = {"cpu": 512_000_000, "cuda": 8_000_000_000}  # for keys and values of one batch of sequences
 

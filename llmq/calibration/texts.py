@@ -17,8 +17,7 @@ from torch import Tensor
 from llmq.core.errors import RequestError, WorkError
 from llmq.core.settings import Calibration
 
-MORE = "more"
-"""The name of further windows of the calibration text, for `--tuned.end-text`."""
+MORE = "more"  # the name of further windows of the calibration text, for `--tuned.end-text`
 _HELD_OUT_EVERY = 10
 # Enough text for any calibration. Tokenizing more of a large file would only take time.
 _MAX_CHARACTERS = 64_000_000

@@ -28,8 +28,7 @@ class Share:
     """Consecutive micro-batches that one process runs; all of them are held out, or none."""
 
     rank: int
-    batches: range
-    """Indices among the micro-batches of that process; empty in all other processes."""
+    batches: range  # indices among the micro-batches of that process; empty in all other processes
     held_out: bool
 
 
@@ -37,12 +36,9 @@ class Share:
 class Portion:
     """The calibration text of one process."""
 
-    batches: list[Tensor]
-    """Token ids [samples, length] of each micro-batch; the held-out ones come last."""
-    held_out_from: int
-    """Index of the first held-out micro-batch."""
-    shares: list[Share]
-    """The shares of all processes, in the order in which they are summed."""
+    batches: list[Tensor]  # token ids [samples, length] of each micro-batch; the held-out ones come last
+    held_out_from: int  # index of the first held-out micro-batch
+    shares: list[Share]  # the shares of all processes, in the order in which they are summed
 
 
 def portion_of(tokens: Tokens, ranks: Ranks) -> Portion:

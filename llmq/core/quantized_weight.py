@@ -17,12 +17,10 @@ from llmq.core.errors import CheckpointError
 class QuantizedWeight:
     """w ~= scale * (q - zero): one (scale, zero) per output row and group of consecutive inputs."""
 
-    q: UInt8[Tensor, "out in"]
-    """Codes in [0, 2**bits), one per byte. Formats pack them."""
+    q: UInt8[Tensor, "out in"]  # codes in [0, 2**bits), one per byte. Formats pack them.
     scale: Float[Tensor, "out groups"]
     """In the dtype of the file: q was rounded against exactly this value. May be negative."""
-    zero: UInt8[Tensor, "out groups"]
-    """Integer zero point in code units; symmetric = 2**(bits-1)."""
+    zero: UInt8[Tensor, "out groups"]  # integer zero point in code units; symmetric = 2**(bits-1)
     bits: int
     group_of: Int32[Tensor, "in"] | None = None
     """Group of each input, only for foreign act-order checkpoints; None = contiguous groups."""

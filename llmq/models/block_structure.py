@@ -41,8 +41,7 @@ class Group:
     residual: str | None = None
     """The output is added to the input of the module with this name ("" is the block itself), which is the residual
     stream at that point. None if the output is not added to it directly."""
-    ends: Submodule | None = None
-    """The child of the block that returns the output of this group's only linear."""
+    ends: Submodule | None = None  # the child of the block that returns the output of this group's only linear
 
 
 @dataclass(frozen=True)

@@ -24,15 +24,11 @@ _TOKENS = 16  # enough to see which linears share an input
 class Layout:
     """The linears of blocks that have the same structure."""
 
-    blocks: tuple[str, ...]
-    """Names of the blocks to quantize that have it."""
+    blocks: tuple[str, ...]  # names of the blocks to quantize that have it
     groups: tuple[Group, ...]
-    shapes: dict[str, tuple[int, int]]
-    """(rows, columns) of every linear."""
-    skipped: dict[str, str]
-    """Linears that stay in float, with the reason."""
-    other_count: int
-    """Parameters outside the linears."""
+    shapes: dict[str, tuple[int, int]]  # (rows, columns) of every linear
+    skipped: dict[str, str]  # linears that stay in float, with the reason
+    other_count: int  # parameters outside the linears
 
     def shape(self, group: Group) -> tuple[int, int]:
         """Return (rows, columns) of a group: its linears have the same columns, their rows are stacked."""

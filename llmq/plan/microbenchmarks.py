@@ -31,16 +31,11 @@ _MOST_PRODUCTS = (6, 10)
 class Speeds:
     """Seconds that each unit of work takes here."""
 
-    product: float
-    """One multiplication of a large float32 matmul."""
-    addition: float
-    """One number added to another in a large tensor."""
-    solve: tuple[float, float, float, float]
-    """(a, b, c, d) of `solving`."""
-    weight: float
-    """One weight of a linear: encoded, hashed, decoded and hashed again."""
-    byte: float
-    """One byte of a tensor that is copied as it is: checked for NaN, and hashed twice."""
+    product: float  # one multiplication of a large float32 matmul
+    addition: float  # one number added to another in a large tensor
+    solve: tuple[float, float, float, float]  # (a, b, c, d) of `solving`
+    weight: float  # one weight of a linear: encoded, hashed, decoded and hashed again
+    byte: float  # one byte of a tensor that is copied as it is: checked for NaN, and hashed twice
 
     def solving(self, rows: float, columns: int) -> float:
         """Return the seconds of solving a group: a n + b n³ + rows (c n + d n²), with n columns."""

@@ -31,38 +31,26 @@ class Plan:
     """What a run will do and need."""
 
     model: str
-    weight_count: int
-    """Of the whole model."""
-    blocks: list[str]
-    """Names of all blocks of the model."""
+    weight_count: int  # of the whole model
+    blocks: list[str]  # names of all blocks of the model
     layouts: list[Layout]
-    bits: dict[str, int]
-    """Bits of every linear of the blocks, by its name in the model."""
-    in_float: list[str]
-    """Tensors that stay in float, with the reason."""
+    bits: dict[str, int]  # bits of every linear of the blocks, by its name in the model
+    in_float: list[str]  # tensors that stay in float, with the reason
     stored_as: str
-    packed: tuple[int, int]
-    """Weights that are packed, and the bytes they take."""
-    output: int
-    """Bytes of all tensors of the checkpoint."""
+    packed: tuple[int, int]  # weights that are packed, and the bytes they take
+    output: int  # bytes of all tensors of the checkpoint
     text: str
     states: States
-    processes: tuple[int, int]
-    """Number of processes of the run, and of those on this machine."""
+    processes: tuple[int, int]  # number of processes of the run, and of those on this machine
     device: str
-    program: int
-    """Bytes that the program takes already."""
-    moments: list[Moment]
-    """What a process takes besides the program."""
+    program: int  # bytes that the program takes already
+    moments: list[Moment]  # what a process takes besides the program
     free: tuple[int | None, int | None]
     """Free bytes of the machine and of the device; None where the system does not tell."""
     disks: list[Disk]
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds by kind of work; empty if nothing was timed."""
-    probe: float = 0.0
-    """Seconds that planning took."""
-    busy: bool = False
-    """Whether other programs were busy: they slow down the timed work, and the run."""
+    seconds: dict[str, float] = field(default_factory=dict)  # seconds by kind of work; empty if nothing was timed
+    probe: float = 0.0  # seconds that planning took
+    busy: bool = False  # whether other programs were busy: they slow down the timed work, and the run
 
     @property
     def worst(self) -> Moment:

@@ -22,8 +22,7 @@ class Timed:
     """How fast this machine works."""
 
     speeds: Speeds
-    tokens: list[float]
-    """Seconds of a token in a block of each structure."""
+    tokens: list[float]  # seconds of a token in a block of each structure
 
 
 def block_seconds(load: Workload, layout: Layout, token: float, run: Run, speeds: Speeds) -> dict[str, float]:
