@@ -40,18 +40,13 @@ class KeptInputs:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._module, self._device = module, device
-        self._waiting: list[set[str]] = []
-        """The groups that are not replaced yet, in order: names of the linears with their old weight."""
+        self._waiting: list[set[str]] = []  # groups that are not replaced yet: names of linears with their old weight
         self._submodules: dict[str, Submodule] = {}  # by the name of the last linear
         self._inputs: dict[_Key, Tensor] = {}
         self._outputs: dict[_Key, Tensor] = {}
 
     def expect(self, groups: list[Group]) -> None:
-        """Announce the groups that will be replaced, in order.
-
-        The input of a submodule's last linear is cached once no earlier group can change it, so the submodule is not
-        run again for every group.
-        """
+        """Announce the groups that will be replaced, in order."""
         self._waiting = [set(group.linears) for group in groups]
         # Statistics need the inputs of these modules in every run, so a submodule that contains one is never skipped.
         residuals = {group.residual for group in groups if group.residual}

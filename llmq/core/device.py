@@ -21,10 +21,7 @@ def cores() -> int:
 
 
 def pick_device(name: str, default_index: int = 0) -> torch.device:
-    """Return the device of this name: auto (cuda if there is a GPU), cpu, cuda or cuda:N.
-
-    Args:
-        default_index: number of the GPU if the name gives none.
+    """Return the device of this name: auto (cuda if there is a GPU), cpu, cuda (`default_index`) or cuda:N.
 
     Raises RequestError for any other name, and for a GPU that is not there.
     """

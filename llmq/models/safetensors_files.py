@@ -17,16 +17,8 @@ from llmq.models.untrusted_files import read_json, regular_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 _HOW = "convert it once with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
 
 
@@ -35,18 +27,16 @@ class TensorFiles(Protocol):
     """What a source needs from a file format: the names, and one tensor at a time."""
 
     @property
-    def paths(self) -> list[Path]:
-        """The files."""
-        ...
+    def paths(self) -> list[Path]: ...
 
     def names(self) -> set[str]: ...
 
     def dtype(self, name: str) -> torch.dtype:
-        """In which the tensor is read; known without reading it."""
+        """Return the dtype in which the tensor is read. The tensor itself is not read."""
         ...
 
     def read(self, name: str) -> Tensor:
-        """The tensor on the CPU in its stored dtype. Raises CheckpointError if it cannot be read."""
+        """Return the tensor on the CPU in its stored dtype. Raises CheckpointError if it cannot be read."""
         ...
 
 
@@ -88,20 +78,19 @@ class SafetensorsDirectory:
             raise CheckpointError(f"{self.directory}: tensor {name} cannot be read ({error})") from None
 
     def dtype(self, name: str) -> torch.dtype:
-        """From the header alone, if it says one of those that weights come in."""
-        found = _DTYPES.get(self._about[name][1])
-        return self.read(name).dtype if found is None else found
+        """Return the dtype, from the header alone if it is one of those that weights come in."""
+        return _DTYPES.get(self._about[name][1]) or self.read(name).dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape, from the header alone."""
+        """Return the shape, from the header alone."""
         return self._about[name][0]
 
     def is_float(self, name: str) -> bool:
-        """Whether it holds floating-point numbers that mean what they say, without a scale elsewhere."""
+        """Return whether a tensor holds floating-point numbers that need no scale from elsewhere."""
         return self._about[name][1] in ("F64", "F32", "F16", "BF16")
 
     def nbytes(self, name: str) -> int:
-        """Bytes on disk, from the header alone."""
+        """Return the bytes on disk, from the header alone."""
         bits = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32}
         bits |= {"F16": 16, "BF16": 16, "I16": 16, "U16": 16, "F4": 4}
         shape, kind = self._about[name]
@@ -109,7 +98,7 @@ class SafetensorsDirectory:
 
 
 def _names_by_shard(directory: Path) -> Mapping[str, set[str] | None]:
-    """Shard file name -> the tensors expected in it (None: whatever is there)."""
+    """Return the tensors expected in each shard file, by its name; None: whatever is there."""
     if (directory / INDEX).exists():
         shards: dict[str, set[str]] = defaultdict(set)
         listed = read_json(directory, INDEX).get("weight_map")
@@ -128,12 +117,12 @@ def _names_by_shard(directory: Path) -> Mapping[str, set[str] | None]:
             f"{directory} holds pickle weights (.bin), which can run code when opened; llmq reads safetensors.\n" + _HOW
         )
     raise RequestError(
-        f"{directory} holds neither {SINGLE} nor {INDEX}; if the model comes as .bin files only:\n" + _HOW
+        f"{directory} holds neither {SINGLE} nor {INDEX}; if the model comes as .bin files only:\n{_HOW}"
     )
 
 
 def _described(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and type of every tensor of a shard, from its header."""
+    """Return the shape and type of every tensor of a shard, from its header."""
     with _open(path) as file:
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 it is no mapping
         return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}

@@ -116,8 +116,7 @@ def _random_problem(run: Run, rows: int, columns: int, grid: Grid) -> Problem:
         H.diagonal().add_(1.0)  # its eigenvalues are positive
         ones, target_moment = torch.ones(columns, device=run.device), W.flip(0) if run.matching else None
         statistics = InputStatistics(H, H, ones, columns, 0, target_moment, target_moment)
-    clippable = torch.ones(rows, dtype=torch.bool, device=run.device)
-    return Problem(W, statistics, grid, run.scale_dtype, clippable)
+    return Problem(W, statistics, grid, run.scale_dtype, torch.ones(rows, dtype=torch.bool, device=run.device))
 
 
 def _solve(run: Run, problem: Problem) -> None:
@@ -133,8 +132,6 @@ def _solve(run: Run, problem: Problem) -> None:
 
 
 def _some_weight(run: Run) -> QuantizedWeight:
-    size = run.grid.group_size
-    columns = 1024 if size == -1 else 32 * size
+    columns = 1024 if run.grid.group_size == -1 else 32 * run.grid.group_size
     rows = max(32, _WEIGHTS // columns // 32 * 32)
-    W = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    return nearest(run, W, run.config.bits)
+    return nearest(run, torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)), run.config.bits)

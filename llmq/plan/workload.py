@@ -37,8 +37,7 @@ class Workload:
     tokens: int  # calibration tokens; held-out ones are not among them
     held_out: int
     batch: int  # tokens that run through a block together
-    sums: int
-    """Sums of the same shape in memory at once: of calibration tokens, of held-out tokens, and of the current share."""
+    sums: int  # sums of one shape in memory at once: of calibration tokens, held-out tokens and the current share
     streams: int  # 2 if the original model's hidden states run beside the quantized model's, else 1
     linear_bytes: int  # bytes of a linear's weight as it is loaded
     factor_bytes: int  # bytes of the same weight as matmuls want it
