@@ -36,9 +36,7 @@ _Call = tuple[Tensor, Arguments]  # the hidden states that enter a block, and it
 class StreamSettings:
     """How hidden states pass through the model, and where they start."""
 
-    keep_original: bool = False
-    """Blocks come with the original model's hidden states too. Without held-out samples they do not: nothing could tell
-    how far to follow the original model."""
+    keep_original: bool = False  # give blocks the original's hidden states too, if there are held-out samples
     ranks: Ranks = ALONE
     stop: int | None = None  # index after the last block that is wanted
     linears: torch.dtype | None = None  # dtype in which linears are loaded; None for the dtype of computation

@@ -30,10 +30,10 @@ class HiddenDir:
     """The directory of one process's hidden states."""
 
     directory: Path
-    name: str
-    """First word of the file names. Every new run takes another one, so it never reads the files of an old run."""
-    turn: int | None = None
-    """Which file, 0 or 1, holds the states that an earlier process left (see `complete`); None if there are none."""
+    name: str  # first word of the file names. Every new run takes another one, so it never reads files of an old run.
+    turn: int | None = (
+        None  # the file, 0 or 1, that holds an earlier process's states (see `complete`); None: no states
+    )
 
     def files(self, kind: str) -> list[Path]:
         """Return the paths of the two files of one kind of states (`quantized` or `original`)."""

@@ -30,8 +30,7 @@ class InputStatistics:
     T         (X_o - X) Wᵀ + R_o - R, the target: X Wᵀ + R lacks this of the original model's X_o Wᵀ + R_o
     """
 
-    H: Float[Tensor, "in in"]
-    """XᵀX / tokens in float32 (the Hessian of the layer's squared output error, up to a factor of 2)."""
+    H: Float[Tensor, "in in"]  # XᵀX / tokens in float32 (half the Hessian of the layer's squared output error)
     H_val: Float[Tensor, "in in"]  # the same over held-out tokens; equal to H if none are held out
     mean_abs: Float[Tensor, "in"]  # mean |x| of each input channel
     tokens: int

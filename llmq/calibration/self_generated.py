@@ -44,7 +44,7 @@ class _Draw(LogitsProcessor):
 def sample_sequences(
     model: Any, bos: int | None, settings: Calibration, progress: bool = False
 ) -> Int64[Tensor, "samples length"]:
-    """Let the model write sequences that begin with `bos`, if there is one. The same seed gives the same sequences."""
+    """Let the model write texts that begin with the token `bos`, if not None. A seed always gives the same texts."""
     config, length = model.config.get_text_config(), settings.sequence_length
     model.generation_config = GenerationConfig()  # its own sampling defaults would change the distribution
     # No token ends a sequence: after an end-of-text token comes the next text, as in windows of a corpus.
@@ -58,9 +58,8 @@ def sample_sequences(
         batches = starts.split(max(1, _CACHE_BYTES[model.device.type] // size))
         for start in tqdm(batches, "writing calibration text", disable=not progress, unit="batch"):
             draw = LogitsProcessorList([_Draw()])
-            written.append(
-                model.generate(start.to(model.device), generation_config=greedy, logits_processor=draw).cpu()
-            )
+            sequences = model.generate(start.to(model.device), generation_config=greedy, logits_processor=draw)
+            written.append(sequences.cpu())
     return torch.cat(written)
 
 

@@ -49,8 +49,7 @@ class Submodule:
     """A child of the block that ends with a linear: attention, the MLP."""
 
     name: str
-    returns: int | None
-    """Length of the tuple whose first entry is the output, with None for the others; None if there is no tuple."""
+    returns: int | None  # None: the output alone; a number: a tuple of this length, with the output, then only None
 
 
 def find_groups(
