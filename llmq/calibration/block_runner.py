@@ -27,10 +27,8 @@ class Compute:
     """The device and the dtypes of a computation."""
 
     device: torch.device
-    dtype: torch.dtype = torch.float32
-    """Dtype of weights and hidden states."""
-    precision: torch.dtype = torch.float32
-    """Dtype of the factors of matmuls inside the blocks, if it is lower than `dtype`."""
+    dtype: torch.dtype = torch.float32  # dtype of weights and hidden states
+    precision: torch.dtype = torch.float32  # dtype of matmuls' factors inside the blocks, if lower than `dtype`
 
     @property
     def factors(self) -> torch.dtype:
@@ -44,24 +42,18 @@ class Block:
 
     name: str
     module: nn.Module
-    hidden: HiddenStates
-    """Micro-batches of this process as they enter the block; the held-out ones come last."""
-    held_out_from: int
-    """Index of the first held-out micro-batch in `hidden`."""
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]
-    """Other arguments that the model passes to this block: mask, rotary embedding, …"""
+    hidden: HiddenStates  # micro-batches of this process as they enter the block; the held-out ones come last
+    held_out_from: int  # index of the first held-out micro-batch in `hidden`
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]  # what else the model passes: mask, rotary embedding, …
     compute: Compute
     original: HiddenStates | None = None
     """The same micro-batches as they enter the block in the original model; None if they are not needed. The last run
     on them replaces them by the block's outputs."""
     ranks: Ranks = ALONE
-    shares: list[Share] = field(default_factory=list)
-    """The shares of all processes, in the order in which they are summed."""
-    sample: Tensor | None = None
-    """Hidden states of one sequence, the same in all processes."""
+    shares: list[Share] = field(default_factory=list)  # of all processes, in the order in which they are summed
+    sample: Tensor | None = None  # hidden states of one sequence, the same in all processes
     kept_inputs: KeptInputs = field(init=False, repr=False)
-    _replaced: dict[str, Tensor] = field(default_factory=dict)
-    """Parameters of the original model that this model has changed, by name."""
+    _replaced: dict[str, Tensor] = field(default_factory=dict)  # the original's parameters that were changed, by name
 
     def __post_init__(self) -> None:
         self.kept_inputs = KeptInputs(self.module, self.compute.device)
@@ -72,10 +64,7 @@ class Block:
 
     @property
     def drift(self) -> float | None:
-        """Return how far the held-out hidden states are from the original model's: Σ (x - x_o)² / Σ x_o².
-
-        Returns None if the original model's are not known.
-        """
+        """Return Σ (x - x_o)² / Σ x_o² over held-out hidden states x; None if the original ones, x_o, are not known."""
         if self.original is None:
             return None
         energies: list[tuple[float, float]] = []

@@ -28,34 +28,23 @@ from llmq.core.memory import release_memory
 from llmq.core.timing import Clock
 from llmq.models.model_source import ModelSource, move_buffers
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""The arguments of a block besides hidden states."""
-_Call = tuple[Tensor, Arguments]
-"""The hidden states that enter a block, and its other arguments."""
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block besides hidden states
+_Call = tuple[Tensor, Arguments]  # the hidden states that enter a block, and its other arguments
 
 
 @dataclass(frozen=True)
 class StreamSettings:
     """How hidden states pass through the model, and where they start."""
 
-    keep_original: bool = False
-    """Blocks come with the original model's hidden states too. Without held-out samples they do not: nothing could tell
-    how far to follow the original model."""
+    keep_original: bool = False  # give blocks the original's hidden states too, if there are held-out samples
     ranks: Ranks = ALONE
-    stop: int | None = None
-    """Index after the last block that is wanted."""
-    linears: torch.dtype | None = None
-    """Dtype in which the weights of linears are loaded; None for the dtype of computation."""
-    states_unused: bool = False
-    """The method needs no statistics, so hidden states are not passed on."""
-    finished: int = 0
-    """Number of blocks that an earlier process finished; they are not yielded."""
-    restore: Callable[[Block], None] = lambda _: None
-    """Gives a finished block its final weights."""
-    passed: Callable[[], None] = lambda: None
-    """Called when the hidden states have passed a block, and nothing more is done with it."""
-    hidden_dir: HiddenDir | None = None
-    """Directory for hidden states; None to keep them in memory."""
+    stop: int | None = None  # index after the last block that is wanted
+    linears: torch.dtype | None = None  # dtype in which linears are loaded; None for the dtype of computation
+    states_unused: bool = False  # the method needs no statistics, so hidden states are not passed on
+    finished: int = 0  # number of blocks that an earlier process finished; they are not yielded
+    restore: Callable[[Block], None] = lambda _: None  # gives a finished block its final weights
+    passed: Callable[[], None] = lambda: None  # called when the hidden states have passed a block, which is done
+    hidden_dir: HiddenDir | None = None  # directory for hidden states; None to keep them in memory
 
     @property
     def has_states(self) -> bool:
@@ -66,11 +55,7 @@ class StreamSettings:
 def stream(
     source: ModelSource, tokens: Tokens, compute: Compute, clock: Clock, settings: StreamSettings | None = None
 ) -> Generator[Block]:
-    """Yield each block in order. The weights that the caller leaves in it decide what the next block sees.
-
-    Args:
-        tokens: calibration sequences; few and short ones are enough for methods that need no statistics.
-    """
+    """Yield each block in order. The weights that the caller leaves in it decide what the next block sees."""
     settings = settings or StreamSettings()
     states, names = _StreamedStates(source, tokens, compute, clock, settings), source.block_names[: settings.stop]
     try:
@@ -127,20 +112,17 @@ class _StreamedStates:
         shapes = [torch.Size((*batch.shape, width)) for batch in batches]
         return StoredStates(self.settings.hidden_dir, kind, shapes, self.compute.dtype)
 
-    def _set_first(self, i: int, hidden: Tensor) -> None:
-        """Set the hidden states that enter the first block, which are the same in both models."""
+    def _set_first(self, i: int, hidden: Tensor) -> None:  # the first block's inputs are the same in both models
         self.hidden[i] = hidden
         if self.original is not None:
             self.original[i] = hidden
 
     def enter(self, index: int, name: str) -> Block:
         """Return a block with its weights loaded, and with the hidden states as they are now."""
-        compute = self.compute
         with self.clock("read"):
-            module = load_block(self.source, name, compute, self.settings.linears)
-        arguments, ranks, portion = self.arguments[index], self.settings.ranks, self.portion
-        states = (self.hidden, portion.held_out_from, arguments, compute, self.original, ranks)
-        return Block(name, module, *states, portion.shares, self.sample)
+            module = load_block(self.source, name, self.compute, self.settings.linears)
+        states = (self.hidden, self.portion.held_out_from, self.arguments[index], self.compute, self.original)
+        return Block(name, module, *states, self.settings.ranks, self.portion.shares, self.sample)
 
     def close(self) -> None:
         """Close the files of hidden states on disk."""
@@ -172,11 +154,9 @@ def record_block_inputs(
     All blocks record, because some models give them different masks (Gemma). The arguments of one sequence are
     broadcast over a micro-batch.
 
-    Args:
-        one: one sequence; its hidden states are returned, on the device.
-        keep: called for each of `batches` with its index and its hidden states, on the CPU.
-
-    Raises RequestError if the model does not run its blocks in order, or gives them arguments that depend on tokens.
+    The hidden states of the sequence `one` are returned, on the device. `keep` is called for each of `batches` with its
+    index and its hidden states, on the CPU. Raises RequestError if the model does not run its blocks in order, or gives
+    them arguments that depend on tokens.
     """
     decoder = source.skeleton.get_decoder()
     with _outer_weights(source, decoder, compute), _recorders(source.blocks) as calls:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,10 +30,10 @@ class HiddenDir:
     """The directory of one process's hidden states."""
 
     directory: Path
-    name: str
-    """First word of the file names. Every new run takes another one, so it never reads the files of an old run."""
-    turn: int | None = None
-    """Which file, 0 or 1, holds the states that an earlier process left (see `complete`); None if there are none."""
+    name: str  # first word of the file names. Every new run takes another one, so it never reads files of an old run.
+    turn: int | None = (
+        None  # the file, 0 or 1, that holds an earlier process's states (see `complete`); None: no states
+    )
 
     def files(self, kind: str) -> list[Path]:
         """Return the paths of the two files of one kind of states (`quantized` or `original`)."""
@@ -50,12 +50,8 @@ def new_hidden_dir(directory: Path, name: str) -> HiddenDir:
 
 
 def remove_states(directory: Path | None) -> None:
-    """Remove the hidden states of all processes of this run on this machine.
-
-    Args:
-        directory: of one process; the others differ only in the number at the end. None: the states are in memory.
-    """
-    if directory is not None:
+    """Remove the hidden states of all processes of this run on this machine. None: the states are in memory."""
+    if directory is not None:  # it is that of one process; the others differ only in the number at the end
         for path in directory.parent.glob(f"{directory.name.rpartition('-')[0]}-*.partial"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -63,32 +59,23 @@ def remove_states(directory: Path | None) -> None:
 class StoredStates:
     """A list of tensors of one dtype on disk. Items are written and read by index.
 
-    Args:
-        hidden_dir: the directory of the two files; they are made if they do not exist.
-        kind: see `HiddenDir.files`.
-        shapes: the shape of each item.
-
-    Raises WorkError if the disk is full, or if a file is too short.
+    The two files are made if they do not exist. Raises WorkError if the disk is full, or if a file is too short.
     """
 
     def __init__(self, hidden_dir: HiddenDir, kind: str, shapes: Sequence[torch.Size], dtype: torch.dtype) -> None:
-        self.hidden_dir = hidden_dir
-        self._shapes, self._dtype = list(shapes), dtype
-        sizes = [shape.numel() * dtype.itemsize for shape in self._shapes]
-        self._offsets = [0, *accumulate(sizes)]
+        self.hidden_dir, self._shapes, self._dtype = hidden_dir, list(shapes), dtype
+        self._offsets = [0, *accumulate(shape.numel() * dtype.itemsize for shape in self._shapes)]
         with _disk_errors(hidden_dir.directory):
             self._files = [os.open(path, os.O_RDWR | os.O_CREAT, 0o600) for path in hidden_dir.files(kind)]
-        self._turns = [hidden_dir.turn or 0] * len(sizes)
-        """For each item, which file holds its newest copy."""
+        self._turns = [hidden_dir.turn or 0] * len(self._shapes)  # for each item, which file holds its newest copy
 
     def __len__(self) -> int:
         return len(self._shapes)
 
     def __getitem__(self, i: int) -> Tensor:
-        shape = self._shapes[i]  # raises IndexError behind the last item, which ends a `for` loop
-        tensor = torch.empty(shape, dtype=self._dtype)
-        view, file = _bytes(tensor), self._files[self._turns[i]]
-        at = self._offsets[i]
+        # The shape raises IndexError behind the last item, which ends a `for` loop.
+        tensor = torch.empty(self._shapes[i], dtype=self._dtype)
+        view, file, at = _bytes(tensor), self._files[self._turns[i]], self._offsets[i]
         with _disk_errors(self.hidden_dir.directory):
             while view:
                 count = os.preadv(file, [view], at)
@@ -99,8 +86,7 @@ class StoredStates:
 
     def __setitem__(self, i: int, tensor: Tensor) -> None:
         assert tensor.shape == self._shapes[i], (tensor.shape, self._shapes[i])
-        turn = 1 - self._turns[i]
-        view, at = _bytes(tensor.to(self._dtype).contiguous()), self._offsets[i]
+        turn, view, at = 1 - self._turns[i], _bytes(tensor.to(self._dtype).contiguous()), self._offsets[i]
         with _disk_errors(self.hidden_dir.directory):
             while view:
                 count = os.pwrite(self._files[turn], view, at)
@@ -118,8 +104,7 @@ class StoredStates:
             os.close(self._files.pop())
 
 
-HiddenStates = list[Tensor] | StoredStates
-"""Micro-batches [samples, tokens, features] on the CPU, in memory or on disk."""
+HiddenStates = list[Tensor] | StoredStates  # micro-batches [samples, tokens, features] on the CPU, in memory or on disk
 
 
 @contextmanager
@@ -133,5 +118,4 @@ def _disk_errors(directory: Path) -> Iterator[None]:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous tensor."""
-    array: Any = tensor.view(torch.uint8).flatten().numpy()
-    return memoryview(array)
+    return memoryview(cast(Any, tensor.view(torch.uint8).flatten().numpy()))

@@ -30,27 +30,19 @@ class InputStatistics:
     T         (X_o - X) Wᵀ + R_o - R, the target: X Wᵀ + R lacks this of the original model's X_o Wᵀ + R_o
     """
 
-    H: Float[Tensor, "in in"]
-    """XᵀX / tokens in float32 (the Hessian of the layer's squared output error, up to a factor of 2)."""
-    H_val: Float[Tensor, "in in"]
-    """The same over held-out tokens; equal to H if none are held out."""
-    mean_abs: Float[Tensor, "in"]
-    """Mean |x| of each input channel."""
+    H: Float[Tensor, "in in"]  # XᵀX / tokens in float32 (half the Hessian of the layer's squared output error)
+    H_val: Float[Tensor, "in in"]  # the same over held-out tokens; equal to H if none are held out
+    mean_abs: Float[Tensor, "in"]  # mean |x| of each input channel
     tokens: int
-    dropped: int
-    """Number of tokens that were left out because of NaN or infinity."""
-    target_moment: Float[Tensor, "out in"] | None = None
-    """TᵀX / tokens; None if the original model does not run."""
-    target_moment_val: Float[Tensor, "out in"] | None = None
-    """The same over held-out tokens."""
+    dropped: int  # number of tokens that were left out because of NaN or infinity
+    target_moment: Float[Tensor, "out in"] | None = None  # TᵀX / tokens; None if the original model does not run
+    target_moment_val: Float[Tensor, "out in"] | None = None  # the same over held-out tokens
 
 
 def collect_statistics(block: Block, groups: list[Group], clock: Clock, last: bool = True) -> list[InputStatistics]:
-    """Run the block over all micro-batches and return the statistics of each group's input.
+    """Run the block over all micro-batches, up to the last group's input, and return the statistics of each group.
 
-    Args:
-        groups: the block runs no further than to the last of their inputs.
-        last: the original model runs for the last time, so its hidden states are replaced by the block's outputs.
+    `last`: the original model runs for the last time, so its hidden states are replaced by the block's outputs.
     """
     sums = [_GroupSums(group, block) for group in groups]
     names = {name for group in groups for name in (group.linears[0], group.residual) if name}
@@ -110,10 +102,7 @@ def _inputs(block: Block, names: set[str], inputs: dict[str, Tensor], stop: bool
 
 
 class _GroupSums:
-    """Sums of H, |x| and the target moment over the tokens of one group. Of H, only the lower triangle is summed.
-
-    Memory: the finished sums, and one more of each while it grows.
-    """
+    """Sums of H, |x| and the target moment over the tokens of one group. Of H, only the lower triangle is summed."""
 
     def __init__(self, group: Group, block: Block) -> None:
         self.linear, self.ranks, self.device = group.linears[0], block.ranks, block.compute.device
@@ -130,9 +119,8 @@ class _GroupSums:
         rows = [inputs[self.linear].flatten(0, -2)]
         if self.target is not None:
             rows += self.target.differences(inputs, originals)
-        count = len(rows[0])
         X, *differences = _finite_rows(rows)
-        self.dropped += count - len(X)
+        self.dropped += len(rows[0]) - len(X)
         self.tokens[held_out] += len(X)
         X32 = X.float()
         _add_lower(self.sums.growing("H"), X32)

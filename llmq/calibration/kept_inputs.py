@@ -19,8 +19,7 @@ from llmq.models.block_structure import Group, Submodule, linear_of
 # Largest number of bytes that a block keeps. Results that do not fit are computed again.
 MOST_KEPT = 1 << 30
 
-_Key = tuple[str, int, bool]
-"""Name of a last linear, index of a micro-batch, and whether the original model runs."""
+_Key = tuple[str, int, bool]  # name of a last linear, index of a micro-batch, and whether the original model runs
 
 
 class KeptInputs:
@@ -41,19 +40,13 @@ class KeptInputs:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._module, self._device = module, device
-        self._waiting: list[set[str]] = []
-        """The groups that are not replaced yet, in order: names of the linears with their old weight."""
-        self._submodules: dict[str, Submodule] = {}
-        """By the name of the last linear."""
+        self._waiting: list[set[str]] = []  # groups that are not replaced yet: names of linears with their old weight
+        self._submodules: dict[str, Submodule] = {}  # by the name of the last linear
         self._inputs: dict[_Key, Tensor] = {}
         self._outputs: dict[_Key, Tensor] = {}
 
     def expect(self, groups: list[Group]) -> None:
-        """Announce the groups that will be replaced, in order.
-
-        The input of a submodule's last linear is cached once no earlier group can change it, so the submodule is not
-        run again for every group.
-        """
+        """Announce the groups that will be replaced, in order."""
         self._waiting = [set(group.linears) for group in groups]
         # Statistics need the inputs of these modules in every run, so a submodule that contains one is never skipped.
         residuals = {group.residual for group in groups if group.residual}

@@ -26,9 +26,6 @@ class ShareSums:
     """Named tensors that are summed within a share, then over all shares in the first process.
 
     Held-out text and the other text have separate sums. The shares of one come after all shares of the other.
-
-    Args:
-        shapes: the shape of each tensor, by name.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], ranks: Ranks, device: torch.device) -> None:
@@ -36,8 +33,8 @@ class ShareSums:
         self._totals: dict[tuple[str, bool], Tensor] = {}
         self._growing: dict[str, Tensor] = {}
         self._spare: dict[str, Tensor] = {}
+        # Finished shares that are still being sent, or that come after one that is: whether held out, sums, waits.
         self._pending: deque[tuple[bool, dict[str, Tensor], list[Callable[[], None]]]] = deque()
-        """Finished shares that are still being sent, or that come after one that is: whether held out, sums, waits."""
         self._ahead = shares_ahead(shapes, ranks)
 
     def growing(self, name: str) -> Tensor:
@@ -54,8 +51,7 @@ class ShareSums:
             self._pending.append((share.held_out, sums, waits))
         elif self._ranks.is_first:
             sums = {name: self._empty(name) for name in self._shapes}
-            waits = [self._ranks.receive(tensor, share.rank) for tensor in sums.values()]
-            self._pending.append((share.held_out, sums, waits))
+            self._pending.append((share.held_out, sums, [self._ranks.receive(t, share.rank) for t in sums.values()]))
         self._settle(self._ahead)
 
     def finish(self) -> dict[tuple[str, bool], Tensor]:

@@ -17,8 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from llmq.core.settings import Calibration
 
-SELF = "self"
-"""The name of this text for `--calibration`."""
+SELF = "self"  # the name of this text for `--calibration`
 _HOTTEST, _HOT_TOKENS = 2.0, 16
 _CACHE_BYTES = {"cpu": 512_000_000, "cuda": 8_000_000_000}  # for keys and values of one batch of sequences
 
@@ -45,14 +44,8 @@ class _Draw(LogitsProcessor):
 def sample_sequences(
     model: Any, bos: int | None, settings: Calibration, progress: bool = False
 ) -> Int64[Tensor, "samples length"]:
-    """Let the model write `samples` sequences of `sequence_length` tokens. The same seed gives the same sequences.
-
-    Args:
-        bos: the token with which texts begin; None if the tokenizer has none.
-        progress: show a progress bar on stderr.
-    """
-    config = model.config.get_text_config()
-    vocabulary, length = config.vocab_size, settings.sequence_length
+    """Let the model write texts that begin with the token `bos`, if not None. A seed always gives the same texts."""
+    config, length = model.config.get_text_config(), settings.sequence_length
     model.generation_config = GenerationConfig()  # its own sampling defaults would change the distribution
     # No token ends a sequence: after an end-of-text token comes the next text, as in windows of a corpus.
     greedy = GenerationConfig(do_sample=False, max_new_tokens=length - 1, pad_token_id=0)
@@ -60,7 +53,7 @@ def sample_sequences(
     with torch.random.fork_rng(devices=[]):  # random numbers are drawn on the CPU alone
         torch.manual_seed(settings.seed)
         shape = (settings.samples, 1)
-        starts = torch.randint(vocabulary, shape) if bos is None else torch.full(shape, bos)
+        starts = torch.randint(config.vocab_size, shape) if bos is None else torch.full(shape, bos)
         size = length * _cache_bytes_per_token(config, model.dtype)
         batches = starts.split(max(1, _CACHE_BYTES[model.device.type] // size))
         for start in tqdm(batches, "writing calibration text", disable=not progress, unit="batch"):

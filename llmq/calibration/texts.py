@@ -17,8 +17,7 @@ from torch import Tensor
 from llmq.core.errors import RequestError, WorkError
 from llmq.core.settings import Calibration
 
-MORE = "more"
-"""The name of further windows of the calibration text, for `--tuned.end-text`."""
+MORE = "more"  # the name of further windows of the calibration text, for `--tuned.end-text`
 _HELD_OUT_EVERY = 10
 # Enough text for any calibration. Tokenizing more of a large file would only take time.
 _MAX_CHARACTERS = 64_000_000
@@ -36,11 +35,8 @@ def windows(tokenizer: Any, settings: Calibration, more: int = 0) -> Int64[Tenso
     """Cut the text into `samples` equal stretches and draw one window at a seeded random position in each.
 
     If the tokenizer starts a text with a BOS token, every window starts with it: models react strongly to its absence.
-
-    Args:
-        more: number of further samples; fewer if the text is too short for them.
-
-    Raises RequestError if the text is too short for `samples`.
+    `more` samples are added, or fewer if the text is too short for them. Raises RequestError if it is too short for
+    `samples`.
     """
     bos = _bos(tokenizer)
     length = settings.sequence_length - len(bos)
@@ -55,8 +51,7 @@ def windows(tokenizer: Any, settings: Calibration, more: int = 0) -> Int64[Tenso
     generator = torch.Generator().manual_seed(settings.seed)
     samples = min(settings.samples + more, len(tokens) // length)
     stretch = len(tokens) // samples
-    jitter = torch.randint(stretch - length + 1, (samples,), generator=generator)
-    starts = torch.arange(samples) * stretch + jitter
+    starts = torch.arange(samples) * stretch + torch.randint(stretch - length + 1, (samples,), generator=generator)
     return torch.stack([torch.cat([bos, tokens[start : start + length]]) for start in starts.tolist()])
 
 
@@ -71,17 +66,11 @@ def hold_out(sequences: Int64[Tensor, "samples length"]) -> Tokens:
 def evaluation_chunks(
     tokenizer: Any, text: str, length: int, limit: int | None = None
 ) -> Int64[Tensor, "chunks length"]:
-    """Tokenize the whole text at once and cut it into chunks that do not overlap. A last partial chunk is dropped.
-
-    Raises RequestError if the text is shorter than one chunk.
-    """
+    """Cut the text into chunks that do not overlap, without a last partial one. Raises RequestError if it has none."""
     tokens = tokenize(tokenizer, text)
-    chunks = len(tokens) // length
-    if chunks == 0:
-        raise RequestError(
-            f"the text has {len(tokens)} tokens, less than one chunk of {length}; lower --sequence-length"
-        )
-    return tokens[: chunks * length].view(chunks, length)[:limit]
+    if chunks := len(tokens) // length:
+        return tokens[: chunks * length].view(chunks, length)[:limit]
+    raise RequestError(f"the text has {len(tokens)} tokens, less than one chunk of {length}; lower --sequence-length")
 
 
 def check_context(config: Any, sequence_length: int) -> None:
@@ -100,17 +89,15 @@ def tokenize(tokenizer: Any, text: str) -> Int64[Tensor, "tokens"]:
 
 
 def read_text(name: str, enough_characters: int = _MAX_CHARACTERS, evaluation: bool = False) -> str:
-    """Return the text called `name`. A longer text ends soon after `enough_characters`.
+    """Return the text called `name`, or the start of it if it has many more than `enough_characters`.
 
     Args:
         name: wikitext2, c4, pile (through `datasets`), pydoc, pytopics (offline), or a .txt, .jsonl or .parquet file.
         evaluation: read the split for evaluation instead of the training split, if the data set has both.
 
-    Raises RequestError if the name is unknown, WorkError if the text cannot be fetched or read. No other text is taken
-    instead.
+    Raises RequestError if the name is unknown, WorkError if the text cannot be fetched or read.
     """
-    documents: list[str] = []
-    size = 0
+    documents, size = list[str](), 0
     for document in _TEXTS[name](evaluation) if name in _TEXTS else _file_documents(Path(name).expanduser()):
         documents.append(document)
         size += len(document) + 2
@@ -122,16 +109,14 @@ def read_text(name: str, enough_characters: int = _MAX_CHARACTERS, evaluation: b
 def _bos(tokenizer: Any) -> Int64[Tensor, "bos"]:
     """Return the BOS token if the tokenizer starts a text with it, else no token."""
     first = tokenizer("a")["input_ids"][:1]
-    starts = bool(first) and first[0] == tokenizer.bos_token_id
-    return torch.tensor(first if starts else [], dtype=torch.int64)
+    return torch.tensor(first if first == [tokenizer.bos_token_id] else [], dtype=torch.int64)
 
 
 def _pydoc(_evaluation: bool) -> Iterator[str]:
     """Yield the docstrings of CPython's standard library, in the order of file names."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
-        inside = path.relative_to(library).parts
-        if {"site-packages", "test", "tests", "idle_test", "pydoc_data"} & set(inside):
+        if {"site-packages", "test", "tests", "idle_test", "pydoc_data"} & set(path.relative_to(library).parts):
             continue
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -168,8 +153,7 @@ def _hub_dataset(*name: str, **options: Any) -> Iterator[str]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(*name, **options)
-        yield from (row["text"] for row in rows)  # type: ignore[index, call-overload]
+        yield from (row["text"] for row in load_dataset(*name, **options))  # type: ignore[index, call-overload]
     except Exception as error:  # its own errors, and those of fsspec, the hub and requests
         raise WorkError(
             f"the data set {name[0]} cannot be fetched ({type(error).__name__}).\n"
@@ -177,13 +161,8 @@ def _hub_dataset(*name: str, **options: Any) -> Iterator[str]:
         ) from error
 
 
-_TEXTS: dict[str, Callable[[bool], Iterable[str]]] = {
-    "wikitext2": _wikitext2,
-    "c4": _c4,
-    "pile": _pile,
-    "pydoc": _pydoc,
-    "pytopics": _pytopics,
-}
+_TEXTS: dict[str, Callable[[bool], Iterable[str]]]
+_TEXTS = {"wikitext2": _wikitext2, "c4": _c4, "pile": _pile, "pydoc": _pydoc, "pytopics": _pytopics}
 
 
 def _file_documents(path: Path) -> Iterator[str]:

@@ -28,8 +28,7 @@ class Share:
     """Consecutive micro-batches that one process runs; all of them are held out, or none."""
 
     rank: int
-    batches: range
-    """Indices among the micro-batches of that process; empty in all other processes."""
+    batches: range  # indices among the micro-batches of that process; empty in all other processes
     held_out: bool
 
 
@@ -37,27 +36,22 @@ class Share:
 class Portion:
     """The calibration text of one process."""
 
-    batches: list[Tensor]
-    """Token ids [samples, length] of each micro-batch; the held-out ones come last."""
-    held_out_from: int
-    """Index of the first held-out micro-batch."""
-    shares: list[Share]
-    """The shares of all processes, in the order in which they are summed."""
+    batches: list[Tensor]  # token ids [samples, length] of each micro-batch; the held-out ones come last
+    held_out_from: int  # index of the first held-out micro-batch
+    shares: list[Share]  # the shares of all processes, in the order in which they are summed
 
 
 def portion_of(tokens: Tokens, ranks: Ranks) -> Portion:
     """Return the micro-batches of this process, and the shares of all processes."""
     train, held_out = micro_batches(tokens.train), micro_batches(tokens.held_out)
-    shares = shares_of(len(train), len(held_out), ranks)
     owners = [rank for rank, size, _ in _sizes(len(train), len(held_out), ranks.size) for _ in range(size)]
     batches = [batch for batch, rank in zip([*train, *held_out], owners, strict=True) if rank == ranks.rank]
-    return Portion(batches, owners[: len(train)].count(ranks.rank), shares)
+    return Portion(batches, owners[: len(train)].count(ranks.rank), shares_of(len(train), len(held_out), ranks))
 
 
 def shares_of(train: int, held_out: int, ranks: Ranks) -> list[Share]:
     """Divide these numbers of micro-batches into shares, and give each share to a process."""
-    shares: list[Share] = []
-    mine = 0
+    shares, mine = list[Share](), 0
     for rank, size, is_held_out in _sizes(train, held_out, ranks.size):
         own = size if rank == ranks.rank else 0
         shares.append(Share(rank, range(mine, mine + own), is_held_out))

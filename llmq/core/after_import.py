@@ -36,12 +36,11 @@ class _Watcher(MetaPathFinder):
         spec = find_spec(fullname)
         if spec is None or spec.loader is None:
             return spec
-        loader = spec.loader
-        run = loader.exec_module
+        run = spec.loader.exec_module
 
         def run_and_act(module: ModuleType) -> None:
             run(module)
             self._act()
 
-        loader.exec_module = run_and_act  # the loader is this module's own
+        spec.loader.exec_module = run_and_act  # the loader is this module's own
         return spec

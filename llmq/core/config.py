@@ -154,7 +154,7 @@ class QuantizeConfig:
         """
         if not self.blocks:
             return list(range(depth))
-        chosen: set[int] = set()
+        chosen = set[int]()
         for text in map(str.strip, self.blocks.split(",")):
             first, dash, last = text.partition("-")
             last = last if dash else first

@@ -21,10 +21,7 @@ def cores() -> int:
 
 
 def pick_device(name: str, default_index: int = 0) -> torch.device:
-    """Return the device of this name: auto (cuda if there is a GPU), cpu, cuda or cuda:N.
-
-    Args:
-        default_index: number of the GPU if the name gives none.
+    """Return the device of this name: auto (cuda if there is a GPU), cpu, cuda (`default_index`) or cuda:N.
 
     Raises RequestError for any other name, and for a GPU that is not there.
     """
@@ -33,8 +30,6 @@ def pick_device(name: str, default_index: int = 0) -> torch.device:
         return torch.device("cpu")
     if kind not in ("auto", "cuda") or (index and not (kind == "cuda" and index.isdigit())) or name.endswith(":"):
         raise RequestError(f"device must be one of auto, cpu, cuda, cuda:N; got {name!r}")
-    if int(index or default_index) >= torch.cuda.device_count():
-        raise RequestError(
-            f"device {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA GPUs; use cpu"
-        )
+    if int(index or default_index) >= (count := torch.cuda.device_count()):
+        raise RequestError(f"device {name} was asked for, but torch sees {count} CUDA GPUs; use cpu")
     return torch.device("cuda", int(index or default_index))

@@ -111,9 +111,8 @@ def processes_here(ranks: Ranks) -> int:
 def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     """Connect the processes that a launcher started, if any; inside the context they can talk to each other.
 
-    CPUs use gloo and split the machine's cores evenly. GPUs use NCCL.
-
-    Raises RequestError if the environment speaks of several processes but does not say how they meet.
+    CPUs use gloo and split the machine's cores evenly. GPUs use NCCL. Raises RequestError if the environment
+    speaks of several processes but does not say how they meet.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

@@ -42,15 +42,10 @@ def choose_scale_zero(
     dtype: torch.dtype,
     shrink: Float[Tensor, "*#groups"] | float = 1.0,
 ) -> tuple[Float[Tensor, "*groups"], UInt8[Tensor, "*groups"]]:
-    """Return the grid that spans the range of each group.
+    """Return the grid that spans the range of each group, or the fraction `shrink` of it (clips the largest weights).
 
-    Args:
-        W: weights, one group along the last axis.
-        dtype: storage dtype of the scale. Codes must be rounded against the returned value, which is already rounded.
-        shrink: fraction of the range to cover (below 1 clips the largest weights).
-
-    Returns:
-        scale in `dtype` (never zero; negative in half of the symmetric groups) and the zero point in code units.
+    The scale is never zero, and negative in half of the symmetric groups. It is already rounded to `dtype`, in which
+    it is stored: codes must be rounded against this value. The zero point is in code units.
     """
     return _spanning(_range(W, symmetric), bits, symmetric, dtype, shrink)
 
@@ -102,12 +97,10 @@ def search_scale_zero(
 ) -> tuple[Float[Tensor, "*groups"], UInt8[Tensor, "*groups"]]:
     """Return the grid of each group with the least Σ_k importance_k |w_k - ŵ_k|^power of those tried.
 
-    It is never worse than the grid of the whole range.
-
-    Eight widths are tried, from the whole range down to 0.4 of it (2-bit grids are best far inside it, wider ones stop
-    near 0.8); for asymmetric 2 and 3 bit the neighbouring zero points too; the best grid is then improved by least
-    squares, the scale that suits the codes, then codes that suit the scale: three such steps after eight widths find
-    better grids than 32 widths do.
+    It is never worse than the grid of the whole range. Eight widths are tried, from the whole range down to 0.4 of it
+    (2-bit grids are best far inside it, wider ones stop near 0.8); for asymmetric 2 and 3 bit the neighbouring zero
+    points too. Least squares then improve the best grid three times: the scale that suits the codes, then codes that
+    suit the scale. Three such steps after eight widths find better grids than 32 widths do.
     """
 
     def error(scale: Tensor, zero: Tensor) -> Tensor:

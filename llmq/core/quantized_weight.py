@@ -17,15 +17,11 @@ from llmq.core.errors import CheckpointError
 class QuantizedWeight:
     """w ~= scale * (q - zero): one (scale, zero) per output row and group of consecutive inputs."""
 
-    q: UInt8[Tensor, "out in"]
-    """Codes in [0, 2**bits), one per byte. Formats pack them."""
-    scale: Float[Tensor, "out groups"]
-    """In the dtype of the file: q was rounded against exactly this value. May be negative."""
-    zero: UInt8[Tensor, "out groups"]
-    """Integer zero point in code units; symmetric = 2**(bits-1)."""
+    q: UInt8[Tensor, "out in"]  # codes in [0, 2**bits), one per byte. Formats pack them.
+    scale: Float[Tensor, "out groups"]  # in the file's dtype: q was rounded against this very value. May be negative.
+    zero: UInt8[Tensor, "out groups"]  # integer zero point in code units; symmetric = 2**(bits-1)
     bits: int
-    group_of: Int32[Tensor, "in"] | None = None
-    """Group of each input, only for foreign act-order checkpoints; None = contiguous groups."""
+    group_of: Int32[Tensor, "in"] | None = None  # group of each input (foreign act-order); None: contiguous groups
 
     @property
     def group_size(self) -> int:
@@ -46,10 +42,7 @@ class QuantizedWeight:
         return grid.dequantize(codes, self.scale[..., None], self.zero[..., None], dtype).flatten(-2)
 
     def even(self) -> QuantizedWeight:
-        """Return the same weights in groups of equal size, which kernels need: the largest that divides all groups.
-
-        The result has no `group_of` if its groups are contiguous.
-        """
+        """Return the same weights in groups of equal size, which kernels need: the largest that divides all groups."""
         if self.group_of is None:
             return self
         group_of = self.group_of.long()
@@ -65,8 +58,7 @@ class QuantizedWeight:
 
     def validate(self, name: str = "weight") -> None:
         """Raise CheckpointError unless the tensors fit together and decode to finite numbers."""
-        rows, columns = self.q.shape
-        groups = self.scale.shape[1] if self.scale.ndim == 2 else 0
+        (rows, columns), groups = self.q.shape, self.scale.shape[1] if self.scale.ndim == 2 else 0
         if self.scale.shape != self.zero.shape or self.scale.shape[0] != rows or groups < 1:
             raise CheckpointError(
                 f"{name}: scales {tuple(self.scale.shape)} and zeros {tuple(self.zero.shape)} do not fit {rows} rows"

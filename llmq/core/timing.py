@@ -14,14 +14,13 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._inner = [0.0]
-        self._started = time.perf_counter()
+        self._inner, self._started = [0.0], time.perf_counter()
 
     def go_on(self, total: float, seconds: Mapping[str, float]) -> None:
         """Add the time that an earlier process needed."""
         self._started -= total
-        for phase, each in seconds.items():
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + each
+        for phase, earlier in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + earlier
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

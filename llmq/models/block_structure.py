@@ -23,8 +23,8 @@ from llmq.core.errors import RequestError
 
 # (producer, consumer): output channel c of the producer's last rows only ever reaches input channel c of the consumer.
 _DECLARED_FOLDS = (("v_proj", "o_proj"), ("up_proj", "down_proj"), ("gate_up_proj", "down_proj"))
+# Linears that read the same input. Engines run them as one.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linears that read the same input. Engines run them as one."""
 # Packed formats and the engines' kernels want both sides of a weight in multiples of this.
 _MULTIPLE = 32
 
@@ -41,8 +41,7 @@ class Group:
     residual: str | None = None
     """The output is added to the input of the module with this name ("" is the block itself), which is the residual
     stream at that point. None if the output is not added to it directly."""
-    ends: Submodule | None = None
-    """The child of the block that returns the output of this group's only linear."""
+    ends: Submodule | None = None  # the child of the block that returns the output of this group's only linear
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ class Submodule:
     """A child of the block that ends with a linear: attention, the MLP."""
 
     name: str
-    returns: int | None
-    """Length of the tuple whose first entry is the output, with None for the others; None if there is no tuple."""
+    returns: int | None  # None: the output alone; a number: a tuple of this length, with the output, then only None
 
 
 def find_groups(
@@ -59,9 +57,7 @@ def find_groups(
 ) -> list[Group]:
     """Run the block once and group its linears by the identity of their input tensor.
 
-    Args:
-        run: calls `block` with the arguments the model gives it.
-        hidden: the input of the block; its values do not matter.
+    `run` calls the block with the arguments that the model gives it. The values of `hidden`, its input, do not matter.
     """
     seen = Observation(hidden.to(next(block.parameters()).device))
     with _hooked(block, seen.record):
@@ -113,8 +109,7 @@ class Observation:
         if isinstance(first, Tensor) and all(other is None for other in others):
             linear = self._linear_of_output.get(_identity(first), "")
             if linear.startswith(name + "."):
-                length = len(output) if isinstance(output, tuple) else None
-                self.submodule_ended_by[linear] = Submodule(name, length)
+                self.submodule_ended_by[linear] = Submodule(name, len(output) if isinstance(output, tuple) else None)
 
     def residual_of(self, linear: str, end: Tensor) -> str | None:
         """Return the name of the residual to which the output of a linear is added.
@@ -160,8 +155,7 @@ def split_packable(block: nn.Module, groups: list[Group]) -> tuple[list[Group], 
 
     A group is skipped as a whole: engines fuse q/k/v and gate/up and then need one scheme for all of them.
     """
-    kept: list[Group] = []
-    skipped: dict[str, str] = {}
+    kept, skipped = list[Group](), dict[str, str]()
     for group in groups:
         odd = [name for name in group.linears if not _packable(linear_of(block, name))]
         if odd:
@@ -191,15 +185,15 @@ def left_in_float(model: nn.Module, packed: Container[str]) -> list[str]:
 def fit_group_size(requested: int, in_features: set[int]) -> int:
     """Return the largest of requested, 128, 64, 32 that divides every layer's input size; -1 (whole rows) always fits.
 
-    The whole model gets one size, because engines fuse layers and formats store one number.
-    Raises RequestError if none of them divides.
+    The whole model gets one size, because engines fuse layers and formats store one number. Raises RequestError if none
+    of them divides.
     """
     if requested == -1:
         return -1
     for size in (requested, *(s for s in (128, 64, 32) if s < requested)):
         if all(width % size == 0 for width in in_features):
             return size
-    widths = ", ".join(str(width) for width in sorted(in_features))
+    widths = ", ".join(map(str, sorted(in_features)))
     raise RequestError(f"group size {requested} does not divide the layers' input sizes ({widths}); pass 32, 64 or -1")
 
 
@@ -230,17 +224,12 @@ def _norm_offset(norm: nn.Module, hidden: Tensor) -> float | None:
 
 
 def _declared_producer(block: nn.Module, linears: list[str]) -> str | None:
-    if len(linears) != 1:
-        return None
     parent, _, leaf = linears[0].rpartition(".")
-    consumer: Any = block.get_submodule(linears[0])
-    for producer_leaf, consumer_leaf in _DECLARED_FOLDS:
-        if leaf != consumer_leaf:
-            continue
+    for producer_leaf, consumer_leaf in _DECLARED_FOLDS if len(linears) == 1 else ():
         name = f"{parent}.{producer_leaf}".lstrip(".")
-        producer: Any = dict(block.named_modules()).get(name)
-        rows = consumer.in_features * (2 if producer_leaf == "gate_up_proj" else 1)
+        producer = dict(block.named_modules()).get(name)
+        rows = linear_of(block, linears[0]).in_features * (2 if producer_leaf == "gate_up_proj" else 1)
         # Under grouped-query attention several channels of o read one channel of v; no scale fits them all.
-        if isinstance(producer, nn.Linear) and producer.out_features == rows:
+        if leaf == consumer_leaf and isinstance(producer, nn.Linear) and producer.out_features == rows:
             return name
     return None

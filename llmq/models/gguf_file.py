@@ -13,12 +13,9 @@ from llmq.core.errors import CheckpointError
 
 
 class GgufFile:
-    """One .gguf file, each tensor dequantized when read.
+    """One .gguf file, each tensor dequantized when read. `skeleton`: the model on the meta device.
 
-    Args:
-        skeleton: the model on the meta device; transformers maps its parameter names to GGUF's.
-
-    The name map and the per-architecture row orders come from transformers' GGUF reader, which offers no lazy access.
+    The map of its parameter names to GGUF's and the row orders come from transformers, which cannot read lazily.
     """
 
     def __init__(self, path: Path, skeleton: nn.Module) -> None:

@@ -15,7 +15,7 @@ _UNWANTED = ["consolidated*", "original/*", "onnx/*", "*.onnx*"]
 
 
 def locate(spec: str, trust_remote_code: bool = False) -> Path:
-    """Return the directory or .gguf file that `spec` means. Download it first if it is a hub id.
+    """Return the directory or .gguf file that `spec` means. A hub id is downloaded first.
 
     Raises RequestError if nothing of that name exists, WorkError if the download fails.
     """
@@ -42,28 +42,19 @@ def _demo() -> Path:
 
 
 def _download(repo: str, trust_remote_code: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
     wanted = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
     try:
         return Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=_UNWANTED))
-    except GatedRepoError:
+    except errors.GatedRepoError:
         raise RequestError(f"{repo} is gated: accept its licence on the hub and log in with `hf auth login`") from None
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
-        raise RequestError(
-            f"no such model: {repo!r} is neither a local directory nor a public hub repository"
-        ) from None
-    except LocalEntryNotFoundError:
-        raise WorkError(
-            f"{repo} is not in the local cache and the hub cannot be reached; check the connection"
-        ) from None
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+        reason = f"no such model: {repo!r} is neither a local directory nor a public hub repository"
+        raise RequestError(reason) from None
+    except errors.LocalEntryNotFoundError:
+        reason = f"{repo} is not in the local cache and the hub cannot be reached; check the connection"
+        raise WorkError(reason) from None
     except Exception as error:  # a connection that breaks off raises the HTTP client's own error, not the hub's
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise WorkError(f"downloading {repo} failed ({reason}); run the same command again to go on") from None

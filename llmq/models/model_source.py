@@ -21,11 +21,7 @@ _GENERATION = "generation_config.json"
 
 
 class ModelSource:
-    """A causal language model whose weights stay on disk until a block asks for them.
-
-    Args:
-        spec: a directory, a hub id, a .gguf file or `demo`.
-        trust_remote_code: run modelling code that ships with the checkpoint.
+    """A causal language model. Its weights stay on disk until a block asks for them. `spec`: see `locate`.
 
     Raises RequestError for what llmq does not quantize (pickle weights, quantized weights, fused 3-D experts,
     models without one list of decoder blocks), CheckpointError for missing or corrupt files.
@@ -47,24 +43,24 @@ class ModelSource:
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The decoder blocks of the skeleton, in order."""
+        """Return the decoder blocks of the skeleton, in order."""
         return [self.skeleton.get_submodule(name) for name in self.block_names]
 
     @cached_property
     def size(self) -> int:
-        """The number of weights in the model. Tied weights count once."""
+        """Count the numbers in the model, each stored once."""
         state = self.skeleton.state_dict()
         return sum(state[name].numel() for name in self.tensor_names)
 
     @cached_property
     def tensor_names(self) -> list[str]:
-        """Every tensor of the model, each stored once: aliases of tied weights are left out."""
+        """Return the name of every tensor of the model, without aliases of tied weights."""
         aliases = tied_aliases(self.skeleton)
         return [name for name in self.skeleton.state_dict() if name not in aliases]
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype the linears are stored in, which the quantized checkpoint keeps."""
+        """Return the dtype in which the linears are stored. The quantized checkpoint keeps it."""
         block = self.skeleton.get_submodule(self.block_names[0])
         linear = next(name for name, module in block.named_modules() if isinstance(module, nn.Linear))
         return self.files.dtype(f"{self.block_names[0]}.{linear}.weight")
@@ -74,12 +70,11 @@ class ModelSource:
         try:
             return AutoTokenizer.from_pretrained(self.directory, **self._hf_arguments)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise CheckpointError(
-                f"{self.directory} has no tokenizer that can be opened: {first_line(error)}"
-            ) from None
+            reason = f"{self.directory} has no tokenizer that can be opened: {first_line(error)}"
+            raise CheckpointError(reason) from None
 
     def outer_names(self) -> list[str]:
-        """Return the names of the tensors outside the decoder blocks: embeddings, final norm, lm_head."""
+        """Return the names of tensors outside the decoder blocks: embeddings, final norm, lm_head."""
         prefixes = tuple(name + "." for name in self.block_names)
         return [name for name in self.tensor_names if not name.startswith(prefixes)]
 
@@ -96,8 +91,7 @@ class ModelSource:
     def load(self, names: list[str], device: torch.device, dtype: torch.dtype) -> None:
         """Put these tensors into the skeleton, floats cast to `dtype`."""
         tensors = {name: self.read(name) for name in names}
-        cast = {n: t.to(device, dtype) if t.is_floating_point() else t.to(device) for n, t in tensors.items()}
-        self._assign(cast)
+        self._assign({n: t.to(device, dtype if t.is_floating_point() else t.dtype) for n, t in tensors.items()})
 
     def free(self, names: list[str]) -> None:
         """Send these tensors of the skeleton back to the meta device."""
@@ -105,7 +99,7 @@ class ModelSource:
         self._assign({name: torch.empty_like(parameters[name], device="meta") for name in names})
 
     def load_all(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """Load the whole model, ready to run: the reference for a quantized one."""
+        """Return the whole model in memory, ready to run. A quantized one is compared with it."""
         self.load(self.tensor_names, device, dtype)
         self.skeleton.tie_weights()
         read_generation_config(self.skeleton, self.directory)
@@ -122,15 +116,13 @@ class ModelSource:
         try:
             return AutoConfig.from_pretrained(self.directory, **self._hf_arguments)
         except Exception as error:  # config classes check their own fields and raise what they like
-            if "trust_remote_code" in str(error):
-                reason = "it needs its own modelling code; pass --trust-remote-code if you trust its author"
-            else:
-                reason = first_line(error)
+            code = "it needs its own modelling code; pass --trust-remote-code if you trust its author"
+            reason = code if "trust_remote_code" in str(error) else first_line(error)
             raise RequestError(f"{self.directory} cannot be opened as a language model: {reason}") from None
 
 
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> Any:
-    """Build the model with parameters on the meta device and real buffers, which are computed and not stored."""
+    """Return a model with parameters on the meta device and real buffers (rotary frequencies are computed)."""
     try:
         with init_empty_weights(include_buffers=False):
             # float32: buffers are real, and must not be rounded to the dtype of the weights (Gemma's embedding scale).
@@ -144,7 +136,7 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> Any:
 
 
 def find_blocks(model: Any) -> list[str]:
-    """Names of the decoder blocks in order: the one ModuleList as long as the config says the model is deep.
+    """Return the names of the decoder blocks in order. They are the only ModuleList with `num_hidden_layers` entries.
 
     Raises RequestError if there is no such list, or more than one.
     """
@@ -161,10 +153,8 @@ def find_blocks(model: Any) -> list[str]:
 
 
 def tied_aliases(model: Any) -> set[str]:
-    """Names that repeat another tensor (lm_head of a model with tied embeddings)."""
-    if not model.config.get_text_config().tie_word_embeddings:
-        return set()
-    return set(model._tied_weights_keys or ())
+    """Return the names that repeat another tensor (lm_head of a model with tied embeddings)."""
+    return set(model._tied_weights_keys or ()) if model.config.get_text_config().tie_word_embeddings else set()
 
 
 def read_generation_config(model: Any, directory: Path) -> None:
@@ -187,7 +177,7 @@ def move_buffers(model: Any, device: torch.device) -> Any:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Return whether all numbers are finite. NaN is both minimum and maximum: 30 times faster than testing each."""
+    """Return whether all numbers are finite. NaN is both least and largest; checking each number is 30 times slower."""
     return all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())
 
 

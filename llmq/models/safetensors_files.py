@@ -17,16 +17,8 @@ from llmq.models.untrusted_files import read_json, regular_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 _HOW = "convert it once with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
 
 
@@ -35,14 +27,12 @@ class TensorFiles(Protocol):
     """What a source needs from a file format: the names, and one tensor at a time."""
 
     @property
-    def paths(self) -> list[Path]:
-        """The files."""
-        ...
+    def paths(self) -> list[Path]: ...
 
     def names(self) -> set[str]: ...
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype in which the tensor is read, without reading it."""
+        """Return the dtype in which the tensor is read. The tensor itself is not read."""
         ...
 
     def read(self, name: str) -> Tensor:
@@ -88,16 +78,15 @@ class SafetensorsDirectory:
             raise CheckpointError(f"{self.directory}: tensor {name} cannot be read ({error})") from None
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype from the header; read the tensor only if the header names an unusual type."""
-        found = _DTYPES.get(self._about[name][1])
-        return self.read(name).dtype if found is None else found
+        """Return the dtype, from the header alone if it is one of those that weights come in."""
+        return _DTYPES.get(self._about[name][1]) or self.read(name).dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape, from the header alone."""
         return self._about[name][0]
 
     def is_float(self, name: str) -> bool:
-        """Return whether the tensor holds floating-point numbers that need no scale from elsewhere."""
+        """Return whether a tensor holds floating-point numbers that need no scale from elsewhere."""
         return self._about[name][1] in ("F64", "F32", "F16", "BF16")
 
     def nbytes(self, name: str) -> int:
@@ -109,7 +98,7 @@ class SafetensorsDirectory:
 
 
 def _names_by_shard(directory: Path) -> Mapping[str, set[str] | None]:
-    """Shard file name -> the tensors expected in it (None: whatever is there)."""
+    """Return the tensors expected in each shard file, by its name; None: whatever is there."""
     if (directory / INDEX).exists():
         shards: dict[str, set[str]] = defaultdict(set)
         listed = read_json(directory, INDEX).get("weight_map")
@@ -128,12 +117,12 @@ def _names_by_shard(directory: Path) -> Mapping[str, set[str] | None]:
             f"{directory} holds pickle weights (.bin), which can run code when opened; llmq reads safetensors.\n" + _HOW
         )
     raise RequestError(
-        f"{directory} holds neither {SINGLE} nor {INDEX}; if the model comes as .bin files only:\n" + _HOW
+        f"{directory} holds neither {SINGLE} nor {INDEX}; if the model comes as .bin files only:\n{_HOW}"
     )
 
 
 def _described(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and type of every tensor of a shard, from its header."""
+    """Return the shape and type of every tensor of a shard, from its header."""
     with _open(path) as file:
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 it is no mapping
         return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}

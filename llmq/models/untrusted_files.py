@@ -13,14 +13,10 @@ _OPENED = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
 
 
 def regular_file(directory: Path, name: str, model: Path | None = None) -> Path:
-    """Return the path of a file in a directory.
+    """Return the path of a file in a directory, which may lie inside that of a whole `model`.
 
-    Links may lead to other files of the directory, or to the hub cache's files of this model.
-
-    Args:
-        model: the directory of the whole model, where `directory` is one inside it.
-
-    Raises CheckpointError if the file is missing, not regular (a pipe would block for ever) or lies elsewhere.
+    Links may lead to other files of the directory, or to where the hub's cache keeps the files of its snapshots.
+    Raises CheckpointError if the file is missing, is not regular (a pipe would block for ever) or lies elsewhere.
     """
     if Path(name).name != name or name in ("", ".", ".."):
         raise CheckpointError(f"{directory}: {name[:80]!r} is not a plain file name inside the directory")

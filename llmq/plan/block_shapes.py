@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,15 +25,11 @@ _TOKENS = 16  # enough to see which linears share an input
 class Layout:
     """The linears of blocks that have the same structure."""
 
-    blocks: tuple[str, ...]
-    """Names of the blocks to quantize that have it."""
+    blocks: tuple[str, ...]  # names of the blocks to quantize that have it
     groups: tuple[Group, ...]
-    shapes: dict[str, tuple[int, int]]
-    """(rows, columns) of every linear."""
-    skipped: dict[str, str]
-    """Linears that stay in float, with the reason."""
-    other_count: int
-    """Parameters outside the linears."""
+    shapes: dict[str, tuple[int, int]]  # (rows, columns) of every linear
+    skipped: dict[str, str]  # linears that stay in float, with the reason
+    other_count: int  # parameters outside the linears
 
     def shape(self, group: Group) -> tuple[int, int]:
         """Return (rows, columns) of a group: its linears have the same columns, their rows are stacked."""
@@ -40,8 +37,7 @@ class Layout:
 
     def weights_of(self, group: Group) -> int:
         """Count the weights of a group: rows x columns."""
-        rows, columns = self.shape(group)
-        return rows * columns
+        return math.prod(self.shape(group))
 
     def moment_size(self, group: Group) -> int:
         """Count the entries of H, the second moment of a group's input: columns x columns."""
@@ -50,7 +46,7 @@ class Layout:
     @property
     def weight_count(self) -> int:
         """Count the weights of all linears."""
-        return sum(rows * columns for rows, columns in self.shapes.values())
+        return sum(map(math.prod, self.shapes.values()))
 
 
 class _RandomWeights(ModelSource):
@@ -66,12 +62,8 @@ class _RandomWeights(ModelSource):
         inside = tuple(name + "." for name in self.block_names)
         floats = {name: state[name].shape for name in names if state[name].is_floating_point()}
         # Outside the blocks all rows are one and the same memory: embeddings can be as large as ten blocks.
-        self._assign(
-            {
-                name: _filled(shape, base) if name.startswith(inside) or len(shape) < 2 else _repeated(shape, base)
-                for name, shape in floats.items()
-            }
-        )
+        shared = {name for name, shape in floats.items() if not name.startswith(inside) and len(shape) > 1}
+        self._assign({n: _repeated(s, base) if n in shared else _filled(s, base) for n, s in floats.items()})
 
 
 def _filled(shape: torch.Size, base: Tensor) -> Tensor:
@@ -88,8 +80,7 @@ def _repeated(shape: torch.Size, base: Tensor) -> Tensor:
 def random_blocks(request: Request, run: Run, ids: Tensor) -> Iterator[tuple[tuple[str, ...], Block]]:
     """Yield (names of all blocks of a structure, one such block with random weights); the block is freed afterwards.
 
-    Args:
-        ids: [samples, length] tokens; the block gets as many random hidden states.
+    The block gets as many random hidden states as there are tokens in `ids` [samples, length].
     """
     same: dict[object, list[str]] = {}
     for name in run.chosen:

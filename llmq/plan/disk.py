@@ -90,6 +90,5 @@ def _existing_bytes(request: Request) -> int:
     output, config = request.config.output, request.config
     if not (config.overwrite or config.resume) or not output.is_dir():
         return 0
-    replaced = [*output.glob("model*.safetensors")] if config.overwrite else []
-    files = [*replaced, *output.glob("*.partial/**/*.safetensors")]
-    return sum(path.stat().st_size for path in files)
+    patterns = ["*.partial/**/*.safetensors", *["model*.safetensors"] * config.overwrite]
+    return sum(path.stat().st_size for pattern in patterns for path in output.glob(pattern))

@@ -149,8 +149,7 @@ def _problem_bytes(load: Workload, layout: Layout, group: Group) -> int:
 
     W of a single linear in the right dtype is the block's own weight and takes nothing more.
     """
-    size = layout.weights_of(group)
-    dtype = 4 if load.statistics else load.linear_bytes
+    size, dtype = layout.weights_of(group), 4 if load.statistics else load.linear_bytes
     W = dtype * size * (len(group.linears) > 1 or dtype != load.linear_bytes)
     return W + 4 * (2 * layout.moment_size(group) + 2 * size * (load.streams == 2)) if load.statistics else W
 
@@ -207,8 +206,7 @@ def _training(request: Request) -> Moment:
     tuned, source, whole = request.config.tuned, request.source, request.source.size
     linears = [m for block in source.blocks for m in block.modules() if isinstance(m, nn.Linear)]
     count, sides = sum(m.weight.numel() for m in linears), sum(m.in_features + m.out_features for m in linears)
-    tokens = tuned.end_batch * request.training.train.shape[1]
-    words = source.config.get_text_config().vocab_size
+    tokens, words = tuned.end_batch * request.training.train.shape[1], source.config.get_text_config().vocab_size
     original = whole * request.compute.dtype.itemsize
     learning = (whole - count) * 4 + count * (_TRAINED_END if tuned.end_rate else _TRAINED_END_SCALES)
     # Three copies of the logits; the input and output of every linear.

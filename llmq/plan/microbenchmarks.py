@@ -31,16 +31,11 @@ _MOST_PRODUCTS = (6, 10)
 class Speeds:
     """Seconds that each unit of work takes here."""
 
-    product: float
-    """One multiplication of a large float32 matmul."""
-    addition: float
-    """One number added to another in a large tensor."""
-    solve: tuple[float, float, float, float]
-    """(a, b, c, d) of `solving`."""
-    weight: float
-    """One weight of a linear: encoded, hashed, decoded and hashed again."""
-    byte: float
-    """One byte of a tensor that is copied as it is: checked for NaN, and hashed twice."""
+    product: float  # one multiplication of a large float32 matmul
+    addition: float  # one number added to another in a large tensor
+    solve: tuple[float, float, float, float]  # (a, b, c, d) of `solving`
+    weight: float  # one weight of a linear: encoded, hashed, decoded and hashed again
+    byte: float  # one byte of a tensor that is copied as it is: checked for NaN, and hashed twice
 
     def solving(self, rows: float, columns: int) -> float:
         """Return the seconds of solving a group: a n + b n³ + rows (c n + d n²), with n columns."""
@@ -121,8 +116,7 @@ def _random_problem(run: Run, rows: int, columns: int, grid: Grid) -> Problem:
         H.diagonal().add_(1.0)  # its eigenvalues are positive
         ones, target_moment = torch.ones(columns, device=run.device), W.flip(0) if run.matching else None
         statistics = InputStatistics(H, H, ones, columns, 0, target_moment, target_moment)
-    clippable = torch.ones(rows, dtype=torch.bool, device=run.device)
-    return Problem(W, statistics, grid, run.scale_dtype, clippable)
+    return Problem(W, statistics, grid, run.scale_dtype, torch.ones(rows, dtype=torch.bool, device=run.device))
 
 
 def _solve(run: Run, problem: Problem) -> None:
@@ -138,8 +132,6 @@ def _solve(run: Run, problem: Problem) -> None:
 
 
 def _some_weight(run: Run) -> QuantizedWeight:
-    size = run.grid.group_size
-    columns = 1024 if size == -1 else 32 * size
+    columns = 1024 if run.grid.group_size == -1 else 32 * run.grid.group_size
     rows = max(32, _WEIGHTS // columns // 32 * 32)
-    W = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    return nearest(run, W, run.config.bits)
+    return nearest(run, torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)), run.config.bits)

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 
@@ -31,38 +32,25 @@ class Plan:
     """What a run will do and need."""
 
     model: str
-    weight_count: int
-    """Of the whole model."""
-    blocks: list[str]
-    """Names of all blocks of the model."""
+    weight_count: int  # of the whole model
+    blocks: list[str]  # names of all blocks of the model
     layouts: list[Layout]
-    bits: dict[str, int]
-    """Bits of every linear of the blocks, by its name in the model."""
-    in_float: list[str]
-    """Tensors that stay in float, with the reason."""
+    bits: dict[str, int]  # bits of every linear of the blocks, by its name in the model
+    in_float: list[str]  # tensors that stay in float, with the reason
     stored_as: str
-    packed: tuple[int, int]
-    """Weights that are packed, and the bytes they take."""
-    output: int
-    """Bytes of all tensors of the checkpoint."""
+    packed: tuple[int, int]  # weights that are packed, and the bytes they take
+    output: int  # bytes of all tensors of the checkpoint
     text: str
     states: States
-    processes: tuple[int, int]
-    """Number of processes of the run, and of those on this machine."""
+    processes: tuple[int, int]  # number of processes of the run, and of those on this machine
     device: str
-    program: int
-    """Bytes that the program takes already."""
-    moments: list[Moment]
-    """What a process takes besides the program."""
-    free: tuple[int | None, int | None]
-    """Free bytes of the machine and of the device; None where the system does not tell."""
+    program: int  # bytes that the program takes already
+    moments: list[Moment]  # what a process takes besides the program
+    free: tuple[int | None, int | None]  # free bytes of machine and device; None where the system does not tell
     disks: list[Disk]
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds by kind of work; empty if nothing was timed."""
-    probe: float = 0.0
-    """Seconds that planning took."""
-    busy: bool = False
-    """Whether other programs were busy: they slow down the timed work, and the run."""
+    seconds: dict[str, float] = field(default_factory=dict)  # seconds by kind of work; empty if nothing was timed
+    probe: float = 0.0  # seconds that planning took
+    busy: bool = False  # whether other programs were busy: they slow down the timed work, and the run
 
     @property
     def worst(self) -> Moment:
@@ -80,11 +68,7 @@ class Plan:
 
 
 def plan_of(request: Request, run: Run, timed: bool = False) -> Plan:
-    """Return the plan of a run. Reads no weights.
-
-    Args:
-        timed: also estimate the time of the run. This takes some seconds of work on random numbers.
-    """
+    """Return the plan of a run, without reading weights. `timed`: spend some seconds to estimate the time too."""
     states, source, program, clock = states_of(request, run), request.source, resident_now(), Clock()
     load = workload_of(request, run, states)
     free = free_memory(torch.device("cpu")), free_memory(request.compute.device)
@@ -107,10 +91,7 @@ def plan_of(request: Request, run: Run, timed: bool = False) -> Plan:
         processes=(request.ranks.size, processes_here(request.ranks)),
         device=request.compute.device.type,
         program=program,
-        moments=[
-            *(moment for layout in seen for moment in block_moments(load, layout, run)),
-            *other_moments(request, run, load),
-        ],
+        moments=[*chain(*(block_moments(load, layout, run) for layout in seen)), *other_moments(request, run, load)],
         free=free,
         disks=disks(request, states, packed + plain),
         seconds=all_seconds(request, run, *timings, plain) if timings else {},
@@ -155,8 +136,8 @@ def _format_of(run: Run) -> str:
     grid = run.grid
     size = "whole rows" if grid.group_size == -1 else f"groups of {grid.group_size}"
     bits = ", ".join(map(str, sorted({run.bits[name] for name in run.bits if name.startswith(tuple(run.chosen))})))
-    kind = "symmetric" if grid.symmetric else "with zero points"
-    return f"{run.config.stored_as}: {bits} bit, {size}, {kind}, scales in {_name(run.scale_dtype)}"
+    kind, dtype = "symmetric" if grid.symmetric else "with zero points", str(run.scale_dtype).removeprefix("torch.")
+    return f"{run.config.stored_as}: {bits} bit, {size}, {kind}, scales in {dtype}"
 
 
 def _text_of(request: Request, load: Workload) -> str:
@@ -166,7 +147,3 @@ def _text_of(request: Request, load: Workload) -> str:
     train, held_out, length = tokens.train.numel(), tokens.held_out.numel(), tokens.train.shape[1]
     more = f", {request.training.train.numel():,} to train on from end to end" if config.end_to_end else ""
     return f"{config.calibration}: {train:,} tokens, {held_out:,} held out{more}, in sequences of {length}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

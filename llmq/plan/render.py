@@ -81,8 +81,9 @@ def check_plan(plan: Plan) -> None:
     if host is not None and needed > host:
         states = local * plan.states.nbytes * (plan.states.directory is None)
         way = f"use --offload-dir: it keeps {gb(states)} of hidden states on disk" if states > needed - host else less
+        processes = f" for {local} processes" if local > 1 else ""
         raise RequestError(
-            f"{worst.what} will take {gb(needed)} of memory{_per(local)}, but {gb(host)} are free.\n"
+            f"{worst.what} will take {gb(needed)} of memory{processes}, but {gb(host)} are free.\n"
             f"Close other programs, or {_less_training(worst) or way}."
         )
     if plan.device != "cpu" and device is not None and plan.worst_on_device.device > device:
@@ -94,10 +95,5 @@ def check_plan(plan: Plan) -> None:
 
 
 def _less_training(moment: Moment) -> str:
-    if moment.what != END_TO_END:
-        return ""
-    return "use --tuned.end-rate 0; --tuned.end-steps 0 --tuned.steps 100 trains one block after the other"
-
-
-def _per(processes: int) -> str:
-    return f" for {processes} processes" if processes > 1 else ""
+    way = "use --tuned.end-rate 0; --tuned.end-steps 0 --tuned.steps 100 trains one block after the other"
+    return way if moment.what == END_TO_END else ""

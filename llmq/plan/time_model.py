@@ -22,8 +22,7 @@ class Timed:
     """How fast this machine works."""
 
     speeds: Speeds
-    tokens: list[float]
-    """Seconds of a token in a block of each structure."""
+    tokens: list[float]  # seconds of a token in a block of each structure
 
 
 def block_seconds(load: Workload, layout: Layout, token: float, run: Run, speeds: Speeds) -> dict[str, float]:
@@ -106,12 +105,10 @@ def all_seconds(request: Request, run: Run, layouts: list[Layout], timed: Timed,
 
 
 def _training_seconds(request: Request, block_weights: int, timed: Timed) -> float:
-    """Estimate the seconds of training from end to end.
-
-    A step is the original's forward, the student's, and a way back of twice that; then some operations on each weight.
-    """
+    """Estimate the seconds of training from end to end."""
     tuned, text, depth = request.config.tuned, request.source.config.get_text_config(), len(request.source.blocks)
     token = depth * timed.tokens[0] + text.vocab_size * text.hidden_size * timed.speeds.product
     length, operations = request.training.train.shape[1], 20 if tuned.end_rate else 6
+    # 4: a forward of the original, one of the student, and a way back of twice that; then operations on each weight.
     step = tuned.end_batch * length * 4 * token + depth * block_weights * operations * timed.speeds.addition
     return tuned.end_steps * step + _CHECKS * request.tokens.held_out.numel() * 2 * token

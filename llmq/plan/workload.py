@@ -27,33 +27,24 @@ class States:
     """Size of the hidden states of this process, and where they wait for the next block."""
 
     nbytes: int
-    directory: Path | None
-    """None if they wait in memory."""
+    directory: Path | None  # None if they wait in memory
 
 
 @dataclass(frozen=True)
 class Workload:
     """The work of this process in each block. Memory and time of a block follow from it and from the block's layout."""
 
-    tokens: int
-    """Calibration tokens; held-out ones are not among them."""
+    tokens: int  # calibration tokens; held-out ones are not among them
     held_out: int
-    batch: int
-    """Tokens that run through a block together."""
-    sums: int
-    """Sums of the same shape in memory at once: of calibration tokens, of held-out tokens, and of the current share."""
-    streams: int
-    """2 if the original model's hidden states run beside the quantized model's, else 1."""
-    linear_bytes: int
-    """Bytes of a linear's weight as it is loaded."""
-    factor_bytes: int
-    """Bytes of the same weight as matmuls want it."""
-    other_bytes: int
-    """Bytes of any other parameter."""
+    batch: int  # tokens that run through a block together
+    sums: int  # sums of one shape in memory at once: of calibration tokens, held-out tokens and the current share
+    streams: int  # 2 if the original model's hidden states run beside the quantized model's, else 1
+    linear_bytes: int  # bytes of a linear's weight as it is loaded
+    factor_bytes: int  # bytes of the same weight as matmuls want it
+    other_bytes: int  # bytes of any other parameter
     sequential: bool
     statistics: bool
-    states: int
-    """Bytes of hidden states in memory."""
+    states: int  # bytes of hidden states in memory
     rows_per_solve: int
     ranks: Ranks
 
