@@ -30,7 +30,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmq.algorithms.problem import Problem, Solution, energy, quantize_groups, round_to_nearest
+from llmq.algorithms.problem import Problem, Solution, quantize_groups, round_to_nearest
+from llmq.algorithms.stable_sums import energy
 from llmq.calibration.block_runner import Block
 from llmq.core import grid
 from llmq.core.settings import Awq

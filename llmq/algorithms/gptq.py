@@ -46,7 +46,8 @@ from torch import Tensor
 from llmq.algorithms.cholesky import cholesky_
 from llmq.algorithms.coordinate_descent import descend
 from llmq.algorithms.gptq_columns import round_columns
-from llmq.algorithms.problem import Problem, Solution, joined, mean
+from llmq.algorithms.problem import Problem, Solution, joined
+from llmq.algorithms.stable_sums import mean
 from llmq.core.errors import WorkError
 from llmq.core.settings import Gptq
 
