@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmq.algorithms.problem import Problem, Solution, quantize_groups, round_to_nearest
+from llmq.algorithms.problem import Problem, Solution, nearest_points, round_to_nearest
 from llmq.algorithms.stable_sums import energy
 from llmq.calibration.block_runner import Block
 from llmq.core import grid
@@ -98,8 +98,7 @@ def search_scales(problem: Problem, ratios: int) -> Float[Tensor, "in"]:
 def _scaled_error(problem: Problem, W: Tensor, s: Tensor) -> float:
     """Return L(s) of these rows."""
     assert problem.statistics is not None
-    q, scale, zero = quantize_groups(problem, grid.group_view(W * s, problem.grid.group_size))
-    W_hat = grid.dequantize(q, scale[..., None], zero[..., None], W.dtype).flatten(-2) / s
+    W_hat = nearest_points(problem, grid.group_view(W * s, problem.grid.group_size)).flatten(-2) / s
     return energy(W - W_hat, problem.statistics.H)
 
 
@@ -122,8 +121,7 @@ def _best_clip(problem: Problem, W: Float[Tensor, "out groups size"], tries: int
     best_error = torch.full_like(best, torch.inf)
     for i in range(tries):
         shrink = 1 - i / (2 * tries)
-        q, scale, zero = quantize_groups(problem, W, shrink)
-        E = (W - grid.dequantize(q, scale[..., None], zero[..., None], W.dtype)).transpose(0, 1)
+        E = (W - nearest_points(problem, W, shrink)).transpose(0, 1)
         error = ((E @ H_gg) * E).sum(-1).T
         better = error < best_error
         best = torch.where(better, shrink, best)

@@ -51,10 +51,10 @@ def _best_damping(problem: Problem, settings: Gptq) -> float:
     """Return the damping with the least held-out loss on about 256 rows. Rows do not interact, so it suits all."""
     rows = spread(len(problem.W))
     few = replace(problem, W=problem.W[rows], clippable=problem.clippable[rows])
-    tried = (settings.damping * factor for factor in _DAMPINGS)
+    tried = [replace(settings, damping=settings.damping * factor) for factor in _DAMPINGS]
     return min(
-        (d for d in tried if d < 1), key=lambda d: held_out_loss(few, gptq.solve(few, replace(settings, damping=d)))
-    )
+        (setting for setting in tried if setting.damping < 1), key=lambda s: held_out_loss(few, gptq.solve(few, s))
+    ).damping
 
 
 def held_out_loss(problem: Problem, solution: Solution) -> float:

@@ -10,9 +10,6 @@ the best code while all other columns stay fixed, so the objective never gets wo
 G is updated as GPTQ updates its weights: by rank-1 updates inside a block of columns, by one matmul outside.
 """
 
-# torch annotates only part of itself: what it leaves unknown is not reported here.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-
 from __future__ import annotations
 
 from dataclasses import replace

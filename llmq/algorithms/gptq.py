@@ -34,7 +34,7 @@ A layer of 2 outputs and 2 inputs, on the points ..., 0.1, 0.2, ... (scale 0.1, 
 
     >>> W, H = torch.tensor([[0.24, 0.13], [0.36, -0.12]]), torch.tensor([[1.0, 0.8], [0.8, 1.0]])  # [out, in], [in, in]
     >>> U, _, _ = factorise(H, H.diagonal(), torch.arange(2), damping=0.0)                          # [in, in]
-    >>> U                                                            # column 1 gets -U_01 / U_00 = 0.8 of column 0's error
+    >>> U                                                            # column 1 gets -U_01 / U_00 = 0.8 of the error
     tensor([[ 1.6667, -1.3333],
             [ 0.0000,  1.0000]])
     >>> scale, zero = torch.full((1, 2), 0.1), torch.full((1, 2), 8, dtype=torch.uint8)             # [1, out] each
@@ -63,12 +63,11 @@ from llmq.algorithms.coordinate_descent import descend
 from llmq.algorithms.gptq_columns import round_columns
 from llmq.algorithms.problem import Problem, Solution, joined
 from llmq.algorithms.stable_sums import mean
-from llmq.core import grid
 from llmq.core.errors import WorkError
 from llmq.core.settings import Gptq
 
-# Multiples of the requested damping, tried in order when H is not numerically positive definite.
-_DAMPING_LADDER = (1, 2, 5, 10, 100)
+# Multiples of the requested damping, and dtypes: tried in order until H is numerically positive definite.
+_DAMPING_LADDER = ((1, torch.float32), *((multiple, torch.float64) for multiple in (1, 2, 5, 10, 100)))
 _AT_ONCE = 128  # most columns with rank-1 updates among them; matmuls update the rest
 _ROWS = 1024  # rows of H copied at once
 _ROWS_PER_SOLVE = 4096  # rows of W solved at once on a CPU
@@ -107,7 +106,7 @@ def rows_per_solve(device: torch.device) -> int:
 
 
 def _without_dead_columns(diagonal: Float[Tensor, "columns"]) -> tuple[Float[Tensor, "columns"], int]:
-    """Return the diagonal with its zeros replaced by the average, which makes these columns independent, and their count."""
+    """Return the diagonal with its zeros replaced by the average, and their count. It makes these columns independent."""
     dead = diagonal == 0
     count = int(dead.sum())
     average = mean(diagonal) * len(diagonal) / max(1, len(diagonal) - count)
@@ -135,15 +134,12 @@ def factorise(
     replaces the diagonal of H; `order` is the order of U's columns.
     """
     fallbacks: list[str] = []
-    for factor in _DAMPING_LADDER:
-        raised = diagonal.double() + damping * factor * mean(diagonal)
-        for dtype in (torch.float32, torch.float64):
-            if factor > 1 and dtype == torch.float32:
-                continue
-            U = _upper_factor_of_inverse(H, raised, order, torch.promote_types(dtype, H.dtype))
-            if U is not None:
-                return U.to(H.dtype), damping * factor, fallbacks
-            fallbacks.append(f"Cholesky failed in {str(dtype).removeprefix('torch.')} at damping {damping * factor:g}")
+    for multiple, dtype in _DAMPING_LADDER:
+        raised = diagonal.double() + damping * multiple * mean(diagonal)
+        U = _upper_factor_of_inverse(H, raised, order, torch.promote_types(dtype, H.dtype))
+        if U is not None:
+            return U.to(H.dtype), damping * multiple, fallbacks
+        fallbacks.append(f"Cholesky failed in {str(dtype).removeprefix('torch.')} at damping {damping * multiple:g}")
     raise WorkError("; ".join(fallbacks) + ": the input statistics are not finite or not positive")
 
 

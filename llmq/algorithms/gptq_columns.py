@@ -20,7 +20,7 @@ def round_columns(
 
         Err_i = (w_i - ŵ_i) / U_ii        w_j -= U_ij Err_i   for j > i
 
-    W is overwritten. It is transposed: its rows are the columns. One row of scale and zero holds for all columns.
+    W is overwritten. It is transposed: its rows are the columns. If scale and zero have one row, it holds for all.
     """
     if W.is_cuda and W.dtype == torch.float32 and len(scale) == 1:
         from llmq_kernels import gptq_columns

@@ -15,9 +15,6 @@ W X_o, with the inputs X_o of the original model. These weights W* come closest 
   * The correction comes before rounding and is the same for every method. It is not part of GPTQ's loop.
 """
 
-# torch annotates only part of itself: what it leaves unknown is not reported here.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -55,11 +52,9 @@ def choose(problem: Problem, ranks: Ranks = ALONE) -> Match:
     stats = problem.statistics
     if stats is None or stats.target_moment is None or stats.target_moment_val is None:
         return none
-    rows = spread(len(problem.W))
-    target_moment, target_moment_val = stats.target_moment[rows], stats.target_moment_val[rows]
-    tried = ranks.each(
-        [_tried(stats, target_moment, target_moment_val, damping) for damping in _DAMPINGS[ranks.rank :: ranks.size]]
-    )
+    rows, mine = spread(len(problem.W)), _DAMPINGS[ranks.rank :: ranks.size]
+    moments = stats.target_moment[rows], stats.target_moment_val[rows]
+    tried = ranks.each([_tried(stats, *moments, damping) for damping in mine])
     gains = [(0.0, none), *(gain for of_process in tried for gain in of_process)]
     return max(gains, key=lambda gain: (gain[0], -gain[1].damping))[1]
 

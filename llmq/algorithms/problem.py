@@ -45,7 +45,8 @@ class Problem:
         stats = self.statistics
         if stats is not None:
             target_moment, target_moment_val = (
-                None if moment is None else moment[start:stop] for moment in (stats.target_moment, stats.target_moment_val)
+                None if moment is None else moment[start:stop]
+                for moment in (stats.target_moment, stats.target_moment_val)
             )
             stats = replace(stats, target_moment=target_moment, target_moment_val=target_moment_val)
         return replace(self, W=self.W[start:stop], statistics=stats, clippable=self.clippable[start:stop])
@@ -155,12 +156,12 @@ def rounded(problem: Problem, grid_of: Callable[[slice], tuple[Tensor, Tensor]])
     return Solution(q.flatten(-2), scale, zero)
 
 
-def quantize_groups(
+def nearest_points(
     problem: Problem, W: Float[Tensor, "out groups size"], shrink: Tensor | float = 1.0
-) -> tuple[UInt8[Tensor, "out groups size"], Float[Tensor, "out groups"], UInt8[Tensor, "out groups"]]:
-    """Return the codes, scales and zeros of weights that are already cut into groups."""
-    scale, zero = problem.grid_of(W, shrink)
-    return grid.quantize(W, scale[..., None], zero[..., None], problem.grid.bits), scale, zero
+) -> Float[Tensor, "out groups size"]:
+    """Return Ŵ for weights that are already cut into groups."""
+    scale, zero = (tensor[..., None] for tensor in problem.grid_of(W, shrink))
+    return grid.dequantize(grid.quantize(W, scale, zero, problem.grid.bits), scale, zero, W.dtype)
 
 
 def damped(H: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:

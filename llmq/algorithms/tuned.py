@@ -9,8 +9,7 @@ and X_o in the original one:
 q and s are trained by gradients that ignore the rounding (straight through). This is EfficientQAT's Block-AP (Chen et
 al., arXiv 2407.11062) and close to AutoRound (Cheng et al., arXiv 2309.05516). What deviates from both, and why:
 
-  * Training starts from a GPTQ solution, and V starts at the weight's position within its cell, so a few dozen steps are
-    enough.
+  * Training starts from a GPTQ solution, and V starts at the weight's position within its cell, so few steps suffice.
   * V is measured in codes, so one learning rate suits every layer, however large its weights are.
   * A token's error is divided by the size of its own output, as the norm after the last block does, and counts 1 at
     most. In a plain sum, 95 % came from the first tokens of the sequences (SmolLM2-135M, block 12, 2 bit, 2026-11-23).
@@ -20,9 +19,6 @@ al., arXiv 2407.11062) and close to AutoRound (Cheng et al., arXiv 2309.05516). 
 
 Memory: one block, its gradients and the two moments of Adam.
 """
-
-# torch annotates only part of itself: what it leaves unknown is not reported here.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
@@ -43,7 +39,7 @@ from llmq.training.loop import Task, train
 def refine(
     block: Block, groups: list[Group], problems: list[Problem], solutions: list[Solution], settings: Tuned
 ) -> tuple[list[Solution], tuple[float, float]]:
-    """Return better solutions, and the loss on held-out tokens before and after. Reads the targets in `block.original`."""
+    """Return better solutions, and the held-out loss before and after. The targets are in `block.original`."""
     latents = [latent_of(problem, solution) for problem, solution in zip(problems, solutions, strict=True)]
     held_out = list(range(block.held_out_from, len(block.hidden)))
 
