@@ -15,6 +15,9 @@ Otherwise a thread sums its last few rows in another way. Long inner sides in fl
 Factor and inverse take 0.8 of LAPACK's time at n = 576, half of it at 1536 and 4096 (one AVX-512 core, 2026-11-25).
 """
 
+# torch annotates only part of itself: what it leaves unknown is not reported here.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Generator
@@ -49,7 +52,7 @@ class Factor:
         return V
 
     def solve_(self, B: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
-        """Overwrite B with the X of X A = B and return it: first Y Lᵀ = B, left to right, then X L = Y, right to left."""
+        """Overwrite B with the X of X A = B and return it: Y Lᵀ = B from left to right, then X L = Y back."""
         for k, V_kk in self._blocks():
             B[:, k] = B[:, k] @ V_kk.T
             B[:, k.stop :].addmm_(B[:, k], self.L[k.stop :, k].T, alpha=-1)

@@ -24,7 +24,7 @@ _BLOCK = 128
 
 
 def descend(problem: Problem, solution: Solution, H: Float[Tensor, "in in"], passes: int) -> Solution:
-    """Return the solution after some passes over its columns. Scales and zeros stay. H is damped: its diagonal is > 0."""
+    """Return the solution after some passes over its columns. Scales and zeros stay. H has a positive diagonal."""
     size, bits = problem.grid.group_size, problem.grid.bits
     # Transposed, because the loops below read whole columns of W, which are contiguous rows of Wᵀ.
     W_hat = solution.dequantize(size).to(H.dtype).T.contiguous()

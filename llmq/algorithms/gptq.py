@@ -6,7 +6,7 @@ Round one column after the other; after column i, move its rounding error onto t
 
     Err_i = (w_i - ŵ_i) / U_ii        W[:, i+1:] -= Err_i · U[i, i+1:]        H⁻¹ = Uᵀ U
 
-Errors reach later blocks only when a block is finished (the paper's lazy batch). Here groups do the same inside a block:
+Errors reach later blocks when a block is finished (the paper's lazy batch). Groups do the same inside a block:
 
     columns         |------- block B1 -------|------- block B2 -------|  ...
     groups          |---- G1 ---|---- G2 ----|---- G3 ---|---- G4 ----|  ...
@@ -26,8 +26,8 @@ What deviates from the paper, and why:
     error, with column k weighted by D_k = 1 / U_kk². This is the cost of an error in k that remains after all later
     columns have compensated for it (arXiv 2602.02126 weights by H itself).
   * Afterwards a few passes visit every column again (coordinate_descent.py).
-  * Columns that never saw an activation are rounded to nearest (the paper sets them to 0): other texts may use a channel
-    that the calibration text does not.
+  * Columns that never saw an activation are rounded to nearest (the paper sets them to 0): other texts may use a
+    channel that the calibration text does not use.
   * Damping 0.05 instead of 0.01: worse on the calibration tokens, better on held-out ones.
 
 A layer of 2 outputs and 2 inputs, on the points ..., 0.1, 0.2, ... (scale 0.1, zero 8). The inputs are correlated: 0.8.

@@ -81,6 +81,6 @@ def matched(problem: Problem, match: Match) -> Float[Tensor, "out in"]:
     factor = cholesky_(damped(stats.H, match.damping))
     assert factor is not None, "H had a factor when the damping was chosen"
     moved = W.clone()
-    for rows, target_moment in zip(moved.split(_ROWS), stats.target_moment.split(_ROWS), strict=True):
-        rows.add_(factor.solve_(target_moment.clone()), alpha=match.alpha)
+    for rows in (slice(start, start + _ROWS) for start in range(0, len(W), _ROWS)):
+        moved[rows].add_(factor.solve_(stats.target_moment[rows].clone()), alpha=match.alpha)
     return moved

@@ -145,7 +145,7 @@ def round_to_nearest(problem: Problem, shrink: Float[Tensor, "out groups"] | Non
 
 
 def rounded(problem: Problem, grid_of: Callable[[slice], tuple[Tensor, Tensor]]) -> Solution:
-    """Round every weight to the nearest point of its group's grid. `grid_of` returns the scale and zero of some rows."""
+    """Round every weight to the nearest point of its group's grid. `grid_of` returns scale and zero of some rows."""
     W = problem.groups()
     q = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     scale = torch.empty(W.shape[:-1], dtype=problem.scale_dtype, device=W.device)

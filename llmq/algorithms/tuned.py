@@ -71,7 +71,7 @@ def _error(block: Block, groups: list[Group], weights: list[Tensor], batch: list
     named: dict[str, Tensor] = {}
     for group, W in zip(groups, weights, strict=True):
         rows = [linear_of(block.module, name).out_features for name in group.linears]
-        of_linears = zip(group.linears, W.split(rows), strict=True)
+        of_linears = zip(group.linears, torch.split(W, rows), strict=True)
         named |= {f"{name}.weight": weight.to(block.compute.dtype) for name, weight in of_linears}
     wanted = torch.cat([block.original[i] for i in batch]).to(block.compute.device).float()
     output = block.run_with(named, torch.cat([block.hidden[i] for i in batch]))
