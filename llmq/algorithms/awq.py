@@ -9,7 +9,7 @@ The 1/s is folded into the module that produces the activations (a norm, v_proj'
 nothing at run time. Afterwards every group's range is clipped where that lowers the error.
 
 What deviates from the paper, and why:
-  * L is computed as tr(ΔW H ΔWᵀ) with ΔW = Q(W·s)/s - W and H = XᵀX, for all linears with this input. This is the
+  * L is computed as tr(ΔW H ΔWᵀ) with ΔW = Q(W·s)/s - W and H = XᵀX, for all linears with this input. It is the
     layers' exact output error. It costs far less than a run of the block for every ratio.
   * Clipping is scored for each row, with the group's own diagonal block of H.
   * A norm's new weight is rounded to its storage dtype first. The linears are then scaled by the ratio of the old weight
@@ -69,7 +69,7 @@ def transform(block: Block, groups: list[Group], problems: list[Problem], settin
         H, H_val = (moments / torch.outer(s, s) for moments in (stats.H, stats.H_val))
         problem.statistics = replace(stats, H=H, H_val=H_val, mean_abs=stats.mean_abs / s)
     for group, problem in zip(groups, problems, strict=True):
-        # Only after all folds, because a fold may change the rows of another group (v_proj, up_proj).
+        # After all folds, because a fold may change the rows of another group (v_proj, up_proj).
         problem.W = torch.cat([linear_of(block.module, name).weight.float() for name in group.linears])
     return changed, notes
 
@@ -113,7 +113,7 @@ def solve(problem: Problem, settings: Awq) -> Solution:
 
 
 def _best_clip(problem: Problem, W: Float[Tensor, "out groups size"], tries: int) -> Float[Tensor, "out groups"]:
-    """Return, per row and group, the fraction of its range, 1 to just above 0.5, with the least loss under H."""
+    """Return, per row and group, the fraction of its range, 1 to just above 0.5, of least loss under H."""
     assert problem.statistics is not None, "awq needs input statistics"
     size = problem.grid.group_size
     H_gg = torch.stack([H_g[:, i * size : (i + 1) * size] for i, H_g in enumerate(problem.statistics.H.split(size))])

@@ -52,9 +52,8 @@ def _best_damping(problem: Problem, settings: Gptq) -> float:
     rows = spread(len(problem.W))
     few = replace(problem, W=problem.W[rows], clippable=problem.clippable[rows])
     tried = [replace(settings, damping=settings.damping * factor) for factor in _DAMPINGS]
-    return min(
-        (setting for setting in tried if setting.damping < 1), key=lambda s: held_out_loss(few, gptq.solve(few, s))
-    ).damping
+    tried = [setting for setting in tried if setting.damping < 1]
+    return min(tried, key=lambda setting: held_out_loss(few, gptq.solve(few, setting))).damping
 
 
 def held_out_loss(problem: Problem, solution: Solution) -> float:

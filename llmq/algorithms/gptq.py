@@ -32,7 +32,8 @@ What deviates from the paper, and why:
 
 A layer of 2 outputs and 2 inputs, on the points ..., 0.1, 0.2, ... (scale 0.1, zero 8). The inputs are correlated: 0.8.
 
-    >>> W, H = torch.tensor([[0.24, 0.13], [0.36, -0.12]]), torch.tensor([[1.0, 0.8], [0.8, 1.0]])  # [out, in], [in, in]
+    >>> W = torch.tensor([[0.24, 0.13], [0.36, -0.12]])                                             # [out, in] = [2, 2]
+    >>> H = torch.tensor([[1.0, 0.8], [0.8, 1.0]])                                                  # [in, in]
     >>> U, _, _ = factorise(H, H.diagonal(), torch.arange(2), damping=0.0)                          # [in, in]
     >>> U                                                            # column 1 gets -U_01 / U_00 = 0.8 of the error
     tensor([[ 1.6667, -1.3333],
@@ -43,7 +44,7 @@ A layer of 2 outputs and 2 inputs, on the points ..., 0.1, 0.2, ... (scale 0.1, 
     tensor([[ 0.2000,  0.2000],
             [ 0.4000, -0.2000]])
 
-The first row's loss e H eᵀ is 0.0020 with e = [0.04, -0.07]. To nearest, [0.2, 0.1], it is 0.0044 with e = [0.04, 0.03].
+The first row loses e H eᵀ = 0.0020 with e = [0.04, -0.07]. Rounded to nearest, [0.2, 0.1], it would lose 0.0044.
 """
 
 # torch annotates only part of itself: what it leaves unknown is not reported here.
@@ -99,14 +100,14 @@ def solve(problem: Problem, settings: Gptq) -> Solution:
 def rows_per_solve(device: torch.device) -> int:
     """Return the number of rows of W to solve at once.
 
-    On a CPU more rows are no faster (8192 rows of 2048 columns: 2.2 s, in one go 2.5 s; 2026-11-25) and take memory. On a
-    GPU all rows are solved at once, because launches take most of the time.
+    On a CPU more rows are no faster (8192 rows of 2048 columns: 2.2 s, in one go 2.5 s; 2026-11-25) and take memory. A
+    GPU solves all rows at once, because launches take most of its time.
     """
     return _ROWS_PER_SOLVE if device.type == "cpu" else sys.maxsize
 
 
 def _without_dead_columns(diagonal: Float[Tensor, "columns"]) -> tuple[Float[Tensor, "columns"], int]:
-    """Return the diagonal with its zeros replaced by the average, and their count. It makes these columns independent."""
+    """Return the diagonal with its zeros set to the average, and their count. This makes these columns independent."""
     dead = diagonal == 0
     count = int(dead.sum())
     average = mean(diagonal) * len(diagonal) / max(1, len(diagonal) - count)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Rows multiplied by H at once.
 _ROWS = 1024
-# Weights rounded at once. On a CPU, 4 MB and the tensors made from them stay in the cache: the 22016 x 4096 weights of a
+# Weights rounded at once. On a CPU, 4 MB and the tensors made from them stay in the cache: 22016 x 4096 weights of a
 # layer take 0.2 s, but 0.6 s in one go (one core, 32 MB of cache, 2026-11-25). A GPU takes more, to save launches.
 _WEIGHTS = {"cpu": 2**20, "cuda": 2**25}
 
