@@ -9,7 +9,7 @@ The 1/s is folded into the module that produces the activations (a norm, v_proj'
 nothing at run time. Afterwards every group's range is clipped where that lowers the error.
 
 What deviates from the paper, and why:
-  * L is computed as tr(ΔW H ΔWᵀ) with ΔW = Q(W·s)/s - W and H = XᵀX, for all linears with this input. It is the
+  * L is computed as tr(ΔW H ΔWᵀ) with ΔW = Q(W·s)/s - W and H = XᵀX, for all linears of this input. It is the
     layers' exact output error. It costs far less than a run of the block for every ratio.
   * Clipping is scored for each row, with the group's own diagonal block of H.
   * A norm's new weight is rounded to its storage dtype first. The linears are then scaled by the ratio of the old weight

@@ -40,7 +40,7 @@ A layer of 2 outputs and 2 inputs, on the points ..., 0.1, 0.2, ... (scale 0.1, 
             [ 0.0000,  1.0000]])
     >>> scale, zero = torch.full((1, 2), 0.1), torch.full((1, 2), 8, dtype=torch.uint8)             # [1, out] each
     >>> q, _ = round_columns(W.T.clone(), U, scale, zero, bits=4)                                   # [in, out]
-    >>> grid.dequantize(q.T, scale.T, zero.T, torch.float32)         # [out, in]: 0.13 became 0.13 + 0.8 · 0.04 = 0.162
+    >>> scale.T * (q.T.float() - zero.T)                             # [out, in]: 0.13 became 0.13 + 0.8 · 0.04 = 0.162
     tensor([[ 0.2000,  0.2000],
             [ 0.4000, -0.2000]])
 
