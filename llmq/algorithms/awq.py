@@ -1,21 +1,21 @@
 """AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration (Lin et al., arXiv 2306.00978).
 
-Channels that carry large activations should lose less. Scaling a weight column by s before rounding, and the activation
-channel by 1/s, leaves the layer's function alone but makes the rounding finer where it matters:
+Weights of channels with large activations should lose less. So a weight column is scaled by s before rounding, and its
+activation channel by 1/s. The layer computes the same, but the rounding is finer where it matters:
 
     L(s) = || Q(W · s) · (s⁻¹ · X) - W X ||²,    s = mean|x|^ratio,  the best of 20 ratios in [0, 1)
 
-The 1/s is folded into whatever produces the activations (a norm, v_proj's rows, up_proj's rows), so nothing remains to
-be done at run time. Afterwards every group's range is clipped where that lowers the error.
+The 1/s is folded into the module that produces the activations (a norm, v_proj's rows, up_proj's rows), so it costs
+nothing at run time. Afterwards every group's range is clipped where that lowers the error.
 
 What deviates from the paper, and why:
-  * L is evaluated as tr(ΔW H ΔWᵀ) with ΔW = Q(W·s)/s - W and H = XᵀX, for the linears that share the input: exactly the
-    layers' output error, at a small fraction of the cost of running the block for every ratio.
-  * Clipping is scored with the diagonal block of H that belongs to the group, per row.
-  * A norm's new weight is rounded to its storage dtype first and the linears are scaled by what that rounding left, so
-    the fold costs no precision.
+  * L is computed as tr(ΔW H ΔWᵀ) with ΔW = Q(W·s)/s - W and H = XᵀX, for all linears of this input. It is the
+    layers' exact output error. It costs far less than a run of the block for every ratio.
+  * Clipping is scored for each row, with the group's own diagonal block of H.
+  * A norm's new weight is rounded to its storage dtype first. The linears are then scaled by the ratio of the old
+    weight to the rounded one, so the fold costs no precision.
   * v_proj -> o_proj is skipped under grouped-query attention, where one channel of v feeds several of o.
-  * After each fold the block must compute what it computed before, or that fold is undone and reported.
+  * After each fold the block must compute the same as before. Otherwise the fold is undone and reported.
 """
 
 # torch annotates only part of itself: what it leaves unknown is not reported here.
@@ -30,22 +30,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmq.algorithms.problem import Problem, Solution, energy, quantize_groups, round_to_nearest
+from llmq.algorithms.problem import Problem, Solution, nearest_points, round_to_nearest
+from llmq.algorithms.stable_sums import energy
 from llmq.calibration.block_runner import Block
 from llmq.core import grid
 from llmq.core.settings import Awq
 from llmq.models.block_structure import Group, linear_of
 
-ROWS_PER_SEARCH = 4096  # rows searched at once; bounds memory on wide layers, rows do not interact
-# Relative to what the block adds to the residual stream, whose own rounding is most of it in half precision.
+ROWS_PER_SEARCH = 4096  # rows searched at once, to bound memory on wide layers; rows do not interact
+# Largest drift, relative to the block's own output. In half precision most of it is rounding of the residual stream.
 _SAME_FUNCTION = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 
 
 def transform(block: Block, groups: list[Group], problems: list[Problem], settings: Awq) -> tuple[set[str], list[str]]:
-    """Scale the block's linears and fold the inverse into their producers, in place; problems follow suit.
+    """Scale the block's linears, fold the inverse into their producers, and update the problems, all in place.
 
-    Returns:
-        the tensors of the block that changed besides the linears of `groups`, and fallbacks.
+    Return the names of the other tensors of the block that changed, and fallbacks.
     """
     sample = block.sample
     assert sample is not None
@@ -64,30 +64,30 @@ def transform(block: Block, groups: list[Group], problems: list[Problem], settin
                 module.load_state_dict(state)
             notes.append(f"AWQ fold into {group.producer} undone: the block's function changed by {drift:.1e}")
             continue
-        changed |= {f"{group.producer}.{part}" for part in ("weight", "bias")}
+        changed |= {f"{group.producer}.weight", f"{group.producer}.bias"}
         stats = problem.statistics
         H, H_val = (moments / torch.outer(s, s) for moments in (stats.H, stats.H_val))
         problem.statistics = replace(stats, H=H, H_val=H_val, mean_abs=stats.mean_abs / s)
     for group, problem in zip(groups, problems, strict=True):
-        # Only now: a fold may also change the rows of another group (v_proj, up_proj).
+        # After all folds, because a fold may change the rows of another group (v_proj, up_proj).
         problem.W = torch.cat([linear_of(block.module, name).weight.float() for name in group.linears])
     return changed, notes
 
 
 def _drift(block: Block, sample: Tensor, expected: Tensor) -> float:
-    """How much the block's own contribution to the residual stream changed, averaged over tokens."""
+    """Return the relative change of the block's contribution to the residual stream, averaged over tokens."""
     change = (block.run(sample) - expected).float().norm(dim=-1)
     contribution = (expected - sample.to(expected)).float().norm(dim=-1)
     return float((change / contribution).mean())
 
 
 def search_scales(problem: Problem, ratios: int) -> Float[Tensor, "in"]:
-    """The s = mean|x|^ratio with the smallest output error; ratio 0 is plain rounding to nearest."""
+    """Return the s = mean|x|^ratio with the smallest output error. Ratio 0 is plain rounding to nearest."""
     assert problem.statistics is not None, "awq needs input statistics"
     x = problem.statistics.mean_abs.clamp(min=1e-4)
     best, best_error = torch.ones_like(x), float("inf")
-    for step in range(ratios):
-        s = x ** (step / ratios)
+    for i in range(ratios):
+        s = x ** (i / ratios)
         s = s / (s.max() * s.min()).sqrt()
         error = sum(_scaled_error(problem, rows, s) for rows in problem.W.split(ROWS_PER_SEARCH))
         if error < best_error:
@@ -96,34 +96,32 @@ def search_scales(problem: Problem, ratios: int) -> Float[Tensor, "in"]:
 
 
 def _scaled_error(problem: Problem, W: Tensor, s: Tensor) -> float:
+    """Return L(s) of these rows."""
     assert problem.statistics is not None
-    q, scale, zero = quantize_groups(problem, grid.group_view(W * s, problem.grid.group_size))
-    W_hat = grid.dequantize(q, scale[..., None], zero[..., None], W.dtype).flatten(-2) / s
+    W_hat = nearest_points(problem, grid.group_view(W * s, problem.grid.group_size)).flatten(-2) / s
     return energy(W - W_hat, problem.statistics.H)
 
 
 def solve(problem: Problem, settings: Awq) -> Solution:
-    """Round to nearest on the best clipped grids."""
+    """Return the weights rounded to nearest on the best clipped grids."""
     if settings.clip_steps == 0:
         return round_to_nearest(problem)
-    shrink = torch.cat(
-        [_best_clip(problem, rows, settings.clip_steps) for rows in problem.groups().split(ROWS_PER_SEARCH)]
-    )
+    strips = problem.groups().split(ROWS_PER_SEARCH)
+    shrink = torch.cat([_best_clip(problem, rows, settings.clip_steps) for rows in strips])
     shrink[~problem.clippable] = 1.0
     return round_to_nearest(problem, shrink)
 
 
-def _best_clip(problem: Problem, W: Float[Tensor, "out groups size"], steps: int) -> Float[Tensor, "out groups"]:
-    """For each row and group the fraction of its range, 1 to just above 0.5, that loses least under H."""
+def _best_clip(problem: Problem, W: Float[Tensor, "out groups size"], tries: int) -> Float[Tensor, "out groups"]:
+    """Return, per row and group, the fraction of its range, 1 to just above 0.5, of least loss under H."""
     assert problem.statistics is not None, "awq needs input statistics"
     size = problem.grid.group_size
     H_gg = torch.stack([H_g[:, i * size : (i + 1) * size] for i, H_g in enumerate(problem.statistics.H.split(size))])
     best = torch.ones(W.shape[:2], device=W.device)
     best_error = torch.full_like(best, torch.inf)
-    for step in range(steps):
-        shrink = 1 - step / (2 * steps)
-        q, scale, zero = quantize_groups(problem, W, shrink)
-        E = (W - grid.dequantize(q, scale[..., None], zero[..., None], W.dtype)).transpose(0, 1)
+    for i in range(tries):
+        shrink = 1 - i / (2 * tries)
+        E = (W - nearest_points(problem, W, shrink)).transpose(0, 1)
         error = ((E @ H_gg) * E).sum(-1).T
         better = error < best_error
         best = torch.where(better, shrink, best)
@@ -132,10 +130,10 @@ def _best_clip(problem: Problem, W: Float[Tensor, "out groups size"], steps: int
 
 
 def _fold(module: nn.Module, group: Group, s: Tensor, storage: torch.dtype) -> Tensor:
-    """Divide the producer's channels by s and multiply the linears' columns; returns the s that was really applied.
+    """Divide the producer's channels by s and multiply the linears' columns by it; return the s that was applied.
 
-    What is not quantized afterwards (norms, biases) is rounded to its storage dtype here, so that the block computes
-    with the very values that the checkpoint will hold.
+    Norms and biases are not quantized later. They are rounded to their storage dtype here, so that the block computes
+    with the values of the future checkpoint.
     """
     assert group.producer is not None
     producer: Any = module.get_submodule(group.producer)
@@ -154,6 +152,7 @@ def _fold(module: nn.Module, group: Group, s: Tensor, storage: torch.dtype) -> T
 
 
 def _fold_into_norm(weight: Tensor, s: Tensor, offset: float, storage: torch.dtype) -> Tensor:
+    """Divide a norm's weight by s and round it; return the s that was really applied, 1 for channels left alone."""
     old = weight.data.float() + offset
     stored = (old / s - offset).to(storage)
     new = stored.float() + offset

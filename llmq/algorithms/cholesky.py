@@ -1,4 +1,4 @@
-"""Cholesky's factorisation in the matrix's own place: the same bits whatever the number of threads.
+"""Cholesky's factorisation in the memory of the matrix, with the same bits for any number of threads.
 
     A = L Lᵀ      for each block k on the diagonal:
     .────.
@@ -8,9 +8,9 @@
     '────┴────'
 
 LAPACK orders its sums by the number of threads: at n = 1536 its factor has other bits on two threads than on one. Here
-it gets small blocks and a single thread. All else is products whose inner side is a block. These add up in one order if
-all sides are multiples of 16, as those of packable linears are (torch 2.13 with MKL, 1 to 64 threads): a thread's last
-few rows would be summed in another way, as are long inner sides in float64.
+it gets only small blocks and one thread. The rest is matrix products with a block as the inner side. They add up in one
+order if all sides are multiples of 16 (torch 2.13 with MKL, 1 to 64 threads). The sides of packable linears are.
+Otherwise a thread sums its last few rows in another way. Long inner sides in float64 have the same problem.
 
 Factor and inverse take 0.8 of LAPACK's time at n = 576, half of it at 1536 and 4096 (one AVX-512 core, 2026-11-25).
 """
@@ -28,8 +28,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_BLOCK = 128  # with 256 factors take a tenth longer at 1536: more is left to LAPACK, on its one thread
-_STRIP = 512  # rows updated at once; what is above the diagonal in them is computed in vain
+_BLOCK = 128  # 256 is a tenth slower at n = 1536, because LAPACK does more of the work on its one thread
+_STRIP = 512  # rows updated at once; their values above the diagonal are wasted work
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Factor:
     """L_kk⁻¹ of each block on the diagonal."""
 
     def invert_(self) -> Float[Tensor, "n n"]:
-        """L⁻¹ = V, in L's place: V_kk = L_kk⁻¹ and V_k = -V_kk Σ_j<k L_kj V_j, the sums growing where L was."""
+        """Overwrite L with V = L⁻¹ and return it: V_kk = L_kk⁻¹ and V_k = -V_kk Σ_j<k L_kj V_j, summed where L was."""
         V = self.L
         for k, V_kk in self._blocks():
             V[k, : k.start].copy_(-V_kk @ V[k, : k.start])
@@ -52,7 +52,7 @@ class Factor:
         return V
 
     def solve_(self, B: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
-        """X with X A = B, in B's place: Y Lᵀ = B from the left to the right, then X L = Y back to the left."""
+        """Overwrite B with the X of X A = B and return it: Y Lᵀ = B from left to right, then X L = Y back."""
         for k, V_kk in self._blocks():
             B[:, k] = B[:, k] @ V_kk.T
             B[:, k.stop :].addmm_(B[:, k], self.L[k.stop :, k].T, alpha=-1)
@@ -62,13 +62,14 @@ class Factor:
         return B
 
     def _blocks(self) -> list[tuple[slice, Tensor]]:
+        """Return the columns of each block, with its inverse."""
         return list(zip(_slices(0, len(self.L), _BLOCK), self.inverses, strict=True))
 
 
 def cholesky_(A: Float[Tensor, "n n"]) -> Factor | None:
-    """The factor of a symmetric A, of which only the lower triangle is read, in A's place.
+    """Overwrite a symmetric A with its factor and return it. Only the lower triangle of A is read.
 
-    None if A is not positive definite to within rounding, or not finite; then it is lost as well.
+    Return None if A is not positive definite within rounding, or not finite. A is overwritten in this case too.
     """
     inverses: list[Tensor] = []
     for k in _slices(0, len(A), _BLOCK):
@@ -88,12 +89,13 @@ def cholesky_(A: Float[Tensor, "n n"]) -> Factor | None:
 
 
 def _slices(start: int, stop: int, size: int) -> list[slice]:
+    """Return slices of at most `size` that cover start to stop."""
     return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
 @contextmanager
 def _one_thread(device: torch.device) -> Generator[None]:
-    """On a CPU, with one thread: from 96 columns on LAPACK gives other bits with some other number of them."""
+    """Use one thread on a CPU: from 96 columns on, LAPACK gives other bits with some other numbers of threads."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)

@@ -2,16 +2,13 @@
 
 Objective, as in GPTQ:    (w - ŵ) H (w - ŵ)ᵀ    with the same damped H
 
-GPTQ decides on each column once, before it knows the later ones. A pass goes over the columns again and gives each the
-code that is best with all others as they are; no step can make the objective worse:
+GPTQ rounds each column once, before it knows the codes of later columns. A pass visits all columns again. It gives each
+the best code while all other columns stay fixed, so the objective never gets worse:
 
     ŵ_i  <-  nearest point of the grid to  ŵ_i + G_i / H_ii,          G = (W - Ŵ) H
 
-G is kept up to date as GPTQ keeps its weights: by rank-1 updates inside a block of columns, by one matmul outside.
+G is updated as GPTQ updates its weights: by rank-1 updates inside a block of columns, by one matmul outside.
 """
-
-# torch annotates only part of itself: what it leaves unknown is not reported here.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
@@ -27,13 +24,9 @@ _BLOCK = 128
 
 
 def descend(problem: Problem, solution: Solution, H: Float[Tensor, "in in"], passes: int) -> Solution:
-    """The solution after so many passes over its columns; scales and zeros stay.
-
-    Args:
-        H: damped, with a positive diagonal.
-    """
+    """Return the solution after some passes over its columns. Scales and zeros stay. H has a positive diagonal."""
     size, bits = problem.grid.group_size, problem.grid.bits
-    # Transposed, a column of W is a contiguous row: the loops below touch nothing else.
+    # Transposed, because the loops below read whole columns of W, which are contiguous rows of Wᵀ.
     W_hat = solution.dequantize(size).to(H.dtype).T.contiguous()
     Q = solution.q.T.contiguous()
     G = H @ (problem.W.T - W_hat)

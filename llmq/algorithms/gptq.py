@@ -6,29 +6,45 @@ Round one column after the other; after column i, move its rounding error onto t
 
     Err_i = (w_i - ŵ_i) / U_ii        W[:, i+1:] -= Err_i · U[i, i+1:]        H⁻¹ = Uᵀ U
 
-Columns wait for the updates of earlier blocks until their own block begins (the paper's lazy batch), here in two steps:
+Errors reach later blocks when a block is finished (the paper's lazy batch). Groups do the same inside a block:
 
     columns         |------- block B1 -------|------- block B2 -------|  ...
     groups          |---- G1 ---|---- G2 ----|---- G3 ---|---- G4 ----|  ...
-    in group G1       rank-1 updates inside the group only (columns.py)
+    in group G1       rank-1 updates inside the group only (gptq_columns.py)
     after group G1                a matmul carries its errors to the rest of its block
     after block B1                           a matmul carries all of its errors to every column on the right
 
 What deviates from the paper, and why:
-  * H is shared by all linears with the same input and their rows are stacked, so there is one factorisation and one
-    column loop per input. Rows do not interact: the result is that of separate runs.
+  * Linears with the same input share H, and their rows are stacked. So there is one factorisation and one column loop
+    per input. Rows do not interact: the result is the same as in separate runs.
   * U comes from one Cholesky factorisation: with the reversal P, U = P · chol(P H P)⁻¹ · P. The paper's chol(inv(H))
-    costs twice as much and has a second place to fail. All of it happens in one copy of H (cholesky.py).
+    costs twice as much and can fail twice. Only one copy of H is needed (cholesky.py).
   * Order: `group` (arXiv 2505.14638) visits whole groups, and the columns within a group, by falling diag(H); `static`
-    visits all columns by falling diag(H), on grids fixed beforehand; `natural` goes from left to right. Groups of the
-    checkpoint stay what they are, so nothing about the order has to be stored.
-  * A group's grid is fitted when the loop reaches it, to the weights as updated so far, in-block updates included: the
-    one with the least rounding error, each column weighted by D_k = 1 / U_kk², which is what an error there still costs
-    after all later columns have compensated for it (arXiv 2602.02126 weights by H itself).
-  * Afterwards every column is looked at again a few times (descent.py).
-  * Columns that never saw an activation keep their weight and are rounded to nearest (the paper sets them to 0): a
-    calibration text that misses a channel is no proof that others will.
+    visits all columns by falling diag(H), on grids fixed beforehand; `natural` goes from left to right. The groups of
+    the checkpoint do not change, so the order need not be stored.
+  * A group's grid is fitted when the loop reaches it, to the weights with all updates so far. It has the least rounding
+    error, with column k weighted by D_k = 1 / U_kk². This is the cost of an error in k that remains after all later
+    columns have compensated for it (arXiv 2602.02126 weights by H itself).
+  * Afterwards a few passes visit every column again (coordinate_descent.py).
+  * Columns that never saw an activation are rounded to nearest (the paper sets them to 0): other texts may use a
+    channel that the calibration text does not use.
   * Damping 0.05 instead of 0.01: worse on the calibration tokens, better on held-out ones.
+
+A layer of 2 outputs and 2 inputs, on the points ..., 0.1, 0.2, ... (scale 0.1, zero 8). The inputs are correlated: 0.8.
+
+    >>> W = torch.tensor([[0.24, 0.13], [0.36, -0.12]])                                             # [out, in] = [2, 2]
+    >>> H = torch.tensor([[1.0, 0.8], [0.8, 1.0]])                                                  # [in, in]
+    >>> U, _, _ = factorise(H, H.diagonal(), torch.arange(2), damping=0.0)                          # [in, in]
+    >>> U                                                            # column 1 gets -U_01 / U_00 = 0.8 of the error
+    tensor([[ 1.6667, -1.3333],
+            [ 0.0000,  1.0000]])
+    >>> scale, zero = torch.full((1, 2), 0.1), torch.full((1, 2), 8, dtype=torch.uint8)             # [1, out] each
+    >>> q, _ = round_columns(W.T.clone(), U, scale, zero, bits=4)                                   # [in, out]
+    >>> scale.T * (q.T.float() - zero.T)                             # [out, in]: 0.13 became 0.13 + 0.8 · 0.04 = 0.162
+    tensor([[ 0.2000,  0.2000],
+            [ 0.4000, -0.2000]])
+
+The first row loses e H eᵀ = 0.0020 with e = [0.04, -0.07]. Rounded to nearest, [0.2, 0.1], it would lose 0.0044.
 """
 
 # torch annotates only part of itself: what it leaves unknown is not reported here.
@@ -46,19 +62,20 @@ from torch import Tensor
 from llmq.algorithms.cholesky import cholesky_
 from llmq.algorithms.coordinate_descent import descend
 from llmq.algorithms.gptq_columns import round_columns
-from llmq.algorithms.problem import Problem, Solution, joined, mean
+from llmq.algorithms.problem import Problem, Solution, joined
+from llmq.algorithms.stable_sums import mean
 from llmq.core.errors import WorkError
 from llmq.core.settings import Gptq
 
-# Multiples of the requested damping, tried in order when H is not numerically positive definite.
-_DAMPING_LADDER = (1, 2, 5, 10, 100)
-_AT_ONCE = 128  # columns between which rank-1 updates go back and forth; more are left to matmuls
-_ROWS = 1024  # of H copied at once
-_ROWS_PER_SOLVE = 4096  # rows
+# Multiples of the requested damping, and dtypes: tried in order until H is numerically positive definite.
+_DAMPING_LADDER = ((1, torch.float32), *((multiple, torch.float64) for multiple in (1, 2, 5, 10, 100)))
+_AT_ONCE = 128  # most columns with rank-1 updates among them; matmuls update the rest
+_ROWS = 1024  # rows of H copied at once
+_ROWS_PER_SOLVE = 4096  # rows of W solved at once on a CPU
 
 
 def solve(problem: Problem, settings: Gptq) -> Solution:
-    """Codes for the stacked rows of one group of linears.
+    """Return codes for the stacked rows of one group of linears.
 
     Raises WorkError if H cannot be factorised even with a hundred times the damping.
     """
@@ -70,27 +87,27 @@ def solve(problem: Problem, settings: Gptq) -> Solution:
     if dead:
         fallbacks.append(f"{dead} input channels never active: rounded to nearest")
     together = rows_per_solve(H.device)
-    parts = [problem.rows(start, start + together) for start in range(0, max(1, len(problem.W)), together)]
-    solutions = [Solution(*_round_columns(part, order, U, settings), damping, fallbacks) for part in parts]
+    strips = [problem.rows(start, start + together) for start in range(0, max(1, len(problem.W)), together)]
+    solutions = [Solution(*_round_columns(strip, order, U, settings), damping, fallbacks) for strip in strips]
     del U  # makes room for another matrix of H's size
     if settings.passes:
         A = H.clone()
         A.diagonal().copy_(diagonal + damping * mean(diagonal))
-        solutions = [descend(*each, A, settings.passes) for each in zip(parts, solutions, strict=True)]
+        solutions = [descend(*pair, A, settings.passes) for pair in zip(strips, solutions, strict=True)]
     return joined(solutions)
 
 
 def rows_per_solve(device: torch.device) -> int:
-    """Rows of W solved at once.
+    """Return the number of rows of W to solve at once.
 
-    On a CPU more are no faster (8192 of 2048 columns: 2.2 s, 2.5 s as one; 2026-11-25) and take memory. On a GPU, whose
-    time goes into launches, all of them.
+    On a CPU more rows are no faster (8192 rows of 2048 columns: 2.2 s, in one go 2.5 s; 2026-11-25) and take memory. A
+    GPU solves all rows at once, because launches take most of its time.
     """
     return _ROWS_PER_SOLVE if device.type == "cpu" else sys.maxsize
 
 
 def _without_dead_columns(diagonal: Float[Tensor, "columns"]) -> tuple[Float[Tensor, "columns"], int]:
-    """A channel with H_ii = 0 gets an average H_ii, which makes it independent of the others. Also how many did."""
+    """Return the diagonal with its zeros set to the average, and their count. This makes these columns independent."""
     dead = diagonal == 0
     count = int(dead.sum())
     average = mean(diagonal) * len(diagonal) / max(1, len(diagonal) - count)
@@ -98,7 +115,7 @@ def _without_dead_columns(diagonal: Float[Tensor, "columns"]) -> tuple[Float[Ten
 
 
 def visiting_order(kind: str, diagonal: Float[Tensor, "columns"], group_size: int) -> Int64[Tensor, "columns"]:
-    """The columns in the order they are rounded: `group`, `static` or `natural`."""
+    """Return the columns in the order of rounding. `kind` is `group`, `static` or `natural`."""
     if kind == "natural":
         return torch.arange(len(diagonal), device=diagonal.device)
     if kind == "static":
@@ -112,29 +129,23 @@ def visiting_order(kind: str, diagonal: Float[Tensor, "columns"], group_size: in
 def factorise(
     H: Float[Tensor, "n n"], diagonal: Float[Tensor, "n"], order: Int64[Tensor, "n"], damping: float
 ) -> tuple[Float[Tensor, "n n"], float, list[str]]:
-    """Upper triangular U with (H + damping·mean(diag H)·I)⁻¹ = Uᵀ U, the damping used, and what had to be tried.
+    """Return upper triangular U with (H + damping·mean(diag H)·I)⁻¹ = Uᵀ U, the damping used, and failed attempts.
 
-    The ladder: float32, then float64 at the same damping, then float64 with more damping. H is not modified.
-
-    Args:
-        diagonal: of H, but for the columns that are to be independent of the others.
-        order: that of U's columns.
+    It tries float32, then float64 with the same damping, then float64 with more damping. H is not modified. `diagonal`
+    replaces the diagonal of H; `order` is the order of U's columns.
     """
     fallbacks: list[str] = []
-    for factor in _DAMPING_LADDER:
-        raised = diagonal.double() + damping * factor * mean(diagonal)
-        for dtype in (torch.float32, torch.float64):
-            if factor > 1 and dtype == torch.float32:
-                continue
-            U = _upper_factor_of_inverse(H, raised, order, torch.promote_types(dtype, H.dtype))
-            if U is not None:
-                return U.to(H.dtype), damping * factor, fallbacks
-            fallbacks.append(f"Cholesky failed in {str(dtype).removeprefix('torch.')} at damping {damping * factor:g}")
+    for multiple, dtype in _DAMPING_LADDER:
+        raised = diagonal.double() + damping * multiple * mean(diagonal)
+        U = _upper_factor_of_inverse(H, raised, order, torch.promote_types(dtype, H.dtype))
+        if U is not None:
+            return U.to(H.dtype), damping * multiple, fallbacks
+        fallbacks.append(f"Cholesky failed in {str(dtype).removeprefix('torch.')} at damping {damping * multiple:g}")
     raise WorkError("; ".join(fallbacks) + ": the input statistics are not finite or not positive")
 
 
 def _upper_factor_of_inverse(H: Tensor, diagonal: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """U, if H with this diagonal has one: from the last column to the first, in one place from H's copy to the end."""
+    """Return U for H with this diagonal, or None if it has none. The one copy of H is overwritten at each stage."""
     A, order = torch.empty(H.shape, dtype=dtype, device=H.device), order.flip(0)
     for rows in (slice(start, start + _ROWS) for start in range(0, len(H), _ROWS)):
         A[rows] = H.index_select(0, order[rows]).index_select(1, order)
@@ -148,7 +159,7 @@ def _upper_factor_of_inverse(H: Tensor, diagonal: Tensor, order: Tensor, dtype: 
 
 
 def _turn_(A: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """A with both its rows and its columns in reverse, in A's place: all that is in it, read backwards."""
+    """Reverse both the rows and the columns of A in place and return it: all its values, read backwards."""
     flat = A.view(-1)
     for start in range(0, len(flat) // 2, len(A) * _ROWS):
         head = flat[start : min(start + len(A) * _ROWS, len(flat) // 2)]
@@ -162,7 +173,7 @@ def _turn_(A: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 def _round_columns(
     problem: Problem, order: Int64[Tensor, "in"], U: Float[Tensor, "in in"], settings: Gptq
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The column loop over W: codes [out, in]; scale and zero [out, groups]."""
+    """Round W column by column; return codes [out, in], and scale and zero [out, groups]."""
     size, columns, static = problem.grid.group_size, len(order), settings.order == "static"
     D = U.diagonal() ** -2
     # Transposed, a column of W is a contiguous row.
@@ -172,8 +183,8 @@ def _round_columns(
     zero = torch.empty(scale.shape, dtype=torch.uint8, device=Wt.device)
     group_of = order // size
     if static:
-        parts = problem.searched_grid(problem.groups(), D[torch.argsort(order)].view(-1, size))
-        scale, zero = (part.T.contiguous() for part in parts)
+        fixed = problem.searched_grid(problem.groups(), D[torch.argsort(order)].view(-1, size))
+        scale, zero = (tensor.T.contiguous() for tensor in fixed)
     block_size = max(1, settings.block_size // size) * size
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
@@ -191,7 +202,7 @@ def _round_columns(
 
 
 def _within_groups(start: int, stop: int, size: int) -> Iterator[slice]:
-    """Stretches of at most _AT_ONCE columns that do not straddle groups."""
+    """Yield slices of at most _AT_ONCE columns, none across the border of two groups."""
     for first in range(start, stop, size):
         for at in range(first, first + size, _AT_ONCE):
             yield slice(at, min(at + _AT_ONCE, first + size))

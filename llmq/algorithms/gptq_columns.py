@@ -16,16 +16,11 @@ def round_columns(
     zero: UInt8[Tensor, "#size out"],
     bits: int,
 ) -> tuple[UInt8[Tensor, "size out"], Float[Tensor, "size out"]]:
-    """Round column after column (rows of W here: transposed, a column is contiguous), moving errors to later ones.
+    """Round column after column and move each error to later ones; return the codes, and Err for all further columns.
 
         Err_i = (w_i - ŵ_i) / U_ii        w_j -= U_ij Err_i   for j > i
 
-    Args:
-        W: overwritten.
-        scale, zero: of each column, or the same for all.
-
-    Returns:
-        codes, and Err for the update of what follows these columns.
+    W is overwritten. It is transposed: its rows are the columns. If scale and zero have one row, it holds for all.
     """
     if W.is_cuda and W.dtype == torch.float32 and len(scale) == 1:
         from llmq_kernels import gptq_columns

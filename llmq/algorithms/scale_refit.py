@@ -1,16 +1,16 @@
-"""Scales fitted anew to finished codes.
+"""New scales for finished codes.
 
 Objective, as in GPTQ, over the scales s of a row with its codes fixed:
 
     (w - ŵ) H (w - ŵ)ᵀ,    ŵ_g = s_g (q_g - z_g) for each group g
 
-A group's scale is chosen before its codes are known, and before the errors of later groups are. Given all codes the
-objective is quadratic in the scales; one group after the other gets the minimum with all others as they are:
+GPTQ chooses a group's scale before it knows the group's codes and the errors of later groups. Once all codes are known,
+the objective is quadratic in the scales. Each group in turn gets its best scale while all other scales stay fixed:
 
     s_g  <-  s_g + c_g (E H)_gᵀ / c_g H_gg c_gᵀ,          c_g = q_g - z_g,  E = w - ŵ
 
-(Gauss-Seidel on the normal equations.) Of all scales that can be stored, the one before among them, the nearest to the
-minimum is taken: no step makes the objective worse.
+(Gauss-Seidel on the normal equations.) The result is rounded to the nearest scale that can be stored. The old scale can
+be stored too and is no nearer, so the objective never gets worse.
 """
 
 from __future__ import annotations
@@ -27,11 +27,7 @@ _SWEEPS = 2
 
 
 def refit_scales(problem: Problem, solution: Solution, H: Float[Tensor, "in in"]) -> Solution:
-    """The solution with other scales; codes and zeros stay.
-
-    Args:
-        H: damped, positive definite.
-    """
+    """Return the solution with better scales. Codes and zeros stay. H is damped and positive definite."""
     size = problem.grid.group_size
     codes = grid.group_view(solution.q, size).to(H.dtype) - solution.zero[..., None].to(H.dtype)
     scale = solution.scale.clone()
@@ -41,7 +37,7 @@ def refit_scales(problem: Problem, solution: Solution, H: Float[Tensor, "in in"]
         along = (c * G[:, columns]).sum(1)
         across = ((c @ H[columns, columns]) * c).sum(1)
         now = scale[:, g].to(H.dtype)
-        # A group whose codes are all zero points has no use for a scale.
+        # A group whose codes all equal the zero point keeps its scale: any scale gives zeros.
         fitted = grid.storable(now + along / across.where(across > 0, 1), scale.dtype)
         G.addmm_((fitted.to(H.dtype) - now)[:, None] * c, H[columns], alpha=-1)
         scale[:, g] = fitted

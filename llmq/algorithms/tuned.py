@@ -1,4 +1,4 @@
-"""Learned rounding: what a block computes, made right by training its codes and scales.
+"""Learned rounding: train the codes and scales of a block, so that it computes what the original block computed.
 
 Objective, over the codes and scales of all linears of a block at once, with the block's inputs X in the quantized model
 and X_o in the original one:
@@ -6,23 +6,19 @@ and X_o in the original one:
     mean over tokens of  |E|² / (|Y|² + |E|²),     Y = B_original(X_o),   E = B_quantized(X) - Y,   denominators fixed,
     Ŵ = s · (q - z),   q = round(V) within the codes
 
-q and s are trained by gradients that pass through the rounding as if it were not there (straight through). This is
-EfficientQAT's Block-AP (Chen et al., arXiv 2407.11062) and close to AutoRound (Cheng et al., arXiv 2309.05516). What
-deviates from both, and why:
+q and s are trained by gradients that ignore the rounding (straight through). This is EfficientQAT's Block-AP (Chen et
+al., arXiv 2407.11062) and close to AutoRound (Cheng et al., arXiv 2309.05516). What deviates from both, and why:
 
-  * Training starts from a GPTQ solution, and V from where within its cell the weight was: a few dozen steps are enough.
-  * V is measured in codes, so one learning rate suits every layer, and none needs to know the weights' size.
-  * Errors count in relation to the token's own output, as the norm after the last block will see them, and at most once
-    each: of a plain sum 95 % came from the first tokens of the sequences (SmolLM2-135M, block 12, 2 bit, 2026-11-23).
-  * The target is the output on the original model's own inputs, as in match.py, not that of the original weights on
-    inputs that are wrong already.
-  * The state with the least error on held-out tokens is kept, the start among them: never worse than GPTQ there.
+  * Training starts from a GPTQ solution, and V starts at the weight's position within its cell, so few steps suffice.
+  * V is measured in codes, so one learning rate suits every layer, however large its weights are.
+  * A token's error is divided by the size of its own output, as the norm after the last block does, and counts 1 at
+    most. In a plain sum, 95 % came from the first tokens of the sequences (SmolLM2-135M, block 12, 2 bit, 2026-11-23).
+  * The target is the original model's output on its own inputs, as in output_matching.py. The inputs X of the quantized
+    model already contain errors.
+  * The state with the least error on held-out tokens is kept. The start is one of them: never worse than GPTQ there.
 
 Memory: one block, its gradients and the two moments of Adam.
 """
-
-# torch annotates only part of itself: what it leaves unknown is not reported here.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
@@ -43,11 +39,7 @@ from llmq.training.loop import Task, train
 def refine(
     block: Block, groups: list[Group], problems: list[Problem], solutions: list[Solution], settings: Tuned
 ) -> tuple[list[Solution], tuple[float, float]]:
-    """Better codes and scales for a block whose original outputs are in `block.original`.
-
-    Returns:
-        the solutions, and the objective on held-out tokens before and after.
-    """
+    """Return better solutions, and the held-out loss before and after. The targets are in `block.original`."""
     latents = [latent_of(problem, solution) for problem, solution in zip(problems, solutions, strict=True)]
     held_out = list(range(block.held_out_from, len(block.hidden)))
 
@@ -69,20 +61,20 @@ def refine(
 
 
 def latent_of(problem: Problem, solution: Solution) -> Latent:
-    """What is to be learned of a group of linears."""
+    """Return the trainable weight of a group of linears."""
     return Latent(QuantizedWeight(solution.q, solution.scale, solution.zero, problem.grid.bits), problem.W)
 
 
 def _error(block: Block, groups: list[Group], weights: list[Tensor], batch: list[int]) -> Tensor:
-    """The objective on these micro-batches."""
+    """Return the objective on these micro-batches."""
     assert block.original is not None, "learned rounding needs the original model's outputs"
     named: dict[str, Tensor] = {}
     for group, W in zip(groups, weights, strict=True):
         rows = [linear_of(block.module, name).out_features for name in group.linears]
-        parts = zip(group.linears, W.split(rows), strict=True)
-        named |= {f"{name}.weight": part.to(block.compute.dtype) for name, part in parts}
+        of_linears = zip(group.linears, torch.split(W, rows), strict=True)
+        named |= {f"{name}.weight": weight.to(block.compute.dtype) for name, weight in of_linears}
     wanted = torch.cat([block.original[i] for i in batch]).to(block.compute.device).float()
     output = block.run_with(named, torch.cat([block.hidden[i] for i in batch]))
     E = (output.float() - wanted).square().sum(-1)
-    # Without a gradient through the denominator, which would let go of tokens that are lost.
+    # No gradient flows through the denominator: it would make training give up tokens with a large error.
     return (E / (wanted.square().sum(-1) + E.detach()).clamp(min=torch.finfo(E.dtype).tiny)).mean()

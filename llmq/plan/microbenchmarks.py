@@ -9,7 +9,8 @@ from functools import partial
 import torch
 
 from llmq.algorithms.output_matching import choose, matched
-from llmq.algorithms.problem import Problem, energy, lost_energy, round_to_nearest
+from llmq.algorithms.problem import Problem, round_to_nearest
+from llmq.algorithms.stable_sums import energy, lost_energy
 from llmq.calibration.block_runner import Block
 from llmq.calibration.input_statistics import InputStatistics
 from llmq.checkpoint.digests import digest

@@ -189,7 +189,7 @@ class Run:
             else:
                 problem = matched_problem(problem, match, slice(0, len(problem.W)))
                 solution, errors = solve_in_first(problem, self.algorithm, self.config, self.ranks)
-            solution = replace(solution, matched=match.step)
+            solution = replace(solution, matched=match.alpha)
             if problem.statistics is not None:  # otherwise nobody runs the block
                 self._put_back(block, group, solution)
             entry = self.report.group(block.name, group.linears, errors, solution, problem.statistics)

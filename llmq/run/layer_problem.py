@@ -9,7 +9,8 @@ import torch
 
 from llmq.algorithms import Algorithm
 from llmq.algorithms.output_matching import Match, matched
-from llmq.algorithms.problem import Problem, Solution, energy, lost_energy, round_to_nearest
+from llmq.algorithms.problem import Problem, Solution, round_to_nearest
+from llmq.algorithms.stable_sums import energy, lost_energy
 from llmq.calibration.block_runner import Block
 from llmq.calibration.input_statistics import InputStatistics
 from llmq.core.config import QuantizeConfig

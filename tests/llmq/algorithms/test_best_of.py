@@ -49,7 +49,7 @@ def test_few_tokens_ask_for_more_damping_than_many():
     assert few > many
 
 
-def test_a_step_that_helps_only_on_the_calibration_tokens_is_not_kept(monkeypatch):
+def test_a_trial_that_helps_only_on_the_calibration_tokens_is_not_kept(monkeypatch):
     problem = split_problem(20, bits=2)  # far fewer tokens than columns
     before = gptq.solve(problem, Gptq())
     H = damped(problem.statistics.H, 1e-6)
@@ -62,11 +62,12 @@ def test_a_step_that_helps_only_on_the_calibration_tokens_is_not_kept(monkeypatc
     assert on_calibration(after) < on_calibration(before)
     assert best_of.held_out_loss(problem, after) > best_of.held_out_loss(problem, before)
     monkeypatch.setattr(best_of, "_DAMPINGS", (1.0,))
-    monkeypatch.setattr(best_of, "_STEPS", {"overfitting": lambda problem, solution, _: descend(problem, solution, H, 20)})
+    overfitting = {"overfitting": lambda problem, solution, _: descend(problem, solution, H, 20)}
+    monkeypatch.setattr(best_of, "_TRIALS", overfitting)
     kept = best_of.solve(problem, Gptq())
     assert kept.kept == []
     assert torch.equal(kept.q, before.q)
 
 
-def test_steps_that_help_on_both_are_kept():
+def test_trials_that_help_on_both_are_kept():
     assert best_of.solve(split_problem(4096, bits=2), Gptq()).kept == ["descent", "scale refit"]

@@ -32,7 +32,7 @@ def difference(W, problem, held_out, residual):
 
 
 def large_problem(width, rows):
-    """In float32, with with made-up target moments, as far as another half of the tokens agrees."""
+    """In float32, with made-up target moments, as far as another half of the tokens agrees."""
     X = correlated_inputs(tokens=2 * width, width=width, dtype=torch.float32)
     problem, generator = make_problem(X, rows=rows), torch.Generator().manual_seed(0)
     wanted = 0.1 * torch.randn(rows, width, generator=generator)
@@ -48,18 +48,18 @@ def test_what_weights_can_make_up_for_is_made_up_for(residual):
     choice = choose(problem)
     before, after = (difference(W, problem, held_out, residual) for W in (problem.W, matched(problem, choice)))
     assert after < 0.02 * before
-    assert choice.step > 0.95
+    assert choice.alpha > 0.95
 
 
-def test_held_out_tokens_shorten_the_step_where_few_tokens_were_seen():
-    steps = []
+def test_held_out_tokens_make_alpha_smaller_where_few_tokens_were_seen():
+    alphas = []
     for tokens in (160, 640, 10240):
         problem, held_out = paired_problem(noise=0.5, tokens=tokens)
         choice = choose(problem)
         W = matched(problem, choice)
         assert difference(W, problem, held_out, False) < difference(problem.W, problem, held_out, False)
-        steps.append(choice.step)
-    assert steps[0] < steps[2]
+        alphas.append(choice.alpha)
+    assert alphas[0] < alphas[2]
 
 
 def test_the_weights_move_as_the_formula_says(monkeypatch):
@@ -77,13 +77,13 @@ def test_nothing_changes_where_nothing_differs_or_nothing_is_known():
     assert torch.equal(matched(problem, choose(problem)), problem.W)
     problem.statistics.target_moment = problem.statistics.target_moment_val = None
     assert torch.equal(matched(problem, choose(problem)), problem.W)
-    assert choose(problem).step == 0
+    assert choose(problem).alpha == 0
 
 
 def test_a_correction_that_held_out_tokens_contradict_is_not_made():
     problem, _ = paired_problem(noise=0.1)
     problem.statistics.target_moment_val = -problem.statistics.target_moment_val
-    assert choose(problem).step == 0
+    assert choose(problem).alpha == 0
 
 
 def test_nothing_changes_with_the_number_of_threads():
@@ -92,7 +92,7 @@ def test_nothing_changes_with_the_number_of_threads():
         with threads(count):
             choice = choose(problem)
             found.append((choice, matched(problem, choice)))
-    assert found[0][0].step > 0.2
+    assert found[0][0].alpha > 0.2
     for choice, W in found[1:]:
         assert choice == found[0][0]
         assert torch.equal(W, found[0][1])

@@ -2,11 +2,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import correlated_inputs, loss, make_problem, threads
+from problems import correlated_inputs, make_problem
 
-from llmq.algorithms import ALGORITHMS, rtn
-from llmq.algorithms import problem as problem_module
-from llmq.algorithms.problem import energy, joined, lost_energy, mean
+from llmq.algorithms import ALGORITHMS, rtn, stable_sums
+from llmq.algorithms.problem import joined
 from llmq.core.config import METHODS, QuantizeConfig
 from llmq.core.distributed import ALONE
 from llmq.run.layer_problem import errors_of
@@ -52,7 +51,7 @@ def test_strips_and_slices_of_rows_change_nothing(search, symmetric, monkeypatch
     problem = make_problem(X, rows=101, bits=3, symmetric=symmetric, search=search)
     whole, W_hat = rtn.solve(problem), rtn.solve(problem).dequantize(32)
     apart = joined([rtn.solve(problem.rows(start, stop)) for start, stop in ((0, 1), (1, 37), (37, 101))])
-    monkeypatch.setitem(problem_module._WEIGHTS, "cpu", 64 * 7)
+    monkeypatch.setitem(stable_sums._WEIGHTS, "cpu", 64 * 7)
     stripped = rtn.solve(problem)
     for other in (apart, stripped):
         assert torch.equal(other.q, whole.q)
@@ -74,27 +73,6 @@ def test_rows_of_a_problem_are_views_of_what_belongs_to_them():
     assert part.clippable.tolist() == [True, False, True]
     problem.statistics = None
     assert problem.rows(0, 1).statistics is None
-
-
-def test_energies_are_summed_in_one_order(monkeypatch):
-    problem = make_problem(correlated_inputs(width=192, dtype=torch.float32), rows=400)
-    H, solution, found = problem.statistics.H, rtn.solve(problem), []
-    for count in (1, 2, 3):
-        with threads(count):
-            found.append((energy(problem.W, H), energy(problem.W, None), lost_energy(problem, solution, H)))
-    assert found[0] == found[1] == found[2]
-    assert found[0][2] == pytest.approx(loss(problem, solution), rel=1e-4)
-    monkeypatch.setattr(problem_module, "_ROWS", 48)
-    strips = energy(problem.W, H), energy(problem.W, None), lost_energy(problem, solution, H)
-    assert strips == pytest.approx(found[0], rel=1e-12)
-
-
-def test_means_of_long_diagonals_are_summed_in_one_order():
-    terms, found = torch.rand(100_001, generator=torch.Generator().manual_seed(0)), []
-    for count in (1, 2, 3):
-        with threads(count):
-            found.append(mean(terms))
-    assert found[0] == found[1] == found[2] == pytest.approx(float(terms.double().mean()), rel=1e-12)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if ALGORITHMS[name].rows_apart(config_of(name))])
