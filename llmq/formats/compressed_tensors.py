@@ -110,7 +110,7 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
             if targets.setdefault(target, scheme) != scheme:
                 raise CheckpointError(f"two groups of different schemes both name {target[:80]!r}")
     ignored, patterns = set(_strings("ignore", entry(config, "ignore", default=[]))), Patterns()
-    of_targets, of_ignored = (sorted(t for t in names if t.startswith("re:")) for names in (targets, ignored))
+    of_targets, of_ignored = (sorted(t for t in texts if t.startswith("re:")) for texts in (targets, ignored))
     schemes: dict[str, Scheme] = {}
     for name in names:
         if _fitting(name, ignored, of_ignored, patterns) is not None:
@@ -148,14 +148,9 @@ def _scheme(group: dict[str, Any], overall: Any) -> Scheme:
     fits = weights.get("type") == "int" and not weights.get("dynamic") and strategy in ("group", "channel", None)
     fits = fits and (strategy is None or (strategy == "channel") == (size == -1))
     # actorder "group" needs indices that the package no longer writes; the other values leave groups contiguous.
-    if (
-        not fits
-        or group.get("input_activations") is not None
-        or weights.get("actorder") not in (None, "weight", "static")
-    ):
-        raise CheckpointError(
-            f"unsupported compressed-tensors scheme: {str(weights)[:300]}; llmq reads int weights in groups or whole rows"
-        )
+    fits = fits and weights.get("actorder") in (None, "weight", "static")
+    if not fits or group.get("input_activations") is not None:
+        raise CheckpointError(f"unsupported scheme {str(weights)[:300]}; llmq reads int weights in groups or whole rows")
     return Scheme.of(weights.get("num_bits", 8), size, entry(weights, "symmetric", default=True))
 
 

@@ -46,9 +46,7 @@ def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tens
     """
     columns = weight.q.shape[1]
     if columns * weight.bits % 32:
-        raise CheckpointError(
-            f"{name}: {columns} inputs of {weight.bits} bits fill no whole 32-bit words; use compressed-tensors"
-        )
+        raise CheckpointError(f"{name}: {columns} inputs of {weight.bits} bits fill no whole words; use compressed-tensors")
     zero = weight.zero - (1 if scheme.symmetric else 0)
     group_of = weight.group_of
     if group_of is None:
@@ -76,9 +74,7 @@ def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
     expect_scales(f"{name}.scales", scales, (groups, rows))
     stored = unpack_stream(tensors[f"{name}.qzeros"], scheme.bits, rows).T.contiguous()
     if scheme.zero_offset and bool((stored == 2**scheme.bits - 1).any()):
-        raise CheckpointError(
-            f"{name}: has a zero point of -1 or {2**scheme.bits}: readers of GPTQ v1 disagree on which"
-        )
+        raise CheckpointError(f"{name}: has a zero point of -1 or {2**scheme.bits}; GPTQ v1 cannot tell which: use v2")
     weight = QuantizedWeight(
         unpack_stream(qweight.T, scheme.bits, columns),
         scales.T.contiguous(),
@@ -127,11 +123,9 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
     Raises CheckpointError for dialects that llmq does not read.
     """
     dialect = entry(config, "checkpoint_format", "format", default="gptq")
-    if dialect not in ("gptq", "gptq_v2") or entry(config, "pack_dtype", default="int32") != "int32":
-        raise CheckpointError(
-            f"a GPTQ checkpoint of the kind {dialect!r} in {entry(config, 'pack_dtype', default='int32')} words; "
-            "llmq reads gptq and gptq_v2 in int32"
-        )
+    words = entry(config, "pack_dtype", default="int32")
+    if dialect not in ("gptq", "gptq_v2") or words != "int32":
+        raise CheckpointError(f"GPTQ tensors of the kind {dialect!r} in {words} words; llmq reads gptq, gptq_v2 in int32")
     size = entry(config, "group_size", default=128)
     flags = entry(config, "sym", default=True), entry(config, "desc_act", default=False)
     most = Scheme.of(config.get("bits", 4), size, *flags, zero_offset=int(dialect == "gptq"))

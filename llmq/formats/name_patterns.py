@@ -42,7 +42,7 @@ class Patterns:
                 return run(name, timeout=left) is not None
         except TimeoutError:
             pass
-        raise CheckpointError(f"the pattern {pattern[:80]!r} takes too long to match layer names against; make it simpler")
+        raise CheckpointError(f"the pattern {pattern[:80]!r} takes too long to match layer names against; simplify it")
 
     def _compile(self, pattern: str) -> regex.Pattern[str]:
         """Return the compiled pattern. Each is compiled once."""

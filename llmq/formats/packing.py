@@ -1,8 +1,7 @@
 """The packer of every format: codes of b bits become one little-endian bit stream, cut into 32-bit words.
 
-Code i owns bits [i*b, (i+1)*b) of the stream. Word 0 comes first, and zeros fill the last word.
-
-Eight 4-bit codes fill one word. The first code has the lowest bits:
+Code i owns bits [i*b, (i+1)*b) of the stream. Word 0 comes first, and zeros fill the last word. Eight 4-bit codes fill
+one word, the first code in the lowest bits:
 
     >>> codes = torch.arange(8, dtype=torch.uint8)[None]             # [rows, columns] = [1, 8]
     >>> words = pack_stream(codes, bits=4)                           # [rows, words]   = [1, 1]
@@ -11,8 +10,8 @@ Eight 4-bit codes fill one word. The first code has the lowest bits:
     >>> unpack_stream(words, bits=4, n=8)                            # [1, 8]: the codes again
     tensor([[0, 1, 2, 3, 4, 5, 6, 7]], dtype=torch.uint8)
 
-A word has room for ten 3-bit codes and 2 bits more. Code 10 is 5 = 0b101: word 0 gets its low bits 01, word 1 its high
-bit. The "10|1|10|1|10" scheme of 3-bit GPTQ files is this same stream:
+A word has room for ten 3-bit codes and 2 bits more. Code 10 is 5 = 0b101: its low bits 01 go into word 0, its high bit
+into word 1. The "10|1|10|1|10" scheme of 3-bit GPTQ files is this same stream:
 
     >>> codes = torch.tensor([[7] + [0] * 9 + [5]], dtype=torch.uint8)   # [1, 11]
     >>> words = pack_stream(codes, bits=3)                               # [1, 2]: 33 bits need two words
