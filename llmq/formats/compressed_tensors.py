@@ -150,7 +150,7 @@ def _scheme(group: dict[str, Any], overall: Any) -> Scheme:
     # actorder "group" needs indices that the package no longer writes; the other values leave groups contiguous.
     fits = fits and weights.get("actorder") in (None, "weight", "static")
     if not fits or group.get("input_activations") is not None:
-        raise CheckpointError(f"unsupported scheme {str(weights)[:300]}; llmq reads int weights in groups or whole rows")
+        raise CheckpointError(f"unsupported scheme {str(weights)[:300]}; llmq reads int weights in groups or rows")
     return Scheme.of(weights.get("num_bits", 8), size, entry(weights, "symmetric", default=True))
 
 
