@@ -210,7 +210,7 @@ def slug(name: str) -> str:
 
 @cache
 def tables_for(name: str, arch: int) -> tuple[dict[str, Any], ...]:
-    """Return the tables that apply to a GPU, best first: tuned here, shipped for this GPU, shipped for its architecture."""
+    """Return the tables for a GPU, best first: tuned here, shipped for this GPU, shipped for its architecture."""
     shipped = Path(__file__).parent / "tuned"
     paths = (user_table(name), shipped / f"{slug(name)}.json", shipped / f"sm_{arch}.json")
     return tuple(json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file())

@@ -35,8 +35,8 @@ def shift_of(bits, plane, mantissa):
 
 @triton.constexpr_function
 def plane_asm(bits, plane, bf16, zero):
-    """Return PTX that turns $1 (word pair), $2 (pair of 1-bit words, 3 bit only) and the last operand (-zero, or -(2**(m-b) +
-    zero), unless `zero` is known now) into the pair $0."""
+    """Return PTX that turns $1 (word pair), $2 (pair of 1-bit words, 3 bit only) and the last operand (-zero, or
+    -(2**(m-b) + zero), unless `zero` is known now) into the pair $0."""
     if bf16 and bits == 8:
         return _byte_asm(plane, zero)
     mantissa = 7 if bf16 else 10

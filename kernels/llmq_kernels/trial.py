@@ -141,7 +141,7 @@ def time_graph(launches: Sequence[Callable[[], object]], least: float, replays: 
 
 @cache
 def _side_stream() -> torch.cuda.Stream:
-    """Captures need a stream that is not the default one; libraries keep a workspace for each stream they see."""
+    """Return the one stream of all captures. It is not the default one; libraries keep a workspace per stream."""
     return torch.cuda.Stream()
 
 

@@ -21,12 +21,12 @@ TimeOf = Callable[[Problem, "Tile | None"], float]
 _MOST = 20
 _WARPS_PER_SM = 16  # that registers are kept for: 128 each
 _WITH_PDL = 6
-"""So many of the first tiles are tried with programmatic dependent launch as well."""
+"""The first tiles, which are also tried with programmatic dependent launch."""
 _FIELDS = ("bits", "group", "symmetric", "dtype", "M", "N", "K", "tile", "us")
 
 
 class Family(NamedTuple):
-    """Tiles that differ in their splits of K only."""
+    """Tiles that differ only in their splits of K."""
 
     BN: int
     warps: int
