@@ -1,4 +1,4 @@
-"""Which tile for which problem: a pure function, so that every answer it can give is compiled and checked in the tests.
+"""The choice of a tile for a problem. It is a pure function, so the tests compile and check every answer it can give.
 
 A measured table for this very GPU wins, then one for its architecture, then the rule below. Nothing is timed at first
 use: `python -m llmq.tune` measures, when asked, and writes a table.
@@ -28,12 +28,12 @@ _TOKENS_PER_WARP = 2048
 _DEQUANTIZE_ABOVE = 256
 M_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 COUNTERS = 4096
-"""Tiles a split launch may have: each needs a counter of its layer."""
+"""The most tiles of a launch with a split K: each needs a counter of its layer."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What choosing needs to know of a GPU."""
+    """The properties of a GPU that the choice depends on."""
 
     name: str
     arch: int
@@ -69,14 +69,14 @@ class Problem:
 
     @property
     def has_kernel(self) -> bool:
-        """Whether planes never straddle groups (a power of two from 16 on, or the whole row), in a 16-bit dtype."""
+        """Tell if a kernel takes it: 16-bit dtype, groups of a whole row or of a power of two from 16 on."""
         whole, size = self.group_size == self.K, self.group_size
         return self.dtype in ("float16", "bfloat16") and (whole or (size >= 16 and size & (size - 1) == 0))
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How packed_matmul cuts a problem up. None in its place: dequantize first, then multiply."""
+    """How packed_matmul cuts a problem up. None instead of a Tile means: dequantize first, then multiply."""
 
     BM: int
     BN: int
@@ -96,7 +96,7 @@ class Tile:
 
 
 def choose(device: Device, problem: Problem, tables: Sequence[dict[str, Any]] = ()) -> Tile | None:
-    """The tile for a problem, or None where dequantizing first is better. Earlier tables win."""
+    """Return the tile for a problem, or None if dequantizing first is better. Earlier tables win."""
     for table in tables:
         row = _nearest(table["rows"], problem)
         if row is not None:
@@ -105,7 +105,7 @@ def choose(device: Device, problem: Problem, tables: Sequence[dict[str, Any]] = 
 
 
 def rule(device: Device, problem: Problem) -> Tile | None:
-    """The analytic choice. Not measured on any GPU yet: tile sizes are those that compile without spills and fit."""
+    """Return the analytic choice. It is not measured on any GPU yet: its tiles compile without spills and fit."""
     if problem.M > _DEQUANTIZE_ABOVE:
         return None
     # Sixteen planes and a tall tile do not go into registers together, nor do as many groups.
@@ -144,19 +144,19 @@ def rule(device: Device, problem: Problem) -> Tile | None:
 
 
 def split(tile: Tile, device: Device, problem: Problem, programs: int) -> Tile:
-    """The tile with K split for about so many programs per multiprocessor, each with two blocks or more."""
+    """Return the tile with K split for about `programs` per multiprocessor, each with two blocks or more."""
     tiles = math.ceil(problem.N / tile.BN) * math.ceil(problem.M / tile.BM)
     wanted = programs * device.multiprocessors // tiles
     return _fitted(replace(tile, splits=max(1, min(wanted, problem.blocks // _MIN_BLOCKS_PER_SPLIT))), problem)
 
 
 def registers_for(BM: int, warps: int, programs: int) -> int | None:
-    """What a thread may have if so many programs shall be resident on a multiprocessor."""
+    """Return the registers a thread may have if `programs` are to be resident on a multiprocessor."""
     return min(255, _REGISTERS_PER_SM // (32 * warps * programs) // 8 * 8) if BM <= 16 else None
 
 
 def shared_bytes(problem: Problem, BM: int, BN: int, buffers: int, chunk: int | None = None, arch: int = 90) -> int:
-    """Shared memory of a tile, at most.
+    """Return the most shared memory that a tile takes.
 
     Args:
         buffers: the pipeline's, one less than its stages.
@@ -173,19 +173,19 @@ def shared_bytes(problem: Problem, BM: int, BN: int, buffers: int, chunk: int | 
 
 
 def _resident(device: Device, shared: int) -> int:
-    """Programs a multiprocessor has shared memory for: it keeps 1 KiB for itself with each, and has that once more."""
+    """Count the programs that fit into shared memory. The GPU keeps 1 KiB more for each, and has 1 KiB more."""
     return (device.shared_bytes + 1024) // (shared + 1024)
 
 
 def _fitted(tile: Tile, problem: Problem) -> Tile:
-    """The tile with a split that has counters and leaves no program without work, and a chunk that the plane has."""
+    """Return the tile with a split that has counters and gives every program work, and a chunk within the plane."""
     tiles = math.ceil(problem.N / tile.BN) * math.ceil(problem.M / tile.BM)
     per_split = math.ceil(problem.blocks / (tile.splits if tiles <= COUNTERS else 1))
     return replace(tile, splits=math.ceil(problem.blocks / per_split), chunk=min(tile.chunk, problem.plane))
 
 
 def _nearest(rows: Sequence[dict[str, Any]], problem: Problem) -> dict[str, Any] | None:
-    """The row of the same kind whose N and K are within a factor of two or so."""
+    """Return the row of the same kind with the nearest N and K, both within a factor of about two, or None."""
     bucket = bucket_of(problem.M)
     group = problem.group_size if problem.group_size < problem.K else -1
     kind = (problem.bits, group, problem.symmetric, problem.dtype, bucket)
@@ -199,25 +199,25 @@ def _nearest(rows: Sequence[dict[str, Any]], problem: Problem) -> dict[str, Any]
 
 
 def bucket_of(M: int) -> int:
-    """The number of tokens under which a table files M."""
+    """Return the number of tokens under which a table stores M."""
     return next((bucket for bucket in M_BUCKETS if bucket >= M), M_BUCKETS[-1])
 
 
 def slug(name: str) -> str:
-    """A GPU's name as a file name: 'NVIDIA H200' -> 'nvidia-h200'."""
+    """Turn the name of a GPU into a file name: 'NVIDIA H200' -> 'nvidia-h200'."""
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
 @cache
 def tables_for(name: str, arch: int) -> tuple[dict[str, Any], ...]:
-    """Tables that apply to a GPU, best first: tuned here, shipped for this GPU, shipped for its architecture."""
+    """Return the tables for a GPU, best first: tuned here, shipped for this GPU, shipped for its architecture."""
     shipped = Path(__file__).parent / "tuned"
     paths = (user_table(name), shipped / f"{slug(name)}.json", shipped / f"sm_{arch}.json")
     return tuple(json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file())
 
 
 def user_table(name: str) -> Path:
-    """Where `llmq tune` keeps what it measured. The name carries what a tile's speed depends on."""
+    """Return the path of the table that tuning writes. The name holds what the speed of a tile depends on."""
     return Path.home() / ".cache" / "llmq" / "tuned" / f"{slug(name)}-{_versions()}.json"
 
 

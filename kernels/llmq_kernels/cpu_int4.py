@@ -28,7 +28,7 @@ class CpuInt4Weight:
 
 
 def supports(weight: PackedWeight) -> bool:
-    """Whether the layer has a shape this path accepts."""
+    """Tell if this path accepts the layer."""
     return (
         weight.device.type == "cpu"
         and weight.bits == 4
@@ -38,7 +38,7 @@ def supports(weight: PackedWeight) -> bool:
 
 
 def prepare(weight: PackedWeight) -> CpuInt4Weight:
-    """Rearrange for this CPU; `supports` must hold."""
+    """Rearrange a weight for this CPU; `supports` must hold. Return the new weight."""
     codes = unpack(weight).to(torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     scale = weight.scale()
@@ -50,7 +50,7 @@ def prepare(weight: PackedWeight) -> CpuInt4Weight:
 def matmul(
     x: Float[Tensor, "*batch in"], weight: CpuInt4Weight, bias: Tensor | None = None
 ) -> Float[Tensor, "*batch out"]:
-    """x @ Wᵀ + bias, computed in bf16 and returned in x's dtype; x has its features in the packed order."""
+    """Return x @ Wᵀ + bias, computed in bf16, in x's dtype. x has its features in the packed order."""
     flat = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, weight.packed, weight.group_size, weight.scale_offset)
     y = y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])

@@ -32,7 +32,7 @@ def dequantize_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, PLANE: tl.constexpr, SYMMETRIC: tl.constexpr, EVEN_K: tl.constexpr,
     BN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Program (BN rows from first_row on, block of K): W[row - first_row, k] = scale * (code - zero)."""
+    """Compute W[row - first_row, k] = scale * (code - zero). Program: BN rows from first_row on, a block of K."""
     WORD: tl.constexpr = 2 if BITS == 3 else BITS
     PER_WORD: tl.constexpr = 16 // WORD
     PLANES: tl.constexpr = 16 if BITS == 3 else PER_WORD
@@ -71,7 +71,7 @@ def dequantize_rows(weight: PackedWeight, W: Tensor, first_row: int) -> None:
 
 
 def dequantize_matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """y [M, N] for x [M, K], columns in the weight's order."""
+    """Return y [M, N] for x [M, K], with the columns of x in the weight's order."""
     (M, K), N = x.shape, weight.out_features
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     rows = min(N, max(_SCRATCH_BYTES // (2 * K), _LEAST_OUTPUTS // M) // _BN * _BN or _BN)

@@ -26,7 +26,7 @@ def round_columns_kernel(
     W, U, scale, zero, Q, Err, rows, most,
     G: tl.constexpr, COLUMNS: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Program (BR rows). W [G, rows] is read; Q uint8 [G, rows] and Err [G, rows] are written. COLUMNS: G, padded."""
+    """Round BR rows per program. Reads W [G, rows]; writes Q uint8 and Err [G, rows]. COLUMNS: G, padded."""
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     column = tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < G)[None, :]
@@ -54,7 +54,7 @@ def round_columns_kernel(
 
 
 def round_columns(W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes uint8 and errors float32, [G, rows], of columns that share their grids.
+    """Return the codes uint8 and errors float32, [G, rows], of columns that share their grids.
 
     Args:
         W: [G, rows] float32, transposed weights.

@@ -14,6 +14,22 @@ bits per weight. A plane never straddles two groups, so groups of 16 and 32 have
 
 Grid. A symmetric weight stores the float32 scale, whose zero point is 2**(bits-1). Otherwise the low 8 bits of the
 float32 scale are the zero point: exact for float16 and bfloat16 scales; a float32 scale keeps 16 significant bits.
+
+A tiny weight: one row of 64 inputs in 4 groups, so planes of 16. Codes 0, 16, 32 and 48 share word 0:
+
+    >>> codes = torch.full((1, 64), 8, dtype=torch.uint8)              # [out, in]
+    >>> codes[0, [0, 16, 32, 48]] = torch.tensor([1, 2, 3, 4], dtype=torch.uint8)
+    >>> scale = torch.full((1, 4), 0.5)                                # [out, groups]
+    >>> zero = torch.full((1, 4), 8, dtype=torch.uint8)                # [out, groups]
+    >>> weight = pack(codes, scale, zero, bits=4)
+    >>> weight.plane, weight.symmetric, weight.words[0].shape          # 64 codes of 4 bits = 16 words of 16
+    (16, True, torch.Size([1, 16]))
+    >>> hex(int(weight.words[0][0, 0])), weight.grid.shape             # the grid is [groups, out]
+    ('0x4321', torch.Size([4, 1]))
+    >>> torch.equal(unpack(weight), codes)                             # [out, in]
+    True
+    >>> (weight.scale()[0, 0] * (unpack(weight)[0, :2].float() - weight.zero()[0, 0]))   # 0.5 * ([1, 8] - 8)
+    tensor([-3.5000,  0.0000])
 """
 
 from __future__ import annotations
@@ -31,13 +47,19 @@ _ZERO_MASK = 0xFF
 
 
 def top_bit(plane: int) -> int:
-    """Where the 1-bit words keep the top bit of 3-bit plane 0..15: spread so that four shifts serve all sixteen."""
+    """Return the bit of a 1-bit word that holds the top bit of 3-bit plane 0..15.
+
+    The bits are spread so that four shifts serve all sixteen planes.
+    """
     return plane // 8 * 8 + plane % 4 * 2 + plane % 8 // 4
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """w[n, k] = scale[n, group] * (code[n, k] - zero[n, group]). All tensors on one device."""
+    """A weight as the kernels read it: w[n, k] = scale[n, group] * (code[n, k] - zero[n, group]).
+
+    All tensors are on one device.
+    """
 
     words: tuple[Int16[Tensor, "out _"], ...]
     """One array for each of WIDTHS[bits], [out, padded inputs * width / 16]."""
@@ -62,25 +84,25 @@ class PackedWeight:
         return self.grid.device
 
     def scale(self) -> Float[Tensor, "out groups"]:
-        """float32 scales."""
+        """Return the scales as float32."""
         bits = self.grid if self.symmetric else self.grid & ~_ZERO_MASK
         return bits.view(torch.float32).T
 
     def zero(self) -> UInt8[Tensor, "out groups"]:
-        """Zero points in code units."""
+        """Return the zero points in code units."""
         if self.symmetric:
             return torch.full_like(self.grid.T, 2 ** (self.bits - 1), dtype=torch.uint8)
         return (self.grid.T & _ZERO_MASK).to(torch.uint8)
 
 
 def plane_of(group_size: int, in_features: int) -> int:
-    """Inputs per plane: 64, or as many as a smaller group has. Groups the kernels do not take get 64 as well."""
+    """Return the inputs per plane: the group size if it is 16 or 32, else 64."""
     whole_row = group_size == in_features
     return group_size if group_size in (16, 32) and not whole_row else 64
 
 
 def block_of(bits: int, plane: int) -> int:
-    """Inputs per block of words; rows are padded to whole blocks."""
+    """Return the inputs per block of words. Rows are padded to whole blocks."""
     return plane * 16 // WIDTHS[bits][-1]
 
 
@@ -91,7 +113,7 @@ def pack(
     bits: int,
     group_of: Int32[Tensor, "in"] | None = None,
 ) -> PackedWeight:
-    """Lay out plain codes.
+    """Lay out plain codes, and return the packed weight.
 
     Args:
         group_of: the group of every input, where groups are not contiguous; groups must have equal sizes.
@@ -121,7 +143,7 @@ def pack(
 
 
 def unpack(weight: PackedWeight, start: int = 0, stop: int | None = None) -> UInt8[Tensor, "rows in"]:
-    """The codes of rows start to stop, columns as they lie: sorted, if the weight has a permutation."""
+    """Return the codes of rows start to stop. Columns stay in the packed order: sorted, if there is a permutation."""
     codes, shift = None, 0
     for width, words in zip(WIDTHS[weight.bits], weight.words, strict=True):
         part = _unpack_words(words[start:stop], width, weight.plane, weight.bits)
@@ -132,7 +154,7 @@ def unpack(weight: PackedWeight, start: int = 0, stop: int | None = None) -> UIn
 
 
 def stack(weights: Sequence[PackedWeight]) -> PackedWeight | None:
-    """The rows of several weights in one, or None unless bits, groups, inputs and their order agree."""
+    """Join the rows of several weights into one. Return None unless bits, groups, inputs and their order agree."""
     first = weights[0]
     kinds = {(w.bits, w.group_size, w.in_features, w.symmetric, w.device, w.permutation is None) for w in weights}
     if len(kinds) > 1:
@@ -162,7 +184,7 @@ def _pack_grid(scale: Tensor, zero: Tensor, symmetric: bool) -> Tensor:
 
 
 def _shifts(width: int, bits: int) -> list[int]:
-    """Bit of the field of every plane in its word."""
+    """Return for every plane the lowest bit of its field in the word."""
     return [top_bit(p) if bits == 3 and width == 1 else p * width for p in range(16 // width)]
 
 

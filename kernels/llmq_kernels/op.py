@@ -16,11 +16,11 @@ _OLDEST_ARCH = 80  # asynchronous copies and bfloat16 arithmetic began there
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, counters: Tensor) -> Tensor:
-    """x @ Wᵀ + bias: [*batch, out] for x [*batch, in].
+    """Return x @ Wᵀ + bias: [*batch, out] for x [*batch, in].
 
     Args:
-        counters: `new_counters` of the weight's device, kept by the layer. Eager calls may run at once on as many
-            streams as they like; a captured CUDA graph must not replay while anything else runs its layers.
+        counters: `new_counters` of the weight's device, kept by the layer. Eager calls may run at once on any number
+            of streams; a captured CUDA graph must not replay while anything else runs its layers.
     """
     return _packed_linear(
         reference.permuted(x, weight), list(weight.words), weight.grid, bias, counters,
@@ -29,7 +29,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, counters
 
 
 def new_counters(device: torch.device | str) -> Tensor:
-    """What a layer keeps between calls: zeros, and zeros again after every call (for GPUs)."""
+    """Return the counters that a layer keeps between calls on GPUs. They are zeros again after every call."""
     return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 
@@ -73,7 +73,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    """Of x alone: the weight is frozen, but what lies below it (LoRA, soft prompts) may learn."""
+    """Return the gradient of x alone. The weight is frozen; layers below it (LoRA, soft prompts) may learn."""
     grid, *words = ctx.saved_tensors
     dx = dy @ reference.dequantize(PackedWeight(tuple(words), grid, *ctx.layout), dy.dtype)
     return dx, [None] * len(words), *[None] * 6
@@ -83,7 +83,7 @@ _packed_linear.register_autograd(_backward, setup_context=_keep)
 
 
 def problem_of(x: Tensor, weight: PackedWeight) -> Problem:
-    """x [M, K] times the weight, as `choose` wants to know it."""
+    """Describe x [M, K] times the weight for `choose`."""
     dtype = str(x.dtype).removeprefix("torch.")
     sizes = len(x), weight.out_features, weight.in_features
     return Problem(weight.bits, weight.group_size, weight.symmetric, dtype, *sizes)
@@ -105,7 +105,7 @@ def _tile(device: Device, problem: Problem) -> Tile | None:
 
 
 def _own(counters: Tensor) -> Tensor:
-    """The layer's on the default stream and in graphs; fresh ones elsewhere, where another call may be under way."""
+    """Return the layer's counters on the default stream and in graphs, else fresh ones: another call may run."""
     stream = torch.cuda.current_stream(counters.device)
     if stream == torch.cuda.default_stream(counters.device) or torch.cuda.is_current_stream_capturing():
         return counters
@@ -114,6 +114,6 @@ def _own(counters: Tensor) -> Tensor:
 
 @cache
 def describe(device: torch.device) -> Device:
-    """The GPU as `choose` wants to know it."""
+    """Describe the GPU for `choose`."""
     p = torch.cuda.get_device_properties(device)
     return Device(p.name, p.major * 10 + p.minor, p.multi_processor_count, p.shared_memory_per_block_optin)

@@ -29,7 +29,7 @@ from llmq_kernels.planes import plane_values
 
 @triton.jit
 def grid_word(pointer, SYMMETRIC: tl.constexpr):
-    """(scale, zero) as float32; the zero of a symmetric weight is known and not looked at."""
+    """Return (scale, zero) as float32. The zero of a symmetric weight is known and not read."""
     word = tl.load(pointer)
     if SYMMETRIC:
         scale = word.to(tl.float32, bitcast=True)
@@ -50,7 +50,7 @@ def packed_matmul_kernel(
     BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
     FOLD: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of N, split of K, tile of M).
+    """Multiply one tile. Program: tile of N, split of K, tile of M.
 
     Args:
         x: [M, K]; y: [M, N]; bias: [N]; words, tops, grid: as in PackedWeight.
@@ -127,7 +127,7 @@ def packed_matmul_kernel(
 def packed_matmul(
     x: Tensor, weight: PackedWeight, bias: Tensor | None, counters: Tensor, tile: Tile, y: Tensor | None = None
 ) -> Tensor:
-    """Launch the kernel.
+    """Launch the kernel, and return y.
 
     Args:
         x: [M, K], contiguous, float16 or bfloat16, columns in the weight's order.
@@ -157,10 +157,10 @@ def packed_matmul(
 
 
 def group_of(weight: PackedWeight) -> int:
-    """GROUP of the kernels: 0 stands for one group per row, whatever its length."""
+    """Return GROUP of the kernels: 0 stands for one group per row of any length."""
     return 0 if weight.group_size == weight.in_features else weight.group_size
 
 
 def uses_asm(x: Tensor) -> bool:
-    """PTX is for NVIDIA's GPUs; the interpreter and others take the twin."""
+    """Tell if the kernel may use PTX: on NVIDIA's GPUs. The interpreter and others take the twin."""
     return x.is_cuda and torch.version.hip is None

@@ -25,15 +25,18 @@ top_bit = triton.constexpr_function(layout.top_bit)
 
 @triton.constexpr_function
 def shift_of(bits, plane, mantissa):
-    """(right shift of the word, bit of the code after it): by whole bytes if the code then fits the mantissa."""
+    """Return the right shift of the word, and the bit of the code after it.
+
+    The shift is by whole bytes if the code then fits the mantissa.
+    """
     low = WIDTHS[bits][0] * (plane % (16 // WIDTHS[bits][0]))
     return (low - low % 8, low % 8) if low % 8 + bits <= mantissa else (low, 0)
 
 
 @triton.constexpr_function
 def plane_asm(bits, plane, bf16, zero):
-    """PTX that turns $1 (word pair), $2 (pair of 1-bit words, 3 bit only) and the last operand (-zero, or -(2**(m-b) +
-    zero), unless `zero` is known now) into the pair $0."""
+    """Return PTX that turns $1 (word pair), $2 (pair of 1-bit words, 3 bit only) and the last operand (-zero, or
+    -(2**(m-b) + zero), unless `zero` is known now) into the pair $0."""
     if bf16 and bits == 8:
         return _byte_asm(plane, zero)
     mantissa = 7 if bf16 else 10
@@ -57,7 +60,7 @@ def plane_asm(bits, plane, bf16, zero):
 
 @triton.constexpr_function
 def _byte_asm(plane, zero):
-    """A byte does not fit bf16's mantissa: two nibbles, 16 * high - zero + low."""
+    """Return PTX for a byte in bf16. It does not fit the mantissa: two nibbles, 16 * high - zero + low."""
     offset = "$2" if zero is None else _half(-float(zero), True)
     nibble = f"{_pair(15)}, {_power(7, True)}, 0xea;"
     lines = [
@@ -80,7 +83,7 @@ def _byte_asm(plane, zero):
 
 @triton.constexpr_function
 def offset_of(bits, plane, bf16):
-    """What the asm's last operand subtracts besides the zero point."""
+    """Return what the asm's last operand subtracts besides the zero point."""
     if bf16 and bits == 8:
         return 0.0
     mantissa = 7 if bf16 else 10
@@ -89,14 +92,14 @@ def offset_of(bits, plane, bf16):
 
 @triton.constexpr_function
 def field_of(bits, plane):
-    """(shift, mask, shift of the top bit) of a plane, for the twin."""
+    """Return (shift, mask, shift of the top bit) of a plane, for the twin."""
     width = WIDTHS[bits][0]
     return width * (plane % (16 // width)), 2**width - 1, top_bit(plane)
 
 
 @triton.constexpr_function
 def _half(value, bf16):
-    """Two equal 16-bit floats in one register, as a literal. `value`, not 0, must be such a float exactly."""
+    """Return two equal 16-bit floats in one register, as a literal. `value`, not 0, must be such a float exactly."""
     mantissa, exponent = (7, 127) if bf16 else (10, 15)
     sign, size = (0x8000, -value) if value < 0 else (0, value)
     while size >= 2:
@@ -121,7 +124,7 @@ def plane_values(
     words, tops, zero,
     P: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """code - zero of plane P, exactly, in DTYPE.
+    """Return code - zero of plane P, exactly, in DTYPE.
 
     Args:
         words, tops: int16 [rows, plane]; tops are the 1-bit words, read at 3 bit only.

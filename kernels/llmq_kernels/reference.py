@@ -14,7 +14,7 @@ _CHUNK_ELEMENTS = 1 << 20
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-    """The dense weight, computed in `dtype`, columns in the order of the inputs."""
+    """Return the dense weight, computed in `dtype`, with columns in the order of the inputs."""
     W = _dequantize_rows(weight, dtype, 0, weight.out_features)
     return W if weight.permutation is None else W[:, torch.argsort(weight.permutation)]
 
@@ -22,7 +22,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Float[Tensor, "out i
 def matmul(
     x: Float[Tensor, "*batch in"], weight: PackedWeight, bias: Tensor | None = None
 ) -> Float[Tensor, "*batch out"]:
-    """x @ Wᵀ + bias with W dequantized to x's dtype, a slice of rows at a time."""
+    """Return x @ Wᵀ + bias with W dequantized to x's dtype, a slice of rows at a time."""
     x = permuted(x, weight)
     rows = max(1, _CHUNK_ELEMENTS // weight.in_features)
     slices = [
@@ -34,7 +34,7 @@ def matmul(
 
 
 def permuted(x: Float[Tensor, "*batch in"], weight: PackedWeight) -> Float[Tensor, "*batch in"]:
-    """x with its features in the order of the weight's columns."""
+    """Return x with its features in the order of the weight's columns."""
     return x if weight.permutation is None else x.index_select(-1, weight.permutation)
 
 

@@ -1,4 +1,4 @@
-"""Running a tile on a device and timing it: what `tune` measures with."""
+"""Run a tile on a device and time it. `tune` measures with this."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _GRAPH_SECONDS, _GRAPH_NODES, _WARM_SECONDS = 1e-3, 300, 5e-3
 
 
 class Timer(Protocol):
-    """Seconds per launch, one figure for each repetition of all of them."""
+    """Measures seconds per launch: one number for each repetition of all launches."""
 
     def __call__(self, launches: Sequence[Callable[[], object]], least: float, replays: int = 20) -> list[float]:
-        """`least`: about what one launch must take, so that a repetition can be made long enough."""
+        """Return the times. `least`: seconds that one launch takes at least; a repetition is made long enough."""
         ...
 
 
@@ -49,7 +49,7 @@ class Trial:
         self._data = lru_cache(maxsize=1)(self._make)  # problems come one after another, each with all its tiles
 
     def __call__(self, problem: Problem, tile: Tile | None) -> float:
-        """Median seconds. Raises ValueError if the result is wrong, or not the same twice in a row."""
+        """Return the median seconds. Raises ValueError if the result is wrong, or differs between two runs."""
         x, weights, expected = self._data(problem)
         y, again = (multiply(x, weights[0], tile, self._counters) for _ in range(2))
         error = float((y.float() - expected).norm() / expected.norm())
@@ -67,14 +67,14 @@ class Trial:
 
 
 def multiply(x: Tensor, weight: PackedWeight, tile: Tile | None, counters: Tensor, y: Tensor | None = None) -> Tensor:
-    """x Wᵀ the way `choose` says it: with a tile, or, without one, dequantizing first (y is then a new tensor)."""
+    """Return x Wᵀ: with a tile, or without one by dequantizing first (y is then a new tensor)."""
     if tile is None:
         return dequantize_matmul(x, weight, None)
     return packed_matmul(x, weight, None, counters, tile, y)
 
 
 def random_codes(problem: Problem, where: torch.device, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes, scales in the problem's dtype, zero points) of weights about as large as a model's."""
+    """Return codes, scales in the problem's dtype, and zero points, of weights about as large as a model's."""
     generator = torch.Generator(where).manual_seed(seed)
     N, K, bits, groups = problem.N, problem.K, problem.bits, problem.K // problem.group_size
     codes = torch.randint(0, 2**bits, (N, K), dtype=torch.uint8, device=where, generator=generator)
@@ -88,13 +88,13 @@ def random_codes(problem: Problem, where: torch.device, seed: int = 0) -> tuple[
 
 
 def random_tokens(problem: Problem, where: torch.device, seed: int = 1) -> Tensor:
-    """x [M, K]."""
+    """Return x [M, K]."""
     generator = torch.Generator(where).manual_seed(seed)
     return torch.randn(problem.M, problem.K, device=where, generator=generator).to(getattr(torch, problem.dtype))
 
 
 def rotated(weight: PackedWeight, rotation: float = ROTATION) -> list[PackedWeight]:
-    """The weight and copies of it, `rotation` bytes or more in all."""
+    """Return the weight and copies of it, `rotation` bytes or more in all."""
 
     def copy() -> PackedWeight:
         return replace(weight, words=tuple(array.clone() for array in weight.words), grid=weight.grid.clone())
@@ -107,7 +107,7 @@ def nbytes(weight: PackedWeight) -> int:
 
 
 def least_seconds(problem: Problem) -> float:
-    """What no GPU does the problem in less than: reading codes, or multiplying."""
+    """Return the least seconds of any GPU for the problem: to read the codes, or to multiply."""
     weights = problem.N * problem.K
     return max(weights * problem.bits / 8 / _BYTES, 2 * problem.M * weights / _OPERATIONS)
 
@@ -141,13 +141,13 @@ def time_graph(launches: Sequence[Callable[[], object]], least: float, replays: 
 
 @cache
 def _side_stream() -> torch.cuda.Stream:
-    """Captures need a stream that is not the default one; libraries keep a workspace for each stream they see."""
+    """Return the one stream of all captures. It is not the default one; libraries keep a workspace per stream."""
     return torch.cuda.Stream()
 
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A kernel collected while a graph is captured would unload itself, which ends the capture."""
+    """Stop garbage collection. A kernel collected during a capture would unload itself and end the capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Finding the fastest tile of each problem, and the table of them that `choose` reads.
+"""Find the fastest tile of each problem, and write the table that `choose` reads.
 
 What runs and times a tile is handed in (`trial.Trial` on a GPU), so that everything here is tested without one.
 """
@@ -21,12 +21,12 @@ TimeOf = Callable[[Problem, "Tile | None"], float]
 _MOST = 20
 _WARPS_PER_SM = 16  # that registers are kept for: 128 each
 _WITH_PDL = 6
-"""So many of the first tiles are tried with programmatic dependent launch as well."""
+"""The first tiles, which are also tried with programmatic dependent launch."""
 _FIELDS = ("bits", "group", "symmetric", "dtype", "M", "N", "K", "tile", "us")
 
 
 class Family(NamedTuple):
-    """Tiles that differ in their splits of K only."""
+    """Tiles that differ only in their splits of K."""
 
     BN: int
     warps: int
@@ -79,7 +79,7 @@ _FAMILIES = {
 
 
 def candidates(device: Device, problem: Problem) -> list[Tile | None]:
-    """Up to 20 tiles worth timing, the rule's own first. None stands for dequantizing first."""
+    """Return up to 20 tiles to time, the rule's own first. None stands for dequantizing first."""
     tiles = list(dict.fromkeys([rule(device, problem), *_of_families(device, problem)]))
     if device.arch == 90 and problem.M <= 32:  # where the start of a launch is a good part of it
         split = [tile for tile in tiles if tile is not None][:_WITH_PDL]
@@ -116,11 +116,11 @@ def _fits(device: Device, problem: Problem, BM: int, family: Family, chunk: int)
 def tune(
     device: Device, problems: Iterable[Problem], time_of: TimeOf, enough: Callable[[], bool] = lambda: False
 ) -> list[dict[str, Any]]:
-    """The fastest tile of each problem, as rows of a table.
+    """Return the fastest tile of each problem, as rows of a table.
 
     Args:
-        time_of: seconds a tile takes; raises what it likes for one that does not compile, run or compute the same.
-        enough: asked before each problem; once it says so, the rest is left out.
+        time_of: seconds a tile takes; it may raise any error if a tile does not compile, run or compute the same.
+        enough: asked before each problem; once it returns True, the other problems are left out.
 
     A row also tells what the rule's tile takes (`rule_us`), what was `tried`, and what was `skipped` and why.
     Raises RuntimeError if not one tile works for a problem: then something else is wrong.
@@ -165,7 +165,7 @@ def _plain(tile: Tile | None) -> dict[str, Any] | None:
 
 
 def merged(path: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the table at `path`, if one is there, with these in place of its rows for the same problems."""
+    """Return the rows of the table at `path`, if it exists, with these rows instead of its own for the same problems."""
     try:
         old = json.loads(path.read_text(encoding="utf-8"))["rows"]
         return list({tuple(row[key] for key in _FIELDS[:7]): row for row in [*old, *rows]}.values())
@@ -174,7 +174,7 @@ def merged(path: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_table(path: Path, device: Device, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a table where `choose.tables_for` looks, whole or not at all."""
+    """Write a table for `choose.tables_for`: the whole file or nothing."""
     head = {"gpu": device.name, "arch": device.arch}
     head |= {"triton": version("triton"), "date": datetime.date.today().isoformat()}
     lines = ",\n".join(json.dumps({key: row[key] for key in _FIELDS}) for row in rows)  # one line each, for diffs

@@ -1,4 +1,4 @@
-"""The checkpoint formats by name. Each is a file of pure functions: encode, decode, hf_config, schemes_of."""
+"""The checkpoint formats by name. Each is a module of pure functions: encode, decode, hf_config, schemes_of."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from llmq.formats.scheme import Scheme, Schemes
 
 @runtime_checkable  # the tests check annotations as they run
 class Format(Protocol):
-    """What the file of a format holds.
+    """What the module of a format holds.
 
-    TENSOR_SUFFIXES: the tensors of a packed linear; the first one tells that a linear is packed.
+    TENSOR_SUFFIXES: the tensors of a packed linear. If the first one exists, the linear is packed.
     """
 
     @property
@@ -32,13 +32,13 @@ class Format(Protocol):
 
 
 FORMATS: dict[str, Format] = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq}
-"""Written and read."""
+"""The formats that llmq writes and reads."""
 
 
 def format_of(config: Mapping[str, Any]) -> Format:
-    """The format whose tensors a checkpoint with this quantization_config holds.
+    """Return the format of the tensors of a checkpoint with this quantization_config.
 
-    Raises CheckpointError for methods that llmq does not read.
+    Raises CheckpointError for a method that llmq does not read.
     """
     method = config.get("quant_method")
     if method == auto_round.METHOD:
@@ -50,7 +50,7 @@ def format_of(config: Mapping[str, Any]) -> Format:
 
 
 def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
-    """The scheme of each of these packed linears. Raises CheckpointError for configs that llmq does not read."""
+    """Return the scheme of each named linear. Raises CheckpointError for a config that llmq does not read."""
     if config.get("quant_method") == auto_round.METHOD:
         return auto_round.schemes_of(config, names)
     return format_of(config).schemes_of(config, names)

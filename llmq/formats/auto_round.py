@@ -1,4 +1,4 @@
-"""AutoRound's own checkpoints, read only: GPTQ or AWQ tensors under a config that says which.
+"""AutoRound's own checkpoints, read only. They hold GPTQ or AWQ tensors, and the config says which.
 
 packing_format            tensors        zero points
 auto_round:auto_gptq      gptq           zero - 1
@@ -31,36 +31,38 @@ _OVERRIDES = {"bits": "bits", "group_size": "group_size", "sym": "symmetric"}
 
 
 def packed_as(config: Mapping[str, Any]) -> str:
-    """The format whose tensors these are. Raises CheckpointError for other packings."""
+    """Return the name of the format of the tensors. Raises CheckpointError for an unknown packing."""
     return _packing(config)[0]
 
 
 def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
-    """The scheme of each packed linear: exact names in `extra_config` beat patterns.
+    """Return the scheme of each packed linear. In `extra_config` an exact name wins over a pattern.
 
-    Raises CheckpointError for data types other than int, and for packings llmq does not read.
+    Raises CheckpointError for data types other than int, and for packings that llmq does not read.
     """
     if entry(config, "data_type", default="int") != "int" or entry(config, "act_bits", default=16) not in (16, 32):
         raise CheckpointError("of AutoRound's data types only int weights with float activations are read")
-    # AutoRound itself takes sym for granted where it says nothing.
+    # AutoRound's own default of sym is true.
     symmetric = entry(config, "sym", default=True)
     size, offset = entry(config, "group_size", default=128), _packing(config)[1]
     most = Scheme.of(config.get("bits", 4), size, symmetric, zero_offset=offset)
     extra, patterns = tables("extra_config", entry(config, "extra_config", default={})), Patterns()
-    # AutoRound writes patterns with wildcards; searched for as one, the name mlp.gate would fit mlp.gate_proj.
+    # AutoRound's patterns have wildcards. A plain name is no pattern: mlp.gate must not fit mlp.gate_proj.
     expressions = [key for key in extra if not _NAME.fullmatch(key)]
-    fitting = {name: next((each for each in expressions if patterns.search(each, name)), None) for name in names}
+    fitting = {name: next((key for key in expressions if patterns.search(key, name)), None) for name in names}
     changes = {name: extra.get(name, extra.get(pattern or "", {})) for name, pattern in fitting.items()}
     return {name: _changed(name, most, changes[name]) for name in changes}
 
 
 def _changed(name: str, most: Scheme, changes: dict[str, Any]) -> Scheme:
+    """Return the scheme of a linear after its changes. Raise CheckpointError if they leave it in float."""
     if entry(changes, "data_type", default="int") != "int" or entry(changes, "bits", default=4) == 16:
         raise CheckpointError(f"{name} is packed, although extra_config says it is not")
     return most.changed({field: changes[key] for key, field in _OVERRIDES.items() if changes.get(key) is not None})
 
 
 def _packing(config: Mapping[str, Any]) -> tuple[str, int]:
+    """Return the format of the tensors, and what its zero points lack."""
     packing = str(entry(config, "packing_format", "backend", default="auto_round:auto_gptq"))
     if packing not in _PACKINGS:
         raise CheckpointError(f"AutoRound packing {packing!r} is not one of {', '.join(_PACKINGS)}")

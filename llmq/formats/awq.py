@@ -1,7 +1,7 @@
 """AWQ checkpoints, version GEMM, 4 bit: read by vLLM (Marlin), SGLang, AutoAWQ, and transformers with gptqmodel.
 
 NAME.qweight  int32 [in, out/8]       eight outputs of one input per word
-NAME.qzeros   int32 [groups, out/8]   likewise
+NAME.qzeros   int32 [groups, out/8]   eight outputs of one group per word
 NAME.scales   float [groups, out]
 
 nibble of word c, low to high:   0     1     2     3     4     5     6     7
@@ -32,15 +32,15 @@ _INVERSE = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:  # noqa: ARG001 like its siblings
-    """The tensors of one linear, by full name. Input stays as it is.
+    """Return the tensors of one linear by their full names. The weight is not changed.
 
-    Raises CheckpointError for what the format cannot say: other bits, act order, outputs that fill no words.
+    Raises CheckpointError for what the format cannot store: other bits, act order, outputs that fill no whole words.
     """
     rows = weight.q.shape[0]
     if weight.bits != _BITS:
-        raise CheckpointError(f"{name}: awq stores 4-bit weights; this one has {weight.bits} bits")
+        raise CheckpointError(f"{name}: awq stores 4-bit weights; this one has {weight.bits} bits: use gptq")
     if weight.group_of is not None:
-        raise CheckpointError(f"{name}: awq stores contiguous groups of one size; these are not")
+        raise CheckpointError(f"{name}: awq stores contiguous groups of one size; use gptq for others")
     if rows % _PER_WORD:
         raise CheckpointError(f"{name}: awq packs eight outputs in a word; {rows} outputs are not a multiple of 8")
     return {
@@ -51,7 +51,7 @@ def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tens
 
 
 def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
-    """The linear that `encode` wrote. Raises CheckpointError if parts are missing or do not fit together."""
+    """Return the weight that `encode` wrote. Raises CheckpointError if tensors are missing or do not fit together."""
     qweight, scales = part_of(name, tensors, "qweight"), part_of(name, tensors, "scales")
     if scheme.bits != _BITS:
         raise CheckpointError(f"{name}: awq stores 4-bit weights; its config says {scheme.bits} bits")
@@ -69,9 +69,9 @@ def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
 
 
 def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json. `ignore` lists every nn.Linear that stays in float.
+    """Return the `quantization_config` of config.json. `ignore` lists every nn.Linear that stays in float.
 
-    Raises CheckpointError if layers differ, or have other bits than 4.
+    Raises CheckpointError if layers differ or do not have 4 bits.
     """
     bits = the_only(schemes, lambda s: s.bits, "awq stores one number of bits, for all layers")
     if bits != _BITS:
@@ -80,7 +80,7 @@ def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
         "quant_method": METHOD,
         "bits": _BITS,
         "group_size": the_only(schemes, lambda s: s.group_size, "awq stores one group size for all layers"),
-        "zero_point": True,  # stored always: symmetric weights have zeros of 8
+        "zero_point": True,  # always stored: 8 for symmetric weights
         "sym": the_only(schemes, lambda s: s.symmetric, "awq stores one kind of zero points for all layers"),
         "version": "gemm",
         "modules_to_not_convert": ignore or None,
@@ -88,7 +88,7 @@ def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
 
 
 def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
-    """The scheme of each packed linear. Raises CheckpointError for other bits than 4 and versions than GEMM."""
+    """Return the scheme of each packed linear. Raises CheckpointError unless the config says GEMM and 4 bits."""
     bits, version = entry(config, "bits", "w_bit", default=_BITS), str(entry(config, "version", default="gemm")).lower()
     if version != "gemm" or bits != _BITS:
         raise CheckpointError(f"an AWQ checkpoint of version {version!r} with {bits} bits; llmq reads gemm with 4")
@@ -98,9 +98,11 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
 
 
 def _pack(codes: UInt8[Tensor, "inputs out"]) -> Int32[Tensor, "inputs words"]:
+    """Put the outputs into the order of the format, and pack them."""
     return pack_stream(codes.unflatten(1, (-1, _PER_WORD))[..., _ORDER].flatten(1), _BITS)
 
 
 def _unpack(words: Int32[Tensor, "inputs words"]) -> UInt8[Tensor, "out inputs"]:
+    """Unpack the words, and return the outputs in their own order."""
     codes = unpack_stream(words, _BITS, _PER_WORD * words.shape[1])
     return codes.unflatten(1, (-1, _PER_WORD))[..., _INVERSE].flatten(1).T.contiguous()

@@ -5,7 +5,7 @@
     NAME.weight_shape       int64 [2]                          (out, in)
     NAME.weight_zero_point  int32 [ceil(out*bits/32), groups]  asymmetric only, packed along the outputs
 
-Bytes as the compressed-tensors 0.20.0 package writes and reads them.
+The bytes are those that the compressed-tensors 0.20.0 package writes and reads.
 """
 
 # torch annotates only part of itself: what it leaves unknown is not reported here.
@@ -31,9 +31,9 @@ TENSOR_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero
 
 
 def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
-    """The tensors of one linear, by full name. Symmetric weights have no zero points on disk. Input stays as it is."""
+    """Return the tensors of one linear by their full names. Symmetric weights have no zero points on disk."""
     if weight.group_of is not None:
-        raise CheckpointError(f"{name}: compressed-tensors stores contiguous groups of one size; these are not")
+        raise CheckpointError(f"{name}: compressed-tensors stores contiguous groups of one size; use gptq for others")
     tensors = {
         f"{name}.weight_packed": pack_stream(weight.q, weight.bits),
         f"{name}.weight_scale": weight.scale.contiguous(),
@@ -45,13 +45,13 @@ def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tens
 
 
 def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
-    """The linear that `encode` wrote. Raises CheckpointError if parts are missing or do not fit together."""
+    """Return the weight that `encode` wrote. Raises CheckpointError if tensors are missing or do not fit together."""
     bits = scheme.bits
-    packed, scale = (part_of(name, tensors, part) for part in ("weight_packed", "weight_scale"))
+    packed, scale = (part_of(name, tensors, suffix) for suffix in ("weight_packed", "weight_scale"))
     rows, columns = _shape(name, part_of(name, tensors, "weight_shape"))
     if scheme.symmetric and f"{name}.weight_zero_point" in tensors:
-        raise CheckpointError(f"{name}: has zero points, although its scheme says symmetric")
-    # The scheme decides, not the tensor: half of the scales would fit too, at twice the group size.
+        raise CheckpointError(f"{name}: has zero points, although the config says symmetric")
+    # The scheme gives the number of groups, not the tensor: half of the scales would fit twice the group size.
     groups = scheme.groups(columns)
     if columns % groups or (groups > 1 and columns // groups != scheme.group_size):
         raise CheckpointError(f"{name}: group size {scheme.group_size} does not divide {columns} inputs")
@@ -67,10 +67,10 @@ def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
 
 
 def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json. `ignore` lists every nn.Linear that stays in float.
+    """Return the `quantization_config` of config.json. `ignore` lists every nn.Linear that stays in float.
 
-    One scheme is a group for all Linear. Several are groups of names: readers disagree on which of two patterns that
-    fit comes first, and engines that fuse layers look for the names of the parts.
+    One scheme becomes a group for every Linear. Several schemes become groups of full names: if two patterns fit,
+    readers disagree on the order. Engines that fuse layers look for the names of the single layers.
     """
     layers: dict[Scheme, list[str]] = defaultdict(list)
     for name in sorted(schemes):
@@ -98,10 +98,10 @@ def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
 
 
 def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
-    """The scheme of each packed linear: its name among the targets of a group, a pattern (re:) that fits, or "Linear".
+    """Return the scheme of each packed linear. A target is a full name, a pattern (re:...) or "Linear".
 
-    Raises CheckpointError for what llmq does not read: other formats, activation quantization, packed layers that no
-    group is meant for.
+    Raises CheckpointError for what llmq does not read: other formats, quantized activations, packed layers that no
+    group names.
     """
     targets: dict[str, Scheme] = {}
     for group in tables("config_groups", config.get("config_groups")).values():
@@ -110,27 +110,28 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
             if targets.setdefault(target, scheme) != scheme:
                 raise CheckpointError(f"two groups of different schemes both name {target[:80]!r}")
     ignored, patterns = set(_strings("ignore", entry(config, "ignore", default=[]))), Patterns()
-    of_targets, of_ignored = (sorted(t for t in these if t.startswith("re:")) for these in (targets, ignored))
-    found: dict[str, Scheme] = {}
+    of_targets, of_ignored = (sorted(t for t in texts if t.startswith("re:")) for texts in (targets, ignored))
+    schemes: dict[str, Scheme] = {}
     for name in names:
         if _fitting(name, ignored, of_ignored, patterns) is not None:
             raise CheckpointError(f"{name} is packed, although the config ignores it")
         target = _fitting(name, targets, of_targets, patterns)
         if target is None:
             raise CheckpointError(f"{name} is packed, but no group of the config is meant for it")
-        found[name] = targets[target]
-    return found
+        schemes[name] = targets[target]
+    return schemes
 
 
 def _fitting(name: str, targets: Container[str], expressions: list[str], patterns: Patterns) -> str | None:
-    """The target that fits a name, in the order of the compressed-tensors package: the name, patterns, the class."""
+    """Return the target that fits a name. The order is that of the package: the name, patterns, the class."""
     if name in targets:
         return name
-    by_pattern = next((each for each in expressions if patterns.match(each[3:], name)), None)
+    by_pattern = next((target for target in expressions if patterns.match(target[3:], name)), None)
     return by_pattern or ("Linear" if "Linear" in targets else None)
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:
+    """Return a scheme in the words of the format."""
     weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "dynamic": False}
     if scheme.group_size == -1:
         return weights | {"strategy": "channel"}
@@ -138,25 +139,23 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
 
 
 def _scheme(group: dict[str, Any], overall: Any) -> Scheme:
-    """The scheme of a config group. Raises CheckpointError for one that llmq does not read."""
-    kind = entry(group, "format", default=overall)
+    """Return the scheme of a config group. Raises CheckpointError for one that llmq does not read."""
+    form = entry(group, "format", default=overall)
     weights = tables("a group", {"weights": group.get("weights")})["weights"]
-    if kind != "pack-quantized":
-        raise CheckpointError(f"of compressed-tensors only pack-quantized weights are read; found format {kind!r}")
+    if form != "pack-quantized":
+        raise CheckpointError(f"of compressed-tensors only pack-quantized weights are read; found format {form!r}")
     strategy, size = weights.get("strategy"), entry(weights, "group_size", default=-1)
     fits = weights.get("type") == "int" and not weights.get("dynamic") and strategy in ("group", "channel", None)
     fits = fits and (strategy is None or (strategy == "channel") == (size == -1))
-    # "group" is act order whose indices the package no longer writes; the others leave groups contiguous.
-    if (
-        not fits
-        or group.get("input_activations") is not None
-        or weights.get("actorder") not in (None, "weight", "static")
-    ):
-        raise CheckpointError(f"unsupported compressed-tensors scheme: {str(weights)[:300]}")
+    # actorder "group" needs indices that the package no longer writes; the other values leave groups contiguous.
+    fits = fits and weights.get("actorder") in (None, "weight", "static")
+    if not fits or group.get("input_activations") is not None:
+        raise CheckpointError(f"unsupported scheme {str(weights)[:300]}; llmq reads int weights in groups or rows")
     return Scheme.of(weights.get("num_bits", 8), size, entry(weights, "symmetric", default=True))
 
 
 def _shape(name: str, stored: Tensor) -> tuple[int, int]:
+    """Return the stored (out, in). Raise CheckpointError unless they are two positive integers."""
     shape: Any = stored.tolist()
     if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, int) and n >= 1 for n in shape):
         raise CheckpointError(f"{name}.weight_shape: expected two positive integers, found {str(shape)[:80]}")
@@ -164,7 +163,8 @@ def _shape(name: str, stored: Tensor) -> tuple[int, int]:
 
 
 def _strings(what: str, found: Any) -> list[str]:
+    """Return an entry that must be a list of names. Raise CheckpointError if it is not."""
     names: list[Any] = found if isinstance(found, list) else [found]
-    if not all(isinstance(each, str) for each in names) or names is not found:
+    if not all(isinstance(name, str) for name in names) or names is not found:
         raise CheckpointError(f"{what} must be a list of names; found {str(found)[:80]}")
     return names

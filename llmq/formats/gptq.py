@@ -5,8 +5,8 @@
     NAME.scales   float [groups, out]
     NAME.g_idx    int32 [in]                         group of each input
 
-v1 cannot say zero = 0: its readers disagree on what the stored -1 means. So symmetric weights, whose zero is the
-middle, are written as v1, which every reader knows, and others as v2.
+v1 cannot store zero = 0: its readers disagree on what the stored -1 means. Symmetric weights have their zero in the
+middle, so they are written as v1, which every reader knows. Other weights are written as v2.
 """
 
 # torch annotates only part of itself: what it leaves unknown is not reported here.
@@ -33,21 +33,21 @@ from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, 
 
 METHOD = "gptq"
 TENSOR_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
-# Entries of a `dynamic` rule, and what they change.
+# Entries of a `dynamic` rule, and the field of the scheme that each changes.
 _OVERRIDES = {"bits": "bits", "group_size": "group_size", "sym": "symmetric", "desc_act": "act_order"}
 # Engines that fuse layers ask for the fused name.
 _FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
 
 
 def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
-    """The tensors of one linear, by full name. Input stays as it is.
+    """Return the tensors of one linear by their full names. The weight is not changed.
 
-    Raises CheckpointError for inputs that fill no words: only the number of words tells how many they are.
+    Raises CheckpointError for inputs that fill no whole words: a reader counts the inputs by the words.
     """
     columns = weight.q.shape[1]
     if columns * weight.bits % 32:
         raise CheckpointError(
-            f"{name}: {columns} inputs of {weight.bits} bits fill no whole 32-bit words, as gptq wants"
+            f"{name}: {columns} inputs of {weight.bits} bits fill no whole words; choose another format"
         )
     zero = weight.zero - (1 if scheme.symmetric else 0)
     group_of = weight.group_of
@@ -62,9 +62,9 @@ def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tens
 
 
 def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
-    """The linear that `encode` wrote, or another tool: `g_idx` may be missing, the last group short.
+    """Return the weight that `encode` or another tool wrote: `g_idx` may be missing, the last group short.
 
-    Raises CheckpointError if parts are missing or do not fit together.
+    Raises CheckpointError if tensors are missing or do not fit together.
     """
     qweight, scales = part_of(name, tensors, "qweight"), part_of(name, tensors, "scales")
     if qweight.ndim != 2 or not qweight.numel() or 32 * qweight.shape[0] % scheme.bits:
@@ -76,9 +76,7 @@ def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
     expect_scales(f"{name}.scales", scales, (groups, rows))
     stored = unpack_stream(tensors[f"{name}.qzeros"], scheme.bits, rows).T.contiguous()
     if scheme.zero_offset and bool((stored == 2**scheme.bits - 1).any()):
-        raise CheckpointError(
-            f"{name}: has a zero point of -1 or {2**scheme.bits}: readers of GPTQ v1 disagree on which"
-        )
+        raise CheckpointError(f"{name}: has a zero point of -1 or {2**scheme.bits}; GPTQ v1 cannot tell which: use v2")
     weight = QuantizedWeight(
         unpack_stream(qweight.T, scheme.bits, columns),
         scales.T.contiguous(),
@@ -90,19 +88,19 @@ def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
 
 
 def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json. Layers that differ from most are `dynamic` rules.
+    """Return the `quantization_config` of config.json. Layers that differ from most become `dynamic` rules.
 
-    transformers knows no such rules. Raises CheckpointError if some layers are symmetric and others not: a file has one
+    transformers does not know such rules. Raises CheckpointError if only some layers are symmetric: a file has one
     meaning of zero points.
     """
     most = max(schemes.values(), key=list(schemes.values()).count)
     if any(scheme.symmetric != most.symmetric for scheme in schemes.values()):
-        raise CheckpointError("gptq stores one kind of zero points; some layers are symmetric and others not")
+        raise CheckpointError("gptq stores one kind of zero points; make all layers symmetric, or none")
     others: dict[Scheme, list[str]] = defaultdict(list)
     for name in sorted(schemes):
         others[schemes[name]].append(name)
     dynamic = {_rule(names): _changes(scheme, most) for scheme, names in others.items() if scheme != most}
-    # Readers take every linear inside the blocks as packed unless told otherwise; outside of them lm_head says it.
+    # Without a rule, readers take every linear inside the blocks as packed. `lm_head` below says it of the head.
     if left_out := [name for name in ignore if name != "lm_head"]:
         dynamic[_rule(left_out, "-:")] = {}
     config = {
@@ -122,15 +120,15 @@ def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
 
 
 def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
-    """The scheme of each packed linear, from a `quantization_config` or `quantize_config.json`.
+    """Return the scheme of each packed linear, from a `quantization_config` or `quantize_config.json`.
 
     Raises CheckpointError for dialects that llmq does not read.
     """
     dialect = entry(config, "checkpoint_format", "format", default="gptq")
-    if dialect not in ("gptq", "gptq_v2") or entry(config, "pack_dtype", default="int32") != "int32":
+    words = entry(config, "pack_dtype", default="int32")
+    if dialect not in ("gptq", "gptq_v2") or words != "int32":
         raise CheckpointError(
-            f"a GPTQ checkpoint of the kind {dialect!r} in {entry(config, 'pack_dtype', default='int32')} words; "
-            "llmq reads gptq and gptq_v2 in int32"
+            f"a GPTQ file of the kind {dialect!r} in {words} words; llmq reads gptq, gptq_v2 in int32"
         )
     size = entry(config, "group_size", default=128)
     flags = entry(config, "sym", default=True), entry(config, "desc_act", default=False)
@@ -140,7 +138,7 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
 
 
 def _overridden(name: str, most: Scheme, rules: dict[str, Any], patterns: Patterns) -> Scheme:
-    """The scheme of a linear: the first rule that fits decides, those that exclude layers before all others."""
+    """Return the scheme of a linear. The first rule that fits decides; rules that exclude layers come first."""
     for rule, changes in sorted(rules.items(), key=lambda item: not item[0].startswith("-:")):
         if not patterns.match(rule[2:] if rule[:2] in ("-:", "+:") else rule, name):
             continue
@@ -153,31 +151,31 @@ def _overridden(name: str, most: Scheme, rules: dict[str, Any], patterns: Patter
 def _group_of(
     name: str, stored: Tensor | None, columns: int, groups: int, scheme: Scheme
 ) -> Int32[Tensor, "in"] | None:
-    """The group of each input; None where groups are contiguous and of one size."""
+    """Return the group of each input, or None if groups are contiguous and of one size."""
     natural = torch.zeros(columns, dtype=torch.int32)
     if scheme.group_size != -1:
         natural = torch.arange(columns, dtype=torch.int32) // min(scheme.group_size, columns)
     even = columns % groups == 0 and (groups == 1 or columns // groups == scheme.group_size)
     if stored is None:
         if scheme.act_order:
-            raise CheckpointError(f"{name}: {name}.g_idx is missing, without which act-order weights cannot be read")
+            raise CheckpointError(f"{name}: {name}.g_idx is missing; act-order weights cannot be read without it")
         return None if even else natural
     expect_words(f"{name}.g_idx", stored, (columns,))
     if torch.equal(stored, natural):
         return None if even else natural
-    if not scheme.act_order:  # some engines do not look at g_idx then
-        raise CheckpointError(f"{name}: g_idx spreads the groups over the row, although the config says no desc_act")
+    if not scheme.act_order:  # then some engines do not look at g_idx
+        raise CheckpointError(f"{name}: g_idx spreads the groups over the row; the config must then say desc_act")
     return stored
 
 
 def _rule(names: list[str], sign: str = "+:") -> str:
-    """The rule for these linears, and for what they are fused to. One for all: readers try every rule on every name."""
-    parts = [name.rpartition(".") for name in names]
-    fused = [f"{parent}.{_FUSED[leaf]}" for parent, _, leaf in parts if leaf in _FUSED]
+    """Return one rule for these linears and their fused names. Readers try every rule on every name: one is fast."""
+    split = [name.rpartition(".") for name in names]
+    fused = [f"{parent}.{_FUSED[leaf]}" for parent, _, leaf in split if leaf in _FUSED]
     return f"{sign}^({'|'.join(re.escape(name) for name in [*names, *fused])})$"
 
 
 def _changes(scheme: Scheme, most: Scheme) -> dict[str, Any]:
-    """What a rule must say."""
+    """Return the entries of a rule that makes this scheme out of the most frequent one."""
     values, usual = asdict(scheme), asdict(most)
     return {key: values[field] for key, field in _OVERRIDES.items() if values[field] != usual[field]}

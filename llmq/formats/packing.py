@@ -1,10 +1,24 @@
-"""One packer for every format: codes of b bits as one little-endian bit stream, cut into 32-bit words.
+"""The packer of every format: codes of b bits become one little-endian bit stream, cut into 32-bit words.
 
-    element i owns bits [i*b, (i+1)*b) of the stream; word 0 comes first; the tail is padded with zeros
+Code i owns bits [i*b, (i+1)*b) of the stream. Word 0 comes first, and zeros fill the last word. Eight 4-bit codes fill
+one word, the first code in the lowest bits:
 
-    b = 3:   word 0  | 10 codes, then the low 2 bits of code 10 |   word 1  | its high bit, 10 codes, … |
+    >>> codes = torch.arange(8, dtype=torch.uint8)[None]             # [rows, columns] = [1, 8]
+    >>> words = pack_stream(codes, bits=4)                           # [rows, words]   = [1, 1]
+    >>> words.shape, hex(int(words[0, 0]))
+    (torch.Size([1, 1]), '0x76543210')
+    >>> unpack_stream(words, bits=4, n=8)                            # [1, 8]: the codes again
+    tensor([[0, 1, 2, 3, 4, 5, 6, 7]], dtype=torch.uint8)
 
-The "10|1|10|1|10" scheme of 3-bit GPTQ files is just this stream.
+A word has room for ten 3-bit codes and 2 bits more. Code 10 is 5 = 0b101: its low bits 01 go into word 0, its high bit
+into word 1. The "10|1|10|1|10" scheme of 3-bit GPTQ files is this same stream:
+
+    >>> codes = torch.tensor([[7] + [0] * 9 + [5]], dtype=torch.uint8)   # [1, 11]
+    >>> words = pack_stream(codes, bits=3)                               # [1, 2]: 33 bits need two words
+    >>> [f"{int(word):032b}" for word in words[0]]
+    ['01000000000000000000000000000111', '00000000000000000000000000000001']
+    >>> unpack_stream(words, bits=3, n=11)                               # [1, 11]
+    tensor([[7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5]], dtype=torch.uint8)
 """
 
 import torch
@@ -12,11 +26,11 @@ from jaxtyping import Int32, UInt8
 from torch import Tensor
 
 _WORD = 32
-_CODES = 1 << 20  # at a time
+_CODES = 1 << 20  # packed or unpacked at a time
 
 
 def pack_stream(codes: UInt8[Tensor, "rows columns"], bits: int, axis: int = 1) -> Int32[Tensor, "..."]:
-    """Pack along `axis` (0 or 1): `ceil(n * bits / 32)` words as two's complement int32."""
+    """Pack n codes along `axis` (0 or 1). Return `ceil(n * bits / 32)` int32 words."""
     if axis == 0:
         return pack_stream(codes.T, bits).T.contiguous()
     words = torch.empty(len(codes), packed_length(codes.shape[1], bits), dtype=torch.int32, device=codes.device)
@@ -26,7 +40,7 @@ def pack_stream(codes: UInt8[Tensor, "rows columns"], bits: int, axis: int = 1) 
 
 
 def unpack_stream(words: Int32[Tensor, "rows words"], bits: int, n: int, axis: int = 1) -> UInt8[Tensor, "..."]:
-    """The first `n` codes along `axis`; exact inverse of `pack_stream`."""
+    """Return the first `n` codes along `axis`: the exact inverse of `pack_stream`."""
     if axis == 0:
         return unpack_stream(words.T, bits, n).T.contiguous()
     codes = torch.empty(len(words), n, dtype=torch.uint8, device=words.device)
@@ -36,10 +50,10 @@ def unpack_stream(words: Int32[Tensor, "rows words"], bits: int, n: int, axis: i
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    """Whole periods of words, zeros behind the last code."""
-    # Codes straddle words only every lcm(bits, 32) bits; within such a period the shifts are the same for all.
+    """Return whole periods of words, with zeros after the last code."""
+    # The pattern of shifts repeats every lcm(bits, 32) bits.
     per_period, words_per_period = _period(bits)
-    # Where none straddles, a shift may lose high bits of a signed word: they are 0.
+    # Without a code over a word boundary, int32 is enough: the high bits that a shift loses are 0.
     dtype = torch.int32 if words_per_period == 1 else torch.int64
     codes = _padded(codes, per_period)
     words = torch.zeros(*codes.shape[:2], words_per_period, dtype=dtype, device=codes.device)
@@ -56,7 +70,7 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:
-    """All codes of whole periods, with what follows the last one."""
+    """Return all codes of whole periods, those of the padding included."""
     per_period, words_per_period = _period(bits)
     stream = _padded(words, words_per_period)
     if words_per_period > 1:
@@ -64,7 +78,7 @@ def _unpack(words: Tensor, bits: int) -> Tensor:
     codes = torch.empty(*stream.shape[:2], per_period, dtype=torch.uint8, device=words.device)
     for i in range(per_period):
         word, shift = divmod(i * bits, _WORD)
-        value = stream[..., word] >> shift  # the sign that is shifted in is masked off
+        value = stream[..., word] >> shift  # the mask removes the sign bits that come in
         if shift + bits > _WORD:
             value = value | (stream[..., word + 1] << (_WORD - shift))
         codes[..., i] = (value & (2**bits - 1)).to(torch.uint8)
@@ -72,7 +86,7 @@ def _unpack(words: Tensor, bits: int) -> Tensor:
 
 
 def _padded(rows: Tensor, period: int) -> Tensor:
-    """[rows, periods, period], with zeros behind the last number."""
+    """Return the rows as [rows, periods, period], with zeros after the last number."""
     periods = -(-rows.shape[1] // period)
     padded = torch.zeros(len(rows), periods * period, dtype=rows.dtype, device=rows.device)
     padded[:, : rows.shape[1]] = rows
@@ -80,16 +94,16 @@ def _padded(rows: Tensor, period: int) -> Tensor:
 
 
 def _strips(shape: torch.Size) -> list[slice]:
-    """Rows whose codes stay in the caches while they are looked at."""
+    """Cut the rows into slices small enough to stay in the CPU caches."""
     size = max(1, _CODES // max(1, shape[1]))
     return [slice(start, start + size) for start in range(0, shape[0], size)]
 
 
 def packed_length(n: int, bits: int) -> int:
-    """32-bit words needed for n codes."""
+    """Count the 32-bit words that n codes need."""
     return -(-n * bits // _WORD)
 
 
 def _period(bits: int) -> tuple[int, int]:
-    """(codes, words) after which the pattern of shifts repeats."""
+    """Return the numbers of codes and of words after which the pattern of shifts repeats."""
     return (_WORD, bits) if _WORD % bits else (_WORD // bits, 1)

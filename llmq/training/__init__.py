@@ -1,1 +1,1 @@
-"""What `algorithms/tuned.py` and `run/end_to_end.py` share: weights that learn, the loop, the loss."""
+"""Training for `algorithms/tuned.py` and `run/end_to_end.py`: weights that learn, the loop, the loss."""

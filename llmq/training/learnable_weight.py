@@ -1,8 +1,8 @@
-"""A quantized weight that can learn: codes and scales as real numbers, rounded on the way to the weight.
+"""A quantized weight that can learn: codes and scales are real numbers, and the weight uses them rounded.
 
-    Ŵ = S · (round(V) - z),    S = s · f as it would be stored,    V in codes, f a factor on each scale
+    Ŵ = S · (round(V) - z),    S = s · f rounded as stored,    V in code units, f a factor on each scale
 
-Gradients pass through both roundings as if they were not there (straight through), except where V has left the codes.
+The gradient treats both roundings as the identity (straight through). It is 0 for a V outside of the codes.
 """
 
 # torch annotates only part of itself: what it leaves unknown is not reported here.
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from llmq.core import grid
 from llmq.core.quantized_weight import QuantizedWeight
 
-_INSIDE = 0.45  # how far from its code a latent weight may start, so that the start rounds to the codes given
+_INSIDE = 0.45  # the largest distance of V from its code at the start: V then rounds to the given code
 
 
 class Latent(nn.Module):
-    """What is learned of one weight: V [out, groups, size] in codes, and a factor on each scale.
+    """A weight that learns: V [out, groups, size] in code units, and a factor on each scale.
 
     Args:
-        hint: the weights before rounding, which tell where within its cell a latent weight starts: those near the edge
-            are the ones that another code would suit almost as well.
+        hint: the weights before rounding. They set where V starts within its cell: near the edge, the next code is
+            almost as good.
     """
 
     scale: Tensor
@@ -44,22 +44,24 @@ class Latent(nn.Module):
         self.factor = nn.Parameter(torch.ones_like(self.scale), requires_grad=False)
 
     def forward(self) -> Float[Tensor, "out in"]:
-        """Ŵ, with gradients."""
+        """Return Ŵ, with gradients."""
         exact = self.scale * self.factor
-        stored = exact + (grid.storable(exact, self.dtype).float() - exact).detach()  # near numbers: no digit is lost
+        stored = (
+            exact + (grid.storable(exact, self.dtype).float() - exact).detach()
+        )  # the difference of near numbers is exact
         W: Any = _Dequantized.apply(self.V, stored, self.zero, 2**self.bits - 1)
         return W.flatten(-2)
 
     @torch.no_grad()
     def rounded(self) -> QuantizedWeight:
-        """The codes and scales as they would be stored now."""
+        """Return the codes and scales as they would be stored now."""
         q = self.V.round().clamp(0, 2**self.bits - 1).to(torch.uint8).flatten(-2)
         scale = grid.storable((self.scale * self.factor)[..., 0], self.dtype)
         return QuantizedWeight(q, scale, self.zero[..., 0].to(torch.uint8), self.bits)
 
 
 class _Dequantized(torch.autograd.Function):
-    """scale · (nearest code - zero). Of all this only V is kept for the way back, which is there anyway."""
+    """scale · (nearest code - zero). The backward pass needs only V, scale and zero: no copy is kept."""
 
     @staticmethod
     def forward(ctx: Any, V: Tensor, scale: Tensor, zero: Tensor, highest: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -74,6 +76,6 @@ class _Dequantized(torch.autograd.Function):
         along = codes.mul_(gradient).sum(-1, keepdim=True)
         if not ctx.needs_input_grad[0]:
             return None, along, None, None
-        # Within half a step of the codes; beyond, V could only run away.
+        # V learns up to half a code outside of the codes. Further out it could only run away.
         inside = (V - ctx.highest / 2).abs_() < (ctx.highest + 1) / 2
         return gradient.mul(scale).mul_(inside), along, None, None

@@ -1,4 +1,4 @@
-"""The loop that trains: Adam, a rate that falls to zero, and the best state that held-out text has seen."""
+"""The training loop: Adam, a rate that falls to zero, and the state with the least loss on held-out text."""
 
 # torch annotates only part of itself: what it leaves unknown is not reported here.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -13,29 +13,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-_CHECKS = 5  # looks at the held-out text, or a few more
+_CHECKS = 5  # measurements of the held-out loss, or a few more
 _State = TypeVar("_State")
 
 
 @dataclass(frozen=True)
 class Task(Generic[_State]):
-    """What is trained, and how it is judged."""
+    """What is trained, and how it is measured."""
 
     parameters: list[tuple[list[Tensor], float]]
-    """With their learning rates; those of rate 0 stay."""
+    """Groups of parameters with their learning rates. Rate 0 leaves a group as it is."""
     samples: int
     loss: Callable[[list[int]], Tensor]
-    """Of a batch of samples, with gradients."""
+    """Returns the loss of a batch of sample indices, with gradients."""
     held_out: Callable[[], float]
-    """The loss on held-out text, of the state as it would be stored."""
+    """Returns the loss on held-out text of the state as it would be stored."""
     state: Callable[[], _State]
-    """A copy of it."""
+    """Returns a copy of the state."""
 
 
 def train(
     task: Task[_State], steps: int, batch: int, start: _State, progress: bool = False
 ) -> tuple[_State, tuple[float, float]]:
-    """The state with the least loss on held-out text, `start` among them; and that loss before and after."""
+    """Return the state with the least held-out loss, which may be `start`, and that loss before and after."""
 
     def held_out() -> float:
         with torch.no_grad():
@@ -65,7 +65,7 @@ def train(
 
 
 def batches(count: int, size: int, steps: int) -> Iterator[list[int]]:
-    """Indices of `size` of `count` samples for each step, shuffled anew whenever less than a batch is left."""
+    """Yield for each step `size` indices of `count` samples. They are shuffled again when less than a batch is left."""
     order, waiting = torch.Generator().manual_seed(0), []
     size = min(size, count)
     for _ in range(steps):

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from packed import random_weight, rewrite
+from packed import rewrite
 from safetensors.torch import load_file
 from small_runs import run
 from tiny import save_tiny
@@ -20,7 +20,6 @@ from llmq.models.model_source import ModelSource
 from llmq.run.end_to_end import Student, distill
 from llmq.runtime.evaluation import evaluate, logits_of
 from llmq.runtime.load import load
-from llmq.training.learnable_weight import Latent
 
 CPU = Compute(torch.device("cpu"))
 SETTINGS = Tuned(steps=0, end_steps=50, end_samples=0, end_batch=4, end_rate=0.003, end_scale_rate=0.001)
@@ -46,11 +45,6 @@ def test_a_student_starts_as_the_checkpoint_it_was_made_of(packed, llama):
     assert all(torch.equal(tensor, stored[name]) for name, tensor in student.tensors().items())
     assert {name for name in stored if "norm" in name} < set(student.tensors())
     torch.testing.assert_close(student.model(ids).logits, load(packed, device="cpu")(ids).logits)
-
-
-def test_all_of_a_latent_weight_moves_to_the_device():
-    latent = Latent(random_weight(3, 64, groups=2), torch.zeros(3, 64)).to("meta")
-    assert latent().device.type == "meta"
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.005])

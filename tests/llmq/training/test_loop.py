@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from llmq.training.loop import Task, batches, train
+
+
+def task_of(w, fixed, held_out=None):
+    def loss(indices):
+        assert all(0 <= index < 6 for index in indices)
+        return ((w - 1) ** 2).sum() + ((fixed - 1) ** 2).sum()
+
+    measure = held_out or (lambda: float(((w - 1) ** 2).sum()))
+    return Task([([w], 0.1), ([fixed], 0.0)], 6, loss, measure, lambda: w.detach().clone())
+
+
+def test_it_learns_and_leaves_parameters_of_rate_0_alone():
+    w, fixed = torch.zeros(3), torch.zeros(3)
+    best, (before, after) = train(task_of(w, fixed), steps=40, batch=2, start=w.clone())
+    assert before == 3.0
+    assert after == pytest.approx(float(((best - 1) ** 2).sum()))
+    assert after < 0.1
+    assert torch.equal(fixed, torch.zeros(3))
+
+
+def test_the_best_state_wins_not_the_last():
+    w, losses = torch.zeros(1), iter([5.0, 4.0, 1.0, 3.0, 2.0, 6.0])
+    best, ends = train(task_of(w, torch.zeros(1), lambda: next(losses)), steps=5, batch=2, start=w.clone())
+    assert ends == (5.0, 1.0)
+    assert 0 < float(best) < float(w)
+
+
+def test_a_loss_that_never_falls_returns_the_start():
+    w, start = torch.zeros(1), torch.tensor([7.0])
+    best, ends = train(task_of(w, torch.zeros(1), lambda: 2.0), steps=10, batch=2, start=start)
+    assert best is start
+    assert ends == (2.0, 2.0)
+    assert float(w) > 0  # it did train
+
+
+def test_every_sample_is_seen_once_before_any_is_seen_again():
+    drawn = list(batches(6, 2, 6))
+    assert sorted(sum(drawn[:3], [])) == sorted(sum(drawn[3:], [])) == list(range(6))
+    assert drawn[:3] != drawn[3:]
+    assert list(batches(6, 2, 6)) == drawn
+    assert [len(batch) for batch in batches(5, 2, 4)] == [2] * 4
+    assert [sorted(batch) for batch in batches(3, 8, 2)] == [[0, 1, 2]] * 2
