@@ -52,7 +52,7 @@ class FinishedStep:
     @classmethod
     def from_json(cls, line: Line) -> FinishedStep:
         """Return the step that a line tells of."""
-        fields = line | {"schemes": {name: Scheme(*values) for name, values in line["schemes"].items()}}
+        fields: Line = line | {"schemes": {name: Scheme(*values) for name, values in line["schemes"].items()}}
         for pair in ("refined", "distilled"):
             fields[pair] = line[pair] and tuple(line[pair])
         return cls(name=fields.pop("finished"), **fields)

@@ -49,12 +49,7 @@ class Report:
         self.notes += [{"where": where, "note": note} for note in notes]
 
     def group(
-        self,
-        block: str,
-        linears: tuple[str, ...],
-        errors: Pair,
-        solution: Solution,
-        statistics: InputStatistics | None,
+        self, block: str, linears: tuple[str, ...], errors: Pair, solution: Solution, statistics: InputStatistics | None
     ) -> Line:
         """Return the entry of a group, and note its fallbacks.
 

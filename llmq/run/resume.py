@@ -73,11 +73,7 @@ class Progress:
         return self._done[-1].parts if self._done else 0
 
     def save(
-        self,
-        name: str,
-        tensors: Iterable[dict[str, Tensor]],
-        block: Block | None = None,
-        writer: Writer | None = None,
+        self, name: str, tensors: Iterable[dict[str, Tensor]], block: Block | None = None, writer: Writer | None = None
     ) -> None:
         """Write the tensors of a step. Call `commit` afterwards to finish it.
 
