@@ -1,7 +1,5 @@
 """Runs a command: arguments from a dataclass, errors as one or two lines, exit codes."""
 
-from __future__ import annotations
-
 import io
 import signal
 import sys

@@ -1,7 +1,5 @@
 """python -m llmq.inspect DIR: print what a packed checkpoint holds, layer by layer."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

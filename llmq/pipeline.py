@@ -9,8 +9,6 @@
 Each block is on disk before the next one begins, so a run that was interrupted can be resumed: see run/resume.py.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

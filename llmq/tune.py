@@ -1,7 +1,5 @@
 """python -m llmq.tune: find the fastest tiles for a model's layers on this GPU; later runs use them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from llmq.cli import run

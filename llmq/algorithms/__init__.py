@@ -1,7 +1,5 @@
 """The methods by name. Each solves a Problem; some transform the block first, some refine the solutions after."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

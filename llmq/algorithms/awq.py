@@ -21,8 +21,6 @@ What deviates from the paper, and why:
 # torch annotates only part of itself: what it leaves unknown is not reported here.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -7,8 +7,6 @@ Descent and refit always lower the objective on the calibration tokens, and damp
 nothing: with few tokens, or at low bits, much of the gain on these tokens only fits their noise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

@@ -18,8 +18,6 @@ Factor and inverse take 0.8 of LAPACK's time at n = 576, half of it at 1536 and 
 # torch annotates only part of itself: what it leaves unknown is not reported here.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-from __future__ import annotations
-
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass

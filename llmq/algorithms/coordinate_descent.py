@@ -10,8 +10,6 @@ the best code while all other columns stay fixed, so the objective never gets wo
 G is updated as GPTQ updates its weights: by rank-1 updates inside a block of columns, by one matmul outside.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from jaxtyping import Float

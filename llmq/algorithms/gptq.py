@@ -50,8 +50,6 @@ The first row loses e H eᵀ = 0.0020 with e = [0.04, -0.07]. Rounded to nearest
 # torch annotates only part of itself: what it leaves unknown is not reported here.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """GPTQ's inner loop over a few columns: in torch, and on a GPU in one Triton kernel."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor

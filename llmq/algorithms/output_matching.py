@@ -15,8 +15,6 @@ W X_o, with the inputs X_o of the original model. These weights W* come closest 
   * The correction comes before rounding and is the same for every method. It is not part of GPTQ's loop.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from jaxtyping import Float

@@ -13,8 +13,6 @@ the objective is quadratic in the scales. Each group in turn gets its best scale
 be stored too and is no nearer, so the objective never gets worse.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from jaxtyping import Float

@@ -20,8 +20,6 @@ al., arXiv 2407.11062) and close to AutoRound (Cheng et al., arXiv 2309.05516). 
 Memory: one block, its gradients and the two moments of Adam.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -3,8 +3,6 @@
 It runs in two models: "this model" is quantized up to this block; "the original model" has no changed weight.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field

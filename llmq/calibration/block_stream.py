@@ -7,8 +7,6 @@
 (Frantar et al. 2022, arXiv 2210.17323, section 4.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ run that is killed within block k still has all inputs of block k. Plain reads a
 the pages of a mapping would count as memory of this program.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Statistics of a group's inputs X [tokens, in], summed while the block runs. Algorithms see these, never the text."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass

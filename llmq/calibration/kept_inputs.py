@@ -4,8 +4,6 @@ The block runs once before each group is replaced, and once more at the end. Att
 with a linear (o_proj, down_proj). Once every group before this last linear is replaced, its input is final.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial

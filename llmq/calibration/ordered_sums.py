@@ -6,8 +6,6 @@ in process 0  s0 + s1   + s2 + s3 …            shares are added in their order
                                                a process need not wait for a slightly slower one
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 

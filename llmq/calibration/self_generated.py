@@ -5,8 +5,6 @@ first tokens decide the topic of a text. So they are drawn at a higher temperatu
 distribution. Without that, most sequences begin alike. (LLM-QAT, Liu et al., arXiv 2305.17888, trains on such text.)
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Reads text for calibration and evaluation, and cuts it into token sequences of fixed length, without padding."""
 
-from __future__ import annotations
-
 import ast
 import json
 import sysconfig

@@ -7,8 +7,6 @@ Sums are made within each share, and the shares are added in their order. So the
 same bytes for one process and for eight. Further processes get no text; they only share the rows of each solve.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from jaxtyping import Int64

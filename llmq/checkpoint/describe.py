@@ -1,7 +1,5 @@
 """Describes a packed checkpoint: format, bits, group size, zero points and bytes of each layer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

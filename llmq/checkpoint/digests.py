@@ -1,7 +1,5 @@
 """Digests of tensors: they show whether a tensor on disk is the one that was computed."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The files beside the weights of a model: tokenizer, templates and code are copied byte for byte."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass

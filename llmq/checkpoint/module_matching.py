@@ -1,7 +1,5 @@
 """Match the tensors of a packed checkpoint with the modules of a model, and put packed linears into the model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeAlias
 

@@ -1,7 +1,5 @@
 """The directory that a checkpoint is written to: its files, the lock on it, and safe ways to write there."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

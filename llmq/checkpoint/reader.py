@@ -1,7 +1,5 @@
 """Read a quantized checkpoint of any tool: which linears are packed, in which scheme, and all other tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path

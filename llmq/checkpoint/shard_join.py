@@ -4,8 +4,6 @@ part 0: a b | part 1: c d | part 2: e        written while blocks finish
 shard 1: a b c d          | shard 2: e       joined when all parts are on disk, widest numbers first
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Calls a function as soon as a module has been imported by somebody, without importing it."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder

@@ -1,7 +1,5 @@
 """The settings of a quantization run. CLI flags, `--help` and the report derive from this class and settings.py."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 

@@ -5,8 +5,6 @@ batches and the rows of each solve are split over them; the first writes. What f
 depends on how many there are: see `shares` and statistics.py.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Memory: how much this program takes, how much is free, and how to give it back."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Measures how the time of a run is spent."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

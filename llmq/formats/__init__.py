@@ -1,7 +1,5 @@
 """The checkpoint formats by name. Each is a module of pure functions: encode, decode, hf_config, schemes_of."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 

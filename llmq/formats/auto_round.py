@@ -7,8 +7,6 @@ auto_round                gptq           as they are
 auto_round:auto_awq       awq            as they are
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any

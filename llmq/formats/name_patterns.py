@@ -1,7 +1,5 @@
 """Match names against the patterns of a checkpoint. A bad pattern takes no more than a second."""
 
-from __future__ import annotations
-
 import time
 
 import regex

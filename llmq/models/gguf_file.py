@@ -1,7 +1,5 @@
 """One GGUF file, its tensors dequantized one at a time as they are read."""
 
-from __future__ import annotations
-
 import mmap
 from pathlib import Path
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """From what the user typed after --model to a local path: a directory, a .gguf file, `demo`, or a hub download."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from pathlib import Path

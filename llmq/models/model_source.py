@@ -1,7 +1,5 @@
 """The model to quantize: a skeleton on the meta device, and tensors that are read block by block."""
 
-from __future__ import annotations
-
 from functools import cached_property
 from pathlib import Path
 from typing import Any

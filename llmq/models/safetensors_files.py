@@ -1,7 +1,5 @@
 """A directory of safetensors shards, its tensors read one at a time."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Mapping

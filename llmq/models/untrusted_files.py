@@ -1,7 +1,5 @@
 """Files in a model's directory, which may come from strangers: only regular files inside it are opened."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Finds the linears of each block and their shapes. Blocks get random weights: only the headers of files are read."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass

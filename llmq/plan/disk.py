@@ -1,7 +1,5 @@
 """Counts the bytes a run writes to disk: the checkpoint, its unfinished files, and hidden states."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -25,8 +25,6 @@ multiplied in bfloat16. Its largest moment is "the sums of down_proj" (N = 4096,
 The program itself takes 0.45 GB more: 4.26 GB. A run of this shape took 3.77 GB at most (docs/scale.md, 2026-11-26).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Times a little of each kind of work on this machine, with random numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial

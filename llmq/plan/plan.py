@@ -1,7 +1,5 @@
 """Collects what a run will do and need: layers, sizes, memory, disk and, for a dry run, time."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterable, Iterator

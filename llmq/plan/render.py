@@ -1,7 +1,5 @@
 """Prints a plan, and refuses a run that does not fit."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from llmq.core.errors import RequestError

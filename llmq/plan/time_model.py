@@ -1,7 +1,5 @@
 """Estimates the time of a run: how often each unit of work is done, times the seconds it takes on this machine."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from llmq.calibration.kept_inputs import MOST_KEPT

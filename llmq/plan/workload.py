@@ -1,7 +1,5 @@
 """Describes the work of one process: its share of the text, its dtypes and what the method needs."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Writes a checkpoint: saves block after block as they are quantized, then checks the whole and publishes it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from itertools import groupby

@@ -6,8 +6,6 @@
 A group is a set of linears that read the same input. They are rounded together, as one stacked matrix.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Converts a packed checkpoint to another format. Codes, scales and zero points stay the same."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path

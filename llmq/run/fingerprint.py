@@ -3,8 +3,6 @@
 A run is not resumed if its fingerprint differs from that of the interrupted run.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import os

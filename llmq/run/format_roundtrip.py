@@ -1,7 +1,5 @@
 """Writes and reads a few weights in the chosen format before the run: no hours go into a file that nobody can read."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

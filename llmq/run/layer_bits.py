@@ -1,7 +1,5 @@
 """The bits of each linear (`--layer-bits NAME=BITS`), and the grid that all of them share."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from fnmatch import fnmatchcase
 

@@ -1,7 +1,5 @@
 """Builds the rounding problem of a group of linears, solves it with all processes, and measures the error."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from math import fsum
 

@@ -1,7 +1,5 @@
 """Prepares a run: checks the request, opens the model, tokenizes the calibration text, finds earlier progress."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tells what a run did: to the user, in a table at the end, and to tools, in llmq_report.json."""
 
-from __future__ import annotations
-
 import dataclasses
 import platform
 import sys

@@ -7,8 +7,6 @@ things of the blocks before it: their weights, which the parts hold, and the hid
 Hidden states are computed again from the weights, unless they wait on disk.
 """
 
-from __future__ import annotations
-
 import secrets
 import sys
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Measures a model: perplexity of a text, and KL divergence from a reference model."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable, Iterable

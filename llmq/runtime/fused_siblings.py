@@ -1,7 +1,5 @@
 """Merges linears that read the same input: a token then takes four matmuls per block instead of seven."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Lets a model continue a prompt."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Loads a packed checkpoint as a transformers model. Its quantized linears stay packed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 transformers is stopped as soon as it builds more of that model than the files beside config.json could fill.
 """
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Iterator

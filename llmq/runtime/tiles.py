@@ -1,7 +1,5 @@
 """Finds the fastest kernel tiles for the layers of a model on this GPU."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterable, Iterator

@@ -10,8 +10,6 @@ computes the gradient as well, a few rows at a time. One such matrix is enough.
 # torch annotates only part of itself: what it leaves unknown is not reported here.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -8,8 +8,6 @@ The gradient treats both roundings as the identity (straight through). It is 0 f
 # torch annotates only part of itself: what it leaves unknown is not reported here.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

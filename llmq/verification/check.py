@@ -1,7 +1,5 @@
 """Check a checkpoint on disk: read every tensor, compare it with the digest of the computed one, run the model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

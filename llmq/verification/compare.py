@@ -1,7 +1,5 @@
 """Compare a packed checkpoint with the tensors that llmq computed, and with the original model."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

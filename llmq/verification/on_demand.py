@@ -6,8 +6,6 @@
 So memory holds the float weights of one block and the codes of one linear, however deep the model is.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
