@@ -34,8 +34,7 @@ def quantize(config: QuantizeConfig, progress: bool = False) -> Path:
 
     If a launcher (torchrun) started several processes, all of them call this and share the work; the first one writes.
 
-    Args:
-        progress: show a progress bar and the table of the worst layers on stderr.
+    `progress`: show a progress bar and the table of the worst layers on stderr.
 
     Raises RequestError before any work if the request is wrong, WorkError if the work fails. In both cases nothing in
     the output directory looks like a finished checkpoint. Finished blocks stay there, and `resume` continues with them.

@@ -29,8 +29,7 @@ class Algorithm:
     needs_statistics: Callable[[QuantizeConfig], bool] = lambda _: True
     rows_apart: Callable[[QuantizeConfig], bool] = lambda _: True
     """True if rows solved apart get the same codes as rows solved together."""
-    is_nearest: Callable[[QuantizeConfig], bool] = lambda _: False
-    """True if `solve` is plain rounding to nearest."""
+    is_nearest: Callable[[QuantizeConfig], bool] = lambda _: False  # true if `solve` is plain rounding to nearest
 
     def includes(self, effort_step: str, config: QuantizeConfig) -> bool:
         """Return True if the config asks for this one of EFFORT_STEPS: see QuantizeConfig.without."""

@@ -35,8 +35,7 @@ class Factor:
     """L of A = L Lᵀ, with zeros above the diagonal."""
 
     L: Float[Tensor, "n n"]
-    inverses: list[Tensor]
-    """L_kk⁻¹ of each block on the diagonal."""
+    inverses: list[Tensor]  # L_kk⁻¹ of each block on the diagonal
 
     def invert_(self) -> Float[Tensor, "n n"]:
         """Overwrite L with V = L⁻¹ and return it: V_kk = L_kk⁻¹ and V_k = -V_kk Σ_j<k L_kj V_j, summed where L was."""

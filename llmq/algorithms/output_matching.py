@@ -34,10 +34,8 @@ _ROWS = 1024  # rows solved for at once
 class Match:
     """How far to move the weights, and with which damping."""
 
-    damping: float
-    """λ, as a fraction of mean(diag H)."""
-    alpha: float
-    """α, 0 to 1: the fraction of the way. 0 keeps the original weights."""
+    damping: float  # λ, as a fraction of mean(diag H)
+    alpha: float  # α, 0 to 1: the fraction of the way. 0 keeps the original weights.
 
 
 def choose(problem: Problem, ranks: Ranks = ALONE) -> Match:

@@ -28,12 +28,9 @@ class Problem:
 
     W: Float[Tensor, "out in"]
     """Weights of a group's linears, stacked along the outputs: float32, or in their stored dtype without statistics."""
-    statistics: InputStatistics | None
-    """None for methods that use the weights only."""
-    grid: Grid
-    """Bits, symmetry and a positive group size that divides the inputs."""
-    scale_dtype: torch.dtype
-    """Storage dtype of the scales."""
+    statistics: InputStatistics | None  # None for methods that use the weights only
+    grid: Grid  # bits, symmetry and a positive group size that divides the inputs
+    scale_dtype: torch.dtype  # storage dtype of the scales
     clippable: Bool[Tensor, "out"]
     """True for rows that a clip search may clip. Queries and keys are better not clipped."""
 
@@ -62,8 +59,7 @@ class Problem:
     ) -> tuple[Float[Tensor, "out *groups"], UInt8[Tensor, "out *groups"]]:
         """Return the scale and zero of each group of weights, found by the grid's `search`.
 
-        Args:
-            importance: the cost of an error in each column; None if there are no statistics of the inputs.
+        `importance`: the cost of an error in each column; None if there are no statistics of the inputs.
         """
         scale = torch.empty(W.shape[:-1], dtype=self.scale_dtype, device=W.device)
         zero = torch.empty(W.shape[:-1], dtype=torch.uint8, device=W.device)
@@ -99,13 +95,11 @@ class Solution:
     q: UInt8[Tensor, "out in"]
     scale: Float[Tensor, "out groups"]
     zero: UInt8[Tensor, "out groups"]
-    damping: float | None = None
-    """Fraction of mean(diag H) that was added to the diagonal of H."""
+    damping: float | None = None  # fraction of mean(diag H) that was added to the diagonal of H
     fallbacks: list[str] = field(default_factory=list)
     matched: float | None = None
     """α of output_matching.Match, 0 to 1: how far the weights were moved before they were rounded."""
-    kept: list[str] = field(default_factory=list)
-    """Names of the trials of best_of.py that lowered the held-out loss."""
+    kept: list[str] = field(default_factory=list)  # names of the trials of best_of.py that lowered the held-out loss
 
     def rows(self, start: int, stop: int) -> Solution:
         """Return the solution of some rows, as views."""

@@ -26,8 +26,7 @@ def digest(value: Tensor | QuantizedWeight) -> str:
 def digests_of(checkpoint: Checkpoint, tensors: Mapping[str, Tensor] | None = None) -> dict[str, str]:
     """Return the digest of every packed linear and every other tensor, by name.
 
-    Args:
-        tensors: taken instead of those on disk, by name.
+    `tensors`: taken instead of those on disk, by name.
     """
     tensors = tensors or {}
     linears = {name: digest(checkpoint.weight(name, tensors)) for name in checkpoint.linears}

@@ -41,8 +41,7 @@ class Checkpoint:
     def weight(self, name: str, instead: Mapping[str, Tensor] | None = None) -> QuantizedWeight:
         """Return one decoded linear. Raises CheckpointError if its tensors are not sound.
 
-        Args:
-            instead: tensors to decode instead of those on disk, if all of this linear are among them.
+        `instead`: tensors to decode instead of those on disk, if all of this linear are among them.
         """
         names = {f"{name}.{suffix}" for suffix in self.format.TENSOR_SUFFIXES} & self.files.names()
         tensors = instead if instead is not None and names <= instead.keys() else {n: self.files.read(n) for n in names}

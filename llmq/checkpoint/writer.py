@@ -68,10 +68,8 @@ class Writer:
         self.directory, self._unfinished = directory, directory / UNFINISHED
         self.stage, self.work = self._unfinished / "checkpoint", unfinished_work(directory)
         self._checked = self._unfinished / "checked"
-        self.resumable = resume
-        """Whether files stay when the work fails."""
-        self.parts = 0
-        """Number of parts on disk."""
+        self.resumable = resume  # whether files stay when the work fails
+        self.parts = 0  # number of parts on disk
         self._overwrite, self._shard_bytes = overwrite, shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0

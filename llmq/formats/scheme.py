@@ -19,13 +19,10 @@ class Scheme:
     """What a reader must know of a linear in addition to its tensors."""
 
     bits: int
-    group_size: int
-    """Inputs per group; -1 for one group per row."""
+    group_size: int  # inputs per group; -1 for one group per row
     symmetric: bool
-    act_order: bool = False
-    """The inputs of a group are spread over the row (GPTQ's desc_act)."""
-    zero_offset: int = 0
-    """What a reader must add to the stored zero points: 1 for GPTQ v1, which stores zero - 1."""
+    act_order: bool = False  # the inputs of a group are spread over the row (GPTQ's desc_act)
+    zero_offset: int = 0  # what a reader must add to the stored zero points: 1 for GPTQ v1, which stores zero - 1
 
     @classmethod
     def of(cls, bits: Any, group_size: Any, symmetric: Any, act_order: Any = False, zero_offset: int = 0) -> Scheme:
@@ -48,8 +45,7 @@ class Scheme:
         return 1 if self.group_size == -1 else -(-columns // self.group_size)
 
 
-Schemes = Mapping[str, Scheme]
-"""The scheme of each packed linear, by its name in the model."""
+Schemes = Mapping[str, Scheme]  # the scheme of each packed linear, by its name in the model
 
 
 def part_of(name: str, tensors: Mapping[str, Tensor], suffix: str) -> Tensor:

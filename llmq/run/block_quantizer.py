@@ -40,17 +40,14 @@ class _Solved:
 
     group: Group
     solution: Solution
-    entry: Line
-    """Of the report."""
-    problem: Problem | None
-    """Kept only for a method that refines the solutions."""
+    entry: Line  # of the report
+    problem: Problem | None  # kept only for a method that refines the solutions
 
 
 class Run:
     """Quantizes the blocks of a model one by one; holds the settings and the report that all of them share.
 
-    Args:
-        tell: called with the report's entry of each group once it is final.
+    `tell`: called with the report's entry of each group once it is final.
     """
 
     def __init__(
@@ -70,8 +67,7 @@ class Run:
         """Names of the blocks to quantize."""
         self.grid, notes = fitted_grid(config, source, self.chosen)
         self.bits = bits_of_linears(config, source)
-        self.schemes: dict[str, Scheme] = {}
-        """How each linear was packed, by its name in the model."""
+        self.schemes: dict[str, Scheme] = {}  # how each linear was packed, by its name in the model
         self.digests: dict[str, str] = {}
         """A hash of each packed linear and each other tensor, by name, to check the files with."""
         if config.stored_as == "compressed-tensors" and not config.symmetric:

@@ -69,8 +69,7 @@ class _Learning(nn.Module):
 class Student:
     """A packed checkpoint as a model that can learn, in float32.
 
-    Args:
-        original: the model that the checkpoint was made from.
+    `original`: the model that the checkpoint was made from.
     """
 
     def __init__(self, directory: Path, original: Any, compute: Compute, trust_remote_code: bool = False) -> None:
@@ -110,10 +109,7 @@ class Student:
 def distill(
     student: Student, original: Any, tokens: Tokens, settings: Tuned, compute: Compute, progress: bool = False
 ) -> tuple[dict[str, Tensor], tuple[float, float]]:
-    """Train a packed checkpoint.
-
-    Args:
-        original: the model that it was made from, ready to run on the same device.
+    """Train a packed checkpoint. `original`: the model that it was made from, ready to run on the same device.
 
     Returns:
         the tensors of the checkpoint that changed, by name; and the mean KL on held-out text, before and after.

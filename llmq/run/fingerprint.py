@@ -44,8 +44,7 @@ def fingerprint(
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
     """Return what differs between two fingerprints, in lines such as 'config.bits: 4, now 3'.
 
-    Args:
-        name: of the entry that is compared; empty for the whole.
+    `name`: of the entry that is compared; empty for the whole.
     """
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         keys = [*before, *(key for key in now if key not in before)]

@@ -29,19 +29,15 @@ class FinishedStep:
     """What the steps after a finished one need to know of it: the line with the key `finished`."""
 
     name: str
-    parts: int
-    """Files that the writer has written since the run began."""
+    parts: int  # files that the writer has written since the run began
     digests: dict[str, str]
     schemes: dict[str, Scheme]
-    notes: list[dict[str, str]]
-    """Notes and the next three fields go into the report: see report.py."""
+    notes: list[dict[str, str]]  # notes and the next three fields go into the report: see report.py
     drift: float | None
     refined: Pair | None
     distilled: Pair | None
-    seconds: dict[str, float]
-    """Since the run began, by phase, and `total`."""
-    states: Line | None
-    """How to find the hidden states that leave the block; None if they are in memory."""
+    seconds: dict[str, float]  # since the run began, by phase, and `total`
+    states: Line | None  # how to find the hidden states that leave the block; None if they are in memory
 
     def to_json(self) -> Line:
         """Return the line, ready for json.dumps."""
@@ -62,17 +58,12 @@ class FinishedStep:
 class Step:
     """The lines of a step that an earlier process finished: a block, or the tensors outside the blocks."""
 
-    finished: Line
-    """See FinishedStep."""
-    groups: list[Line] = field(default_factory=list)
-    """One for each of its groups of linears."""
+    finished: Line  # see FinishedStep
+    groups: list[Line] = field(default_factory=list)  # one for each of its groups of linears
 
 
 class Journal:
-    """Writes the journal.
-
-    Args:
-        path: the file; None to write nothing.
+    """Writes the journal. `path`: the file; None to write nothing.
     """
 
     def __init__(self, path: Path | None) -> None:

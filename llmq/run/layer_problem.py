@@ -81,8 +81,7 @@ def weights_of(block: Block, group: Group, solution: Solution, bits: int) -> dic
 def errors_of(problem: Problem, solution: Solution, is_nearest: bool, ranks: Ranks) -> tuple[float, float]:
     """Return the relative error of a solution and that of plain rounding, both over the rows of all processes.
 
-    Args:
-        is_nearest: the solution itself is plain rounding to nearest.
+    `is_nearest`: the solution itself is plain rounding to nearest.
     """
     H = None if problem.statistics is None else problem.statistics.H_val
     lost = [lost_energy(problem, solution, H)]

@@ -28,8 +28,7 @@ from llmq.run.fingerprint import differences, fingerprint
 from llmq.run.journal import Step, read_journal
 from llmq.run.report_plot import check_plot
 
-FINGERPRINT = "fingerprint"
-"""Key of the report: what the checkpoint depends on."""
+FINGERPRINT = "fingerprint"  # key of the report: what the checkpoint depends on
 
 
 @dataclass(frozen=True)
@@ -37,22 +36,16 @@ class Request:
     """A checked request, with everything that a run needs to begin."""
 
     config: QuantizeConfig
-    source: ModelSource
-    """The model; its weights are read when they are needed."""
+    source: ModelSource  # the model; its weights are read when they are needed
     compute: Compute
     ranks: Ranks
     clock: Clock
-    progress: bool
-    """Show a progress bar."""
-    tokens: Tokens
-    """The calibration text."""
-    training: Tokens
-    """The text that the whole model is trained on in the end."""
+    progress: bool  # show a progress bar
+    tokens: Tokens  # the calibration text
+    training: Tokens  # the text that the whole model is trained on in the end
     fingerprint: dict[str, Any]
-    steps: list[Step]
-    """The steps that earlier processes finished."""
-    is_met: bool
-    """Whether the finished checkpoint is there already."""
+    steps: list[Step]  # the steps that earlier processes finished
+    is_met: bool  # whether the finished checkpoint is there already
 
     def keep_tokens(self) -> None:
         """Store text that the model wrote, so that a resumed run need not write it again."""

@@ -29,18 +29,15 @@ class Report:
     def __init__(self, config: QuantizeConfig, clock: Clock, tell: Callable[[Line], None] = lambda _: None) -> None:
         self.config, self.clock, self.tell = config, clock, tell
         self.memory = PeakMemory()
-        self.groups: list[Line] = []
-        """One entry for each group of linears."""
-        self.notes: list[dict[str, str]] = []
-        """What was done otherwise than asked, and where."""
+        self.groups: list[Line] = []  # one entry for each group of linears
+        self.notes: list[dict[str, str]] = []  # what was done otherwise than asked, and where
         self.drifts: dict[str, float] = {}
         """By block: how far its inputs are from the original model's, as a share, on held-out tokens."""
         self.refined: dict[str, Pair] = {}
         """By block: the objective of `--method tuned` on held-out tokens, before and after its training."""
         self.distilled: Pair | None = None
         """KL to the original model on held-out tokens, before and after training from end to end."""
-        self.resumed: list[str] = []
-        """The last finished step of each process that was interrupted."""
+        self.resumed: list[str] = []  # the last finished step of each process that was interrupted
 
     def note(self, where: str, notes: list[str]) -> None:
         """Add notes on what is done otherwise than asked. `where`: a block, a layer, or `model`."""
@@ -51,8 +48,7 @@ class Report:
     ) -> Line:
         """Return the entry of a group, and note its fallbacks.
 
-        Args:
-            errors: relative output error of the method, and of plain rounding to nearest.
+        `errors`: relative output error of the method, and of plain rounding to nearest.
         """
         entry: Line = {"block": block, "linears": list(linears), "error": errors[0], "rtn_error": errors[1]}
         entry |= {"damping": solution.damping, "matched": solution.matched, "kept": solution.kept}

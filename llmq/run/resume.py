@@ -180,8 +180,7 @@ def open_writer(request: Request, states_dir: Path | None) -> Iterator[Writer | 
 
     If the work inside fails, what can be resumed stays there, and the user is told how to resume.
 
-    Args:
-        states_dir: where hidden states are on disk. They are removed if nothing can be resumed.
+    `states_dir`: where hidden states are on disk. They are removed if nothing can be resumed.
     """
     config = request.config
     if not request.ranks.is_first:

@@ -59,12 +59,9 @@ class EvalConfig:
 class Evaluation:
     """Sums over a text, with their means as properties."""
 
-    nll: float
-    """Sum of negative log likelihoods, in nats."""
-    tokens: int
-    """Predicted tokens: L - 1 of every chunk of L."""
-    kl_sum: float | None = None
-    """Sum over the same positions of KL(reference || model), in nats."""
+    nll: float  # sum of negative log likelihoods, in nats
+    tokens: int  # predicted tokens: L - 1 of every chunk of L
+    kl_sum: float | None = None  # sum over the same positions of KL(reference || model), in nats
 
     @property
     def perplexity(self) -> float:

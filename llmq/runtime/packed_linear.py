@@ -24,8 +24,7 @@ _INT4_TOKENS = 64
 class _Origin:
     """What `codes` needs to know about the original weight besides its layout for the kernels."""
 
-    dtype: torch.dtype = torch.float32
-    """Dtype of the scales."""
+    dtype: torch.dtype = torch.float32  # dtype of the scales
     pieces: tuple[int, ...] | None = None
     """Number of equal pieces that each group was cut into; None if no group was cut."""
     lossless: bool = True

@@ -23,9 +23,8 @@ _INSIDE = 0.45  # the largest distance of V from its code at the start: V then r
 class Latent(nn.Module):
     """A weight that learns: V [out, groups, size] in code units, and a factor on each scale.
 
-    Args:
-        hint: the weights before rounding. They set where V starts within its cell: near the edge, the next code is
-            almost as good.
+    `hint`: the weights before rounding. They set where V starts within its cell: near the edge, the next code is
+    almost as good.
     """
 
     scale: Tensor

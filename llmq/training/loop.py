@@ -22,12 +22,9 @@ class Task(Generic[_State]):
     parameters: list[tuple[list[Tensor], float]]
     """Groups of parameters with their learning rates. Rate 0 leaves a group as it is."""
     samples: int
-    loss: Callable[[list[int]], Tensor]
-    """Returns the loss of a batch of sample indices, with gradients."""
-    held_out: Callable[[], float]
-    """Returns the loss on held-out text of the state as it would be stored."""
-    state: Callable[[], _State]
-    """Returns a copy of the state."""
+    loss: Callable[[list[int]], Tensor]  # returns the loss of a batch of sample indices, with gradients
+    held_out: Callable[[], float]  # returns the loss on held-out text of the state as it would be stored
+    state: Callable[[], _State]  # returns a copy of the state
 
 
 def train(

@@ -14,8 +14,7 @@ from llmq.runtime.load import load
 from llmq.runtime.model_config import model_config
 from llmq.verification.on_demand import read_when_called
 
-DIGESTS = "digests"
-"""Key of the report entry with the digests of all computed tensors."""
+DIGESTS = "digests"  # key of the report entry with the digests of all computed tensors
 _TOKENS = 16
 
 
@@ -23,8 +22,7 @@ _TOKENS = 16
 def check(directory: Path, digests: Mapping[str, str] | None, trust_remote_code: bool = False) -> None:
     """Run a checkpoint with one block in memory at a time, and compare what was read with what was computed.
 
-    Args:
-        digests: of every packed linear and other tensor, as computed; None if they are not known.
+    `digests`: of every packed linear and other tensor, as computed; None if they are not known.
 
     Raises CheckpointError if a tensor cannot be decoded, is missing, does not fit the model or differs from the
     computed one, or if the logits of the model are not finite.
