@@ -19,9 +19,9 @@ def test_a_change_keeps_all_other_fields_and_is_checked_like_a_config():
 
 
 def test_a_number_of_thousands_of_digits_is_refused_in_a_short_line():
-    with pytest.raises(CheckpointError, match="^a huge number bits per weight"):
+    with pytest.raises(CheckpointError, match=r"^a huge number bits per weight"):
         Scheme.of(10**5000, 32, True)
-    with pytest.raises(CheckpointError, match="^group size a huge number; it must be positive"):
+    with pytest.raises(CheckpointError, match=r"^group size a huge number; it must be positive"):
         Scheme.of(4, -(10**5000), True)
 
 
@@ -46,12 +46,12 @@ def test_the_zero_points_of_a_symmetric_weight_must_be_the_middle():
     assert checked("a", weight, Scheme(3, 32, True)) is weight
     weight.zero[1] = 5
     assert checked("a", weight, Scheme(3, 32, False)) is weight
-    with pytest.raises(CheckpointError, match="^a: its zero points are not all 4"):
+    with pytest.raises(CheckpointError, match=r"^a: its zero points are not all 4"):
         checked("a", weight, Scheme(3, 32, True))
 
 
 def test_a_value_that_differs_between_layers_is_refused_with_the_reason():
     schemes = {"a": Scheme(4, 32, True), "b": Scheme(4, 64, True)}
     assert the_only(schemes, lambda scheme: scheme.bits, "one number of bits") == 4
-    with pytest.raises(CheckpointError, match="^one group size; these layers have 32, 64$"):
+    with pytest.raises(CheckpointError, match=r"^one group size; these layers have 32, 64$"):
         the_only(schemes, lambda scheme: scheme.group_size, "one group size")
