@@ -160,7 +160,7 @@ def _group_of(
     if torch.equal(stored, natural):
         return None if even else natural
     if not scheme.act_order:  # then some engines do not look at g_idx
-        raise CheckpointError(f"{name}: g_idx spreads the groups over the row; the config must then say desc_act")
+        raise CheckpointError(f"{name}: g_idx spreads the groups over the row, although the config says no desc_act")
     return stored
 
 
