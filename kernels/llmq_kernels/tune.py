@@ -165,7 +165,7 @@ def _plain(tile: Tile | None) -> dict[str, Any] | None:
 
 
 def merged(path: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of the table at `path`, if it exists, with these rows in place of its own for equal problems."""
+    """Return the rows of the table at `path`, if it exists, with these in place of those for the same problems."""
     try:
         old = json.loads(path.read_text(encoding="utf-8"))["rows"]
         return list({tuple(row[key] for key in _FIELDS[:7]): row for row in [*old, *rows]}.values())

@@ -44,9 +44,7 @@ def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tens
     """
     columns = weight.q.shape[1]
     if columns * weight.bits % 32:
-        raise CheckpointError(
-            f"{name}: {columns} inputs of {weight.bits} bits fill no whole words; choose another format"
-        )
+        raise CheckpointError(f"{name}: {columns} inputs of {weight.bits} bits fill no whole words: use another format")
     zero = weight.zero - (1 if scheme.symmetric else 0)
     group_of = weight.group_of
     if group_of is None:
@@ -125,9 +123,7 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
     dialect = entry(config, "checkpoint_format", "format", default="gptq")
     words = entry(config, "pack_dtype", default="int32")
     if dialect not in ("gptq", "gptq_v2") or words != "int32":
-        raise CheckpointError(
-            f"a GPTQ file of the kind {dialect!r} in {words} words; llmq reads gptq, gptq_v2 in int32"
-        )
+        raise CheckpointError(f"a GPTQ file of the kind {dialect!r} in {words} words; llmq reads gptq, gptq_v2, int32")
     size = entry(config, "group_size", default=128)
     flags = entry(config, "sym", default=True), entry(config, "desc_act", default=False)
     most = Scheme.of(config.get("bits", 4), size, *flags, zero_offset=int(dialect == "gptq"))
@@ -162,7 +158,7 @@ def _group_of(
     if torch.equal(stored, natural):
         return None if even else natural
     if not scheme.act_order:  # then some engines do not look at g_idx
-        raise CheckpointError(f"{name}: g_idx spreads the groups over the row; the config must then say desc_act")
+        raise CheckpointError(f"{name}: g_idx spreads the groups over the row, although the config says no desc_act")
     return stored
 
 

@@ -43,9 +43,7 @@ class Latent(nn.Module):
     def forward(self) -> Float[Tensor, "out in"]:
         """Return Ŵ, with gradients."""
         exact = self.scale * self.factor
-        stored = (
-            exact + (grid.storable(exact, self.dtype).float() - exact).detach()
-        )  # the difference of near numbers is exact
+        stored = exact + (grid.storable(exact, self.dtype).float() - exact).detach()  # this difference is exact
         W: Any = _Dequantized.apply(self.V, stored, self.zero, 2**self.bits - 1)
         return W.flatten(-2)
 
