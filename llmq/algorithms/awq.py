@@ -18,9 +18,6 @@ What deviates from the paper, and why:
   * After each fold the block must compute the same as before. Otherwise the fold is undone and reported.
 """
 
-# torch annotates only part of itself: what it leaves unknown is not reported here.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-
 from dataclasses import replace
 from typing import Any
 

@@ -15,9 +15,6 @@ Otherwise a thread sums its last few rows in another way. Long inner sides in fl
 Factor and inverse take 0.8 of LAPACK's time at n = 576, half of it at 1536 and 4096 (one AVX-512 core, 2026-11-25).
 """
 
-# torch annotates only part of itself: what it leaves unknown is not reported here.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -47,9 +47,6 @@ A layer of 2 outputs and 2 inputs, on the points ..., 0.1, 0.2, ... (scale 0.1, 
 The first row loses e H eᵀ = 0.0020 with e = [0.04, -0.07]. Rounded to nearest, [0.2, 0.1], it would lose 0.0044.
 """
 
-# torch annotates only part of itself: what it leaves unknown is not reported here.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-
 import sys
 from collections.abc import Iterator
 

@@ -1,8 +1,5 @@
 """The question to every rounding algorithm, Problem, and its answer, Solution. Linears with one input are stacked."""
 
-# torch annotates only part of itself: what it leaves unknown is not reported here.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-
 from __future__ import annotations
 
 from collections.abc import Callable

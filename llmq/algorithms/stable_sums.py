@@ -1,8 +1,5 @@
 """Sums with the same bits for any number of threads: torch orders the terms of a long sum by the number of threads."""
 
-# torch annotates only part of itself: what it leaves unknown is not reported here.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-
 from __future__ import annotations
 
 from typing import TYPE_CHECKING

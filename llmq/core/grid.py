@@ -24,9 +24,6 @@ One group of four weights at 4 bit. The largest, 0.8, gets code 0, and 0.24 is r
     tensor([[ 0.8000, -0.5000,  0.2000,  0.1000]])
 """
 
-# torch annotates only part of itself: what it leaves unknown is not reported here.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor

@@ -8,9 +8,6 @@ nibble of word c, low to high:   0     1     2     3     4     5     6     7
 output:                        8c+0  8c+2  8c+4  8c+6  8c+1  8c+3  8c+5  8c+7
 """
 
-# torch annotates only part of itself: what it leaves unknown is not reported here.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -8,9 +8,6 @@
 The bytes are those that the compressed-tensors 0.20.0 package writes and reads.
 """
 
-# torch annotates only part of itself: what it leaves unknown is not reported here.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping
 from typing import Any

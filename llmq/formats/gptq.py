@@ -9,9 +9,6 @@ v1 cannot store zero = 0: its readers disagree on what the stored -1 means. Symm
 middle, so they are written as v1, which every reader knows. Other weights are written as v2.
 """
 
-# torch annotates only part of itself: what it leaves unknown is not reported here.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping

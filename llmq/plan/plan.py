@@ -44,7 +44,7 @@ class Plan:
     device: str
     program: int  # bytes that the program takes already
     moments: list[Moment]  # what a process takes besides the program
-    free: tuple[int | None, int | None]  # free bytes of machine and device; None where the system does not tell
+    free: tuple[int, int]  # free bytes of the machine and of the device
     disks: list[Disk]
     seconds: dict[str, float] = field(default_factory=dict)  # seconds by kind of work; empty if nothing was timed
     probe: float = 0.0  # seconds that planning took

@@ -41,12 +41,10 @@ def _needs(plan: Plan) -> Iterator[str]:
     where = "in memory" if plan.states.directory is None else f"on disk, in {plan.states.directory.parent}"
     yield f"states    {gb(plan.states.nbytes)} of hidden states{each} wait {where}"
     peak, (host, device) = plan.program + plan.host_bytes(plan.worst), plan.free
-    free = "" if host is None else f"; {gb(host)} are free"
-    yield f"memory    {gb(peak)} at most{each}, for {plan.worst.what}{free}"
+    yield f"memory    {gb(peak)} at most{each}, for {plan.worst.what}; {gb(host)} are free"
     if plan.device != "cpu":
-        free = "" if device is None else f"; {gb(device)} are free"
         worst = plan.worst_on_device
-        yield f"          {gb(worst.device)} at most on the {plan.device} device, for {worst.what}{free}"
+        yield f"          {gb(worst.device)} at most on the {plan.device} device, for {worst.what}; {gb(device)} are free"
     for disk in plan.disks:
         yield f"disk      {gb(disk.needed)} for {disk.what} in {disk.path}; {gb(disk.free)} are free"
 
@@ -76,7 +74,7 @@ def check_plan(plan: Plan) -> None:
     (host, device), local = plan.free, plan.processes[1]
     less = "use fewer --samples, or a machine with more memory"
     worst, needed = plan.worst, local * plan.host_bytes(plan.worst)
-    if host is not None and needed > host:
+    if needed > host:
         states = local * plan.states.nbytes * (plan.states.directory is None)
         way = f"use --offload-dir: it keeps {gb(states)} of hidden states on disk" if states > needed - host else less
         processes = f" for {local} processes" if local > 1 else ""
@@ -84,7 +82,7 @@ def check_plan(plan: Plan) -> None:
             f"{worst.what} will take {gb(needed)} of memory{processes}, but {gb(host)} are free.\n"
             f"Close other programs, or {_less_training(worst) or way}."
         )
-    if plan.device != "cpu" and device is not None and plan.worst_on_device.device > device:
+    if plan.device != "cpu" and plan.worst_on_device.device > device:
         worst = plan.worst_on_device
         raise RequestError(
             f"{worst.what} will take {gb(worst.device)} of the {plan.device} device, but {gb(device)} are free.\n"

@@ -86,7 +86,7 @@ def states_of(request: Request, run: Run) -> States:
     size = tokens * request.source.config.get_text_config().hidden_size * request.compute.dtype.itemsize
     size = size * (2 if run.matching else 1) // ranks.size
     free = free_memory(torch.device("cpu"))
-    if config.offload_dir is None and (free is None or size * processes_here(ranks) <= _MEMORY_SHARE * free):
+    if config.offload_dir is None and size * processes_here(ranks) <= _MEMORY_SHARE * free:
         return States(size, None)
     key = hashlib.sha256(str(config.output.resolve()).encode()).hexdigest()[:12]
     parent = config.offload_dir or unfinished_work(config.output)

@@ -21,8 +21,6 @@ Adam), or 8 if codes do not learn; what the layers keep for the backward pass; t
 """
 
 # torch has types for only a part of itself; what it leaves unknown is not reported here.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby

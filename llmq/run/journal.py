@@ -63,8 +63,7 @@ class Step:
 
 
 class Journal:
-    """Writes the journal. `path`: the file; None to write nothing.
-    """
+    """Writes the journal. `path`: the file; None to write nothing."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path

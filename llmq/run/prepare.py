@@ -102,7 +102,7 @@ def check_training_memory(model: nn.Module, blocks: list[nn.Module], settings: T
     original, others = total * compute.dtype.itemsize, (total - linears) * 4
     needed = original + others + linears * (20 if settings.end_rate else 8)  # see end_to_end.py
     free = free_memory(compute.device)
-    if free is not None and needed > free:
+    if needed > free:
         less = "--tuned.end-rate 0 does not train the codes, in less than half; " if settings.end_rate else ""
         raise RequestError(
             f"training the whole model takes more than {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free.\n"

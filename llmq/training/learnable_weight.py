@@ -5,9 +5,6 @@
 The gradient treats both roundings as the identity (straight through). It is 0 for a V outside of the codes.
 """
 
-# torch annotates only part of itself: what it leaves unknown is not reported here.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-
 from typing import Any
 
 import torch
