@@ -12,7 +12,7 @@ What deviates from the paper, and why:
   * L is computed as tr(ΔW H ΔWᵀ) with ΔW = Q(W·s)/s - W and H = XᵀX, for all linears of this input. It is the
     layers' exact output error. It costs far less than a run of the block for every ratio.
   * Clipping is scored for each row, with the group's own diagonal block of H.
-  * A norm's new weight is rounded to its storage dtype first. The linears are then scaled by the ratio of the old
+  * A norm's new weight is rounded to its storage dtype first. Then the linears are scaled by the ratio of the old
     weight to the rounded one, so the fold costs no precision.
   * v_proj -> o_proj is skipped under grouped-query attention, where one channel of v feeds several of o.
   * After each fold the block must compute the same as before. Otherwise the fold is undone and reported.
@@ -125,7 +125,7 @@ def _best_clip(problem: Problem, W: Float[Tensor, "out groups size"], tries: int
 
 
 def _fold(module: nn.Module, group: Group, s: Tensor, storage: torch.dtype) -> Tensor:
-    """Divide the producer's channels by s and multiply the linears' columns by it; return the s that was applied.
+    """Divide the producer's channels by s and multiply the linears' columns by it; return the s really applied.
 
     Norms and biases are not quantized later. They are rounded to their storage dtype here, so that the block computes
     with the values of the future checkpoint.

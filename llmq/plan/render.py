@@ -44,7 +44,8 @@ def _needs(plan: Plan) -> Iterator[str]:
     yield f"memory    {gb(peak)} at most{each}, for {plan.worst.what}; {gb(host)} are free"
     if plan.device != "cpu":
         worst = plan.worst_on_device
-        yield f"          {gb(worst.device)} at most on the {plan.device} device, for {worst.what}; {gb(device)} are free"
+        there = f"at most on the {plan.device} device, for {worst.what}"
+        yield f"          {gb(worst.device)} {there}; {gb(device)} are free"
     for disk in plan.disks:
         yield f"disk      {gb(disk.needed)} for {disk.what} in {disk.path}; {gb(disk.free)} are free"
 
