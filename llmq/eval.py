@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 from llmq.cli import run
 from llmq.runtime.evaluation import EvalConfig, evaluate_on_text
@@ -22,10 +23,7 @@ def evaluate_command(config: EvalConfig) -> None:
         print(f"KL to {config.reference} {result.kl:.5f} nats per token")
 
 
-def main() -> None:
-    """Run the command; its flags are the fields of EvalConfig."""
-    run(EvalConfig, evaluate_command)
-
+main = partial(run, EvalConfig, evaluate_command)
 
 if __name__ == "__main__":
     main()

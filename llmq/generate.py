@@ -1,6 +1,7 @@
 """python -m llmq.generate: let a model continue a prompt."""
 
 import sys
+from functools import partial
 
 from llmq.cli import run
 from llmq.runtime.generation import GenerateConfig, generate
@@ -12,10 +13,7 @@ def generate_command(config: GenerateConfig) -> None:
     print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s", file=sys.stderr)
 
 
-def main() -> None:
-    """Run the command; its flags are the fields of GenerateConfig."""
-    run(GenerateConfig, generate_command)
-
+main = partial(run, GenerateConfig, generate_command)
 
 if __name__ == "__main__":
     main()

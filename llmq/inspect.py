@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -39,10 +40,7 @@ def inspect_command(config: InspectConfig) -> None:
     print(f"{weights}, {checkpoint['bits_per_packed_weight']:.2f} bits per weight; {other:.1f} MB unquantized")
 
 
-def main() -> None:
-    """Run the command; its flags are the fields of InspectConfig."""
-    run(InspectConfig, inspect_command)
-
+main = partial(run, InspectConfig, inspect_command)
 
 if __name__ == "__main__":
     main()

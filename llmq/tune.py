@@ -1,6 +1,7 @@
 """python -m llmq.tune: find the fastest tiles for a model's layers on this GPU; later runs use them."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from llmq.cli import run
 from llmq.core.settings import Grid
@@ -46,10 +47,7 @@ def tune_command(config: TuneConfig) -> None:
     print(f"wrote {table}{note}")
 
 
-def main() -> None:
-    """Run the command; its flags are the fields of TuneConfig."""
-    run(TuneConfig, tune_command)
-
+main = partial(run, TuneConfig, tune_command)
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,7 @@
 """python -m llmq.verify DIR: check that a packed checkpoint is sound, and compare it with its original."""
 
 import json
+from functools import partial
 
 from llmq.cli import run
 from llmq.verification.compare import VerifyConfig, verify
@@ -24,10 +25,7 @@ def verify_command(config: VerifyConfig) -> None:
         print(f"KL to {result['reference']} on {result['text']}: {kl}")
 
 
-def main() -> None:
-    """Run the command; its flags are the fields of VerifyConfig."""
-    run(VerifyConfig, verify_command)
-
+main = partial(run, VerifyConfig, verify_command)
 
 if __name__ == "__main__":
     main()

@@ -37,14 +37,12 @@ class Algorithm:
 
 
 def _gptq(problem: Problem, config: QuantizeConfig) -> Solution:
-    """Return the solution of GPTQ, with the trials of best_of.py at effort best."""
     return (best_of if config.effort == "best" else gptq).solve(problem, config.gptq)
 
 
 def _awq_transform(
     block: Block, groups: list[Group], problems: list[Problem], config: QuantizeConfig
 ) -> tuple[set[str], list[str]]:
-    """Scale the block's channels; return as awq.transform does."""
     return awq.transform(block, groups, problems, config.awq)
 
 

@@ -91,7 +91,6 @@ def search_scales(problem: Problem, ratios: int) -> Float[Tensor, "in"]:
 
 
 def _scaled_error(problem: Problem, W: Tensor, s: Tensor) -> float:
-    """Return L(s) of these rows."""
     assert problem.statistics is not None
     W_hat = nearest_points(problem, grid.group_view(W * s, problem.grid.group_size)).flatten(-2) / s
     return energy(W - W_hat, problem.statistics.H)

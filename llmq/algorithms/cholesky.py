@@ -56,7 +56,6 @@ class Factor:
         return B
 
     def _blocks(self) -> list[tuple[slice, Tensor]]:
-        """Return the columns of each block, with its inverse."""
         return list(zip(_slices(0, len(self.L), _BLOCK), self.inverses, strict=True))
 
 
@@ -83,7 +82,6 @@ def cholesky_(A: Float[Tensor, "n n"]) -> Factor | None:
 
 
 def _slices(start: int, stop: int, size: int) -> list[slice]:
-    """Return slices of at most `size` that cover start to stop."""
     return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 

@@ -115,5 +115,4 @@ def _disk_errors(directory: Path) -> Iterator[None]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """Return the memory of a contiguous tensor."""
     return memoryview(cast(Any, tensor.view(torch.uint8).flatten().numpy()))

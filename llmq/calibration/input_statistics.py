@@ -195,7 +195,6 @@ def _finite_rows(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _add_lower(H: Tensor, X: Tensor) -> None:
-    """Add the lower triangle of XᵀX to H."""
     for start in range(0, len(H), _STRIP):
         stop = min(start + _STRIP, len(H))
         H[start:stop, :stop].addmm_(X[:, start:stop].T, X[:, :stop])

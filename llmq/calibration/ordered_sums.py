@@ -72,7 +72,6 @@ class ShareSums:
                     self._totals[name, held_out] = tensor
 
     def _empty(self, name: str) -> Tensor:
-        """Return a tensor to overwrite: a spare one if possible."""
         spare = self._spare.pop(name, None)
         return torch.empty(*self._shapes[name], device=self._device) if spare is None else spare
 

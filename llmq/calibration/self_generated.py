@@ -62,7 +62,6 @@ def sample_sequences(
 
 
 def _cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Return the bytes of keys and values of one token in all layers."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * dtype.itemsize * config.num_hidden_layers * heads * size

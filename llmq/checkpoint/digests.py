@@ -3,12 +3,15 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.quantized_weight import QuantizedWeight
+
+_Value = TypeVar("_Value", Tensor, QuantizedWeight)
 
 
 def digest(value: Tensor | QuantizedWeight) -> str:
@@ -45,15 +48,12 @@ class DigestingCheckpoint(Checkpoint):
         self.digests: dict[str, str] = {}
 
     def weight(self, name: str, instead: Mapping[str, Tensor] | None = None) -> QuantizedWeight:
-        value = super().weight(name, instead)
-        self._add(name, value)
-        return value
+        return self._added(name, super().weight(name, instead))
 
     def read(self, name: str) -> Tensor:
-        value = super().read(name)
-        self._add(name, value)
-        return value
+        return self._added(name, super().read(name))
 
-    def _add(self, name: str, value: Tensor | QuantizedWeight) -> None:
+    def _added(self, name: str, value: _Value) -> _Value:
         if name not in self.digests:  # tied embeddings are read twice
             self.digests[name] = digest(value)
+        return value

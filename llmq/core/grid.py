@@ -149,7 +149,6 @@ def _codes(W: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 
 def _steps(W: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Return q - zero of the nearest codes, as real numbers."""
     return _codes(W, scale, zero, bits).sub_(zero.to(W.dtype))
 
 

@@ -93,11 +93,9 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
 
 
 def _pack(codes: UInt8[Tensor, "inputs out"]) -> Int32[Tensor, "inputs words"]:
-    """Put the outputs into the order of the format, and pack them."""
     return pack_stream(codes.unflatten(1, (-1, _PER_WORD))[..., _ORDER].flatten(1), _BITS)
 
 
 def _unpack(words: Int32[Tensor, "inputs words"]) -> UInt8[Tensor, "out inputs"]:
-    """Unpack the words, and return the outputs in their own order."""
     codes = unpack_stream(words, _BITS, _PER_WORD * words.shape[1])
     return codes.unflatten(1, (-1, _PER_WORD))[..., _INVERSE].flatten(1).T.contiguous()

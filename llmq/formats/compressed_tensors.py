@@ -126,7 +126,6 @@ def _fitting(name: str, targets: Container[str], expressions: list[str], pattern
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:
-    """Return a scheme in the words of the format."""
     weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "dynamic": False}
     if scheme.group_size == -1:
         return weights | {"strategy": "channel"}
@@ -150,7 +149,6 @@ def _scheme(group: dict[str, Any], overall: Any) -> Scheme:
 
 
 def _shape(name: str, stored: Tensor) -> tuple[int, int]:
-    """Return the stored (out, in). Raise CheckpointError unless they are two positive integers."""
     shape: Any = stored.tolist()
     if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, int) and n >= 1 for n in shape):
         raise CheckpointError(f"{name}.weight_shape: expected two positive integers, found {str(shape)[:80]}")
@@ -158,7 +156,6 @@ def _shape(name: str, stored: Tensor) -> tuple[int, int]:
 
 
 def _strings(what: str, found: Any) -> list[str]:
-    """Return an entry that must be a list of names. Raise CheckpointError if it is not."""
     names: list[Any] = found if isinstance(found, list) else [found]
     if not all(isinstance(name, str) for name in names) or names is not found:
         raise CheckpointError(f"{what} must be a list of names; found {str(found)[:80]}")

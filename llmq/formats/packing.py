@@ -94,7 +94,6 @@ def _padded(rows: Tensor, period: int) -> Tensor:
 
 
 def _strips(shape: torch.Size) -> list[slice]:
-    """Cut the rows into slices small enough to stay in the CPU caches."""
     size = max(1, _CODES // max(1, shape[1]))
     return [slice(start, start + size) for start in range(0, shape[0], size)]
 

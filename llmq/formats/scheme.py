@@ -102,11 +102,9 @@ def tables(what: str, found: Any) -> dict[str, dict[str, Any]]:
 
 
 def _is_int(value: object) -> bool:
-    """Tell if the value is an integer, and neither True nor False."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _shown(value: object) -> str:
-    """Return a value as short text for an error message of one line."""
     # Python refuses to print integers of thousands of digits.
     return "a huge number" if isinstance(value, int) and abs(value) > 10**80 else repr(value)[:80]

@@ -120,7 +120,6 @@ def _names_by_shard(directory: Path) -> Mapping[str, set[str] | None]:
 
 
 def _described(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return the shape and type of every tensor of a shard, from its header."""
     with _open(path) as file:
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 it is no mapping
         return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}

@@ -108,7 +108,6 @@ def _transform_moments(load: Workload, layout: Layout, weights: int) -> Iterator
 
 
 def _all_problems(layout: Layout) -> int:
-    """Return the bytes of H, H of held-out text and W of all groups."""
     return sum(8 * layout.moment_size(group) + 4 * layout.weights_of(group) for group in layout.groups)
 
 

@@ -194,7 +194,6 @@ class Run:
         return _Solved(group, solution, entry, None if self.refine is None else problem)
 
     def _put_back(self, block: Block, group: Group, solution: Solution) -> None:
-        """Let the block compute with the quantized weights of a group."""
         for name, weight in weights_of(block, group, solution, self._bits_of(block, group)).items():
             block.replace_weight(name, weight.dequantize())
 

@@ -57,7 +57,6 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
 
 
 def _short(value: Any) -> str:
-    """Return a value as text of at most 40 characters."""
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 40 else text[:12] + "…"
 

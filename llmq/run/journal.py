@@ -109,7 +109,6 @@ def read_journal(path: Path) -> tuple[Line, list[Step]]:
 
 
 def _write(path: Path, mode: str, lines: Sequence[Line]) -> None:
-    """Write lines and wait until they are on the disk."""
     with path.open(mode, encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         file.flush()

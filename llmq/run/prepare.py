@@ -164,7 +164,6 @@ def _is_self_written(config: QuantizeConfig) -> bool:
 
 
 def _tokens_file(output: Path) -> Path:
-    """Return where text that the model wrote is kept until the run is finished."""
     return unfinished_work(output) / "tokens.safetensors"
 
 
@@ -206,7 +205,6 @@ class _Text:
         return tokens, tokens
 
     def _kept(self) -> tuple[Tokens, Tokens]:
-        """Return what the model wrote before the run was interrupted."""
         kept = load_file(_tokens_file(self.config.output))
         tokens = Tokens(kept["train"], kept["held_out"])
         return tokens, replace(tokens, train=kept["training"])

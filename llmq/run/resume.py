@@ -133,7 +133,6 @@ class Progress:
             block.replace_weight(name.removeprefix(prefix), weight.dequantize().to(block.compute.device))
 
     def _tensors_of(self, name: str) -> dict[str, Tensor]:
-        """Read the tensors that were saved in a finished step."""
         assert self._writer is not None
         at = next(i for i, step in enumerate(self._done) if step.name == name)
         return self._writer.read_parts(self._done[at - 1].parts if at else 0, self._done[at].parts)

@@ -81,7 +81,6 @@ def load_any(spec: str, device: str = "auto", trust_remote_code: bool = False) -
 
 
 def _torch_dtype(name: Any) -> torch.dtype:
-    """Return the dtype that config.json names, float16 if it names none."""
     dtype = getattr(torch, name, None) if isinstance(name, str) else name
     return dtype if isinstance(dtype, torch.dtype) else torch.float16
 

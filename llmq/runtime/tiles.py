@@ -99,7 +99,6 @@ def tune_here(problems: list[Problem], seconds: float) -> tuple[Path, list[dict[
 
 
 def _shown(problems: list[Problem]) -> Iterator[Problem]:
-    """Yield the problems, and print each to stderr when it is its turn."""
     for i, problem in enumerate(problems, 1):
         print(f"{i}/{len(problems)}: {problem.M} tokens, {problem.N} x {problem.K}", file=sys.stderr, flush=True)
         yield problem

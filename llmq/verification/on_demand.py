@@ -73,7 +73,6 @@ def _unit_of(model: Any, name: str) -> str:
 
 
 def _fill(checkpoint: Checkpoint, stored: dict[str, str], module: nn.Module, _: Any) -> None:
-    """Read the tensors of a unit before it runs, as float32."""
     tensors = {name: checkpoint.read(source) for name, source in stored.items()}
     if not isinstance(module, nn.Embedding):  # few of its rows are used: `_empty` converts those
         tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
@@ -81,7 +80,6 @@ def _fill(checkpoint: Checkpoint, stored: dict[str, str], module: nn.Module, _: 
 
 
 def _empty(stored: dict[str, str], module: nn.Module, _: Any, output: Any) -> Any:
-    """Free the tensors of a unit when it has run. Return its output."""
     state = module.state_dict()
     module.load_state_dict({name: state[name].to("meta") for name in stored}, strict=False, assign=True)
     return output.float() if isinstance(module, nn.Embedding) else output
