@@ -21,7 +21,7 @@ from beartype import beartype
 
 _jaxtyped = jaxtyping.jaxtyped
 _ONE_CALL = _jaxtyped("context")  # inside, a dimension's name has one value
-_COMPILED: dict[types.CodeType, list[tuple[Any, Callable[..., Any]]]] = {}
+_COMPILED: dict[types.CodeType, list[tuple[Any, dict[str, Any], Callable[..., Any]]]] = {}
 
 
 def install() -> None:
@@ -59,21 +59,28 @@ def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
 
 def _checked(function: types.FunctionType) -> Callable[..., Any]:
     """Return the function as beartype checks it. All functions made of the same code share what was compiled."""
-    same = _COMPILED.setdefault(function.__code__, [])
+    compiled, written = _COMPILED.setdefault(function.__code__, []), function.__annotations__
+    equal = (made for hints, names, made in compiled if hints == written and names is function.__globals__)
+    template = next(equal, None)
+    if template is None:
+        template = beartype(_twin(function))
+        compiled.append((written, function.__globals__, template))
+    if "__beartype_func" not in (template.__kwdefaults__ or {}):  # it checks nothing at all
+        return function
+    copy = types.FunctionType(template.__code__, template.__globals__, template.__name__)
+    copy.__kwdefaults__ = {**template.__kwdefaults__, "__beartype_func": function}
+    return copy
+
+
+def _twin(function: types.FunctionType) -> types.FunctionType:
+    """Return a function with the same signature that refers to nothing: what is compiled is kept for ever."""
+    cells = tuple(types.CellType() for _ in function.__code__.co_freevars)
+    twin = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    twin.__kwdefaults__, twin.__module__ = function.__kwdefaults__, function.__module__
+    twin.__qualname__ = function.__qualname__
     written = function.__annotations__
-    for earlier, template in same:
-        if earlier == written and template.__globals__ is function.__globals__:
-            copy = types.FunctionType(template.__code__, template.__globals__, template.__name__)
-            copy.__kwdefaults__ = {**template.__kwdefaults__, "__beartype_func": function}
-            return copy
-    function.__annotations__ = {name: _hint(written[name], function.__globals__) for name in written}
-    try:
-        checked = beartype(function)
-    finally:
-        function.__annotations__ = written
-    if "__beartype_func" in (checked.__kwdefaults__ or {}):  # it checks anything at all
-        same.append((written, checked))
-    return checked
+    twin.__annotations__ = {name: _hint(written[name], function.__globals__) for name in written}
+    return twin
 
 
 def _hint(annotation: Any, names: dict[str, Any]) -> Any:
