@@ -19,10 +19,7 @@ _NUMBERS = 1 << 20  # logits at a time: a few float32 copies fit into a cache, a
 
 
 def divergence(given: Float[Tensor, "*tokens vocabulary"], wanted: Float[Tensor, "*tokens vocabulary"]) -> Tensor:
-    """Return the mean KL(wanted || given) of two sets of logits, in nats per token.
-
-    Gradients flow to `given` alone.
-    """
+    """Return the mean KL(wanted || given) of two sets of logits, in nats per token. Gradients flow to `given` alone."""
     loss: Any = _Divergence.apply(given.flatten(0, -2), wanted.flatten(0, -2))
     return loss
 
