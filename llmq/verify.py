@@ -15,9 +15,7 @@ def verify_command(config: VerifyConfig) -> None:
         return
     for name, error in result.get("layer_errors", {}).items():
         print(f"{name:<58} {error:9.2e}")
-    compared = (
-        "are what was computed" if result["compared_with_report"] else "can be decoded (no report to compare with)"
-    )
+    compared = "are what was computed" if result["compared_with_report"] else "can be decoded (there is no report)"
     print(f"sound: {result['packed_layers']} packed layers and {result['other_tensors']} other tensors {compared};")
     print("the model runs with them, and its logits are finite")
     if "kl" in result:

@@ -10,17 +10,25 @@ import pytest
 import shape_checks
 import torch
 from tiny import save_tiny, some_text
+from tqdm.std import TqdmDefaultWriteLock, tqdm
 
 shape_checks.install()  # before anything imports llmq
+# Forked children would share this lock. One that is killed while it draws a bar keeps it, and all others wait for ever.
+TqdmDefaultWriteLock.mp_lock = None
+tqdm.monitor_interval = 0  # its thread could hold another lock while this process forks
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out, before anything counts them, tests for another process (the interpreter's) or machine (a GPU's)."""
+    """Leaves out, before anything counts them, tests for another process (the interpreter's) or machine (a GPU's).
+
+    A process steals from the end of what is left for another one. So what should stay together comes first.
+    """
     interpreted = bool(os.environ.get("TRITON_INTERPRET"))
     here = {"interpret": interpreted, "gpu": torch.cuda.is_available() and not interpreted}
     elsewhere = [item for item in items if any(item.get_closest_marker(name) and not here[name] for name in here)]
     config.hook.pytest_deselected(items=elsewhere)
-    items[:] = [item for item in items if item not in elsewhere]
+    left = (item for item in items if item not in elsewhere)
+    items[:] = sorted(left, key=lambda item: item.get_closest_marker("together") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)

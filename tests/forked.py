@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jaxtyping
 import pytest
 from commands import ROOT, run
 
@@ -94,6 +95,8 @@ def _become(script: Path, arguments: list[str]) -> NoReturn:
     """Be a new Python that runs this file, and end as it would."""
     code: Any = 1
     try:
+        gc.callbacks.clear()  # hypothesis has one. A KeyboardInterrupt that is raised in there is lost.
+        jaxtyping.config.update("jaxtyping_disable", True)  # a new Python checks no shapes
         _drop_capabilities()
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)

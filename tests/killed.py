@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 
+import jaxtyping
 import pytest
 import torch
 from small_runs import small_config
@@ -109,6 +110,7 @@ def _forked(work):
     code = 1
     try:
         torch.set_num_threads(1)
+        jaxtyping.config.update("jaxtyping_disable", True)  # shapes are checked in the runs that nobody kills
         work()
         code = 0
     except LlmqError as error:

@@ -15,6 +15,7 @@ from bench.plan import TOY
 from commands import run_here
 from llmq_kernels import dequantize_matmul, reference
 
+pytestmark = pytest.mark.together
 ROOT = Path(__file__).parent.parent
 
 

@@ -6,13 +6,15 @@ import pytest
 import torch
 from commands import run_here
 from dither import dither
+from forked import forking
 from packed import pack
 from safetensors.torch import load_file
 
 
 def script(name, *arguments):
     """Run scripts/NAME.py. Returns its stdout."""
-    done = run_here(name, *arguments)
+    with forking():
+        done = run_here(name, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

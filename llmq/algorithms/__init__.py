@@ -14,9 +14,8 @@ from llmq.models.block_structure import Group
 Transform = Callable[[Block, list[Group], list[Problem], QuantizeConfig], tuple[set[str], list[str]]]
 
 # Improves the solutions of all groups of a block together. Returns them, and the held-out loss before and after.
-Refine = Callable[
-    [Block, list[Group], list[Problem], list[Solution], QuantizeConfig], tuple[list[Solution], tuple[float, float]]
-]
+Refined = tuple[list[Solution], tuple[float, float]]
+Refine = Callable[[Block, list[Group], list[Problem], list[Solution], QuantizeConfig], Refined]
 
 
 @dataclass(frozen=True)

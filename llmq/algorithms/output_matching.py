@@ -55,16 +55,14 @@ def choose(problem: Problem, ranks: Ranks = ALONE) -> Match:
     return max(gains, key=lambda gain: (gain[0], -gain[1].damping))[1]
 
 
-def _tried(
-    stats: InputStatistics, target_moment: Tensor, target_moment_val: Tensor, damping: float
-) -> tuple[float, Match]:
+def _tried(stats: InputStatistics, moment: Tensor, moment_val: Tensor, damping: float) -> tuple[float, Match]:
     """Return the gain of some rows on held-out tokens with this damping and its best α, and the match of both."""
     factor = cholesky_(damped(stats.H, damping))
     if factor is None:
         return 0.0, Match(damping, 0.0)
-    P = factor.solve_(target_moment.clone())
+    P = factor.solve_(moment.clone())
     # |T - X αPᵀ|² = |T|² - 2α⟨P, TᵀX⟩ + α²⟨P H, P⟩ on held-out tokens
-    along, across = inner(P, target_moment_val), energy(P, stats.H_val)
+    along, across = inner(P, moment_val), energy(P, stats.H_val)
     alpha = min(1.0, max(0.0, along / across)) if across > 0 else 0.0
     return 2 * alpha * along - alpha**2 * across, Match(damping, alpha)
 

@@ -38,11 +38,9 @@ class Problem:
         """
         stats = self.statistics
         if stats is not None:
-            target_moment, target_moment_val = (
-                None if moment is None else moment[start:stop]
-                for moment in (stats.target_moment, stats.target_moment_val)
-            )
-            stats = replace(stats, target_moment=target_moment, target_moment_val=target_moment_val)
+            both = (stats.target_moment, stats.target_moment_val)
+            moment, moment_val = (None if moment is None else moment[start:stop] for moment in both)
+            stats = replace(stats, target_moment=moment, target_moment_val=moment_val)
         return replace(self, W=self.W[start:stop], statistics=stats, clippable=self.clippable[start:stop])
 
     def grid_of(

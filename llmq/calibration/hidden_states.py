@@ -29,9 +29,7 @@ class HiddenDir:
 
     directory: Path
     name: str  # first word of the file names. Every new run takes another one, so it never reads files of an old run.
-    turn: int | None = (
-        None  # the file, 0 or 1, that holds an earlier process's states (see `complete`); None: no states
-    )
+    turn: int | None = None  # the file, 0 or 1, that holds an earlier process's states (see `complete`)
 
     def files(self, kind: str) -> list[Path]:
         """Return the paths of the two files of one kind of states (`quantized` or `original`)."""

@@ -18,6 +18,8 @@ from llmq.models.block_structure import Group, linear_of
 # and still wide enough for full matmul speed (2-core AVX2 machine, 2026-11: 256 and 512 alike, 128 a tenth slower).
 _STRIP = 256
 
+_Inputs = dict[str, Tensor]  # by the name of a linear, or "" for the block
+
 
 @dataclass
 class InputStatistics:
@@ -61,9 +63,7 @@ def collect_statistics(block: Block, groups: list[Group], clock: Clock, last: bo
         return [group_sums.finish() for group_sums in sums]
 
 
-def _run(
-    block: Block, i: int, names: set[str], clock: Clock, last: bool
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _run(block: Block, i: int, names: set[str], clock: Clock, last: bool) -> tuple[_Inputs, _Inputs]:
     """Return the inputs of these modules for micro-batch i, in this model and in the original one; "" is the block."""
     originals: dict[str, Tensor] = {}
     if block.original is not None:

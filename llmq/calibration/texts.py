@@ -61,9 +61,7 @@ def hold_out(sequences: Int64[Tensor, "samples length"]) -> Tokens:
     return Tokens(sequences[~held_out], sequences[held_out])
 
 
-def evaluation_chunks(
-    tokenizer: Any, text: str, length: int, limit: int | None = None
-) -> Int64[Tensor, "chunks length"]:
+def evaluation_chunks(tokenizer: Any, text: str, length: int, limit: int | None = None) -> Int64[Tensor, "n length"]:
     """Cut the text into chunks that do not overlap, without a last partial one. Raises RequestError if it has none."""
     tokens = tokenize(tokenizer, text)
     if chunks := len(tokens) // length:

@@ -48,9 +48,7 @@ def _check_aliases(model: Any, checkpoint: Checkpoint, stored: set[str]) -> None
     repeats = getattr(model, "all_tied_weights_keys", {})
     for name in sorted(stored & repeats.keys()):
         if not torch.equal(checkpoint.files.read(name), checkpoint.files.read(repeats[name])):
-            raise CheckpointError(
-                f"{checkpoint.directory}: {name} differs from {repeats[name]}, to which {CONFIG} ties it"
-            )
+            raise CheckpointError(f"{checkpoint.directory}: {name} differs from {repeats[name]}; {CONFIG} ties them")
 
 
 def packed_target(model: Any, checkpoint: Checkpoint, name: str) -> nn.Linear:

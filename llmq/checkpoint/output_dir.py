@@ -88,9 +88,7 @@ class Claim:
         except OSError as error:
             os.close(descriptor)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise RequestError(
-                    f"another process writes to {directory}; wait until it ends, or choose another --output"
-                ) from None
+                raise RequestError(f"another process writes to {directory}; wait, or choose another --output") from None
         else:
             self._descriptor = descriptor
 

@@ -22,12 +22,7 @@ class _Watcher(MetaPathFinder):
     def __init__(self, name: str, act: Callable[[], None]) -> None:
         self._name, self._act = name, act
 
-    def find_spec(
-        self,
-        fullname: str,
-        path: object,  # noqa: ARG002
-        target: ModuleType | None = None,  # noqa: ARG002
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
         if fullname != self._name:
             return None
         sys.meta_path.remove(self)

@@ -60,9 +60,8 @@ class QuantizedWeight:
         """Raise CheckpointError unless the tensors fit together and decode to finite numbers."""
         (rows, columns), groups = self.q.shape, self.scale.shape[1] if self.scale.ndim == 2 else 0
         if self.scale.shape != self.zero.shape or self.scale.shape[0] != rows or groups < 1:
-            raise CheckpointError(
-                f"{name}: scales {tuple(self.scale.shape)} and zeros {tuple(self.zero.shape)} do not fit {rows} rows"
-            )
+            shapes = f"scales {tuple(self.scale.shape)} and zeros {tuple(self.zero.shape)}"
+            raise CheckpointError(f"{name}: {shapes} do not fit {rows} rows")
         if self.group_of is None and columns % groups:
             raise CheckpointError(f"{name}: {groups} groups do not divide {columns} inputs")
         if self.group_of is not None and not (

@@ -32,9 +32,7 @@ class Gptq:
         if not 0 < self.damping < 1:
             raise RequestError(f"gptq damping must lie between 0 and 1; got {self.damping}")
         if self.block_size < 1 or self.passes < 0:
-            raise RequestError(
-                f"gptq block size must be at least 1 and passes at least 0; got {self.block_size}, {self.passes}"
-            )
+            raise RequestError(f"gptq needs a block size >= 1, passes >= 0; got {self.block_size}, {self.passes}")
 
 
 @dataclass(frozen=True)
@@ -48,9 +46,7 @@ class Awq:
 
     def __post_init__(self) -> None:
         if self.ratios < 1 or not 0 <= self.clip_steps <= 20:
-            raise RequestError(
-                f"awq ratios must be at least 1, clip steps 0 to 20; got {self.ratios}, {self.clip_steps}"
-            )
+            raise RequestError(f"awq needs ratios >= 1, clip steps 0 to 20; got {self.ratios}, {self.clip_steps}")
 
 
 @dataclass(frozen=True)

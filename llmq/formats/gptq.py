@@ -16,7 +16,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from jaxtyping import Int32
 from torch import Tensor
 
 from llmq.core.config import VERSION
@@ -139,9 +138,7 @@ def _overridden(name: str, most: Scheme, rules: dict[str, Any], patterns: Patter
     return most
 
 
-def _group_of(
-    name: str, stored: Tensor | None, columns: int, groups: int, scheme: Scheme
-) -> Int32[Tensor, "in"] | None:
+def _group_of(name: str, stored: Tensor | None, columns: int, groups: int, scheme: Scheme) -> Tensor | None:
     """Return the group of each input, or None if groups are contiguous and of one size."""
     natural = torch.zeros(columns, dtype=torch.int32)
     if scheme.group_size != -1:

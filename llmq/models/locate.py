@@ -48,11 +48,9 @@ def _download(repo: str, trust_remote_code: bool) -> Path:
     except errors.GatedRepoError:
         raise RequestError(f"{repo} is gated: accept its licence on the hub and log in with `hf auth login`") from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
-        reason = f"no such model: {repo!r} is neither a local directory nor a public hub repository"
-        raise RequestError(reason) from None
+        raise RequestError(f"no such model: {repo!r} is neither a directory here nor a public hub repository") from None
     except errors.LocalEntryNotFoundError:
-        reason = f"{repo} is not in the local cache and the hub cannot be reached; check the connection"
-        raise WorkError(reason) from None
+        raise WorkError(f"{repo} is not in the cache and the hub cannot be reached; check the connection") from None
     except Exception as error:  # a connection that breaks off raises the HTTP client's own error, not the hub's
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise WorkError(f"downloading {repo} failed ({reason}); run the same command again to go on") from None

@@ -68,8 +68,7 @@ class ModelSource:
         try:
             return AutoTokenizer.from_pretrained(self.directory, **self._hf_arguments)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = f"{self.directory} has no tokenizer that can be opened: {first_line(error)}"
-            raise CheckpointError(reason) from None
+            raise CheckpointError(f"{self.directory} has no tokenizer that opens: {first_line(error)}") from None
 
     def outer_names(self) -> list[str]:
         """Return the names of tensors outside the decoder blocks: embeddings, final norm, lm_head."""

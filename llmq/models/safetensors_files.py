@@ -111,12 +111,8 @@ def _names_by_shard(directory: Path) -> Mapping[str, set[str] | None]:
     if len(others) == 1:  # AutoGPTQ called it gptq_model-4bit-128g.safetensors
         return {others[0]: None}
     if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
-        raise RequestError(
-            f"{directory} holds pickle weights (.bin), which can run code when opened; llmq reads safetensors.\n" + _HOW
-        )
-    raise RequestError(
-        f"{directory} holds neither {SINGLE} nor {INDEX}; if the model comes as .bin files only:\n{_HOW}"
-    )
+        raise RequestError(f"{directory} holds pickle weights (.bin), which can run code when opened.\n{_HOW}")
+    raise RequestError(f"{directory} holds neither {SINGLE} nor {INDEX}; if there are only .bin files:\n{_HOW}")
 
 
 def _described(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:

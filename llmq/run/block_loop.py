@@ -19,9 +19,7 @@ from llmq.run.resume import OUTSIDE, Progress
 from llmq.verification.check import DIGESTS, check
 
 
-def quantize_blocks(
-    request: Request, run: Run, progress: Progress, states_dir: Path | None, states_nbytes: int
-) -> None:
+def quantize_blocks(request: Request, run: Run, progress: Progress, states_dir: Path | None, states_size: int) -> None:
     """Save all tensors of the model, first those outside the blocks, then block by block. Finished steps are left out.
 
     One block is in memory at a time. `states_dir`: where hidden states wait on disk; None keeps them in memory.
@@ -31,7 +29,7 @@ def quantize_blocks(
         progress.save(OUTSIDE, _unchanged(run, request.source.outer_names(), lambda name: name))
         progress.commit()
     if states_dir is not None and request.config.offload_dir is None and not request.steps:
-        size = f"{states_nbytes / 1e9:.1f} GB, more than a quarter of free memory"
+        size = f"{states_size / 1e9:.1f} GB, more than a quarter of free memory"
         run.report.note("model", [f"hidden states wait on disk: {size}"])
     stop = names.index(run.chosen[-1]) + 1
     _quantize_chosen(request, run, progress, states_dir, stop)

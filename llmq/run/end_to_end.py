@@ -20,7 +20,6 @@ Memory: the original model; 20 bytes for each quantized weight (latent code, wei
 Adam), or 8 if codes do not learn; what the layers keep for the backward pass; three copies of a batch's logits.
 """
 
-# torch has types for only a part of itself; what it leaves unknown is not reported here.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby

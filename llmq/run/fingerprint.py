@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,8 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
     """
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         keys = [*before, *(key for key in now if key not in before)]
-        return [
-            line for key in keys for line in differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
-        ]
+        inner = (differences(before.get(key), now.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
+        return [*chain.from_iterable(inner)]
     # JSON has no tuples: one that was written comes back as a list.
     stored = [list(value) if isinstance(value, tuple) else value for value in (before, now)]
     return [] if stored[0] == stored[1] else [f"{name}: {_short(before)}, now {_short(now)}"]

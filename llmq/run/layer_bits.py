@@ -51,6 +51,4 @@ def _check_fused(bits: dict[str, int]) -> None:
         parent, _, leaf = name.rpartition(".")
         for fused in SIBLINGS:
             if leaf in fused and len({bits.get(f"{parent}.{sibling}", bits[name]) for sibling in fused}) > 1:
-                raise RequestError(
-                    f"layer bits: engines run {', '.join(fused)} of {parent} as one; give all of them the same bits"
-                )
+                raise RequestError(f"layer bits: engines fuse {', '.join(fused)} of {parent}; give all the same bits")

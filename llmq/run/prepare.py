@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Int64
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmq.algorithms import ALGORITHMS
 from llmq.calibration.block_runner import Compute
@@ -19,8 +19,8 @@ from llmq.core.config import QuantizeConfig
 from llmq.core.device import multiplies_bfloat16
 from llmq.core.distributed import Ranks
 from llmq.core.errors import CheckpointError, RequestError
-from llmq.core.memory import free_memory, release_memory
-from llmq.core.settings import Calibration, Tuned
+from llmq.core.memory import release_memory
+from llmq.core.settings import Calibration
 from llmq.core.timing import Clock
 from llmq.models.model_source import ModelSource
 from llmq.models.untrusted_files import read_json
@@ -72,8 +72,6 @@ def open_request(config: QuantizeConfig, device: torch.device, ranks: Ranks, pro
         if source.directory.resolve() == config.output.resolve():
             raise RequestError("the output directory is the model's own; choose another")
         compute = compute_for(source, device)
-        if config.end_to_end and not config.dry_run:  # a dry run tells all needs, not only this one
-            check_training_memory(source.skeleton, source.blocks, config.tuned, compute)
     tokens, training = ranks.first(lambda: _Text(config, source, compute, clock, progress).tokens())
     identity = fingerprint(config, source, tokens, training, compute)
     steps, is_met = ranks.first(lambda: _earlier(config, identity) if config.resume else ([], False))
@@ -89,25 +87,6 @@ def _check_offload(directory: Path) -> None:
         is_writable = False
     if not is_writable:
         raise RequestError(f"hidden states cannot wait in {directory}: it is not a directory that llmq may write to")
-
-
-def check_training_memory(model: nn.Module, blocks: list[nn.Module], settings: Tuned, compute: Compute) -> None:
-    """Raise RequestError if there is too little free memory to train a model with these blocks.
-
-    Only the shapes are looked at: the model may be a skeleton.
-    """
-    total = sum(parameter.numel() for parameter in model.parameters())
-    inside = (module for block in blocks for module in block.modules())
-    linears = sum(module.weight.numel() for module in inside if isinstance(module, nn.Linear))
-    original, others = total * compute.dtype.itemsize, (total - linears) * 4
-    needed = original + others + linears * (20 if settings.end_rate else 8)  # see end_to_end.py
-    free = free_memory(compute.device)
-    if needed > free:
-        less = "--tuned.end-rate 0 does not train the codes, in less than half; " if settings.end_rate else ""
-        raise RequestError(
-            f"training the whole model takes more than {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free.\n"
-            f"{less}--tuned.end-steps 0 --tuned.steps 100 trains one block after the other."
-        )
 
 
 def compute_for(source: ModelSource, device: torch.device) -> Compute:

@@ -21,6 +21,7 @@ _POSITIONS = 256
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 Logits = Callable[[int, Tensor], Tensor]
+Chunks = Int64[Tensor, "chunks length"]
 
 
 @dataclass(frozen=True)
@@ -92,24 +93,20 @@ def evaluate_on_text(config: EvalConfig) -> tuple[Evaluation, int]:
         first = evaluation_chunks(its_tokenizer, text, config.sequence_length, 1)
         if not torch.equal(first, chunks[:1]) or original.config.vocab_size != model.config.vocab_size:
             raise RequestError(
-                f"--reference {config.reference} and --model {config.model} have different vocabularies, so there is "
-                "no KL divergence between them; choose the original of the model"
+                f"{config.reference} and {config.model} have different vocabularies, so there is no KL divergence "
+                "between them; choose the original of the model as --reference"
             )
         reference = logits_of(original)
     return evaluate(model, chunks, reference, progress=True), len(chunks)
 
 
-def evaluate(
-    model: Any, chunks: Int64[Tensor, "chunks length"], reference: Logits | None = None, progress: bool = False
-) -> Evaluation:
+def evaluate(model: Any, chunks: Chunks, reference: Logits | None = None, progress: bool = False) -> Evaluation:
     """Score the predictions of a model: see `score`."""
     return score(logits_of(model), chunks, reference, progress)
 
 
 @torch.no_grad()
-def score(
-    logits: Logits, chunks: Int64[Tensor, "chunks length"], reference: Logits | None = None, progress: bool = False
-) -> Evaluation:
+def score(logits: Logits, chunks: Chunks, reference: Logits | None = None, progress: bool = False) -> Evaluation:
     """Compute perplexity in the standard way: each token is predicted from the tokens before it in its chunk.
 
     Args:

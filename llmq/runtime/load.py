@@ -4,25 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from llmq.checkpoint.module_matching import LinearMaker, check_fit, replace_linears
 from llmq.checkpoint.reader import CONFIG, Checkpoint, is_packed
 from llmq.core.device import pick_device
 from llmq.core.errors import CheckpointError
-from llmq.core.quantized_weight import QuantizedWeight
 from llmq.models.locate import locate
 from llmq.models.model_source import ModelSource, build_skeleton, move_buffers, read_generation_config
 from llmq.runtime.fused_siblings import merge_linears
 from llmq.runtime.model_config import checked_config, failure
 from llmq.runtime.packed_linear import PackedLinear
 from llmq.runtime.transformers_plugin import attach
-
-
-def packed_linear(name: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:  # noqa: ARG001
-    """Return the module for a packed linear that inference uses."""
-    return PackedLinear.from_codes(weight, bias)
 
 
 @torch.no_grad()
@@ -32,7 +26,7 @@ def load(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     merge: bool = False,
-    make_linear: LinearMaker = packed_linear,
+    make_linear: LinearMaker = lambda _, weight, bias: PackedLinear.from_codes(weight, bias),
 ) -> Any:
     """Load a checkpoint as a transformers model, ready for inference: `.generate` works.
 
@@ -55,7 +49,7 @@ def load(
     wanted = check_fit(model, checkpoint)
     replace_linears(model, checkpoint, lambda *parts: make_linear(*parts).to(target))
     placed = {f"{name}.bias" for name in checkpoint.linears}
-    _load_unpacked(model, checkpoint, sorted(wanted - placed), target, dtype)
+    _load_others(model, checkpoint, sorted(wanted - placed), target, dtype)
     model.config.dtype = dtype
     attach(model, checkpoint)
     read_generation_config(model, checkpoint.directory)
@@ -89,12 +83,10 @@ def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a dozen tokenizer classes, each with its own way to fail
-        raise CheckpointError(
-            f"{path} holds no tokenizer that transformers can read ({type(error).__name__})"
-        ) from None
+        raise CheckpointError(f"{path} holds no tokenizer transformers can read ({type(error).__name__})") from None
 
 
-def _load_unpacked(
+def _load_others(
     model: Any, checkpoint: Checkpoint, names: list[str], device: torch.device, dtype: torch.dtype
 ) -> None:
     """Load the tensors that are not packed, and move all buffers to the device."""

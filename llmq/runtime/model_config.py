@@ -20,9 +20,8 @@ from llmq.core.errors import CheckpointError, first_line
 # Largest values of counts, by what their names contain. Config classes make lists of such lengths (kinds of layers,
 # names of labels) before anything is built.
 _COUNTS = {
-    re.compile(
-        r"layer|depth|block|stage|expert|dense|indices|heads"
-    ): 1_000_000,  # Gemma 3n has a vocabulary "per layer"
+    # A million: Gemma 3n has a vocabulary "per layer".
+    re.compile(r"layer|depth|block|stage|expert|dense|indices|heads"): 1_000_000,
     re.compile(r"label|class"): 10_000,  # each label gets a name
 }
 _MODULES_PER_TENSOR = 20  # a block of Llama has 15 modules and 9 tensors or more; some models add dropouts
@@ -60,13 +59,11 @@ def checked_config(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # config classes raise what they like
         raise CheckpointError(
-            f"{directory}: {CONFIG} describes no model that transformers can build: {first_line(error)}"
+            f"{directory}: {CONFIG} describes no model that can be built: {first_line(error)}"
         ) from None
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     if buffers > 4 * stored + _SPARE:
-        raise CheckpointError(
-            f"{directory}: {CONFIG} describes {buffers} bytes of buffers, but all files together have {stored}"
-        )
+        raise CheckpointError(f"{directory}: {CONFIG} describes {buffers} bytes of buffers; all files have {stored}")
     return config, failure(model.eval(), torch.device("meta")) is None
 
 

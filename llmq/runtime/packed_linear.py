@@ -98,9 +98,8 @@ class PackedLinear(nn.Module):
     def packed(self) -> PackedWeight:
         """Return the buffers as the kernels take them."""
         words = tuple(self.get_buffer(f"words{i}") for i in range(self._arrays))
-        return PackedWeight(
-            words, self.grid, self.bits, self.group_size, self.in_features, self.symmetric, self.permutation
-        )
+        kind = (self.bits, self.group_size, self.in_features, self.symmetric)
+        return PackedWeight(words, self.grid, *kind, self.permutation)
 
     def codes(self) -> QuantizedWeight:
         """Return exactly the weight that `from_codes` was given.

@@ -95,20 +95,13 @@ class LlmqQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def _process_model_before_weight_loading(
-        self,
-        model: Any,
-        checkpoint_files: list[str] | None = None,
-        **kwargs: Any,  # noqa: ARG002
-    ) -> None:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
         """Remove the weights of packed linears, so that transformers loads only the other tensors.
 
         Raises CheckpointError if the files lack one of those: transformers would continue with random weights.
         """
         if not checkpoint_files:
-            raise RequestError(
-                "llmq opens packed checkpoints only from files, but from_pretrained was given a state_dict"
-            )
+            raise RequestError("from_pretrained got a state_dict, but llmq opens packed checkpoints only from files")
         checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
         wanted = check_fit(model, checkpoint)
         for name in checkpoint.linears:
@@ -122,7 +115,7 @@ class LlmqQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {".*"}  # packed tensors; check_fit refused any other
 
     @torch.no_grad()
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:  # noqa: ARG002
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         """Check what transformers loaded, and put in the packed linears."""
         assert self._opened is not None
         (checkpoint, wanted, model._keys_to_ignore_on_load_unexpected), self._opened = self._opened, None
@@ -185,9 +178,7 @@ def _codes(name: str, linear: PackedLinear) -> QuantizedWeight:
     try:
         return linear.codes()
     except RequestError as error:
-        raise RequestError(
-            f"{name} cannot be saved as it was read: {error}.\nCopy the checkpoint's files instead."
-        ) from None
+        raise RequestError(f"{name} cannot be saved as it was read: {error}.\nCopy the checkpoint instead.") from None
 
 
 # Importing this module tells transformers the name of the method, and does nothing else.

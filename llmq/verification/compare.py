@@ -5,18 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from tyro.conf import Positional
 
-from llmq.calibration.texts import evaluation_chunks, read_text
 from llmq.checkpoint.output_dir import REPORT
 from llmq.checkpoint.reader import Checkpoint, is_packed
 from llmq.core.errors import CheckpointError, RequestError
 from llmq.models.locate import locate
 from llmq.models.model_source import ModelSource
 from llmq.models.untrusted_files import read_json
-from llmq.runtime.evaluation import evaluate, logits_of
-from llmq.runtime.load import load, load_any
+from llmq.runtime.evaluation import EvalConfig, evaluate_on_text
 from llmq.verification.check import DIGESTS, check
 
 
@@ -60,13 +57,10 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     if config.reference is None:
         return facts
     errors = relative_errors(checkpoint, config.reference, config.trust_remote_code)
-    model = load(config.directory, "cpu", torch.float32, config.trust_remote_code)
-    original, tokenizer = load_any(config.reference, "cpu", config.trust_remote_code)
-    if original.config.vocab_size != model.config.vocab_size:
-        raise RequestError(f"{config.reference} and {config.directory} have different vocabularies: no KL between them")
-    text = read_text(config.text, evaluation=True)
-    chunks = evaluation_chunks(tokenizer, text, config.sequence_length, config.limit)
-    result = evaluate(model, chunks, logits_of(original))
+    text = (config.text, config.sequence_length, config.limit)
+    result, _ = evaluate_on_text(
+        EvalConfig(str(config.directory), config.reference, *text, "cpu", config.trust_remote_code)
+    )
     kl = result.kl if result.kl is not None and math.isfinite(result.kl) else None  # JSON knows no infinity
     return facts | {"reference": config.reference, "text": config.text, "layer_errors": errors, "kl": kl}
 

@@ -36,16 +36,11 @@ def read_when_called(model: Any, checkpoint: Checkpoint) -> None:
         model.get_submodule(name).forward = partial(_packed_forward, model, checkpoint, name)
     for unit, stored in _units(model, checkpoint).items():
         module = model.get_submodule(unit)
-        if _is_linear(module):
-            module.forward = partial(_linear_forward, checkpoint, stored)
+        if type(module) is nn.Linear:  # a subclass may compute something else
+            module.forward = partial(_linear_forward, checkpoint, stored)  # pyright: ignore[reportAttributeAccessIssue]
         else:
             module.register_forward_pre_hook(partial(_fill, checkpoint, stored))
             module.register_forward_hook(partial(_empty, stored))
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Return whether a module computes what `nn.Linear` does; a subclass may not."""
-    return type(module) is nn.Linear
 
 
 def _units(model: Any, checkpoint: Checkpoint) -> dict[str, dict[str, str]]:

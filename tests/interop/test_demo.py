@@ -13,7 +13,7 @@ from llmq.models.locate import locate
 from llmq.models.model_source import ModelSource
 from llmq.runtime.packed_linear import PackedLinear
 
-pytestmark = pytest.mark.demo
+pytestmark = [pytest.mark.demo, pytest.mark.together]
 
 PARIS = (
     "Paris is the capital and largest city of France. It stands on the Seine in the north of the country, and has been "

@@ -15,6 +15,7 @@ import torch
 from ahead_of_time import compiled, recorded, uncached
 from llmq_kernels import gptq_columns
 
+pytestmark = pytest.mark.together
 ROOT = Path(__file__).parents[2]
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 # What an H200's memory allows for each weight it delivers, at 1.98 GHz and 4.4 TB/s. At most, for up to 8 tokens:

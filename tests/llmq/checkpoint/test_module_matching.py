@@ -56,7 +56,7 @@ def test_a_checkpoint_that_fits_holds_all_tensors_but_tied_ones(sound):
             r"weight is \(63,\), the model wants \(64,\)",
         ),
         (lambda t: t.update({"model.norm.weight": torch.ones(64).int()}), "does not hold floating-point numbers"),
-        (lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}), "to which config.json ties it"),
+        (lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}), "config.json ties them"),
     ],
     ids=["missing", "unknown", "shape", "integers", "tied but different"],
 )

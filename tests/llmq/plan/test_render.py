@@ -11,8 +11,9 @@ from planned import SMALL, open_run
 from tiny import save_tiny
 
 from llmq.core.errors import RequestError
+from llmq.core.settings import Tuned
 from llmq.plan import check_plan, lines, plan_of
-from llmq.plan.memory_model import Moment
+from llmq.plan.memory_model import END_TO_END, Moment
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -66,3 +67,16 @@ def test_hidden_states_that_are_too_many_for_memory_may_wait_on_disk(llama, text
     check_plan(replace(plan, moments=few, free=(2000, 2000)))
     with pytest.raises(RequestError, match="of the cuda device, but"):
         check_plan(replace(plan, moments=few, device="cuda", free=(1000, 999)))
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.0])
+def test_a_model_that_leaves_no_room_to_train_it_is_refused_before_the_work(rate, llama, text_file, tmp_path):
+    tuned = Tuned(end_steps=1, end_rate=rate, end_scale_rate=0.001)
+    plan = plan_of(*open_run(llama, text_file, tmp_path / "out", method="tuned", tuned=tuned))
+    (training,) = (moment for moment in plan.moments if moment.what == END_TO_END)
+    weights = 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)  # of the linears in all blocks
+    assert training.device > 4 * plan.weight_count + weights * (20 if rate else 8)
+    plan = replace(plan, program=0, moments=[training], free=(training.device, 0))
+    check_plan(plan)
+    with pytest.raises(RequestError, match="trains one block after the other"):
+        check_plan(replace(plan, free=(training.device - 1, 0)))

@@ -42,11 +42,11 @@ def test_gptq_rounds_every_layer_on_its_own_grid(llama, text_file, tmp_path):
     [
         (
             ("q_proj=8",),
-            "q_proj, k_proj, v_proj of model.layers.0.self_attn as one; give all of them the same bits",
+            "engines fuse q_proj, k_proj, v_proj of model.layers.0.self_attn; give all the same bits",
         ),
         (
             ("layers.2.mlp.up_proj=3",),
-            "gate_proj, up_proj of model.layers.2.mlp as one; give all of them the same bits",
+            "gate_proj, up_proj of model.layers.2.mlp; give all the same bits",
         ),
         (("down_proj=8", "no_such_layer=3"), "no linear of this model is called 'no_such_layer'"),
         (("layers.7.*=8",), "no linear of this model is called"),

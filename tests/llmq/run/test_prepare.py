@@ -1,4 +1,4 @@
-"""What a run needs before it begins: room to train, the text, what an earlier process left."""
+"""What a run needs before it begins: the text, what an earlier process left."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,15 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from killed import interrupted, small_run
-from torch import nn
 
 import llmq
-from llmq.calibration.block_runner import Compute
 from llmq.core.distributed import ALONE
 from llmq.core.errors import RequestError
 from llmq.core.settings import Tuned
 from llmq.run import prepare
-from llmq.run.prepare import check_training_memory, open_request
+from llmq.run.prepare import open_request
 
 CPU = torch.device("cpu")
 
@@ -26,20 +24,6 @@ def config(gemma, text_file, tmp_path):
 
 def opened(config):
     return open_request(config, CPU, ALONE, progress=False)
-
-
-@pytest.mark.parametrize(("rate", "each"), [(0.01, 20), (0.0, 8)])
-def test_a_model_that_leaves_no_room_to_train_it_is_refused_before_the_work(rate, each, monkeypatch):
-    with torch.device("meta"):
-        blocks = nn.ModuleList([nn.Linear(10_000, 8_000, bias=False)])
-        model = nn.Sequential(nn.Embedding(1000, 1000), blocks, nn.Linear(1000, 1000, bias=False))
-    needed = 82_000_000 * 4 + 2_000_000 * 4 + 80_000_000 * each
-    settings = Tuned(end_rate=rate, end_scale_rate=0.001)
-    monkeypatch.setattr("llmq.run.prepare.free_memory", lambda _: needed)
-    check_training_memory(model, [blocks], settings, Compute(CPU))
-    monkeypatch.setattr("llmq.run.prepare.free_memory", lambda _: needed - 1)
-    with pytest.raises(RequestError, match="trains one block after the other"):
-        check_training_memory(model, [blocks], settings, Compute(CPU))
 
 
 def test_text_that_the_model_wrote_is_kept_whole_or_not_at_all(config, monkeypatch):

@@ -76,7 +76,7 @@ def test_more_modules_than_the_tensors_need_are_refused(sound, monkeypatch):
 
 def test_buffers_that_no_file_explains_are_refused(sound, monkeypatch):
     monkeypatch.setattr(module, "_SPARE", -(10**12))
-    with pytest.raises(CheckpointError, match=r"describes \d+ bytes of buffers, but all files together have \d+"):
+    with pytest.raises(CheckpointError, match=r"describes \d+ bytes of buffers; all files have \d+"):
         model_config(Checkpoint(sound))
 
 
