@@ -10,7 +10,7 @@ import contextlib
 import io
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -114,7 +114,7 @@ def launch_of(case: Case) -> Launch:
 
 
 @contextlib.contextmanager
-def recorded(module: ModuleType, name: str) -> Iterator[list[Launch]]:
+def recorded(module: ModuleType, name: str) -> Generator[list[Launch]]:
     """Record launches of this kernel of the module while the context is open. Nothing is launched."""
     kernel, recorder, launches = getattr(module, name), mock.MagicMock(), []
     recorder.__getitem__.return_value = lambda *args, **kwargs: launches.append(_specialized(kernel, args, kwargs))
@@ -205,7 +205,7 @@ def row_of(case: Case, launch: Launch, shared: int, log: str, sass: str) -> Row:
 
 
 @contextlib.contextmanager
-def uncached() -> Iterator[None]:
+def uncached() -> Generator[None]:
     """Switch Triton's cache off while the context is open: a binary from the cache has no log."""
     with tempfile.TemporaryDirectory() as cache, knobs.compilation.scope(), knobs.nvidia.scope(), knobs.cache.scope():
         knobs.compilation.always_compile = True

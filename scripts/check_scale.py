@@ -69,21 +69,17 @@ def check(config: ScaleConfig) -> None:
         one_of("only", config.only, tuple(_MEASUREMENTS))
     lines = config.results.read_text().splitlines() if config.results.exists() else []
     rows = {row["measurement"]: row for row in map(json.loads, lines)}
-    wanted = [name for name in _MEASUREMENTS if config.only in ("", name)]
-    for name in wanted:
+    for name in (wanted := [name for name in _MEASUREMENTS if config.only in ("", name)]):
         if name not in rows:
             with tempfile.TemporaryDirectory(prefix="scale-", dir=config.directory) as room:
                 row = {"measurement": name, "date": str(date.today()), "machine": machine()}
                 rows[name] = row | _MEASUREMENTS[name](config, Path(room))
             with config.results.open("a") as file:
                 file.write(json.dumps(rows[name]) + "\n")
-    failed = 0
-    for name in wanted:
-        for what, measured, bar, command in claims(name, rows[name]):
-            holds = measured <= bar  # not if it is no number
-            failed += not holds
-            print(f"{'holds' if holds else 'FAILS'}  {measured:8.3f} <= {bar:<8.4g} {what}: {command}")
-    if failed:
+    told = [claim for name in wanted for claim in claims(name, rows[name])]
+    for what, measured, bar, command in told:  # a measurement that is no number does not hold
+        print(f"{'holds' if measured <= bar else 'FAILS'}  {measured:8.3f} <= {bar:<8.4g} {what}: {command}")
+    if failed := sum(not measured <= bar for _, measured, bar, _ in told):
         raise WorkError(f"{failed} claims do not hold")
 
 

@@ -45,15 +45,15 @@ def demo(config: DemoConfig) -> None:
     del model
     table = [f"{'':<10} {'perplexity':>11} {'KL to original':>15}"]
     table += [f"{'original':<10} {score(original, chunks).perplexity:>11.3f}"]
-    for method in METHODS:
-        output = config.output / f"{method}-{config.bits}bit"
+    outputs = [config.output / f"{method}-{config.bits}bit" for method in METHODS]
+    for method, output in zip(METHODS, outputs, strict=True):
         shutil.rmtree(output, ignore_errors=True)
         _quantize(method, output, config)
         result = evaluate(llmq.load(output), chunks, original)
         table.append(f"{method:<10} {result.perplexity:>11.3f} {result.kl:>15.4f}")
     print(f"\n{config.bits} bit, measured on {config.chunks} chunks of 1024 tokens of pytopics:")
     print("\n".join(table) + "\n")
-    _llmq("generate", "--model", str(output), "--prompt", "Name the capital of France.")
+    _llmq("generate", "--model", str(outputs[-1]), "--prompt", "Name the capital of France.")
 
 
 def _quantize(method: str, output: Path, config: DemoConfig) -> None:

@@ -4,6 +4,9 @@ With a few hundred tokens or more the tensor cores are the limit, the library's 
 does, and writing W once costs little beside it. The scratch holds some rows of W at a time: small enough to stay in the
 GPU's second-level cache between being written and being read.
 """
+
+# Triton compiles the kernels: their parameters have no Python types, their branches are chosen while compiling.
+# pyright: reportMissingParameterType=false, reportPossiblyUnboundVariable=false, reportUnusedVariable=false
 # Triton's dialect, whose constants are of no type that a checker knows:
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportRedeclaration=false
 # pyright: reportGeneralTypeIssues=false

@@ -8,6 +8,9 @@ One program has BR rows; rows do not interact. Its columns stay in registers fro
 
 Grids come from outside, one per row, and so does what follows: the errors' way to all other columns is one matmul.
 """
+
+# Triton compiles the kernels: their parameters have no Python types, their branches are chosen while compiling.
+# pyright: reportMissingParameterType=false, reportPossiblyUnboundVariable=false, reportUnusedVariable=false
 # Triton's dialect, whose constants are of no type that a checker knows:
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 

@@ -12,6 +12,9 @@ ldmatrix have put them in the operand's own layout, and a group's product is sca
 With few tokens there are too few tiles to keep the memory busy, so K is split. Each split writes float32 sums to
 `partial`; the last one to arrive at a tile adds them in a fixed order: one launch, the same bits every time.
 """
+
+# Triton compiles the kernels: their parameters have no Python types, their branches are chosen while compiling.
+# pyright: reportMissingParameterType=false, reportPossiblyUnboundVariable=false, reportUnusedVariable=false
 # Triton's dialect, whose constants are of no type that a checker knows:
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportRedeclaration=false
 

@@ -9,6 +9,9 @@ Marlin, arXiv 2408.11743): put a code into the mantissa of a 16-bit float of exp
 No integer-to-float conversion, which runs at an eighth of the rate. fp16 has m = 10, so a byte of a word needs no
 shift; bf16 has m = 7. The twin for Triton's interpreter and other GPUs computes the same numbers through float32.
 """
+
+# Triton compiles the kernels: their parameters have no Python types, their branches are chosen while compiling.
+# pyright: reportMissingParameterType=false, reportPossiblyUnboundVariable=false, reportUnusedVariable=false
 # Triton's dialect, whose constants are of no type that a checker knows:
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportRedeclaration=false
 

@@ -6,7 +6,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, lru_cache
@@ -146,7 +146,7 @@ def _side_stream() -> torch.cuda.Stream:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def _no_garbage_collection() -> Generator[None]:
     """Stop garbage collection. A kernel collected during a capture would unload itself and end the capture."""
     enabled = gc.isenabled()
     gc.disable()

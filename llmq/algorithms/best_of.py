@@ -49,8 +49,8 @@ def _best_damping(problem: Problem, settings: Gptq) -> float:
     """Return the damping with the least held-out loss on about 256 rows. Rows do not interact, so it suits all."""
     rows = spread(len(problem.W))
     few = replace(problem, W=problem.W[rows], clippable=problem.clippable[rows])
-    tried = [replace(settings, damping=settings.damping * factor) for factor in _DAMPINGS]
-    tried = [setting for setting in tried if setting.damping < 1]
+    dampings = (settings.damping * factor for factor in _DAMPINGS)
+    tried = [replace(settings, damping=damping) for damping in dampings if damping < 1]
     return min(tried, key=lambda setting: held_out_loss(few, gptq.solve(few, setting))).damping
 
 

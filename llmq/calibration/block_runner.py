@@ -3,7 +3,7 @@
 It runs in two models: "this model" is quantized up to this block; "the original model" has no changed weight.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from math import fsum
@@ -125,7 +125,7 @@ class Block:
 
 
 @contextmanager
-def _other_data(parameters: Sequence[Tensor], data: Sequence[Tensor]) -> Iterator[None]:
+def _other_data(parameters: Sequence[Tensor], data: Sequence[Tensor]) -> Generator[None]:
     """Give parameters other data, and their own back at the end."""
     own = [parameter.data for parameter in parameters]
     try:

@@ -7,7 +7,7 @@
 (Frantar et al. 2022, arXiv 2210.17323, section 4.)
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -172,7 +172,7 @@ def record_block_inputs(
 
 
 @contextmanager
-def _outer_weights(source: ModelSource, decoder: nn.Module, compute: Compute) -> Iterator[None]:
+def _outer_weights(source: ModelSource, decoder: nn.Module, compute: Compute) -> Generator[None]:
     """Load the weights of the decoder outside its blocks, such as embeddings, and free them at the end."""
     inside = {id(tensor) for tensor in decoder.state_dict(keep_vars=True).values()}
     outer = source.skeleton.state_dict(keep_vars=True)
@@ -184,7 +184,7 @@ def _outer_weights(source: ModelSource, decoder: nn.Module, compute: Compute) ->
 
 
 @contextmanager
-def _recorders(blocks: list[nn.Module]) -> Iterator[list[_Call]]:
+def _recorders(blocks: list[nn.Module]) -> Generator[list[_Call]]:
     """Make every block return its input and record its call. Only `forward` changes: attributes stay readable."""
     calls: list[_Call] = []
 

@@ -10,7 +10,7 @@ the pages of a mapping would count as memory of this program.
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -104,7 +104,7 @@ HiddenStates = list[Tensor] | StoredStates  # micro-batches [samples, tokens, fe
 
 
 @contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
+def _disk_errors(directory: Path) -> Generator[None]:
     """Turn an OSError into a WorkError that names the directory and the flag to change."""
     try:
         yield

@@ -1,6 +1,6 @@
 """Statistics of a group's inputs X [tokens, in], summed while the block runs. Algorithms see these, never the text."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
@@ -84,7 +84,7 @@ class _AllSeenError(Exception):
 
 
 @contextmanager
-def _inputs(block: Block, names: set[str], inputs: dict[str, Tensor], stop: bool) -> Iterator[None]:
+def _inputs(block: Block, names: set[str], inputs: dict[str, Tensor], stop: bool) -> Generator[None]:
     """Store the inputs of these modules in `inputs`. `stop`: end the run after the last of them."""
     modules = {block.module.get_submodule(name): name for name in names}
 

@@ -4,7 +4,7 @@ The block runs once before each group is replaced, and once more at the end. Att
 with a linear (o_proj, down_proj). Once every group before this last linear is replaced, its input is final.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -65,7 +65,7 @@ class KeptInputs:
         self._outputs.clear()
 
     @contextmanager
-    def used(self, i: int, original: bool) -> Iterator[None]:
+    def used(self, i: int, original: bool) -> Generator[None]:
         """Make a run of the block on micro-batch i skip what is kept, and keep what has become final."""
         with ExitStack() as undo:
             for name, submodule in self._submodules.items():

@@ -194,4 +194,4 @@ def _parquet(path: Path) -> Iterator[str]:
         yield from batch.column("text").to_pylist()
 
 
-_READERS: dict[str, Callable[[Path], Iterator[str]]] = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet}
+_READERS: dict[str, Callable[[Path], Iterator[Any]]] = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet}

@@ -91,7 +91,7 @@ def read_linear(model: Any, checkpoint: Checkpoint, name: str) -> tuple[Quantize
     if tuple(weight.q.shape) != (linear.out_features, linear.in_features):
         wanted = (linear.out_features, linear.in_features)
         raise CheckpointError(f"{name}: packed as {tuple(weight.q.shape)}, the model wants {wanted}")
-    bias = None if linear.bias is None else checkpoint.read(f"{name}.bias")
+    bias = None if getattr(linear, "bias", None) is None else checkpoint.read(f"{name}.bias")
     if bias is not None and (tuple(bias.shape) != (linear.out_features,) or not bias.is_floating_point()):
         raise CheckpointError(f"{name}.bias: {bias.dtype} {tuple(bias.shape)} fits no {linear.out_features} outputs")
     return weight, bias

@@ -5,7 +5,7 @@ shard 1: a b c d          | shard 2: e       joined when all parts are on disk, 
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def tensors_in(paths: Iterable[Path]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Generator[Any]:
     """Open a safetensors file. Raises OSError if it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:

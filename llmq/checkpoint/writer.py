@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -179,7 +179,7 @@ class Writer:
                 path.unlink()
 
     @contextmanager
-    def _nothing_to_resume_if_damaged(self) -> Iterator[None]:
+    def _nothing_to_resume_if_damaged(self) -> Generator[None]:
         """Make a CheckpointError remove all files: they are damaged."""
         try:
             yield
@@ -210,7 +210,7 @@ class Writer:
         remove_leftovers(self.directory)
 
     @contextmanager
-    def workroom(self) -> Iterator[Writer]:
+    def workroom(self) -> Generator[Writer]:
         """Yield a Writer of a first checkpoint, from which this one is made. It is removed when the work is done."""
         room = self.work / "first"
         inner = Writer(room, resume=room.exists())

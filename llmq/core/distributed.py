@@ -6,7 +6,7 @@ depends on how many there are: see `shares` and statistics.py.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -106,7 +106,7 @@ def processes_here(ranks: Ranks) -> int:
 
 
 @contextmanager
-def joined_ranks(device: torch.device) -> Iterator[Ranks]:
+def joined_ranks(device: torch.device) -> Generator[Ranks]:
     """Connect the processes that a launcher started, if any; inside the context they can talk to each other.
 
     CPUs use gloo and split the machine's cores evenly. GPUs use NCCL. Raises RequestError if the environment
@@ -150,7 +150,7 @@ def _started(begin: Callable[[], distributed.Work | None]) -> Callable[[], None]
 
 
 @contextmanager
-def _as_work_error() -> Iterator[None]:
+def _as_work_error() -> Generator[None]:
     """Raise WorkError instead of torch's error, which only names the socket that was closed."""
     try:
         yield

@@ -1,7 +1,7 @@
 """Measures how the time of a run is spent."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -21,7 +21,7 @@ class Clock:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + earlier
 
     @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
+    def __call__(self, phase: str) -> Generator[None]:
         _wait_for_gpu()
         started = time.perf_counter()
         self._inner.append(0.0)

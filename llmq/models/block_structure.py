@@ -10,7 +10,7 @@ them that is not a module (v -> attention -> o, up -> multiply -> down). Only th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -126,7 +126,7 @@ class Observation:
 
 
 @contextmanager
-def _hooked(block: nn.Module, hook: Any) -> Iterator[None]:
+def _hooked(block: nn.Module, hook: Any) -> Generator[None]:
     """Call `hook(name, module, args, output)` after the forward of every submodule of `block`."""
     handles = [
         module.register_forward_hook(lambda m, args, output, name=name: hook(name, m, args, output))

@@ -20,7 +20,7 @@ Memory: the original model; 20 bytes for each quantized weight (latent code, wei
 Adam), or 8 if codes do not learn; what the layers keep for the backward pass; three copies of a batch's logits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -84,7 +84,7 @@ class Student:
         self._stored = {name: self.checkpoint.files.read(name).dtype for name in self.vectors}
 
     @contextmanager
-    def as_stored(self) -> Iterator[None]:
+    def as_stored(self) -> Generator[None]:
         """Round norms and biases to their stored dtype while inside. (Latent weights always compute as stored.)"""
         exact = {name: vector.data for name, vector in self.vectors.items()}
         for name, vector in self.vectors.items():
@@ -177,7 +177,7 @@ def _train(request: Request, run: Run, directory: Path, writer: Writer, progress
     checkpoint = Checkpoint(directory)
     files, run.digests = checkpoint.files, digests_of(checkpoint, changed)
 
-    def tensors() -> Iterator[dict[str, Tensor]]:
+    def tensors() -> Generator[dict[str, Tensor]]:
         """Yield all tensors of the checkpoint, module by module, trained ones in place of the old ones."""
         for _, names in groupby(sorted(files.names()), key=lambda name: name.rpartition(".")[0]):
             yield {name: changed[name] if name in changed else files.read(name) for name in names}

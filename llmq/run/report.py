@@ -4,6 +4,7 @@ import dataclasses
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -93,10 +94,7 @@ class Report:
 
     def show(self, output: Path) -> None:
         """Print a summary on stderr: the worst layers, the notes, the time."""
-
-        def say(text: str) -> None:
-            print(text, file=sys.stderr)
-
+        say = partial(print, file=sys.stderr)
         what = "held-out output error" if self.groups and self.groups[0].get("tokens") else "weight error"
         say(f"\nworst layers by relative {what}:")
         say(f"  {'layer':<58} {self.config.method:>9} {'rtn':>9}")

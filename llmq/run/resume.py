@@ -9,7 +9,7 @@ Hidden states are computed again from the weights, unless they wait on disk.
 
 import secrets
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -174,7 +174,7 @@ def _boot() -> str | None:
 
 
 @contextmanager
-def open_writer(request: Request, states_dir: Path | None) -> Iterator[Writer | None]:
+def open_writer(request: Request, states_dir: Path | None) -> Generator[Writer | None]:
     """Open the output directory for writing in the first process; give None to the others.
 
     If the work inside fails, what can be resumed stays there, and the user is told how to resume.

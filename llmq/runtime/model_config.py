@@ -5,7 +5,7 @@ transformers is stopped as soon as it builds more of that model than the files b
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,7 +53,7 @@ def checked_config(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any
         # A checkpoint must not choose which code computes attention (some names are fetched from the hub), nor what a
         # model returns.
         config.output_attentions, config.return_dict = False, True
-        config._attn_implementation = config._experts_implementation = None
+        config._attn_implementation = config._experts_implementation = None  # pyright: ignore[reportPrivateUsage]
         # A weight takes two bits at least: a byte holds four.
         with torch.device("meta"), _bounded(len(files.names()), 4 * stored):
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -98,7 +98,7 @@ def _refuse_absurd(config: Any) -> None:
 
 
 @contextmanager
-def _bounded(tensors: int, weights: int) -> Iterator[None]:
+def _bounded(tensors: int, weights: int) -> Generator[None]:
     """Raise ValueError when this thread builds too many modules for `tensors`, or a tensor of more than `weights`."""
     mine, most = threading.get_ident(), 1000 + _MODULES_PER_TENSOR * tensors
     built = 0

@@ -14,6 +14,7 @@ GPTQ zero points are written as llmq writes them: v1 for symmetric weights, v2 f
 written: transformers has no way to do so, and readers of GPTQ checkpoints look into config.json without it.
 """
 
+# pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 import copy
 from collections.abc import Mapping
 from pathlib import Path

@@ -19,7 +19,7 @@ _READERS = ((4096, 8, 4), (4096, 4, 8), (2048, 4, 16), (8192, 8, 8), (8192, 8, 3
 
 
 @triton.jit
-def sum_kernel(x, sums, BLOCK: tl.constexpr, TIMES: tl.constexpr):
+def sum_kernel(x: Any, sums: Any, BLOCK: tl.constexpr, TIMES: tl.constexpr):
     """Compute sums[program], the sum of the BLOCK * TIMES numbers of this program."""
     start = tl.program_id(0).to(tl.int64) * (BLOCK * TIMES)
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -29,7 +29,7 @@ def sum_kernel(x, sums, BLOCK: tl.constexpr, TIMES: tl.constexpr):
 
 
 @triton.jit
-def step_kernel(x, PDL: tl.constexpr):
+def step_kernel(x: Any, PDL: tl.constexpr):
     """Compute x += 1: almost nothing, but each launch depends on the launch before it."""
     if PDL:
         tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]

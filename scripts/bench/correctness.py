@@ -5,7 +5,7 @@ New memory is filled with NaN first, so that a result that nobody wrote is notic
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -187,7 +187,7 @@ def _short(problem: Problem) -> str:
 
 
 @contextmanager
-def _poisoned_memory() -> Iterator[None]:
+def _poisoned_memory() -> Generator[None]:
     """Let torch.empty return NaN while the context is open, so that no kernel can rely on old contents of memory."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # this setting fills new memory with NaN
     try:

@@ -105,8 +105,7 @@ def test_a_text_one_token_short_is_refused_with_both_counts(tmp_path):
 
 
 def test_bos_is_put_in_front_of_every_window_once_and_counts_as_a_token(tmp_path):
-    tokens = calibration_tokens(Counting(bos=BOS), settings(text_of(tmp_path, 300), samples=20, length=16))
-    windows = in_order(tokens)
+    windows = in_order(calibration_tokens(Counting(bos=BOS), settings(text_of(tmp_path, 300), samples=20, length=16)))
     assert windows.shape == (20, 16)
     assert windows[:, 0].tolist() == [BOS] * 20
     assert torch.equal(windows[:, 1:].flatten(), torch.arange(1000, 1300))
@@ -206,10 +205,7 @@ def test_pydoc_is_long_enough_and_shares_next_to_nothing_with_pytopics():
     pydoc, topics = read_text("pydoc"), read_text("pytopics")
     assert len(pydoc) >= 300_000
     assert len(topics) >= 300_000
-    in_pydoc, in_topics = (
-        {" ".join(paragraph.split()) for paragraph in text.split("\n\n") if len(paragraph) > 80}
-        for text in (pydoc, topics)
-    )
+    in_pydoc, in_topics = ({" ".join(p.split()) for p in text.split("\n\n") if len(p) > 80} for text in (pydoc, topics))
     assert min(len(in_pydoc), len(in_topics)) > 500
     # pdb's help and the reference's page on the debugger have a paragraph in common
     assert sum(map(len, in_pydoc & in_topics)) < len(topics) / 1000
