@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmq_kernels.layout import PackedWeight, block_of
-from llmq_kernels.packed_matmul import grid_word, group_of, uses_asm
+from llmq_kernels.packed_matmul import grid_at, group_of, uses_asm
 from llmq_kernels.planes import plane_values
 
 _SCRATCH_BYTES = 20 << 20  # a third of an H200's L2, not measured yet
@@ -48,10 +48,7 @@ def dequantize_kernel(
             column = (block * (PLANES // PER_WORD) + p // PER_WORD) * PLANE
             word = tl.load(words + row[:, None] * word_stride + column + c[None, :])
         if p == 0 or (GROUP != 0 and p * PLANE % GROUP == 0):
-            group = 0 if GROUP == 0 else (block * BLOCK + p * PLANE) // GROUP
-            if not EVEN_K and GROUP != 0:
-                group = tl.minimum(group, K // GROUP - 1)
-            scale, zero = grid_word(grid + group * N + row, SYMMETRIC)
+            scale, zero = grid_at(grid, row, block * BLOCK + p * PLANE, N, K, GROUP, EVEN_K, SYMMETRIC)
         k = block * BLOCK + p * PLANE + c
         values = plane_values(word, top, zero, p, BITS, SYMMETRIC, W.dtype.element_ty, ASM).to(tl.float32)
         inside = (i < rows)[:, None] if EVEN_K else (i < rows)[:, None] & (k < K)[None, :]

@@ -43,7 +43,41 @@ def grid_word(pointer, SYMMETRIC: tl.constexpr):
     return scale, zero
 
 
+@triton.jit
+def sum_of_splits(acc, kept, partial, at, split, size, counter):
+    """Store this split's sums. Return those of all splits, and where they are kept: in the last program only.
+
+    `at`: where they are in the sums of one split, which are `size` numbers.
+    """
+    tl.store(partial + split * size + at, acc, mask=kept)
+    tl.debug_barrier()  # all of this program's sums are out before it is counted
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1
+    if last:
+        acc = tl.zeros_like(acc)
+        for s in range(tl.num_programs(1)):
+            acc += tl.load(partial + s * size + at, mask=kept, other=0.0, cache_modifier=".cg")
+        tl.store(counter, 0)
+    else:
+        kept = kept & False
+    return acc, kept
+
+
+@triton.jit
+def grid_at(grid, row, k, N, K, GROUP: tl.constexpr, EVEN_K: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """Return (scale, zero) of the group of input k in these rows."""
+    group = 0 if GROUP == 0 else k // GROUP
+    if not EVEN_K and GROUP != 0:  # the padding of the last block has no group of its own
+        group = tl.minimum(group, K // GROUP - 1)
+    return grid_word(grid + group * N + row, SYMMETRIC)
+
+
 # The number of tokens changes from call to call, blocks from layer to layer: one binary for all of them.
+#
+#   x, y         [M, K], [M, N]; bias: [N]; words, tops, grid: as in PackedWeight
+#   partial      float32 [splits, M, N], used if SPLIT
+#   counters     int32, zero before and after, one for each tile, used if SPLIT
+#   GROUP        inputs per group, 0 for one group per row
+#   FOLD         scale the weights, not the sums (for tall BM)
 @triton.jit(do_not_specialize=["M", "blocks", "blocks_per_split"])
 def packed_matmul_kernel(
     x, words, tops, grid, bias, y, partial, counters,
@@ -53,13 +87,7 @@ def packed_matmul_kernel(
     BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
     FOLD: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Multiply one tile. Program: tile of N, split of K, tile of M.
-
-    Args:
-        x: [M, K]; y: [M, N]; bias: [N]; words, tops, grid: as in PackedWeight.
-        partial: float32 [splits, M, N]; counters: int32, zero before and after, one for each tile. Used if SPLIT.
-        GROUP: inputs per group, 0 for one group per row. FOLD: scale the weights, not the sums (for tall BM).
-    """
+    """Multiply one tile. Program: tile of N, split of K, tile of M."""
     WORD: tl.constexpr = 2 if BITS == 3 else BITS
     PER_WORD: tl.constexpr = 16 // WORD
     PLANES: tl.constexpr = 16 if BITS == 3 else PER_WORD
@@ -75,7 +103,6 @@ def packed_matmul_kernel(
     top_row = tops + row[:, None] * top_stride + c[None, :]
     x_column = x + m.to(tl.int64)[None, :] * K + c[:, None]
     token = (m < M)[None, :]
-
     first = split * blocks_per_split
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     if PDL:  # the previous kernel may still be running: x is not ready before this returns
@@ -90,10 +117,7 @@ def packed_matmul_kernel(
             if p > 0 and p % PER_WORD == 0:
                 word = tl.load(word_row + (block * SETS + p // PER_WORD) * PLANE + start)
             if p == 0 or (GROUP != 0 and p * PLANE % GROUP == 0):
-                group = 0 if GROUP == 0 else (block * BLOCK + p * PLANE) // GROUP
-                if not EVEN_K and GROUP != 0:  # the padding of the last block has no group of its own
-                    group = tl.minimum(group, K // GROUP - 1)
-                scale, zero = grid_word(grid + group * N + row, SYMMETRIC)
+                scale, zero = grid_at(grid, row, block * BLOCK + p * PLANE, N, K, GROUP, EVEN_K, SYMMETRIC)
                 if p == 0 or not FOLD:
                     part = tl.zeros((BN, BM), dtype=tl.float32)
             k = block * BLOCK + p * PLANE + start
@@ -107,21 +131,11 @@ def packed_matmul_kernel(
                 acc += part if FOLD else part * scale[:, None]
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-
     kept = token & (n < N)[:, None]
     at = m.to(tl.int64)[None, :] * N + n[:, None]
     if SPLIT:
-        tl.store(partial + split * M * N + at, acc, mask=kept)
-        tl.debug_barrier()  # all of this program's sums are out before it is counted
         counter = counters + tile_m * tl.num_programs(0) + tile_n
-        last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1
-        if last:
-            acc = tl.zeros((BN, BM), dtype=tl.float32)
-            for s in range(tl.num_programs(1)):
-                acc += tl.load(partial + s * M * N + at, mask=kept, other=0.0, cache_modifier=".cg")
-            tl.store(counter, 0)
-        else:
-            kept = kept & False
+        acc, kept = sum_of_splits(acc, kept, partial, at, split, M * N, counter)
     if HAS_BIAS:
         acc += tl.load(bias + row)[:, None].to(tl.float32)
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=kept)
