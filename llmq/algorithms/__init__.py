@@ -9,7 +9,8 @@ from llmq.calibration.block_runner import Block
 from llmq.core.config import QuantizeConfig
 from llmq.models.block_structure import Group
 
-# Changes the block and its problems in place before the problems are solved. The block's outputs stay the same.
+# Changes the block and its problems in place before the problems are solved. The block's outputs stay the same. If it
+# divides the input of a group by something, block.folds tells: output matching compares with the original's inputs.
 # Returns the names of the other tensors of the block that changed, and fallbacks.
 Transform = Callable[[Block, list[Group], list[Problem], QuantizeConfig], tuple[set[str], list[str]]]
 

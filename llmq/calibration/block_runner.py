@@ -5,13 +5,14 @@ It runs in two models: "this model" is quantized up to this block; "the original
 
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import fsum
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from llmq.calibration.hidden_states import HiddenStates
 from llmq.calibration.kept_inputs import KeptInputs
@@ -50,6 +51,8 @@ class Block:
     ranks: Ranks = ALONE
     shares: list[Share] = field(default_factory=list)  # of all processes, in the order in which they are summed
     sample: Tensor | None = None  # hidden states of one sequence, the same in all processes
+    folds: dict[str, Tensor] = field(default_factory=dict)
+    """By the first linear of a group: what a method divided its input by, channel by channel (not the original's)."""
     kept_inputs: KeptInputs = field(init=False, repr=False)
     _replaced: dict[str, Tensor] = field(default_factory=dict)  # the original's parameters that were changed, by name
 
@@ -92,6 +95,14 @@ class Block:
             output = torch.func.functional_call(self.module, weights, (hidden.to(device), *args), kwargs)
         return output[0] if isinstance(output, tuple) else output
 
+    @torch.no_grad()
+    def run_exact(self, hidden: Float[Tensor, "batch tokens features"]) -> Float[Tensor, "batch tokens features"]:
+        """Return the block's output with weights and products in float32, whatever the block computes in."""
+        weights = {name: parameter.float() for name, parameter in self.module.named_parameters()}
+        exact = replace(self, original=None, compute=Compute(self.compute.device))
+        exact.arguments = tree_map(_as_float32, self.arguments)
+        return exact.run_with(weights, hidden.float())
+
     def run_batch(self, i: int, original: bool = False) -> Float[Tensor, "batch tokens features"]:
         """Return the block's output for micro-batch i. `original`: that of the original model."""
         hidden = self.original if original and self.original is not None else self.hidden
@@ -122,6 +133,10 @@ class Block:
     def forget_original(self) -> None:
         """Free the original model's parameters: it does not run through this block again."""
         self._replaced.clear()
+
+
+def _as_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 @contextmanager

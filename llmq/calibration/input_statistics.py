@@ -150,7 +150,7 @@ class _TargetMoment:
     """The sum of TᵀX of one group, computed in the cheaper of two ways (see `target_moment_is_narrow`)."""
 
     def __init__(self, group: Group, block: Block) -> None:
-        self.precision = block.compute.precision
+        self.precision, self.fold = block.compute.precision, block.folds.get(group.linears[0])
         self.names = [name for name in (group.linears[0], group.residual) if name is not None]
         self.W = torch.cat([linear_of(block.module, name).weight.data for name in group.linears])
         out, width = self.W.shape
@@ -158,9 +158,15 @@ class _TargetMoment:
         self.shape = (out if self.narrow else width, width)
 
     def differences(self, inputs: dict[str, Tensor], originals: dict[str, Tensor]) -> list[Tensor]:
-        """Return X_o - X and, if there is a residual stream, R_o - R: one row for each token."""
+        """Return X_o - X and, if there is a residual stream, R_o - R: one row for each token.
+
+        If X was divided by a fold, so is X_o here: W has been multiplied by it.
+        """
         device = inputs[self.names[0]].device
-        return [(originals[name].to(device) - inputs[name].to(device)).flatten(0, -2) for name in self.names]
+        wanted = [originals[name].to(device) for name in self.names]
+        if self.fold is not None:
+            wanted[0] = wanted[0] / self.fold
+        return [(a - inputs[name].to(device)).flatten(0, -2) for a, name in zip(wanted, self.names, strict=True)]
 
     def add_to(self, total: Tensor, X: Tensor, dX: Tensor, dR: Tensor | None = None) -> None:
         """Add TᵀX of a micro-batch to `total`, or (X_o - X)ᵀX if the sum is wide."""

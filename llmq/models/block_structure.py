@@ -21,8 +21,13 @@ from torch import Tensor, nn
 
 from llmq.core.errors import RequestError
 
-# (producer, consumer): output channel c of the producer's last rows only ever reaches input channel c of the consumer.
-_DECLARED_FOLDS = (("v_proj", "o_proj"), ("up_proj", "down_proj"), ("gate_up_proj", "down_proj"))
+# (producer, consumer, a linear beside them): if that is there, output channel c of the producer's last rows only ever
+# reaches input channel c of the consumer, and linearly. Without a gate, an activation lies between up and down.
+_DECLARED_FOLDS = (
+    ("v_proj", "o_proj", "v_proj"),
+    ("up_proj", "down_proj", "gate_proj"),
+    ("gate_up_proj", "down_proj", "gate_up_proj"),
+)
 # Linears that read the same input. Engines run them as one.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Packed formats and the engines' kernels want both sides of a weight in multiples of this.
@@ -225,9 +230,10 @@ def _norm_offset(norm: nn.Module, hidden: Tensor) -> float | None:
 
 def _declared_producer(block: nn.Module, linears: list[str]) -> str | None:
     parent, _, leaf = linears[0].rpartition(".")
-    for producer_leaf, consumer_leaf in _DECLARED_FOLDS if len(linears) == 1 else ():
+    modules = dict(block.named_modules())
+    for producer_leaf, consumer_leaf, beside in _DECLARED_FOLDS if len(linears) == 1 else ():
         name = f"{parent}.{producer_leaf}".lstrip(".")
-        producer = dict(block.named_modules()).get(name)
+        producer = modules.get(name) if f"{parent}.{beside}".lstrip(".") in modules else None
         rows = linear_of(block, linears[0]).in_features * (2 if producer_leaf == "gate_up_proj" else 1)
         # Under grouped-query attention several channels of o read one channel of v; no scale fits them all.
         if leaf == consumer_leaf and isinstance(producer, nn.Linear) and producer.out_features == rows:

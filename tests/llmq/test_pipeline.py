@@ -1,5 +1,7 @@
 import json
+from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,21 @@ from small_runs import run
 from tiny import save_tiny
 
 from llmq.checkpoint.output_dir import REPORT
-from llmq.core.config import METHODS, QuantizeConfig
+from llmq.core.config import EFFORTS, METHODS, QuantizeConfig
 from llmq.core.errors import RequestError
+from llmq.core.settings import Tuned
 from llmq.runtime.load import load_any
+
+
+@pytest.fixture(scope="module")
+def plain_llama(tmp_path_factory):
+    """A model whose values may be scaled too: as many heads of keys as of queries."""
+    return save_tiny(tmp_path_factory.mktemp("plain"), "llama-mha")
+
+
+@pytest.fixture(scope="module")
+def plain_bfloat16(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("plain"), "llama-mha", torch.bfloat16)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
@@ -52,6 +66,32 @@ def test_making_up_for_earlier_errors_brings_the_model_closer_to_the_original(na
         assert [group["matched"] for group in report["groups"][:1]] == [0.0]  # nothing differs before the first
         assert any(group["matched"] > 0 for group in report["groups"]) == (effort == "normal")
     assert distances["normal"] < 0.99 * distances["fast"]
+
+
+def may_be_together(method, effort):
+    with suppress(RequestError):
+        return bool(QuantizeConfig(model="m", output=Path("o"), method=method, effort=effort))
+    return False
+
+
+TOGETHER = [pair for pair in product(METHODS, EFFORTS) if may_be_together(*pair)]
+
+
+@pytest.mark.parametrize(("method", "effort"), TOGETHER)
+def test_at_8_bit_every_method_is_close_to_the_original_at_every_effort(
+    method, effort, plain_llama, text_file, tmp_path
+):
+    options = {"method": method, "effort": effort, "tuned": Tuned(steps=2, end_steps=2, end_samples=0)}
+    output = run(plain_llama, text_file, tmp_path / "out", bits=8, samples=40, **options)
+    assert distance(plain_llama, output) < 0.02
+
+
+@pytest.mark.parametrize(("method", "effort"), TOGETHER)
+def test_so_it_is_where_matmuls_take_bfloat16(method, effort, plain_bfloat16, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmq.run.prepare.multiplies_bfloat16", lambda _: True)
+    options = {"method": method, "effort": effort, "tuned": Tuned(steps=2, end_steps=2, end_samples=0)}
+    output = run(plain_bfloat16, text_file, tmp_path / "out", bits=8, samples=40, **options)
+    assert distance(plain_bfloat16, output) < 0.02
 
 
 def test_each_part_of_an_effort_can_be_left_out(tmp_path, llama, text_file):

@@ -12,6 +12,7 @@ from llmq.calibration.texts import Tokens
 from llmq.core import grid
 from llmq.core.settings import Awq, Grid
 from llmq.core.timing import Clock
+from llmq.models import block_structure
 from llmq.models.block_structure import find_groups, linear_of
 from llmq.models.model_source import ModelSource
 
@@ -154,3 +155,36 @@ def test_rounding_a_norm_to_half_precision_is_compensated_by_the_linears(tmp_pat
     for norm in (block.module.input_layernorm, block.module.post_attention_layernorm):
         assert torch.equal(norm.weight, norm.weight.to(dtype).float())
     assert (block.run(block.hidden[0]) - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_fold_through_an_activation_is_undone_in_any_precision(tmp_path, dtype, monkeypatch):
+    source = save_tiny(tmp_path, "arcee", torch.bfloat16)
+    monkeypatch.setattr(block_structure, "_DECLARED_FOLDS", (("up_proj", "down_proj", "up_proj"),))
+    block, groups, problems = first_block(source, dtype)
+    assert groups[-1].producer == "mlp.up_proj"
+    _, notes = awq.transform(block, groups, problems, Awq())
+    (note,) = notes
+    assert "fold into mlp.up_proj undone" in note
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "gemma2", "phi3"])
+@torch.no_grad()
+def test_sound_folds_pass_in_bfloat16(name, tmp_path):
+    block, groups, problems = first_block(save_tiny(tmp_path, name, torch.bfloat16), torch.bfloat16)
+    changed, notes = awq.transform(block, groups, problems, Awq())
+    assert notes == []
+    assert changed
+
+
+@torch.no_grad()
+def test_after_folding_the_original_model_is_still_the_target(tmp_path):
+    """Nothing is quantized yet, so what this model lacks is nothing: T = X_o W_oᵀ - X Wᵀ = 0."""
+    block, groups, problems = first_block(save_tiny(tmp_path, "llama-mha"))
+    block.original = [hidden.clone() for hidden in block.hidden]
+    block.keep_original()
+    awq.transform(block, groups, problems, Awq())
+    for statistics in collect_statistics(block, groups, Clock(), last=False):
+        assert statistics.target_moment is not None
+        assert statistics.target_moment.abs().max() < 1e-4 * statistics.H.abs().max()

@@ -32,6 +32,13 @@ EXPECTED = {
     # Attention of Gemma-2 returns its weights beside its output.
     "gemma2": llama_like(Group(O_ALONE.linears), DOWN_ALONE, "pre_feedforward_layernorm", 1.0),
     "gemma3": llama_like(O_ALONE, DOWN_ALONE, "pre_feedforward_layernorm", 1.0),
+    # An activation lies between up and down, so no scale can pass.
+    "arcee": [
+        Group(QKV, "input_layernorm", 0.0),
+        GQA_O,
+        Group(("mlp.up_proj",), "post_attention_layernorm", 0.0),
+        Group(("mlp.down_proj",), residual="post_attention_layernorm", ends=MLP),
+    ],
     # One fused weight each; the rows of gate_up that feed down_proj come last.
     "phi3": [
         Group(("self_attn.qkv_proj",), "input_layernorm", 0.0),
