@@ -18,6 +18,8 @@ def verify_command(config: VerifyConfig) -> None:
     compared = "are what was computed" if result["compared_with_report"] else "can be decoded (there is no report)"
     print(f"sound: {result['packed_layers']} packed layers and {result['other_tensors']} other tensors {compared};")
     print("the model runs with them, and its logits are finite")
+    if unused := result["without_place"]:
+        print(f"it has no place for {len(unused)} of the tensors, such as {unused[0]}")
     if "kl" in result:
         kl = "not finite" if result["kl"] is None else f"{result['kl']:.5f} nats per token"
         print(f"KL to {result['reference']} on {result['text']}: {kl}")

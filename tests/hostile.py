@@ -71,7 +71,7 @@ def index(draw: Callable[..., Any], files: Files) -> bool:
     if isinstance(names.get(chosen), str):
         names[chosen] = names[chosen].replace("{}", shards(files)[0])
     files[INDEX] = _json(table)
-    return what in ("file", "all files", "replace", "rename")
+    return what in ("file", "all files", "replace", "rename") and "model.safetensors" not in files  # which comes first
 
 
 def text(draw: Callable[..., Any], files: Files) -> bool:

@@ -23,9 +23,9 @@ AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a directory, from the shards that its index names if it has one."""
+    """All tensors of a directory: of its one file, else from the shards that its index names if it has one."""
     index = directory / "model.safetensors.index.json"
-    if index.exists():
+    if index.exists() and not (directory / "model.safetensors").exists():
         shard_of = json.loads(index.read_bytes())["weight_map"]
     else:
         shard_of = {
@@ -87,10 +87,15 @@ def dense_model(directory: Path, scratch: Path) -> Any:
 
 def fill(model: Any, dense: dict[str, Tensor]) -> Any:
     """Give a dense model these weights: all of its own, and no others that would matter."""
+    head, embeddings = dense.get("lm_head.weight"), dense.get("model.embed_tokens.weight")
+    if head is not None and embeddings is not None and not torch.equal(head, embeddings):
+        model.config.tie_word_embeddings = False  # a head of its own is used, whatever the config says
     mine = model.state_dict()
     tied = {name for name in mine if name not in dense}
     assert tied <= set(model._tied_weights_keys or ()), tied
-    left = {name for name in dense.keys() - mine.keys() if not name.endswith("inv_freq") and dense[name].any()}
+    tops = {name.partition(".")[0] for name in mine}
+    left = {name for name in dense.keys() - mine.keys() if "." in name and name.partition(".")[0] in tops}
+    left = {name for name in left if not name.endswith("inv_freq") and dense[name].any()}
     assert not left, left
     model.load_state_dict({name: tensor for name, tensor in dense.items() if name in mine}, strict=False)
     model.tie_weights()

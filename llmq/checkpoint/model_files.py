@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,16 @@ class Companions:
 def companions_of(source: ModelSource) -> Companions:
     """Return the companions of a model to quantize. Of a GGUF file, transformers writes the tokenizer."""
     if not source.is_gguf:
-        return companions_in(source.directory)
+        companions = companions_in(source.directory)
+        return replace(companions, config=_untied(companions.config)) if source.is_untied else companions
     config = source.config.to_dict() | {"architectures": [type(source.skeleton).__name__]}
     config.pop("_name_or_path", None)
     return Companions(config, source.tokenizer.save_pretrained)
+
+
+def _untied(config: dict[str, Any]) -> dict[str, Any]:
+    text = {key: config[key] | {"tie_word_embeddings": False} for key in ("text_config",) if key in config}
+    return config | text | {"tie_word_embeddings": False}
 
 
 def companions_in(directory: Path) -> Companions:

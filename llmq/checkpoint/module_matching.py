@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint.reader import CONFIG, Checkpoint
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.models.model_source import tied_aliases
+from llmq.models.stored_names import has_no_place, tied_aliases
 
 LinearMaker: TypeAlias = Callable[[str, QuantizedWeight, "Tensor | None"], nn.Module]
 """Takes the name of a packed linear, its weight and its bias; returns the module that replaces the linear."""
@@ -18,8 +17,8 @@ LinearMaker: TypeAlias = Callable[[str, QuantizedWeight, "Tensor | None"], nn.Mo
 def check_fit(model: Any, checkpoint: Checkpoint) -> set[str]:
     """Return the names of all tensors that the model needs beside the packed weights.
 
-    Raises CheckpointError unless the files hold exactly these, in the right shapes and kinds of numbers. Shapes of
-    packed weights are compared later, when the weights are decoded: see `read_linear`.
+    Raises CheckpointError unless the files hold these, in the right shapes and kinds of numbers, and no other that the
+    model could use. Shapes of packed weights are compared later, when the weights are decoded: see `read_linear`.
     """
     for name in checkpoint.linears:
         packed_target(model, checkpoint, name)
@@ -28,6 +27,7 @@ def check_fit(model: Any, checkpoint: Checkpoint) -> set[str]:
     state = model.state_dict()
     wanted, stored = state.keys() - aliases - packed, set(checkpoint.other_names)
     unknown = [name for name in sorted(stored - wanted - aliases) if not is_harmless(checkpoint, model, name)]
+    unknown = [name for name in unknown if not has_no_place(model, name)]
     if wanted - stored or unknown:
         fault = f"lacks {sorted(wanted - stored)[0]}" if wanted - stored else f"holds an unknown tensor {unknown[0]}"
         raise CheckpointError(f"{checkpoint.directory} {fault}; it does not belong to this model")
@@ -39,16 +39,7 @@ def check_fit(model: Any, checkpoint: Checkpoint) -> set[str]:
         if checkpoint.files.is_float(name) != state[name].is_floating_point():
             numbers = "floating-point numbers" if state[name].is_floating_point() else "integers"
             raise CheckpointError(f"{checkpoint.directory}: {name} does not hold {numbers}, which the model wants")
-    _check_aliases(model, checkpoint, stored & aliases)
     return wanted
-
-
-def _check_aliases(model: Any, checkpoint: Checkpoint, stored: set[str]) -> None:
-    """Raise CheckpointError if two tensors differ that config.json ties: some readers take one, some the other."""
-    repeats = getattr(model, "all_tied_weights_keys", {})
-    for name in sorted(stored & repeats.keys()):
-        if not torch.equal(checkpoint.files.read(name), checkpoint.files.read(repeats[name])):
-            raise CheckpointError(f"{checkpoint.directory}: {name} differs from {repeats[name]}; {CONFIG} ties them")
 
 
 def packed_target(model: Any, checkpoint: Checkpoint, name: str) -> nn.Linear:

@@ -10,7 +10,7 @@ them that is not a module (v -> attention -> o, up -> multiply -> down). Only th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Generator
+from collections.abc import Callable, Container, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -182,9 +182,13 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def left_in_float(model: nn.Module, packed: Container[str]) -> list[str]:
-    """Return the names of a model's linears that are not packed."""
-    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in packed]
+def left_in_float(model: nn.Module, packed: Container[str], carried: Iterable[str] = ()) -> list[str]:
+    """Return the names of a model's linears that are not packed.
+
+    `carried`: names of stored tensors that this model has no place for, but another one may have (a classifier).
+    """
+    others = [name.removesuffix(".weight") for name in carried if name.endswith(".weight")]
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in packed] + others
 
 
 def fit_group_size(requested: int, in_features: set[int]) -> int:

@@ -39,6 +39,9 @@ class GgufFile:
     def dtype(self, name: str) -> torch.dtype:  # noqa: ARG002 all alike
         return torch.float16
 
+    def nbytes(self, name: str) -> int:
+        return self._tensors[self._gguf_name[name]].n_elements * self.dtype(name).itemsize
+
     def read(self, name: str) -> Tensor:
         from gguf import dequantize
 

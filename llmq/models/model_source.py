@@ -13,6 +13,7 @@ from llmq.core.errors import CheckpointError, RequestError, WorkError, first_lin
 from llmq.models.gguf_file import GgufFile
 from llmq.models.locate import locate
 from llmq.models.safetensors_files import SafetensorsDirectory, TensorFiles
+from llmq.models.stored_names import has_no_place, is_computed, tied_aliases, untie_own
 from llmq.models.untrusted_files import read_json
 
 _GENERATION = "generation_config.json"
@@ -34,10 +35,16 @@ class ModelSource:
         _refuse_quantized(self.config, path)
         self.skeleton = build_skeleton(self.config, trust_remote_code)
         self.files: TensorFiles = GgufFile(path, self.skeleton) if self.is_gguf else SafetensorsDirectory(path)
+        self.is_untied = untie_own(self.skeleton, self.files)
+        """Whether config.json ties tensors that the files hold apart. The files count."""
+        if self.is_untied:
+            self.skeleton = build_skeleton(self.config, trust_remote_code)
         self.block_names = find_blocks(self.skeleton)
         for block in self.blocks:  # all of them: some mixtures begin with a few dense blocks
             _refuse_other_layers(block)
         _refuse_missing(self.tensor_names, self.files, path)
+        self.carried_names = _carried(self.skeleton, self.files, path)
+        """The names of tensors without a place in the model. They are copied as they are."""
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -149,11 +156,6 @@ def find_blocks(model: Any) -> list[str]:
     return [".".join(filter(None, (prefix, lists[0], str(i)))) for i in range(depth)]
 
 
-def tied_aliases(model: Any) -> set[str]:
-    """Return the names that repeat another tensor (lm_head of a model with tied embeddings)."""
-    return set(model._tied_weights_keys or ()) if model.config.get_text_config().tie_word_embeddings else set()
-
-
 def read_generation_config(model: Any, directory: Path) -> None:
     """Give the model the end tokens and sampling defaults that its directory holds, if it holds any."""
     if (directory / _GENERATION).exists():
@@ -204,3 +206,15 @@ def _refuse_missing(wanted: list[str], files: TensorFiles, path: Path) -> None:
             f"{path} lacks {len(missing)} tensors the model needs, {missing[0]} among them; "
             "it is incomplete, or stores them under other names"
         )
+
+
+def _carried(model: Any, files: TensorFiles, path: Path) -> list[str]:
+    """Return the names of stored tensors that the model has no place for. Raises CheckpointError for misplaced ones."""
+    others = [name for name in sorted(files.names() - model.state_dict().keys()) if not is_computed(model, name)]
+    misplaced = [name for name in others if not has_no_place(model, name)]
+    if misplaced:
+        raise CheckpointError(
+            f"{path} holds {misplaced[0]}, which the model that config.json describes does not use; "
+            "the result would compute something else. Correct config.json, or remove the tensor"
+        )
+    return others

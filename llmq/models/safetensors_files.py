@@ -33,6 +33,8 @@ class TensorFiles(Protocol):
         """Return the dtype in which the tensor is read. The tensor itself is not read."""
         ...
 
+    def nbytes(self, name: str) -> int: ...
+
     def read(self, name: str) -> Tensor:
         """Return the tensor on the CPU in its stored dtype. Raises CheckpointError if it cannot be read."""
         ...
@@ -97,6 +99,8 @@ class SafetensorsDirectory:
 
 def _names_by_shard(directory: Path) -> Mapping[str, set[str] | None]:
     """Return the tensors expected in each shard file, by its name; None: whatever is there."""
+    if (directory / SINGLE).exists():  # before an index, as transformers does: it may be left over from the original
+        return {SINGLE: None}
     if (directory / INDEX).exists():
         shards: dict[str, set[str]] = defaultdict(set)
         listed = read_json(directory, INDEX).get("weight_map")
@@ -105,8 +109,6 @@ def _names_by_shard(directory: Path) -> Mapping[str, set[str] | None]:
         for name, shard in listed.items():
             shards[shard].add(name)
         return dict(shards)
-    if (directory / SINGLE).exists():
-        return {SINGLE: None}
     others = sorted(path.name for path in directory.glob("*.safetensors"))
     if len(others) == 1:  # AutoGPTQ called it gptq_model-4bit-128g.safetensors
         return {others[0]: None}

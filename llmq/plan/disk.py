@@ -46,9 +46,10 @@ def output_bytes(run: Run, shapes: dict[str, tuple[int, int]]) -> tuple[int, int
         if (shape, run.bits[name]) not in known:
             known[shape, run.bits[name]] = packed_bytes(run, shape, run.bits[name])
     plain = [name for name in run.source.tensor_names if name.removesuffix(".weight") not in shapes]
+    carried = sum(map(run.source.files.nbytes, run.source.carried_names))
     return (
         sum(known[shape, run.bits[name]] for name, shape in shapes.items()),
-        sum(state[name].numel() * run.source.files.dtype(name).itemsize for name in plain),
+        sum(state[name].numel() * run.source.files.dtype(name).itemsize for name in plain) + carried,
     )
 
 

@@ -12,7 +12,7 @@ from llmq.calibration.work_split import micro_batches
 from llmq.core.distributed import processes_here
 from llmq.core.memory import free_memory, resident_now
 from llmq.core.timing import Clock
-from llmq.models.model_source import tied_aliases
+from llmq.models.stored_names import tied_aliases
 from llmq.plan.block_shapes import Layout, block_ranges, layout_of, layouts, random_blocks
 from llmq.plan.disk import Disk, disks, output_bytes, packed_shapes
 from llmq.plan.memory_model import Moment, block_moments, other_moments

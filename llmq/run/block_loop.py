@@ -18,6 +18,8 @@ from llmq.run.prepare import FINGERPRINT, Request
 from llmq.run.resume import OUTSIDE, Progress
 from llmq.verification.check import DIGESTS, check
 
+_FEW = 0.9  # a smaller share of packed weights is worth a warning
+
 
 def quantize_blocks(request: Request, run: Run, progress: Progress, states_dir: Path | None, states_size: int) -> None:
     """Save all tensors of the model, first those outside the blocks, then block by block. Finished steps are left out.
@@ -26,7 +28,11 @@ def quantize_blocks(request: Request, run: Run, progress: Progress, states_dir: 
     """
     names = request.source.block_names
     if not progress.is_done(OUTSIDE):
-        progress.save(OUTSIDE, _unchanged(run, request.source.outer_names(), lambda name: name))
+        if carried := request.source.carried_names:
+            model = type(request.source.skeleton).__name__
+            listed = ", ".join(carried[:3]) + ", …" * (len(carried) > 3)
+            run.report.note("model", [f"{len(carried)} tensors without a place in {model} are copied: {listed}"])
+        progress.save(OUTSIDE, _unchanged(run, [*request.source.outer_names(), *carried], lambda name: name))
         progress.commit()
     if states_dir is not None and request.config.offload_dir is None and not request.steps:
         size = f"{states_size / 1e9:.1f} GB, more than a quarter of free memory"
@@ -77,6 +83,9 @@ def finish(request: Request, run: Run, writer: Writer | None) -> None:
     """
     if writer is None:
         return
+    run.report.packed_share = share = run.packed_share()
+    if share < _FEW:
+        run.report.note("model", [f"only {share:.1%} of the weights of the blocks are packed: others are no linears"])
 
     def read_back(directory: Path) -> None:
         with run.clock("check"):

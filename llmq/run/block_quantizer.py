@@ -96,7 +96,14 @@ class Run:
         """Return the quantization_config. It lists every linear that stays in float."""
         if not self.schemes:
             raise WorkError("no linear of this model could be packed: " + self.report.notes[-1]["note"])
-        return self.format.hf_config(self.schemes, left_in_float(self.source.skeleton, self.schemes))
+        in_float = left_in_float(self.source.skeleton, self.schemes, self.source.carried_names)
+        return self.format.hf_config(self.schemes, in_float)
+
+    def packed_share(self) -> float:
+        """Return the share of the weights of the chosen blocks that are packed."""
+        state, inside = self.source.skeleton.state_dict(), tuple(f"{name}." for name in self.chosen)
+        packed = sum(state[f"{name}.weight"].numel() for name in self.schemes)
+        return packed / sum(tensor.numel() for name, tensor in state.items() if name.startswith(inside))
 
     def quantize_block(self, block: Block, show: Callable[[str], None]) -> dict[str, Tensor]:
         """Replace the weights of a block by quantized ones; return all its tensors, packed or as they are.

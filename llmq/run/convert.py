@@ -21,6 +21,7 @@ from llmq.formats import FORMATS
 from llmq.formats.scheme import Scheme
 from llmq.models.block_structure import left_in_float
 from llmq.models.model_source import build_skeleton
+from llmq.models.stored_names import has_no_place
 from llmq.runtime.model_config import model_config
 from llmq.verification.check import DIGESTS, check
 
@@ -59,8 +60,9 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
     before = str(checkpoint.quantization.get("checkpoint_format") or checkpoint.quantization.get("quant_method"))
     schemes = _schemes(checkpoint)
     model = build_skeleton(model_config(checkpoint, config.trust_remote_code), config.trust_remote_code)
-    quantization = target.hf_config(schemes, left_in_float(model, schemes))
     kept = [name for name in checkpoint.other_names if not is_harmless(checkpoint, model, name)]
+    carried = [name for name in kept if has_no_place(model, name)]
+    quantization = target.hf_config(schemes, left_in_float(model, schemes, carried))
     computed = {name: value for name, value in digests_of(checkpoint).items() if name in schemes or name in kept}
     with Writer(config.output, config.overwrite) as writer:
         for _, names in groupby(kept, key=lambda name: name.rpartition(".")[0]):

@@ -38,6 +38,7 @@ class Report:
         """By block: the objective of `--method tuned` on held-out tokens, before and after its training."""
         self.distilled: Pair | None = None
         """KL to the original model on held-out tokens, before and after training from end to end."""
+        self.packed_share = 1.0  # of the weights of the chosen blocks, those that are packed
         self.resumed: list[str] = []  # the last finished step of each process that was interrupted
 
     def note(self, where: str, notes: list[str]) -> None:
@@ -84,8 +85,9 @@ class Report:
             "machine": {"system": platform.platform(), "python": platform.python_version()},
             "seconds": {"total": self.clock.total, **self.clock.seconds},
             "peak_memory_bytes": self.peak_memory,
+            "packed_share": self.packed_share,
             "resumed": self.resumed,
-            "fallbacks": self.notes,
+            "notes": self.notes,
             "drifts": self.drifts,
             "refined": self.refined,
             "distilled": self.distilled,
@@ -107,6 +109,7 @@ class Report:
             say(f"… and {len(self.notes) - _WORST} more notes in the report")
         if self.distilled is not None:
             say("KL to the original on held-out text {:.4f}, after training {:.4f}".format(*self.distilled))
+        say(f"packed {self.packed_share:.1%} of the weights of the blocks")
         phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.clock.seconds.items())
         say(f"{self.clock.total:.1f} s ({phases}); peak memory {self.peak_memory / 1e9:.2f} GB")
         say(f"wrote {output}")

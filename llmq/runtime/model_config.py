@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmq.checkpoint.reader import CONFIG, Checkpoint
 from llmq.core.errors import CheckpointError, first_line
+from llmq.models.stored_names import untie_own
 
 # Largest values of counts, by what their names contain. Config classes make lists of such lengths (kinds of layers,
 # names of labels) before anything is built.
@@ -61,6 +62,9 @@ def checked_config(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any
         raise CheckpointError(
             f"{directory}: {CONFIG} describes no model that can be built: {first_line(error)}"
         ) from None
+    if untie_own(model, files):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     if buffers > 4 * stored + _SPARE:
         raise CheckpointError(f"{directory}: {CONFIG} describes {buffers} bytes of buffers; all files have {stored}")

@@ -10,6 +10,7 @@ from llmq.checkpoint.digests import DigestingCheckpoint
 from llmq.checkpoint.module_matching import check_fit, read_linear
 from llmq.core.errors import CheckpointError
 from llmq.models.model_source import build_skeleton, read_generation_config
+from llmq.models.stored_names import has_no_place, is_computed
 from llmq.runtime.load import load
 from llmq.runtime.model_config import model_config
 from llmq.verification.on_demand import read_when_called
@@ -19,8 +20,10 @@ _TOKENS = 16
 
 
 @torch.no_grad()
-def check(directory: Path, digests: Mapping[str, str] | None, trust_remote_code: bool = False) -> None:
+def check(directory: Path, digests: Mapping[str, str] | None, trust_remote_code: bool = False) -> list[str]:
     """Run a checkpoint with one block in memory at a time, and compare what was read with what was computed.
+
+    Returns the names of the tensors that the model has no place for.
 
     `digests`: of every packed linear and other tensor, as computed; None if they are not known.
 
@@ -40,6 +43,7 @@ def check(directory: Path, digests: Mapping[str, str] | None, trust_remote_code:
         compare(checkpoint.digests, digests)
     if not finite:
         raise CheckpointError(f"{directory}: the model computes NaN or infinity")
+    return [name for name in checkpoint.other_names if has_no_place(model, name) and not is_computed(model, name)]
 
 
 def compare(stored: Mapping[str, str], computed: Mapping[str, str]) -> None:

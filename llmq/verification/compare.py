@@ -47,11 +47,12 @@ class VerifyConfig:
 def verify(config: VerifyConfig) -> dict[str, Any]:
     """Check a checkpoint and return facts about it as a JSON object. Raises CheckpointError if it is not sound."""
     checkpoint, digests = Checkpoint(config.directory), recorded(config.directory)
-    check(config.directory, digests, config.trust_remote_code)
+    without_place = check(config.directory, digests, config.trust_remote_code)
     facts: dict[str, Any] = {
         "directory": str(config.directory),
         "packed_layers": len(checkpoint.linears),
         "other_tensors": len(checkpoint.other_names),
+        "without_place": without_place,
         "compared_with_report": digests is not None,
     }
     if config.reference is None:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from llmq.checkpoint.module_matching import read_linear
 from llmq.checkpoint.reader import Checkpoint
-from llmq.models.model_source import tied_aliases
+from llmq.models.stored_names import tied_aliases
 
 # Number of weights that are dequantized together: few enough to be still in the caches when they are multiplied (7B
 # block, 16 tokens, one core with AVX-512: 0.20 s; 0.31 s with a sixteenth, 1.35 s with whole linears; 2026-11-25).

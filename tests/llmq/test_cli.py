@@ -161,7 +161,7 @@ def test_the_report_tells_time_error_damping_versions_seed_and_command(packed):
     assert {"transformers", "safetensors"} < report["versions"].keys()
     assert report["config"]["seed"] == 3
     assert f"--output {output}" in report["command"]
-    assert report["fallbacks"] == []
+    assert report["notes"] == []
     assert "worst layers" in result.stderr
     assert result.stderr.rstrip().endswith(f"wrote {output}")
 

@@ -150,7 +150,7 @@ def test_hidden_states_that_go_to_disk_by_themselves_are_not_in_the_way(of_one, 
 
     assert quantize_together(together, 2, fails) == [0, 0]
     assert result_of(together.output) == wanted
-    assert any("wait on disk" in note["note"] for note in read_json(together.output, REPORT)["fallbacks"])
+    assert any("wait on disk" in note["note"] for note in read_json(together.output, REPORT)["notes"])
 
 
 def test_processes_that_cannot_meet_are_a_wrong_request(config, monkeypatch):

@@ -72,8 +72,8 @@ def test_linears_that_cannot_be_packed_stay_in_float_and_are_listed(tmp_path, te
     ignored = json.loads((output / "config.json").read_text())["quantization_config"]["ignore"]
     expected = [f"model.layers.{i}.mlp.{name}" for i in range(3) for name in ("gate_proj", "up_proj", "down_proj")]
     assert ignored == [*expected, "lm_head"]
-    fallbacks = json.loads((output / REPORT).read_text())["fallbacks"]
-    assert any("80x64" in entry["note"] for entry in fallbacks)
+    notes = json.loads((output / REPORT).read_text())["notes"]
+    assert any("80x64" in entry["note"] for entry in notes)
     assert load(output, device="cpu").model.layers[0].mlp.up_proj.weight.shape == (80, 64)
 
 

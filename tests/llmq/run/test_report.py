@@ -20,7 +20,7 @@ def test_the_report_tells_the_whole_story(tmp_path, llama, text_file):
     assert report["config"]["seed"] == 0
     assert report["versions"]["torch"] == torch.__version__
     assert report["peak_memory_bytes"] > 1e8
-    assert {"where": "model", "note": "group size 128 does not divide every layer: using 32"} in report["fallbacks"]
+    assert {"where": "model", "note": "group size 128 does not divide every layer: using 32"} in report["notes"]
     for group in report["groups"]:
         assert group["damping"] == 0.05
         assert group["tokens"] == 18 * 32

@@ -150,7 +150,13 @@ def test_a_file_of_noise_is_refused(checkpoint):
     refused(checkpoint, "corrupt or truncated")
 
 
+def test_an_index_that_was_left_over_beside_the_only_file_is_not_looked_at(checkpoint):
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NORM: "model-1.safetensors"}}))
+    llmq.load(checkpoint, "cpu")
+
+
 def test_a_missing_shard_is_refused(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": {NORM: "model-00001-of-00002.safetensors"}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(checkpoint, "model-00001-of-00002.safetensors is missing")

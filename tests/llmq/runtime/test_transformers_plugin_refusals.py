@@ -38,7 +38,7 @@ DAMAGE = {
     "a short bias": (f"{LINEAR}.bias", lambda t: t.update({f"{LINEAR}.bias": torch.ones(63)})),
     "codes cut": (f"{LINEAR}.weight_packed", lambda t: t.update({f"{LINEAR}.weight_packed": t[NORM].int()[None]})),
     "NaN scales": ("a scale is not finite", lambda t: t[f"{LINEAR}.weight_scale"].fill_(float("nan"))),
-    "a stranger": ("unknown tensor surprise", lambda t: t.update(surprise=torch.ones(1))),
+    "a stranger": ("unknown tensor model.norm.odd", lambda t: t.update({"model.norm.odd": torch.ones(1)})),
     "a dense copy": (f"unknown tensor {LINEAR}.weight", lambda t: t.update({f"{LINEAR}.weight": torch.ones(64, 64)})),
 }
 
