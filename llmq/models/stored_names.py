@@ -47,7 +47,8 @@ def has_no_place(model: Any, name: str) -> bool:
         module = module.get_submodule(child)
     if isinstance(module, nn.ModuleList):  # a block too many is a mistake, unless it predicts further tokens
         return _is_ignored(model, name) or bool(getattr(model.config, "num_nextn_predict_layers", 0))
-    return not is_inside and any(True for _ in module.children())
+    is_module = name in dict(model.named_modules())
+    return not (is_inside or is_module) and any(True for _ in module.children())
 
 
 def is_computed(model: Any, name: str) -> bool:

@@ -87,6 +87,7 @@ def test_a_tensor_that_the_model_ought_to_use_is_refused(tmp_path):
         ("model.layers.2.mlp.experts.0.weight", False),
         ("model.layers.1.self_attn.q_proj.lora_A.weight", False),
         ("model.norm.bias", False),
+        ("lm_head", False),
     ],
 )
 def test_what_has_no_place(name, placeless):
