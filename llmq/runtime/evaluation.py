@@ -84,12 +84,12 @@ def evaluate_on_text(config: EvalConfig) -> tuple[Evaluation, int]:
     # Some data sets are far larger than --limit asks for.
     enough = {} if config.limit is None else {"enough_characters": 12 * config.limit * config.sequence_length}
     text = read_text(config.text, evaluation=True, **enough)
-    model, tokenizer = load_any(config.model, config.device, config.trust_remote_code)
+    model, tokenizer = load_any(config.model, config.device, config.trust_remote_code, exact=True)
     check_context(model.config, config.sequence_length)
     chunks = evaluation_chunks(tokenizer, text, config.sequence_length, config.limit)
     reference = None
     if config.reference is not None:
-        original, its_tokenizer = load_any(config.reference, config.device, config.trust_remote_code)
+        original, its_tokenizer = load_any(config.reference, config.device, config.trust_remote_code, exact=True)
         first = evaluation_chunks(its_tokenizer, text, config.sequence_length, 1)
         if not torch.equal(first, chunks[:1]) or original.config.vocab_size != model.config.vocab_size:
             raise RequestError(

@@ -16,7 +16,8 @@ from llmq.core.errors import RequestError
 from llmq.core.quantized_weight import QuantizedWeight
 
 # With more tokens, dequantizing once and multiplying in float32 is faster than torch's int4 path, and exact (2-core
-# AVX-512 machine, torch 2.13, 2026-11-22, 1536x576: 0.69 against 1.08 ms at 64 tokens, 5.6 against 5.3 at 512).
+# AVX-512 machine, torch 2.13, 2026-11-22, 1536x576: 0.69 against 1.08 ms at 64 tokens, 5.6 against 5.3 at 512). It
+# takes float32 inputs, too, in a scalar loop: 1.05 ms a token, dequantizing 0.60 (2-core AVX2 machine, 2026-11-28).
 _INT4_TOKENS = 64
 
 
@@ -54,6 +55,8 @@ class PackedLinear(nn.Module):
         self.bias: Tensor | None
         self.counters: Tensor
         self._int4: cpu_int4.CpuInt4Weight | None = None
+        self.exact = False
+        """Whether float32 inputs are multiplied in float32 on a CPU too, where that is slower for a few tokens."""
         self._origin = _Origin()
 
     @classmethod
@@ -132,6 +135,7 @@ class PackedLinear(nn.Module):
         weight = self.packed
         bias = None if self.bias is None else self.bias.to(x.dtype)
         few = x.device.type == "cpu" and x.numel() <= _INT4_TOKENS * self.in_features and cpu_int4.supports(weight)
+        few = few and not (self.exact and x.dtype == torch.float32)
         if few and not (x.requires_grad and torch.is_grad_enabled()):  # torch's operator has no gradient
             if self._int4 is None:  # made when first needed: evaluation runs without it
                 self._int4 = cpu_int4.prepare(weight)

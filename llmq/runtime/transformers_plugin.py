@@ -127,7 +127,9 @@ class LlmqQuantizer(HfQuantizer):
         _check_loaded(model, checkpoint, wanted)
 
         def make(name: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
-            return PackedLinear.from_codes(weight, bias).to(model.get_submodule(name).get_buffer(_RESERVED).device)
+            linear = PackedLinear.from_codes(weight, bias)
+            linear.exact = model.dtype == torch.float32  # which the caller asked for, or the files are in
+            return linear.to(model.get_submodule(name).get_buffer(_RESERVED).device)
 
         replace_linears(model, checkpoint, make)
         self.remember(checkpoint)

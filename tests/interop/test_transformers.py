@@ -51,6 +51,8 @@ def assert_opens_exactly(source, directory):
     model, expected = opened(directory), logits(dequantized_model(source, directory), IDS)
     assert torch.equal(logits(model, IDS), expected)
     assert bool(torch.isfinite(expected).all())
+    ours = llmq.load(directory, "cpu", torch.float32)
+    assert torch.equal(logits(ours, IDS), expected)
     return model
 
 

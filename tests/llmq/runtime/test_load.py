@@ -89,6 +89,21 @@ def test_generate_writes_what_the_dequantized_model_writes(llama, checkpoints, b
     assert torch.equal(llmq.load(checkpoints(bits), "cpu").generate(prompt, **options), expected)
 
 
+def test_float32_is_float32_for_any_number_of_tokens(checkpoints, llama):
+    ids = some_tokens(1, 100)
+    expected = logits(dequantized_model(llama, checkpoints(4)), ids)[0]
+    asked, default = llmq.load(checkpoints(4), "cpu", "float32"), llmq.load(checkpoints(4), "cpu")
+    for length in (1, 64, 65):
+        exact, fast = (logits(model, ids[:, :length])[0] for model in (asked, default))
+        torch.testing.assert_close(exact, expected[:length], rtol=1e-5, atol=1e-5)
+        assert torch.equal(fast, exact) == (length > 64)
+
+
+def test_a_dtype_that_is_none_is_refused(checkpoints):
+    with pytest.raises(RequestError, match="must be float32, bfloat16 or float16"):
+        llmq.load(checkpoints(4), "cpu", "int4")
+
+
 def test_generate_runs_on_the_int4_path(checkpoints):
     model = llmq.load(checkpoints(4), "cpu")
     text = model.generate(some_tokens(batch=2, length=5), max_new_tokens=9, min_new_tokens=9, do_sample=False)

@@ -55,7 +55,7 @@ def assert_same_tensors(old, new):
 
 @pytest.mark.parametrize("kind", [*WRITTEN, *FOREIGN])
 def test_transformers_computes_and_writes_what_llmq_load_does(checkpoints, kind):
-    ours, theirs = llmq.load(checkpoints(kind), "cpu"), opened(checkpoints(kind))
+    ours, theirs = llmq.load(checkpoints(kind), "cpu", torch.float32), opened(checkpoints(kind))
     assert packed_linears(theirs).keys() == packed_linears(ours).keys()
     assert len(packed_linears(theirs)) == 2 * 7
     assert [name for name, module in theirs.named_modules() if isinstance(module, nn.Linear)] == ["lm_head"]
