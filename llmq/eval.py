@@ -16,9 +16,11 @@ def evaluate_command(config: EvalConfig) -> None:
         # JSON has no infinity: a broken model has no figure.
         finite = {k: v if v is not None and math.isfinite(v) else None for k, v in figures.items()}
         request = {"model": config.model, "text": config.text, "chunks": chunks, "tokens": result.tokens}
+        request |= {"bos": config.bos}
         print(json.dumps(request | finite))
         return
-    print(f"perplexity {result.perplexity:.4f}   ({chunks} chunks of {config.sequence_length} tokens)")
+    cut = "" if config.bos else ", BOS at the start of the text only"
+    print(f"perplexity {result.perplexity:.4f}   ({chunks} chunks of {config.sequence_length} tokens{cut})")
     if result.kl is not None:
         print(f"KL to {config.reference} {result.kl:.5f} nats per token")
 

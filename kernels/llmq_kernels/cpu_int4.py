@@ -51,7 +51,7 @@ def matmul(
     x: Float[Tensor, "*batch in"], weight: CpuInt4Weight, bias: Tensor | None = None
 ) -> Float[Tensor, "*batch out"]:
     """Return x @ Wᵀ + bias, computed in bf16, in x's dtype. x has its features in the packed order."""
-    flat = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+    flat = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, weight.packed, weight.group_size, weight.scale_offset)
     y = y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
     return y if bias is None else y + bias

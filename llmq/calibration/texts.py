@@ -19,6 +19,7 @@ MORE = "more"  # the name of further windows of the calibration text, for `--tun
 _HELD_OUT_EVERY = 10
 # Enough text for any calibration. Tokenizing more of a large file would only take time.
 _MAX_CHARACTERS = 64_000_000
+_CHARACTERS = 12  # in a token, at most: English text has four to five
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def windows(tokenizer: Any, settings: Calibration, more: int = 0) -> Int64[Tenso
     length = settings.sequence_length - len(bos)
     needed, wanted = settings.samples * length, (settings.samples + more) * length
     # Remove the text's own BOS, because every window gets one.
-    tokens = tokenize(tokenizer, read_text(settings.text, enough_characters=12 * wanted))[len(bos) :]
+    tokens = tokenize(tokenizer, read_text(settings.text, enough_characters=_CHARACTERS * wanted))[len(bos) :]
     if len(tokens) < needed:
         raise RequestError(
             f"calibration text {settings.text!r} has {len(tokens)} tokens; {settings.samples} samples of "
@@ -61,12 +62,25 @@ def hold_out(sequences: Int64[Tensor, "samples length"]) -> Tokens:
     return Tokens(sequences[~held_out], sequences[held_out])
 
 
-def evaluation_chunks(tokenizer: Any, text: str, length: int, limit: int | None = None) -> Int64[Tensor, "n length"]:
-    """Cut the text into chunks that do not overlap, without a last partial one. Raises RequestError if it has none."""
-    tokens = tokenize(tokenizer, text)
-    if chunks := len(tokens) // length:
-        return tokens[: chunks * length].view(chunks, length)[:limit]
-    raise RequestError(f"the text has {len(tokens)} tokens, less than one chunk of {length}; lower --sequence-length")
+def evaluation_chunks(
+    tokenizer: Any, text: str, length: int, limit: int | None = None, bos: bool = True
+) -> Int64[Tensor, "chunks length"]:
+    """Cut the text into chunks that do not overlap, without a last partial one. Raises RequestError if it has none.
+
+    `bos`: every chunk begins with the BOS token, if the tokenizer begins a text with it: models react strongly to its
+    absence. False cuts the text with its one BOS, as published perplexities do.
+    """
+    first = _bos(tokenizer) if bos else torch.empty(0, dtype=torch.int64)
+    width = length - len(first)
+    enough = len(text) if limit is None else _CHARACTERS * limit * length
+    tokens = tokenize(tokenizer, text[:enough])[len(first) :]
+    # The last word may be cut in two, so one token more is needed. A text of long tokens has less than a guess says.
+    if limit is not None and enough < len(text) and len(tokens) <= limit * width:
+        tokens = tokenize(tokenizer, text)[len(first) :]
+    if chunks := len(tokens) // width:
+        pieces = tokens[: chunks * width].view(chunks, width)[:limit]
+        return torch.cat([first.expand(len(pieces), -1), pieces], 1)
+    raise RequestError(f"the text has {len(tokens)} tokens, less than one chunk of {width}; lower --sequence-length")
 
 
 def check_context(config: Any, sequence_length: int) -> None:
@@ -74,6 +88,16 @@ def check_context(config: Any, sequence_length: int) -> None:
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
         raise RequestError(f"sequence length {sequence_length} exceeds the model's context of {longest} tokens")
+
+
+def check_tokens(model: Any, ids: Int64[Tensor, "*shape"]) -> None:
+    """Raise RequestError if a token has no row in the embeddings of the model: the tokenizer is not its own."""
+    known, largest = model.get_input_embeddings().num_embeddings, int(ids.max()) if ids.numel() else 0
+    if largest >= known:
+        raise RequestError(
+            f"the tokenizer gives token {largest}, but the model has embeddings for {known} tokens only.\n"
+            "Use the tokenizer that the model was trained with, or a text without its added tokens."
+        )
 
 
 def tokenize(tokenizer: Any, text: str) -> Int64[Tensor, "tokens"]:
@@ -93,6 +117,8 @@ def read_text(name: str, enough_characters: int = _MAX_CHARACTERS, evaluation: b
 
     Raises RequestError if the name is unknown, WorkError if the text cannot be fetched or read.
     """
+    if name == "self":
+        raise RequestError("a model writes text of its own for calibration only; choose another text to evaluate it on")
     documents, size = list[str](), 0
     for document in _TEXTS[name](evaluation) if name in _TEXTS else _file_documents(Path(name).expanduser()):
         documents.append(document)

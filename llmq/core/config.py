@@ -1,5 +1,7 @@
 """The settings of a quantization run. CLI flags, `--help` and the report derive from this class and settings.py."""
 
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +13,6 @@ VERSION = "0.1.0"
 METHODS = ("gptq", "awq", "awq+gptq", "tuned", "rtn")
 EFFORTS = ("fast", "normal", "best")
 FORMATS = ("auto", "compressed-tensors", "gptq", "awq")
-DEVICES = ("auto", "cpu", "cuda")
 EFFORT_STEPS = ("match", "sequential")
 
 
@@ -64,7 +65,7 @@ class QuantizeConfig:
     seed: int = Calibration.seed
     """Random seed that chooses which pieces of the text become calibration sequences."""
     device: str = "auto"
-    """Device to compute on: auto (cuda if there is a GPU), cpu or cuda."""
+    """Device to compute on: auto (cuda if there is a GPU), cpu, cuda or cuda:N."""
     overwrite: bool = False
     """Replace the checkpoint or the unfinished run in the output directory."""
     resume: bool = False
@@ -84,10 +85,12 @@ class QuantizeConfig:
     tuned: Tuned = field(default_factory=Tuned)
 
     def __post_init__(self) -> None:
+        self._take_python_types()
         one_of("method", self.method, METHODS)
         one_of("format", self.format, FORMATS)
         one_of("effort", self.effort, EFFORTS)
-        one_of("device", self.device, DEVICES)
+        if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", self.device):
+            raise RequestError(f"device must be one of auto, cpu, cuda, cuda:N; got {self.device!r}")
         for step in self.without:
             one_of("without", step, EFFORT_STEPS)
         self._check_effort()
@@ -101,6 +104,27 @@ class QuantizeConfig:
             raise RequestError("resume continues the earlier run, overwrite removes it; pass only one of the two")
         # The nested settings check themselves when they are made.
         _ = self.grid_settings, self.calibration_settings, self.other_bits, self.chosen_blocks(1 << 20)
+
+    def _take_python_types(self) -> None:
+        """Take what people pass in Python: paths as text, text as a path, numbers as text. Raises RequestError else."""
+        for name, kind in (("model", str), ("calibration", str), ("output", Path), ("offload_dir", Path)):
+            value = getattr(self, name)
+            if isinstance(value, str | os.PathLike):
+                object.__setattr__(self, name, kind(value))
+            elif value is not None or name != "offload_dir":
+                raise RequestError(f"{name} must be a path or a name; got {value!r}")
+        for name in ("bits", "group_size", "samples", "sequence_length", "seed"):
+            value = getattr(self, name)
+            try:
+                whole = int(value)
+            except (TypeError, ValueError):
+                whole = None
+            if whole is None or not (isinstance(value, str) or whole == value):
+                raise RequestError(f"{name} must be a whole number; got {value!r}")
+            object.__setattr__(self, name, whole)
+        for name in ("layer_bits", "without"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
 
     def _check_effort(self) -> None:
         """Raise RequestError if the effort does not fit the other settings."""
@@ -156,7 +180,7 @@ class QuantizeConfig:
         for text in map(str.strip, self.blocks.split(",")):
             first, dash, last = text.partition("-")
             last = last if dash else first
-            if not (first.isdigit() and last.isdigit() and int(first) <= int(last) < depth):
+            if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < depth):
                 rule = f"blocks are numbers and ranges such as 0-2,5, below {depth}"
                 raise RequestError(f"{rule}; got {text!r} in {self.blocks!r}")
             chosen |= set(range(int(first), int(last) + 1))

@@ -28,7 +28,7 @@ def pick_device(name: str, default_index: int = 0) -> torch.device:
     kind, _, index = name.partition(":")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if kind not in ("auto", "cuda") or (index and not (kind == "cuda" and index.isdigit())) or name.endswith(":"):
+    if kind not in ("auto", "cuda") or (index and not (kind == "cuda" and index.isdecimal())) or name.endswith(":"):
         raise RequestError(f"device must be one of auto, cpu, cuda, cuda:N; got {name!r}")
     if int(index or default_index) >= (count := torch.cuda.device_count()):
         raise RequestError(f"device {name} was asked for, but torch sees {count} CUDA GPUs; use cpu")

@@ -6,6 +6,7 @@ depends on how many there are: see `shares` and statistics.py.
 """
 
 import os
+import re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ _T = TypeVar("_T")
 
 # Longer than any process works alone while others wait for it. One that dies is noticed at once: its connections close.
 _PATIENCE = timedelta(hours=4)
+# What gloo and NCCL say of a connection whose other end is gone.
+_CLOSED = re.compile("clos|reset|broken pipe|abort|timed out|connect|peer", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -126,9 +129,11 @@ def joined_ranks(device: torch.device) -> Generator[Ranks]:
         torch.set_num_threads(max(1, cores() // processes_here(Ranks(size=size))))
     else:
         torch.cuda.set_device(device)  # by which NCCL tells the processes apart
-    with _as_work_error():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
         distributed.init_process_group(backend, timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise WorkError(f"the {size} processes cannot meet: {first_line(error)}") from None
     try:
         yield Ranks(distributed.get_rank(), distributed.get_world_size())
     finally:
@@ -155,4 +160,7 @@ def _as_work_error() -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise WorkError(f"another process of this run ended; its own message says why ({first_line(error)})") from None
+        reason = first_line(error)
+        if _CLOSED.search(reason):
+            raise WorkError(f"another process of this run ended; its own message says why ({reason})") from None
+        raise WorkError(f"the processes cannot exchange data: {reason}") from None

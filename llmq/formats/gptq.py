@@ -103,9 +103,6 @@ def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
         "sym": most.symmetric,
         "lm_head": "lm_head" in schemes,
         "checkpoint_format": "gptq" if most.symmetric else "gptq_v2",
-        "true_sequential": True,
-        "static_groups": False,
-        "damp_percent": 0.05,
         "meta": {"quantizer": [f"llmq:{VERSION}"]},
     }
     return config | ({"dynamic": dynamic} if dynamic else {})

@@ -94,6 +94,8 @@ def read_journal(path: Path) -> tuple[Line, list[Step]]:
     try:
         lines = path.read_bytes().split(b"\n")[:-1]  # a last line without an end was cut off
         for line in map(json.loads, lines):
+            if not isinstance(line, dict):
+                raise ValueError("a line is no JSON object")
             if "fingerprint" in line:
                 fingerprint = line["fingerprint"]
             elif "finished" in line:

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmq.algorithms import ALGORITHMS
 from llmq.calibration.block_runner import Compute
 from llmq.calibration.self_generated import SELF, sample_sequences
-from llmq.calibration.texts import MORE, Tokens, check_context, hold_out, windows
+from llmq.calibration.texts import MORE, Tokens, check_context, check_tokens, hold_out, windows
 from llmq.checkpoint.output_dir import PROGRESS, REPORT, check_output, existing_parent, unfinished_work, written_whole
 from llmq.core.config import QuantizeConfig
 from llmq.core.device import multiplies_bfloat16
@@ -192,7 +192,9 @@ class _Text:
         """Return sequences of one text. `more`: how many further ones to draw, if the text is long enough."""
         if settings.text != SELF:
             with self.clock("open"):
-                return windows(self.source.tokenizer, settings, more)
+                ids = windows(self.source.tokenizer, settings, more)
+                check_tokens(self.source.skeleton, ids)
+                return ids
         settings = replace(settings, samples=settings.samples + more)
         if self.config.dry_run:  # only the size of the text matters
             return torch.zeros(settings.samples, settings.sequence_length, dtype=torch.int64)

@@ -188,13 +188,15 @@ def open_writer(request: Request, states_dir: Path | None) -> Generator[Writer |
     # If nothing is known of an unfinished run, there is nothing to resume.
     anew = config.overwrite or (config.resume and not request.steps)
     writer = Writer(config.output, anew, resume=bool(request.steps))
+    is_open = False  # before, another run may be writing here: its hidden states stay
     try:
         with writer:
+            is_open = True
             yield writer
     except BaseException:
-        if not writer.resumable:
+        if is_open and not writer.resumable:
             remove_states(states_dir)
-        elif request.progress:
+        elif is_open and request.progress:
             hint = "add --resume to the command to continue"
             print(f"\nfinished blocks are kept in {config.output}: {hint}", file=sys.stderr)
         raise

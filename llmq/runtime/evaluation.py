@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 from tqdm import tqdm
 
-from llmq.calibration.texts import check_context, evaluation_chunks, read_text
+from llmq.calibration.texts import check_context, check_tokens, evaluation_chunks, read_text
 from llmq.core.errors import RequestError
 from llmq.runtime.load import load_any
 
@@ -42,6 +42,9 @@ class EvalConfig:
     """Tokens in a chunk."""
     limit: int | None = None
     """Score at most this many chunks; all if not given."""
+    bos: bool = True
+    """Begin every chunk with the BOS token, if the tokenizer has one: models such as Gemma need it. --no-bos cuts the
+    text as published perplexities do, with BOS at the start of the text only."""
     device: str = "auto"
     """auto (cuda if there is a GPU, else cpu), cpu, cuda or cuda:N."""
     trust_remote_code: bool = False
@@ -86,11 +89,12 @@ def evaluate_on_text(config: EvalConfig) -> tuple[Evaluation, int]:
     text = read_text(config.text, evaluation=True, **enough)
     model, tokenizer = load_any(config.model, config.device, config.trust_remote_code, exact=True)
     check_context(model.config, config.sequence_length)
-    chunks = evaluation_chunks(tokenizer, text, config.sequence_length, config.limit)
+    chunks = evaluation_chunks(tokenizer, text, config.sequence_length, config.limit, config.bos)
+    check_tokens(model, chunks)
     reference = None
     if config.reference is not None:
         original, its_tokenizer = load_any(config.reference, config.device, config.trust_remote_code, exact=True)
-        first = evaluation_chunks(its_tokenizer, text, config.sequence_length, 1)
+        first = evaluation_chunks(its_tokenizer, text, config.sequence_length, 1, config.bos)
         if not torch.equal(first, chunks[:1]) or original.config.vocab_size != model.config.vocab_size:
             raise RequestError(
                 f"{config.reference} and {config.model} have different vocabularies, so there is no KL divergence "

@@ -1,12 +1,14 @@
 """Lets a model continue a prompt."""
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from llmq.core.errors import RequestError
+from llmq.calibration.texts import check_tokens
+from llmq.core.errors import RequestError, first_line
 from llmq.runtime.load import load_any
 
 
@@ -36,8 +38,8 @@ class GenerateConfig:
             raise RequestError("--prompt is empty; give a text to continue")
         if self.max_new_tokens < 1:
             raise RequestError(f"--max-new-tokens must be at least 1; got {self.max_new_tokens}")
-        if not self.temperature >= 0:
-            raise RequestError(f"--temperature must be at least 0; got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise RequestError(f"--temperature must be at least 0, and a number; got {self.temperature}")
 
 
 def generate(config: GenerateConfig) -> tuple[int, float]:
@@ -46,6 +48,7 @@ def generate(config: GenerateConfig) -> tuple[int, float]:
 
     model, tokenizer = load_any(config.model, config.device, config.trust_remote_code)
     inputs = encode_prompt(tokenizer, config.prompt, config.chat).to(model.device)
+    check_tokens(model, inputs["input_ids"])
     torch.manual_seed(config.seed)
     sampling: dict[str, Any] = {"do_sample": config.temperature > 0}
     if config.temperature > 0:
@@ -57,8 +60,17 @@ def generate(config: GenerateConfig) -> tuple[int, float]:
 
 
 def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> Any:
-    """Return token ids and attention mask; `chat` uses the tokenizer's chat template if it has one."""
+    """Return token ids and attention mask; `chat` uses the tokenizer's chat template if it has one.
+
+    Raises RequestError if the template cannot be used.
+    """
     if chat and tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        turns, options = [{"role": "user", "content": prompt}], {"return_tensors": "pt", "return_dict": True}
+        try:
+            return tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
+        except Exception as error:  # a template is a program; and there may be several, without a default
+            raise RequestError(
+                f"the chat template does not take a prompt of one user: {first_line(error)}.\n"
+                "--no-chat continues the bare prompt."
+            ) from None
     return tokenizer(prompt, return_tensors="pt")

@@ -31,6 +31,8 @@ def load(
     """Load a checkpoint as a transformers model, ready for inference: `.generate` works.
 
     Args:
+        directory: a packed checkpoint; or what `--model` takes: a hub id, `demo`, a .gguf file. If that is an original
+            model, nothing in it is packed.
         device: auto (cuda when present), cpu, cuda or cuda:N.
         dtype: dtype of activations and unquantized weights, such as torch.bfloat16 or "bfloat16". Default: the
             checkpoint's own on a GPU; on a CPU float32, but 4-bit layers multiply up to 64 tokens in bfloat16, which is
@@ -42,8 +44,13 @@ def load(
     Raises CheckpointError if a tensor is missing, left over or does not fit: with one wrong tensor a model would still
     write text, only worse.
     """
-    target = pick_device(device)
-    checkpoint = Checkpoint(Path(directory))
+    target, path = pick_device(device), Path(directory)
+    if not path.is_dir():
+        path = locate(str(directory), trust_remote_code)
+        if not is_packed(path):
+            source = ModelSource(str(directory), trust_remote_code)
+            return source.load_all(target, _dtype_for(dtype, target, source))
+    checkpoint = Checkpoint(path)
     config, runs = checked_config(checkpoint, trust_remote_code)
     exact, dtype = dtype is not None, _dtype_for(dtype, target, config)
     model = build_skeleton(config, trust_remote_code)

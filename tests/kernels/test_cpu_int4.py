@@ -88,3 +88,8 @@ def test_an_act_order_weight_takes_its_inputs_in_the_packed_order(symmetric):
 def test_no_tokens_give_no_results():
     y = cpu_int4.matmul(torch.zeros(2, 0, 96), cpu_int4.prepare(some_weight()), bias=torch.ones(32))
     assert y.shape == (2, 0, 32)
+
+
+def test_inputs_may_lie_in_memory_in_any_order():
+    weight, x = cpu_int4.prepare(some_weight()), torch.randn(1, 96, 7).transpose(1, 2)
+    assert torch.equal(cpu_int4.matmul(x, weight), cpu_int4.matmul(x.contiguous(), weight))

@@ -8,25 +8,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from counting import BOS, Counting
 from tiny import some_text, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from llmq.calibration.texts import evaluation_chunks, hold_out, read_text, tokenize, windows
 from llmq.core.errors import RequestError, WorkError
 from llmq.core.settings import Calibration
-
-BOS = 5
-
-
-class Counting:
-    """Numbers the letters of a text, so that a token tells its own position; with or without a BOS in front."""
-
-    def __init__(self, bos=None):
-        self.bos_token_id = bos
-
-    def __call__(self, text, verbose=True):
-        front = [] if self.bos_token_id is None else [self.bos_token_id]
-        return {"input_ids": front + list(range(1000, 1000 + len(text)))}
 
 
 def settings(text, samples=20, length=16, seed=0):

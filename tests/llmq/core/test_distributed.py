@@ -13,8 +13,8 @@ from tiny import save_tiny
 
 import llmq
 from llmq.checkpoint.output_dir import PROGRESS, REPORT
-from llmq.core.distributed import Ranks
-from llmq.core.errors import RequestError
+from llmq.core.distributed import Ranks, joined_ranks
+from llmq.core.errors import RequestError, WorkError
 from llmq.models.untrusted_files import read_json
 from llmq.run.journal import read_journal
 from llmq.run.resume import Progress
@@ -181,3 +181,27 @@ def test_rows_are_shared_out_in_multiples_and_none_is_left(count, size):
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(count))
     assert all(part.start % 16 == 0 for part in parts)
     assert max(part.stop - part.start for part in parts) - count / size < 32
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("Connection closed by peer [127.0.0.1]", "another process of this run ended"),
+        ("tensor has the wrong size", "the processes cannot exchange data: tensor has the wrong size"),
+        ("", "the processes cannot exchange data: no reason given"),
+    ],
+)
+def test_only_a_closed_connection_is_told_as_the_end_of_another_process(said, told, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", fail)
+    with pytest.raises(WorkError, match=told):
+        Ranks(0, 2).each(1)
+
+
+def test_processes_that_cannot_meet_are_told_so(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "none"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(WorkError, match="the 2 processes cannot meet: "), joined_ranks(torch.device("cpu")):
+        pass

@@ -148,3 +148,12 @@ def test_decode_refuses_parts_that_do_not_fit_and_names_the_linear(damage):
 def test_decode_refuses_a_group_size_that_does_not_divide_the_inputs():
     tensors = encode(NAME, weight_of(7, 64, 64), SYMMETRIC)
     check_refused(compressed_tensors, tensors, Scheme(4, 48, True), "group size 48 does not divide 64")
+
+
+def test_the_packing_of_versions_before_0_18_is_named():
+    """Ten 3-bit codes a word, and two bits unused; now codes follow each other in one stream of bits."""
+    weight = weight_of(32, 64, 32, bits=3)
+    tensors = encode(NAME, weight, Scheme(3, 32, True))
+    tensors[f"{NAME}.weight_packed"] = torch.zeros(32, 7, dtype=torch.int32)
+    with pytest.raises(CheckpointError, match=r"packed by compressed-tensors before 0\.18"):
+        compressed_tensors.decode(NAME, tensors, Scheme(3, 32, True))

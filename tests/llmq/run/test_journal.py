@@ -79,3 +79,12 @@ def test_a_finished_step_is_the_same_line_as_ever():
     first = json.loads(OLD) | {"drift": None, "refined": None, "distilled": [0.5, 0.25], "states": None}
     assert FinishedStep.from_json(first).distilled == (0.5, 0.25)
     assert json.loads(json.dumps(FinishedStep.from_json(first).to_json())) == first
+
+
+@pytest.mark.parametrize("line", ["5", "null", "[1, 2]", '"fingerprint"'])
+def test_a_line_that_is_no_object_ends_what_counts(line, tmp_path):
+    path = tmp_path / "progress.jsonl"
+    path.write_text(f'{{"fingerprint": {{"a": 1}}}}\n{{"finished": "x"}}\n{line}\n{{"finished": "y"}}\n')
+    fingerprint, steps = read_journal(path)
+    assert fingerprint == {"a": 1}
+    assert [step.finished["finished"] for step in steps] == ["x"]

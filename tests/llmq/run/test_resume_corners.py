@@ -7,8 +7,11 @@ from killed import interrupted, quantize_until, result_of, small_run
 
 import llmq
 from llmq.checkpoint.output_dir import REPORT
+from llmq.checkpoint.writer import Writer
+from llmq.core.distributed import ALONE
 from llmq.core.errors import CheckpointError, RequestError, WorkError
 from llmq.core.settings import Tuned
+from llmq.run.resume import open_writer
 
 
 @pytest.fixture
@@ -116,3 +119,15 @@ def test_hidden_states_cannot_wait_in_a_file(dry_run, config, tmp_path):
         with pytest.raises(RequestError, match="cannot wait in"):
             llmq.quantize(replace(config, offload_dir=place, dry_run=dry_run))
     assert not config.output.exists()
+
+
+def test_a_second_run_that_is_refused_leaves_the_hidden_states_of_the_first(config, tmp_path, monkeypatch):
+    """Both were started at once: the second sees no claim before its own fails."""
+    states = tmp_path / "states" / "llmq-0123-0.partial"
+    states.mkdir(parents=True)
+    (states / "a.states").write_bytes(b"of the first run")
+    request = open_request(config, torch.device("cpu"), ALONE, progress=False)
+    refused = pytest.raises(RequestError, match="another process writes")
+    with Writer(config.output), refused, open_writer(request, states):
+        pass
+    assert (states / "a.states").exists()

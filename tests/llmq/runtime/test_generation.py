@@ -43,10 +43,29 @@ def test_the_prompt_is_put_into_the_chat_template_on_request(llama):
     [
         ({"prompt": " \n"}, "--prompt is empty"),
         ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1; got 0"),
-        ({"temperature": -0.5}, "--temperature must be at least 0; got -0.5"),
-        ({"temperature": float("nan")}, "--temperature must be at least 0; got nan"),
+        ({"temperature": -0.5}, "--temperature must be at least 0, and a number; got -0.5"),
+        ({"temperature": float("nan")}, "--temperature must be at least 0, and a number; got nan"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_with_its_value(options, said):
     with pytest.raises(RequestError, match=said):
         GenerateConfig(**({"model": "demo", "prompt": "a word"} | options))
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('a system prompt is required') }}", {"tool_use": "x", "rag": "y"}],
+    ids=["refuses", "several without a default"],
+)
+def test_a_template_that_cannot_be_used_is_told_with_the_way_out(template, llama):
+    _, tokenizer = load_any(str(llama), "cpu")
+    tokenizer.chat_template = template
+    with pytest.raises(RequestError, match=r"(?s)chat template does not take .*--no-chat continues the bare prompt"):
+        encode_prompt(tokenizer, "hi", True)
+    assert encode_prompt(tokenizer, "hi", False)["input_ids"].shape == (1, 2)
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_none_is_refused(temperature):
+    with pytest.raises(RequestError, match="--temperature must be at least 0, and a number"):
+        GenerateConfig("m", "hi", temperature=temperature)

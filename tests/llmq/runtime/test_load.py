@@ -196,3 +196,16 @@ def test_casting_the_model_leaves_the_scales_as_they_were_stored(llama, tmp_path
     model.to(torch.bfloat16).to(torch.float32)
     assert len(before) == 21
     assert all(torch.equal(before[n], model.get_submodule(n).dequantize()) for n in before)
+
+
+def test_a_hub_id_may_name_an_original_model(llama, monkeypatch):
+    for module in ("llmq.runtime.load", "llmq.models.model_source"):
+        monkeypatch.setattr(f"{module}.locate", lambda *_: llama)
+    model, ids = llmq.load("some/model", "cpu"), some_tokens()
+    assert torch.equal(logits(model, ids), logits(load_any(str(llama), "cpu")[0], ids))
+    assert not packed_linears(model)
+
+
+def test_a_hub_id_may_name_a_packed_checkpoint(checkpoints, monkeypatch):
+    monkeypatch.setattr("llmq.runtime.load.locate", lambda *_: checkpoints(3))
+    assert packed_linears(llmq.load("some/model", "cpu"))
