@@ -23,7 +23,8 @@ def complete_source(directory: Path) -> ModelSource:
     (directory / "special_tokens_map.json").write_bytes(b'{ "eos_token":"<eos>" }')
     (directory / "chat_template.jinja").write_bytes("{{ 'é' }}\r\n".encode())
     (directory / "modeling_own.py").write_bytes(b"x = 1\r\n")
-    (directory / "README.md").write_text("not needed to run the model")
+    for name in ("README.md", "LICENSE", "own.tiktoken", "training_args.bin", "adapter_config.json", ".gitattributes"):
+        (directory / name).write_text("{}")
     (directory / "additional_chat_templates").mkdir()
     (directory / "additional_chat_templates" / "tools.jinja").write_bytes(b"{{ tools }}")
     return ModelSource(str(directory))

@@ -1,11 +1,13 @@
-"""The files beside the weights of a model: tokenizer, templates and code are copied byte for byte."""
+"""The files beside the weights of a model: tokenizer, templates, code, licence are copied byte for byte."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llmq.core.errors import CheckpointError
 from llmq.models.model_source import ModelSource
 from llmq.models.untrusted_files import read_json, regular_file
 
@@ -24,6 +26,9 @@ COPIED = (
     "processor_config.json",
 )
 TEMPLATES = "additional_chat_templates"
+# What is not copied of the other files: weights, the lists of their names, settings that a quantized model replaces.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz")
+_REPLACED = ("config.json", "quantize_config.json", "quant_config.json", "adapter_config.json", "params.json")
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,24 @@ def companions_in(directory: Path) -> Companions:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy tokenizer, templates and code. Raises CheckpointError for a link out of the model or an irregular file."""
-    for name in [*COPIED, *(path.name for path in source.glob("*.py"))]:
-        if (source / name).exists():
-            shutil.copyfile(regular_file(source, name), target / name)
+    """Copy tokenizer, templates, code, licence and what else there is.
+
+    Raises CheckpointError for a link out of the model or an irregular file, if a model is known to use its name.
+    """
+    known = {name for name in (*COPIED, *(path.name for path in source.glob("*.py"))) if (source / name).exists()}
+    for name in sorted(known | set(_others(source))):
+        shutil.copyfile(regular_file(source, name), target / name)
     templates = source / TEMPLATES
     if templates.is_dir() and not templates.is_symlink():
         (target / TEMPLATES).mkdir()
         for path in templates.iterdir():
             shutil.copyfile(regular_file(templates, path.name, source), target / TEMPLATES / path.name)
+
+
+def _others(source: Path) -> Iterator[str]:
+    """Yield the names of regular files that may belong to the model: its own vocabulary, a licence, a model card."""
+    for path in source.iterdir():
+        is_ours = path.name in _REPLACED or path.name.startswith((".", "llmq_")) or path.name.endswith(".index.json")
+        if path.suffix not in _WEIGHTS and not is_ours:
+            with suppress(CheckpointError):  # a link to elsewhere, a pipe, a directory
+                yield regular_file(source, path.name).name

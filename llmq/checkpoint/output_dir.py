@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,20 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def clear(directory: Path) -> None:
-    """Remove the files that llmq wrote, and no others."""
+    """Remove the files that llmq wrote, and no others. The report lists those that it copied."""
+    copied: list[Path] = []
+    for report in (directory / REPORT, directory / UNFINISHED / "checkpoint" / REPORT):
+        with suppress(OSError, ValueError, TypeError, AttributeError):  # if it is not there, or damaged
+            names = json.loads(report.read_text(encoding="utf-8")).get("copied", ())
+            copied += [directory / name for name in names if Path(name).name == name]
     for pattern in _OURS:
         for path in directory.glob(pattern):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+    for path in filter(Path.is_file, copied):
+        path.unlink()
 
 
 def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None:

@@ -160,6 +160,7 @@ class Writer:
         parts = [self._part(i) for i in range(self.parts)]
         join_shards(parts, self.work / "shards.json", self.stage, self._shard_bytes)
         companions.write(self.stage)
+        copied = sorted(path.name for path in self.stage.iterdir() if path.suffix != ".safetensors")
         if quantization_config is not None and quantization_config.get("quant_method") == "gptq":
             write_json(self.stage / LEGACY[0], quantization_config)  # where GPTQModel and AutoGPTQ look first
         write_json(self.stage / CONFIG, _config(companions.config, dtype, quantization_config))
@@ -167,7 +168,7 @@ class Writer:
             with self._nothing_to_resume_if_damaged():  # the parts are gone
                 check(self.stage)
         if report is not None:
-            write_json(self.stage / REPORT, report())
+            write_json(self.stage / REPORT, report() | {"copied": copied})
         self.publish()
 
     def _clear_stage(self) -> None:

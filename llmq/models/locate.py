@@ -7,9 +7,10 @@ from pathlib import Path
 from llmq.core.errors import RequestError, WorkError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-# Some repositories carry the weights twice, once in their vendor's own layout.
-_UNWANTED = ["consolidated*", "original/*", "onnx/*", "*.onnx*"]
+# Weights in other formats, pictures, and the weights once more in their vendor's own layout. The rest may belong to the
+# tokenizer, whose files have many names.
+_UNWANTED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.tflite", "*.ot", "*.npz", "*.onnx*"]
+_UNWANTED += ["consolidated*", "original/*", "onnx/*", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.mp4", "*.pdf"]
 
 
 def locate(spec: str, trust_remote_code: bool = False) -> Path:
@@ -42,9 +43,9 @@ def _demo() -> Path:
 def _download(repo: str, trust_remote_code: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    wanted = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
+    unwanted = _UNWANTED if trust_remote_code else [*_UNWANTED, "*.py"]
     try:
-        return Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=_UNWANTED))
+        return Path(snapshot_download(repo, ignore_patterns=unwanted))
     except errors.GatedRepoError:
         raise RequestError(f"{repo} is gated: accept its licence on the hub and log in with `hf auth login`") from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):

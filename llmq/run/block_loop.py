@@ -16,7 +16,7 @@ from llmq.checkpoint.writer import Writer
 from llmq.run.block_quantizer import Run
 from llmq.run.prepare import FINGERPRINT, Request
 from llmq.run.resume import OUTSIDE, Progress
-from llmq.verification.check import DIGESTS, check
+from llmq.verification.check import DIGESTS, check, tokenizer_fault
 
 _FEW = 0.9  # a smaller share of packed weights is worth a warning
 
@@ -90,6 +90,8 @@ def finish(request: Request, run: Run, writer: Writer | None) -> None:
     def read_back(directory: Path) -> None:
         with run.clock("check"):
             check(directory, run.digests, run.config.trust_remote_code)
+            if reason := tokenizer_fault(directory, run.config.trust_remote_code):
+                run.report.note("model", [f"the tokenizer of the result cannot be opened: {reason}"])
 
     def report() -> dict[str, Any]:
         return run.report.to_json() | {DIGESTS: run.digests, FINGERPRINT: request.fingerprint}

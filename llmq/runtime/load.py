@@ -83,7 +83,7 @@ def load_any(spec: str, device: str = "auto", trust_remote_code: bool = False, e
     target = pick_device(device)
     if is_packed(path):
         dtype = torch.float32 if exact and target.type == "cpu" else None
-        return load(path, device, dtype, trust_remote_code), _tokenizer(path, trust_remote_code)
+        return load(path, device, dtype, trust_remote_code), open_tokenizer(path, trust_remote_code)
     source = ModelSource(spec, trust_remote_code)
     return source.load_all(target, torch.float32 if target.type == "cpu" else source.dtype), source.tokenizer
 
@@ -101,7 +101,8 @@ def _dtype_for(asked: torch.dtype | str | None, device: torch.device, config: An
     raise RequestError(f"dtype must be float32, bfloat16 or float16, of torch or as a name; got {asked!r}")
 
 
-def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
+def open_tokenizer(path: Path, trust_remote_code: bool) -> Any:
+    """Open the tokenizer in a directory. Raises CheckpointError if transformers cannot."""
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a dozen tokenizer classes, each with its own way to fail

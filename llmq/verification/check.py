@@ -11,7 +11,7 @@ from llmq.checkpoint.module_matching import check_fit, read_linear
 from llmq.core.errors import CheckpointError
 from llmq.models.model_source import build_skeleton, read_generation_config
 from llmq.models.stored_names import has_no_place, is_computed
-from llmq.runtime.load import load
+from llmq.runtime.load import load, open_tokenizer
 from llmq.runtime.model_config import model_config
 from llmq.verification.on_demand import read_when_called
 
@@ -44,6 +44,17 @@ def check(directory: Path, digests: Mapping[str, str] | None, trust_remote_code:
     if not finite:
         raise CheckpointError(f"{directory}: the model computes NaN or infinity")
     return [name for name in checkpoint.other_names if has_no_place(model, name) and not is_computed(model, name)]
+
+
+def tokenizer_fault(directory: Path, trust_remote_code: bool = False) -> str | None:
+    """Return why the tokenizer in a directory cannot be opened; None if it can, or if there is none."""
+    if not any(directory.glob("token*")):
+        return None
+    try:
+        open_tokenizer(directory, trust_remote_code)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def compare(stored: Mapping[str, str], computed: Mapping[str, str]) -> None:

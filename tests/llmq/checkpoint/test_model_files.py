@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from packed import pack
 from written import complete_source, numbers, write
 
 from llmq.checkpoint.model_files import companions_in
@@ -19,9 +20,11 @@ def test_companions_are_copied_byte_for_byte(tmp_path, source):
     write(tmp_path, source, {"a": numbers(4)})
     companions = ["generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
     companions += ["chat_template.jinja", "modeling_own.py", "additional_chat_templates/tools.jinja"]
+    companions += ["README.md", "LICENSE", "own.tiktoken"]
     for name in companions:
         assert (tmp_path / name).read_bytes() == (source.directory / name).read_bytes()
-    assert not (tmp_path / "README.md").exists()
+    for name in ("training_args.bin", "model.safetensors.index.json", "adapter_config.json", ".gitattributes"):
+        assert not (tmp_path / name).exists()
 
 
 def test_what_the_hub_keeps_as_links_is_copied_as_files(tmp_path, source):
@@ -54,3 +57,25 @@ def test_a_companion_that_is_no_file_of_the_model_is_refused(name, odd, tmp_path
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match=r"is a link out of the directory|is not a regular file"):
         companions_in(model).write(tmp_path / "out")
+
+
+def test_files_that_no_model_is_known_to_use_are_left_out_if_they_are_odd(tmp_path):
+    (tmp_path / "secret").write_text("{}")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "notes").symlink_to(tmp_path / "secret")
+    os.mkfifo(model / "queue")
+    (model / "folder").mkdir()
+    (tmp_path / "out").mkdir()
+    companions_in(model).write(tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_was_copied_is_removed_when_the_result_is_replaced(source, llama, tmp_path):
+    output = pack(source.directory, tmp_path / "out")
+    (output / "mine.txt").write_text("")
+    assert (output / "own.tiktoken").exists()
+    pack(llama, output, overwrite=True)
+    assert not (output / "own.tiktoken").exists()
+    assert (output / "mine.txt").exists()

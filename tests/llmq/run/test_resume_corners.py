@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from killed import interrupted, quantize_until, result_of, small_run
 
 import llmq
@@ -11,6 +12,7 @@ from llmq.checkpoint.writer import Writer
 from llmq.core.distributed import ALONE
 from llmq.core.errors import CheckpointError, RequestError, WorkError
 from llmq.core.settings import Tuned
+from llmq.run.prepare import open_request
 from llmq.run.resume import open_writer
 
 
