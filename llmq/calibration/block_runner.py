@@ -35,6 +35,19 @@ class Compute:
         return self.precision if self.dtype == torch.float32 else self.dtype
 
 
+@dataclass(frozen=True)
+class PerSequence:
+    """An argument of a block that grows with the number of sequences: a mask, a bias of every head (BLOOM)."""
+
+    of_one: Tensor  # what one sequence gets
+
+    def of(self, count: int) -> Tensor:
+        """Return what so many sequences get."""
+        if len(self.of_one) == 1:
+            return self.of_one.expand(count, *self.of_one.shape[1:])
+        return self.of_one.repeat(count, *[1] * (self.of_one.ndim - 1))
+
+
 @dataclass
 class Block:
     """One decoder block with its weights loaded, and the hidden states that enter it."""
@@ -89,7 +102,7 @@ class Block:
         self, weights: dict[str, Tensor], hidden: Float[Tensor, "batch tokens features"]
     ) -> Float[Tensor, "batch tokens features"]:
         """Return the output with `weights` in place of the block's own. Computes gradients if they are enabled."""
-        args, kwargs = self.arguments
+        args, kwargs = tree_map(lambda x: x.of(len(hidden)) if isinstance(x, PerSequence) else x, self.arguments)
         device, factors = self.compute.device, self.compute.factors
         with torch.autocast(device.type, factors, enabled=factors != self.compute.dtype):
             output = torch.func.functional_call(self.module, weights, (hidden.to(device), *args), kwargs)
@@ -136,6 +149,8 @@ class Block:
 
 
 def _as_float32(value: Any) -> Any:
+    if isinstance(value, PerSequence):
+        return PerSequence(_as_float32(value.of_one))
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

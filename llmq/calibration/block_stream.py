@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from llmq.calibration.block_runner import Block, Compute
+from llmq.calibration.block_runner import Block, Compute, PerSequence
 from llmq.calibration.hidden_states import HiddenDir, HiddenStates, StoredStates
 from llmq.calibration.texts import Tokens
 from llmq.calibration.work_split import portion_of
@@ -149,26 +149,41 @@ def record_block_inputs(
     """Return the hidden states that enter the first block, and the other arguments of every block.
 
     Every block becomes a recorder that returns its input, so a forward runs embeddings and masks only, which is cheap.
-    All blocks record, because some models give them different masks (Gemma). The arguments of one sequence are
-    broadcast over a micro-batch.
+    All blocks record, because some models give them different masks (Gemma). The arguments of one sequence serve every
+    micro-batch (see `PerSequence`). Some models take a tuple from their blocks (Falcon): that is found out by trying.
 
     The hidden states of the sequence `one` are returned, on the device. `keep` is called for each of `batches` with its
     index and its hidden states, on the CPU. Raises RequestError if the model does not run its blocks in order, or gives
     them arguments that depend on tokens.
     """
     decoder = source.skeleton.get_decoder()
-    with _outer_weights(source, decoder, compute), _recorders(source.blocks) as calls:
+    with _outer_weights(source, decoder, compute):
+        returned = _returned_by_blocks(decoder, source.blocks, one.to(compute.device))
 
         def calls_for(ids: Tensor) -> list[_Call]:
-            calls.clear()
-            decoder(input_ids=ids.to(compute.device), use_cache=False)
-            return list(calls)
+            with _recorders(source.blocks, returned) as calls:
+                decoder(input_ids=ids.to(compute.device), use_cache=False)
+            return calls
 
-        first = calls_for(one)
+        first, two = calls_for(one), calls_for(torch.cat([one, one.flip(1)]))
         _check_calls(type(decoder).__name__, len(source.blocks), first, calls_for(one.flip(1)))
         for i, batch in enumerate(batches):
             keep(i, calls_for(batch)[0][0].cpu())
-    return first[0][0], [arguments for _, arguments in first]
+    return first[0][0], [
+        _per_sequence(arguments, of_two) for (_, arguments), (_, of_two) in zip(first, two, strict=True)
+    ]
+
+
+def _per_sequence(of_one: Any, of_two: Any) -> Any:
+    """Return the arguments of one sequence, with a mark on those whose first dimension doubles for two sequences."""
+    if isinstance(of_one, Tensor):
+        doubles = of_one.ndim > 0 and of_two.shape == (2 * len(of_one), *of_one.shape[1:])
+        return PerSequence(of_one) if doubles else of_one
+    if isinstance(of_one, tuple | list):
+        return type(of_one)(map(_per_sequence, of_one, of_two))
+    if isinstance(of_one, dict):
+        return {key: _per_sequence(value, of_two[key]) for key, value in of_one.items()}
+    return of_one
 
 
 @contextmanager
@@ -183,15 +198,30 @@ def _outer_weights(source: ModelSource, decoder: nn.Module, compute: Compute) ->
     source.free(names)
 
 
+_Returned = Callable[[Tensor], Any]  # what a block returns, given its output
+_RETURNED: tuple[_Returned, ...] = (lambda x: x, lambda x: (x,), lambda x: (x, None))
+
+
+def _returned_by_blocks(decoder: nn.Module, blocks: list[nn.Module], one: Tensor) -> _Returned:
+    """Return what the decoder takes from its blocks: hidden states, or a tuple that begins with them."""
+    for returned in _RETURNED:
+        with suppress(Exception), _recorders(blocks, returned) as calls:  # of any modelling code
+            decoder(input_ids=one, use_cache=False)
+            shapes = {hidden.shape for hidden, _ in calls}
+            if len(calls) == len(blocks) and len(shapes) == 1:
+                return returned
+    return _RETURNED[0]  # whose failure says why
+
+
 @contextmanager
-def _recorders(blocks: list[nn.Module]) -> Generator[list[_Call]]:
+def _recorders(blocks: list[nn.Module], returned: _Returned = _RETURNED[0]) -> Generator[list[_Call]]:
     """Make every block return its input and record its call. Only `forward` changes: attributes stay readable."""
     calls: list[_Call] = []
 
-    def record(*args: Any, **kwargs: Any) -> Tensor:
+    def record(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs.pop("hidden_states")
         calls.append((hidden, (args[1:], kwargs)))
-        return hidden
+        return returned(hidden)
 
     for block in blocks:
         block.forward = record

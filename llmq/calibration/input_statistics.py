@@ -113,7 +113,12 @@ class _GroupSums:
         self.sums = ShareSums(self.shapes, block.ranks, self.device)
 
     def add(self, inputs: dict[str, Tensor], originals: dict[str, Tensor], held_out: bool) -> None:
-        """Add a micro-batch, given the inputs of modules by name, in this model and in the original one."""
+        """Add a micro-batch, given the inputs of modules by name, in this model and in the original one.
+
+        An expert that gets no token of it has no input, and nothing is added.
+        """
+        if self.linear not in inputs:
+            return
         rows = [inputs[self.linear].flatten(0, -2)]
         if self.target is not None:
             rows += self.target.differences(inputs, originals)
@@ -163,8 +168,10 @@ class _TargetMoment:
         If X was divided by a fold, so is X_o here: W has been multiplied by it.
         """
         device = inputs[self.names[0]].device
-        wanted = [originals[name].to(device) for name in self.names]
-        if self.fold is not None:
+        # An expert may get other tokens in the original model. Then nothing is known of what it lacks.
+        alike = all(name in originals and originals[name].shape == inputs[name].shape for name in self.names)
+        wanted = [(originals if alike else inputs)[name].to(device) for name in self.names]
+        if self.fold is not None and alike:
             wanted[0] = wanted[0] / self.fold
         return [(a - inputs[name].to(device)).flatten(0, -2) for a, name in zip(wanted, self.names, strict=True)]
 

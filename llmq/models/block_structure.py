@@ -96,7 +96,7 @@ class Observation:
 
     def record(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note the call of one module."""
-        if isinstance(module, nn.Linear) and args:
+        if isinstance(module, nn.Linear) and args and isinstance(output, Tensor):
             self.linears_of_input.setdefault(_identity(args[0]), []).append(name)
             self._alive.append(args[0])
             self._output_of[name] = output
