@@ -1,5 +1,6 @@
 """One GGUF file, its tensors dequantized one at a time as they are read."""
 
+import math
 import mmap
 from pathlib import Path
 from typing import Any, cast
@@ -10,21 +11,29 @@ from torch import Tensor, nn
 from llmq.core.errors import CheckpointError
 
 
+def open_gguf(path: Path) -> Any:
+    """Open a .gguf file: its metadata and tensors stay on disk."""
+    from gguf import GGUFReader  # the `demo` extra
+
+    return GGUFReader(path)
+
+
 class GgufFile:
     """One .gguf file, each tensor dequantized when read. `skeleton`: the model on the meta device.
 
     The map of its parameter names to GGUF's and the row orders come from transformers, which cannot read lazily.
+
+    Tensors in BF16, and matrices in F32, keep their dtype. Others become float16, as the block scales of a GGUF file
+    are; but bfloat16 in a Gemma, whose activations overflow in float16, or where the linears are in BF16.
     """
 
-    def __init__(self, path: Path, skeleton: nn.Module) -> None:
-        from gguf import GGUFReader  # the `demo` extra
+    def __init__(self, path: Path, reader: Any, skeleton: nn.Module) -> None:
         from transformers import modeling_gguf_pytorch_utils as hf_gguf
 
         config: Any = skeleton.config
-        reader = GGUFReader(path)
         architecture = hf_gguf.read_field(reader, "general.architecture")[0]
         processor = hf_gguf.TENSOR_PROCESSORS.get(architecture, hf_gguf.TensorProcessor)
-        self.paths, self._mapped = [path], cast(Any, reader.data)._mmap
+        self.paths, self._mapped = [path], reader.data._mmap
         self._processor = processor(config=config.to_dict())
         # Asked for a whole model, transformers maps the names of every submodule anew: seconds for nothing on most.
         names = hf_gguf.get_gguf_hf_weights_map(cast(Any, _Leaf(skeleton)), self._processor)
@@ -32,12 +41,18 @@ class GgufFile:
             names = hf_gguf.get_gguf_hf_weights_map(cast(Any, skeleton), self._processor)
         self._gguf_name = {hf: gguf for gguf, hf in names.items()}
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        linears = {t.tensor_type.name for t in reader.tensors if t.name.startswith("blk.") and len(t.shape) > 1}
+        is_bfloat16 = architecture.startswith("gemma") or linears == {"BF16"}
+        self._usual = torch.bfloat16 if is_bfloat16 else torch.float16
 
     def names(self) -> set[str]:
         return {hf for hf, gguf in self._gguf_name.items() if gguf in self._tensors}
 
-    def dtype(self, name: str) -> torch.dtype:  # noqa: ARG002 all alike
-        return torch.float16
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self._tensors[self._gguf_name[name]]
+        if stored.tensor_type.name == "F32" and len(stored.shape) > 1:
+            return torch.float32
+        return torch.bfloat16 if stored.tensor_type.name == "BF16" else self._usual
 
     def nbytes(self, name: str) -> int:
         return self._tensors[self._gguf_name[name]].n_elements * self.dtype(name).itemsize
@@ -51,8 +66,7 @@ class GgufFile:
         weights = dequantize(stored.data, stored.tensor_type)
         # The pages just read would count as this program's memory for as long as the file is mapped.
         self._mapped.madvise(mmap.MADV_DONTNEED)
-        # float16: the block scales of a GGUF file are float16 themselves, so float32 would only double the copy.
-        return torch.tensor(self._processor.process(weights, stored.name).weights, dtype=torch.float16)
+        return torch.tensor(self._processor.process(weights, stored.name).weights).to(self.dtype(name))
 
 
 class _Leaf:
@@ -63,3 +77,50 @@ class _Leaf:
 
     def named_children(self) -> list[tuple[str, nn.Module]]:
         return []
+
+
+def set_rope(config: Any, reader: Any) -> None:
+    """Give a config the rotary frequencies that a GGUF file holds as tensors, which transformers does not look at.
+
+    rope_freqs.weight (Llama 3.1) divides each frequency. rope_factors_short.weight and rope_factors_long.weight (Phi-3)
+    do so for texts within the original context and for longer ones.
+    """
+    kinds = ("rope_freqs", "rope_factors_short", "rope_factors_long")
+    factors = {t.name.removesuffix(".weight"): t.data.tolist() for t in reader.tensors}
+    factors = {kind: factors[kind] for kind in kinds if kind in factors}
+    if not factors:
+        return
+    of_all = factors.get("rope_freqs", [])
+    rope = dict(config.rope_parameters)
+    for factor in (8.0, 32.0):  # of Llama 3.1 and 3.2, which engines know by this name
+        wanted = _llama3(rope["rope_theta"], len(of_all), factor)
+        if of_all and all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(of_all, wanted, strict=True)):
+            kind = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+            config.rope_parameters = rope | kind | {"original_max_position_embeddings": _LLAMA3_CONTEXT}
+            return
+    scaling = f"{reader.fields['general.architecture'].contents()}.rope.scaling"
+    context = reader.fields.get(f"{scaling}.original_context_length")
+    attention = reader.fields.get(f"{scaling}.attn_factor")
+    config.rope_parameters = rope | {
+        "rope_type": "longrope",
+        "short_factor": factors.get("rope_factors_short", of_all),
+        "long_factor": factors.get("rope_factors_long", of_all),
+        "factor": 1.0,
+        "attention_factor": 1.0 if attention is None else float(attention.contents()),
+        "original_max_position_embeddings": config.max_position_embeddings
+        if context is None
+        else int(context.contents()),
+    }
+
+
+_LLAMA3_CONTEXT = 8192
+
+
+def _llama3(theta: float, count: int, factor: float) -> list[float]:
+    """Return what Llama 3.1 divides its frequencies by: 1 for short waves, `factor` for long ones, and between them."""
+    divisors: list[float] = []
+    for i in range(count):
+        waves = _LLAMA3_CONTEXT / (2 * math.pi * theta ** (i / count))  # in the original context
+        smooth = min(1.0, max(0.0, (waves - 1) / 3))
+        divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return divisors

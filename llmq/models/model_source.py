@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llmq.core.errors import CheckpointError, RequestError, WorkError, first_line
-from llmq.models.gguf_file import GgufFile
+from llmq.models.gguf_file import GgufFile, open_gguf, set_rope
 from llmq.models.locate import locate
 from llmq.models.safetensors_files import SafetensorsDirectory, TensorFiles
 from llmq.models.stored_names import has_no_place, is_computed, tied_aliases, untie_own
@@ -32,9 +32,12 @@ class ModelSource:
         self.directory = path.parent if self.is_gguf else path
         self._hf_arguments = {"trust_remote_code": trust_remote_code, "gguf_file": path.name if self.is_gguf else None}
         self.config = self._read_config()
+        reader = open_gguf(path) if self.is_gguf else None
+        if reader is not None:
+            set_rope(self.config, reader)
         _refuse_quantized(self.config, path)
         self.skeleton = build_skeleton(self.config, trust_remote_code)
-        self.files: TensorFiles = GgufFile(path, self.skeleton) if self.is_gguf else SafetensorsDirectory(path)
+        self.files: TensorFiles = GgufFile(path, reader, self.skeleton) if reader else SafetensorsDirectory(path)
         self.is_untied = untie_own(self.skeleton, self.files)
         """Whether config.json ties tensors that the files hold apart. The files count."""
         if self.is_untied:
@@ -43,6 +46,7 @@ class ModelSource:
         for block in self.blocks:  # all of them: some mixtures begin with a few dense blocks
             _refuse_other_layers(block)
         _refuse_missing(self.tensor_names, self.files, path)
+        _refuse_float8(self.tensor_names, self.files, path)
         self.carried_names = _carried(self.skeleton, self.files, path)
         """The names of tensors without a place in the model. They are copied as they are."""
 
@@ -206,6 +210,16 @@ def _refuse_missing(wanted: list[str], files: TensorFiles, path: Path) -> None:
             f"{path} lacks {len(missing)} tensors the model needs, {missing[0]} among them; "
             "it is incomplete, or stores them under other names"
         )
+
+
+def _refuse_float8(names: list[str], files: TensorFiles, path: Path) -> None:
+    for name in names:
+        dtype = files.dtype(name)
+        if dtype.is_floating_point and dtype.itemsize == 1:
+            raise RequestError(
+                f"{path} is quantized already: it holds {name} in {str(dtype).removeprefix('torch.')}, although its "
+                "config.json does not say so; start from the original weights"
+            )
 
 
 def _carried(model: Any, files: TensorFiles, path: Path) -> list[str]:

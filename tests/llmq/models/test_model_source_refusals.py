@@ -211,3 +211,15 @@ def test_a_model_without_a_tokenizer_says_so(model):
     source = ModelSource(str(model))
     with pytest.raises(CheckpointError, match="has no tokenizer that opens"):
         _ = source.tokenizer
+
+
+def test_float8_weights_without_a_quantization_config_are_refused(tmp_path):
+    source = save_tiny(tmp_path)
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        RequestError, match=r"quantized already: it holds model\.layers\.0\.mlp\.up_proj\.weight in float8"
+    ):
+        ModelSource(str(source))

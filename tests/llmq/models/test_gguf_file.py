@@ -1,0 +1,136 @@
+"""GGUF files: their rotary frequencies are kept, and no tensor gets a dtype that it does not fit into."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from packed import pack
+from safetensors.torch import load_file
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+import llmq
+from llmq.models.gguf_file import GgufFile
+from llmq.models.model_source import ModelSource
+
+WIDTH, THETA = 16, 500_000.0  # of a head; half as many frequencies
+CONTEXT = 131_072
+
+
+def as_bfloat16(values):
+    """The upper half of each float32 number, which GGUF stores as bytes."""
+    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+
+
+def write_gguf(path, extra: dict[str, list[float]], dtype: Any = np.float16, architecture="llama"):
+    """A model of one block, with these further vectors. The matrices are of `dtype`, or in bfloat16 if it is None."""
+    writer = GGUFWriter(str(path), architecture)
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(64)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_rope_dimension_count(WIDTH)
+    writer.add_rope_freq_base(THETA)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(64)
+    drawn = np.random.default_rng(0)
+
+    def put(name, *shape):
+        values = drawn.standard_normal(shape) * 0.1
+        if dtype is None:
+            writer.add_tensor(name, as_bfloat16(values), raw_dtype=GGMLQuantizationType.BF16)
+        else:
+            writer.add_tensor(name, values.astype(dtype))
+
+    put("token_embd.weight", 64, 64)
+    put("output.weight", 64, 64)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.full(64, 1.0, np.float32))
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+        put(f"blk.0.{name}.weight", 64, 64)
+    put("blk.0.ffn_gate.weight", 96, 64)
+    put("blk.0.ffn_up.weight", 96, 64)
+    put("blk.0.ffn_down.weight", 64, 96)
+    for name, values in extra.items():
+        writer.add_tensor(name, np.array(values, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _no_tokenizer(monkeypatch):
+    """The files above have none, and none is needed to round weights."""
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", lambda *_, **__: ())
+    monkeypatch.setattr(ModelSource, "tokenizer", PreTrainedTokenizerFast.__new__(PreTrainedTokenizerFast))
+
+
+def frequencies(directory):
+    return llmq.load(directory, "cpu").model.rotary_emb.inv_freq
+
+
+def test_frequencies_are_divided_by_what_the_file_says(tmp_path):
+    divisors = [1.0, 1.0, 1.0, 1.5, 2.0, 8.0, 8.0, 8.0]
+    output = pack(write_gguf(tmp_path / "m.gguf", {"rope_freqs.weight": divisors}), tmp_path / "out")
+    expected = THETA ** (-torch.arange(0, WIDTH, 2) / WIDTH) / torch.tensor(divisors)
+    torch.testing.assert_close(frequencies(output), expected)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_those_of_llama_3_1_have_the_name_that_engines_know(factor, tmp_path):
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"rope_theta": THETA, "original_max_position_embeddings": 8192}
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=4, max_position_embeddings=CONTEXT, rope_parameters=scaling
+    )
+    wanted, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    divisors = (THETA ** (-torch.arange(0, WIDTH, 2) / WIDTH) / wanted).tolist()
+    output = pack(write_gguf(tmp_path / "m.gguf", {"rope_freqs.weight": divisors}), tmp_path / "out")
+    stored = json.loads((output / "config.json").read_text())["rope_parameters"]
+    assert (stored["rope_type"], stored["factor"]) == ("llama3", factor)
+    torch.testing.assert_close(frequencies(output), wanted)
+
+
+def test_short_and_long_texts_may_have_divisors_of_their_own(tmp_path):
+    extra = {"rope_factors_short.weight": [1.0] * 8, "rope_factors_long.weight": [float(i) for i in range(1, 9)]}
+    output = pack(write_gguf(tmp_path / "m.gguf", extra), tmp_path / "out")
+    stored = json.loads((output / "config.json").read_text())["rope_parameters"]
+    assert stored["rope_type"] == "longrope"
+    assert (stored["short_factor"], stored["long_factor"]) == tuple(extra.values())
+
+
+def test_without_such_tensors_the_frequencies_are_the_usual_ones(tmp_path):
+    output = pack(write_gguf(tmp_path / "m.gguf", {}), tmp_path / "out")
+    torch.testing.assert_close(frequencies(output), THETA ** (-torch.arange(0, WIDTH, 2) / WIDTH))
+
+
+@pytest.mark.parametrize(
+    ("stored", "kept"),
+    [(np.float16, torch.float16), (None, torch.bfloat16), (np.float32, torch.float32)],
+    ids=["float16", "bfloat16", "float32"],
+)
+def test_matrices_keep_their_dtype(stored, kept, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", {}, stored)
+    source = ModelSource(str(path))
+    assert source.dtype == kept
+    assert source.read("model.embed_tokens.weight").dtype == kept
+    tensors = load_file(pack(path, tmp_path / "out") / "model.safetensors")
+    assert tensors["model.embed_tokens.weight"].dtype == kept
+    assert math.isclose(float(tensors["model.norm.weight"].float().mean()), 1.0)
+
+
+def test_a_large_number_of_a_bfloat16_file_stays_finite(tmp_path, monkeypatch):
+    source = ModelSource(str(write_gguf(tmp_path / "m.gguf", {}, None)))
+    monkeypatch.setattr("gguf.dequantize", lambda *_: np.full((64, 64), 1e30, np.float32))
+    assert isinstance(source.files, GgufFile)
+    assert bool(torch.isfinite(source.files.read("model.embed_tokens.weight")).all())
