@@ -1,7 +1,6 @@
 """Reads text for calibration and evaluation, and cuts it into token sequences of fixed length, without padding."""
 
 import ast
-import json
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from llmq.calibration.text_files import check_kind, documents
 from llmq.core.errors import RequestError, WorkError
 from llmq.core.settings import Calibration
 
@@ -41,7 +41,8 @@ def windows(tokenizer: Any, settings: Calibration, more: int = 0) -> Int64[Tenso
     length = settings.sequence_length - len(bos)
     needed, wanted = settings.samples * length, (settings.samples + more) * length
     # Remove the text's own BOS, because every window gets one.
-    tokens = tokenize(tokenizer, read_text(settings.text, enough_characters=_CHARACTERS * wanted))[len(bos) :]
+    text = read_text(settings.text, enough_characters=_CHARACTERS * wanted, tokenizer=tokenizer)
+    tokens = tokenize(tokenizer, text)[len(bos) :]
     if len(tokens) < needed:
         raise RequestError(
             f"calibration text {settings.text!r} has {len(tokens)} tokens; {settings.samples} samples of "
@@ -108,24 +109,37 @@ def tokenize(tokenizer: Any, text: str) -> Int64[Tensor, "tokens"]:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def read_text(name: str, enough_characters: int = _MAX_CHARACTERS, evaluation: bool = False) -> str:
+def check_text(name: str) -> None:
+    """Raise RequestError if there is no text of this name."""
+    if name == "self":
+        raise RequestError("a model writes text of its own for calibration only; choose another text to evaluate it on")
+    if name not in _TEXTS:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise RequestError(f"no such text: {str(path)!r} is neither a file nor one of {', '.join(_TEXTS)}")
+        check_kind(path)
+
+
+def read_text(
+    name: str, enough_characters: int = _MAX_CHARACTERS, evaluation: bool = False, tokenizer: Any = None
+) -> str:
     """Return the text called `name`, or the start of it if it has many more than `enough_characters`.
 
     Args:
         name: wikitext2, c4, pile (through `datasets`), pydoc, pytopics (offline), or a .txt, .jsonl or .parquet file.
         evaluation: read the split for evaluation instead of the training split, if the data set has both.
+        tokenizer: of the model; its chat template makes text of the conversations in a file.
 
     Raises RequestError if the name is unknown, WorkError if the text cannot be fetched or read.
     """
-    if name == "self":
-        raise RequestError("a model writes text of its own for calibration only; choose another text to evaluate it on")
-    documents, size = list[str](), 0
-    for document in _TEXTS[name](evaluation) if name in _TEXTS else _file_documents(Path(name).expanduser()):
-        documents.append(document)
+    check_text(name)
+    read, size = list[str](), 0
+    for document in _TEXTS[name](evaluation) if name in _TEXTS else documents(Path(name).expanduser(), tokenizer):
+        read.append(document)
         size += len(document) + 2
         if size >= min(enough_characters, _MAX_CHARACTERS):
             break
-    return "\n\n".join(documents)
+    return "\n\n".join(read)
 
 
 def _bos(tokenizer: Any) -> Int64[Tensor, "bos"]:
@@ -185,39 +199,3 @@ def _hub_dataset(*name: str, **options: Any) -> Iterator[str]:
 
 _TEXTS: dict[str, Callable[[bool], Iterable[str]]]
 _TEXTS = {"wikitext2": _wikitext2, "c4": _c4, "pile": _pile, "pydoc": _pydoc, "pytopics": _pytopics}
-
-
-def _file_documents(path: Path) -> Iterator[str]:
-    """Yield the documents of a file. Raises RequestError for an unknown file, WorkError for a broken one."""
-    if not path.is_file():
-        raise RequestError(f"no such text: {str(path)!r} is neither a file nor one of {', '.join(_TEXTS)}, self")
-    reader = _READERS.get(path.suffix)
-    if reader is None:
-        raise RequestError(f"{path}: text files end in {', '.join(_READERS)}; got {path.suffix or 'no suffix'!r}")
-    try:
-        for document in reader(path):
-            if not isinstance(document, str):
-                raise TypeError(f"a text is {type(document).__name__}, not a string")
-            yield document
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WorkError(f"{path} cannot be read as text: {type(error).__name__}: {error}") from None
-
-
-def _txt(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        yield file.read(_MAX_CHARACTERS)
-
-
-def _jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        yield from (json.loads(line)["text"] for line in file if line.strip())
-
-
-def _parquet(path: Path) -> Iterator[str]:
-    import pyarrow.parquet
-
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
-        yield from batch.column("text").to_pylist()
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Any]]] = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet}

@@ -57,7 +57,8 @@ class QuantizeConfig:
     compressed-tensors for symmetric weights; otherwise the format that engines serve: awq at 4 bit, else gptq."""
     calibration: str = Calibration.text
     """Calibration text: wikitext2, c4 or pile (downloaded); pydoc or pytopics (offline); a .txt, .jsonl or .parquet
-    file; or self (the model writes the text itself, so the whole model must fit into memory)."""
+    file, whose rows hold a `text` or a conversation (`messages`, `conversations`, or `prompt` and `completion`); or
+    self (the model writes the text itself, so the whole model must fit into memory)."""
     samples: int = Calibration.samples
     """Number of calibration sequences. Every tenth is held out: it measures errors and decides between options."""
     sequence_length: int = Calibration.sequence_length

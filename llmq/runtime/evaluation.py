@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 from tqdm import tqdm
 
-from llmq.calibration.texts import check_context, check_tokens, evaluation_chunks, read_text
+from llmq.calibration.texts import check_context, check_text, check_tokens, evaluation_chunks, read_text
 from llmq.core.errors import RequestError
 from llmq.runtime.load import load_any
 
@@ -86,9 +86,10 @@ def evaluate_on_text(config: EvalConfig) -> tuple[Evaluation, int]:
     """
     # Some data sets are far larger than --limit asks for.
     enough = {} if config.limit is None else {"enough_characters": 12 * config.limit * config.sequence_length}
-    text = read_text(config.text, evaluation=True, **enough)
+    check_text(config.text)  # before the model is loaded
     model, tokenizer = load_any(config.model, config.device, config.trust_remote_code, exact=True)
     check_context(model.config, config.sequence_length)
+    text = read_text(config.text, evaluation=True, tokenizer=tokenizer, **enough)
     chunks = evaluation_chunks(tokenizer, text, config.sequence_length, config.limit, config.bos)
     check_tokens(model, chunks)
     reference = None
