@@ -169,13 +169,12 @@ def record_block_inputs(
         _check_calls(type(decoder).__name__, len(source.blocks), first, calls_for(one.flip(1)))
         for i, batch in enumerate(batches):
             keep(i, calls_for(batch)[0][0].cpu())
-    return first[0][0], [
-        _per_sequence(arguments, of_two) for (_, arguments), (_, of_two) in zip(first, two, strict=True)
-    ]
+    pairs = zip(first, two, strict=True)
+    return first[0][0], [_per_sequence(of_one, of_two) for (_, of_one), (_, of_two) in pairs]
 
 
 def _per_sequence(of_one: Any, of_two: Any) -> Any:
-    """Return the arguments of one sequence, with a mark on those whose first dimension doubles for two sequences."""
+    """Mark the arguments of one sequence whose first dimension doubles for two sequences."""
     if isinstance(of_one, Tensor):
         doubles = of_one.ndim > 0 and of_two.shape == (2 * len(of_one), *of_one.shape[1:])
         return PerSequence(of_one) if doubles else of_one

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmq.core.errors import RequestError
-from llmq.core.settings import BITS, Awq, Calibration, Gptq, Grid, Tuned, listed, one_of
+from llmq.core.settings import BITS, Awq, Calibration, Gptq, Grid, Tuned, at_revision, listed, one_of
 
 VERSION = "0.1.0"
 
@@ -24,6 +24,8 @@ class QuantizeConfig:
     """The model to quantize: a directory, a hub id (org/name), a .gguf file, or `demo` (SmolLM2-135M-Instruct)."""
     output: Path
     """Directory for the packed checkpoint. It must be new or empty, unless you pass --overwrite or --resume."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub; org/name@REVISION means the same."""
     method: str = "gptq"
     """How to choose the codes. gptq: the best result for its time. tuned: gptq, then training (minutes to hours). awq:
     for models with outliers in the activations. awq+gptq: both. rtn: plain rounding, seconds, no calibration text."""
@@ -149,6 +151,11 @@ class QuantizeConfig:
     def grid_settings(self) -> Grid:
         """Return the settings of the rounding grid."""
         return Grid(self.bits, self.group_size, self.symmetric, self.grid)
+
+    @property
+    def source(self) -> str:
+        """Return the model and its revision, as `locate` takes them."""
+        return at_revision(self.model, self.revision)
 
     @property
     def stored_as(self) -> str:

@@ -135,6 +135,11 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise RequestError(f"{name} must be one of {listed(allowed)}; got {value!r}")
 
 
+def at_revision(model: str, revision: str | None) -> str:
+    """Return what `locate` takes for a model at a branch, tag or commit of the hub."""
+    return model if revision is None else f"{model}@{revision}"
+
+
 def listed(values: tuple[object, ...]) -> str:
     """Return the values separated by commas, for a message."""
     return ", ".join(str(value) for value in values)

@@ -10,7 +10,7 @@ them that is not a module (v -> attention -> o, up -> multiply -> down). Only th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Generator, Iterable
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +30,6 @@ _DECLARED_FOLDS = (
 )
 # Linears that read the same input. Engines run them as one.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-# Packed formats and the engines' kernels want both sides of a weight in multiples of this.
-_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
@@ -145,65 +143,11 @@ def _hooked(block: nn.Module, hook: Any) -> Generator[None]:
             handle.remove()
 
 
-def packable_widths(blocks: list[nn.Module]) -> set[int]:
-    """Return the input sizes of all linears in these blocks that can be packed."""
-    linears = [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
-    return {linear.in_features for linear in linears if _packable(linear)}
-
-
-def _packable(linear: nn.Linear) -> bool:
-    return linear.in_features % _MULTIPLE == 0 and linear.out_features % _MULTIPLE == 0
-
-
-def split_packable(block: nn.Module, groups: list[Group]) -> tuple[list[Group], dict[str, str]]:
-    """Return the groups that can be packed, and the reason for each linear that stays in float.
-
-    A group is skipped as a whole: engines fuse q/k/v and gate/up and then need one scheme for all of them.
-    """
-    kept, skipped = list[Group](), dict[str, str]()
-    for group in groups:
-        odd = [name for name in group.linears if not _packable(linear_of(block, name))]
-        if odd:
-            rows, columns = linear_of(block, odd[0]).weight.shape
-            reason = f"{odd[0]} is {rows}x{columns}; packed weights need multiples of {_MULTIPLE}"
-            skipped.update(dict.fromkeys(group.linears, reason))
-        else:
-            kept.append(group)
-    seen = {name for group in groups for name in group.linears}
-    idle = [name for name, module in block.named_modules() if isinstance(module, nn.Linear) and name not in seen]
-    skipped.update(dict.fromkeys(idle, "it did not run on the first calibration sequence"))
-    return kept, skipped
-
-
 def linear_of(block: nn.Module, name: str) -> nn.Linear:
     """Return the linear with this name inside the block."""
     module = block.get_submodule(name)
     assert isinstance(module, nn.Linear), name
     return module
-
-
-def left_in_float(model: nn.Module, packed: Container[str], carried: Iterable[str] = ()) -> list[str]:
-    """Return the names of a model's linears that are not packed.
-
-    `carried`: names of stored tensors that this model has no place for, but another one may have (a classifier).
-    """
-    others = [name.removesuffix(".weight") for name in carried if name.endswith(".weight")]
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in packed] + others
-
-
-def fit_group_size(requested: int, in_features: set[int]) -> int:
-    """Return the largest of requested, 128, 64, 32 that divides every layer's input size; -1 (whole rows) always fits.
-
-    The whole model gets one size, because engines fuse layers and formats store one number. Raises RequestError if none
-    of them divides.
-    """
-    if requested == -1:
-        return -1
-    for size in (requested, *(s for s in (128, 64, 32) if s < requested)):
-        if all(width % size == 0 for width in in_features):
-            return size
-    widths = ", ".join(map(str, sorted(in_features)))
-    raise RequestError(f"group size {requested} does not divide the layers' input sizes ({widths}); pass 32, 64 or -1")
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:

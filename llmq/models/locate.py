@@ -14,7 +14,7 @@ _UNWANTED += ["consolidated*", "original/*", "onnx/*", "*.png", "*.jpg", "*.jpeg
 
 
 def locate(spec: str, trust_remote_code: bool = False) -> Path:
-    """Return the directory or .gguf file that `spec` means. A hub id is downloaded first.
+    """Return the directory or .gguf file that `spec` means. A hub id (org/name, org/name@REVISION) is downloaded first.
 
     Raises RequestError if nothing of that name exists, WorkError if the download fails.
     """
@@ -25,9 +25,10 @@ def locate(spec: str, trust_remote_code: bool = False) -> Path:
         return path
     if spec and path.exists():
         raise RequestError(f"{path} is neither a model directory nor a .gguf file")
-    if not _HUB_ID.fullmatch(spec) or spec.endswith(".gguf"):
+    repo, at, revision = spec.partition("@")
+    if not _HUB_ID.fullmatch(repo) or spec.endswith(".gguf") or (at and not revision):
         raise RequestError(f"no such model: {spec!r} is not a directory, a .gguf file, a hub id (org/name) or `demo`")
-    return _download(spec, trust_remote_code)
+    return _download(repo, revision or None, trust_remote_code)
 
 
 def _demo() -> Path:
@@ -40,15 +41,17 @@ def _demo() -> Path:
     return next(Path(package.origin).parent.glob("*.gguf"))
 
 
-def _download(repo: str, trust_remote_code: bool) -> Path:
+def _download(repo: str, revision: str | None, trust_remote_code: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     unwanted = _UNWANTED if trust_remote_code else [*_UNWANTED, "*.py"]
     try:
-        return Path(snapshot_download(repo, ignore_patterns=unwanted))
+        return Path(snapshot_download(repo, revision=revision, ignore_patterns=unwanted))
     except errors.GatedRepoError:
         raise RequestError(f"{repo} is gated: accept its licence on the hub and log in with `hf auth login`") from None
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+    except errors.RevisionNotFoundError:
+        raise RequestError(f"{repo} has no branch, tag or commit called {revision!r}") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise RequestError(f"no such model: {repo!r} is neither a directory here nor a public hub repository") from None
     except errors.LocalEntryNotFoundError:
         raise WorkError(f"{repo} is not in the cache and the hub cannot be reached; check the connection") from None

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from llmq.calibration.block_runner import Block
 from llmq.calibration.block_stream import load_block, record_block_inputs
 from llmq.core.memory import release_memory
-from llmq.models.block_structure import Group, find_groups, split_packable
+from llmq.models.block_structure import Group, find_groups
 from llmq.models.model_source import ModelSource
+from llmq.models.packable import split_packable
 from llmq.run.block_quantizer import Run
 from llmq.run.prepare import Request
 

@@ -26,8 +26,9 @@ from llmq.core.memory import release_memory
 from llmq.core.timing import Clock
 from llmq.formats import FORMATS
 from llmq.formats.scheme import Scheme
-from llmq.models.block_structure import Group, find_groups, left_in_float, split_packable
+from llmq.models.block_structure import Group, find_groups
 from llmq.models.model_source import ModelSource
+from llmq.models.packable import left_in_float, split_packable
 from llmq.run.journal import Line
 from llmq.run.layer_bits import bits_of_linears, fitted_grid
 from llmq.run.layer_problem import errors_of, make_problem, matched_problem, solve_in_first, solve_rows, weights_of

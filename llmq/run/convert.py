@@ -19,8 +19,8 @@ from llmq.core.config import VERSION
 from llmq.core.errors import RequestError
 from llmq.formats import FORMATS
 from llmq.formats.scheme import Scheme
-from llmq.models.block_structure import left_in_float
 from llmq.models.model_source import build_skeleton
+from llmq.models.packable import left_in_float
 from llmq.models.stored_names import has_no_place
 from llmq.runtime.model_config import model_config
 from llmq.verification.check import DIGESTS, check

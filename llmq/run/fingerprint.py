@@ -21,7 +21,7 @@ from llmq.models.model_source import ModelSource
 from llmq.run.report import versions
 
 # Settings without influence on the bytes of the result.
-_WITHOUT_EFFECT = {"model", "output", "device", "overwrite", "resume", "dry_run", "offload_dir", "plot"}
+_WITHOUT_EFFECT = {"model", "revision", "output", "device", "overwrite", "resume", "dry_run", "offload_dir", "plot"}
 # Stretches of each file of weights that are hashed, and the bytes of one.
 _STRETCHES, _STRETCH = 16, 1 << 16
 

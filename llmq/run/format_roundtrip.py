@@ -9,7 +9,7 @@ from llmq.algorithms.problem import Problem, round_to_nearest
 from llmq.core.errors import CheckpointError, WorkError
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.formats.scheme import Scheme
-from llmq.models.block_structure import packable_widths
+from llmq.models.packable import packable_widths
 from llmq.run.block_quantizer import Run
 
 _ROWS = 1024  # taken through the format at once

@@ -8,8 +8,9 @@ import torch
 from llmq.core.config import QuantizeConfig
 from llmq.core.errors import RequestError
 from llmq.core.settings import Grid
-from llmq.models.block_structure import SIBLINGS, fit_group_size, packable_widths
+from llmq.models.block_structure import SIBLINGS
 from llmq.models.model_source import ModelSource
+from llmq.models.packable import fit_group_size, packable_widths
 
 
 def fitted_grid(config: QuantizeConfig, source: ModelSource, blocks: list[str]) -> tuple[Grid, list[str]]:

@@ -68,7 +68,7 @@ def open_request(config: QuantizeConfig, device: torch.device, ranks: Ranks, pro
     if ranks.size > 1 and config.method == "tuned":
         raise RequestError("method tuned trains in one process; start it without a launcher")
     with clock("open"):
-        source = ModelSource(config.model, config.trust_remote_code)
+        source = ModelSource(config.source, config.trust_remote_code)
         if source.directory.resolve() == config.output.resolve():
             raise RequestError("the output directory is the model's own; choose another")
         compute = compute_for(source, device)
@@ -101,7 +101,7 @@ def compute_for(source: ModelSource, device: torch.device) -> Compute:
 
 def whole_model(config: QuantizeConfig, device: torch.device, dtype: torch.dtype) -> Any:
     """Return the original model with all its weights. It shares nothing with the run's skeleton: `del` frees all."""
-    return ModelSource(config.model, config.trust_remote_code).load_all(device, dtype).requires_grad_(False)
+    return ModelSource(config.source, config.trust_remote_code).load_all(device, dtype).requires_grad_(False)
 
 
 def _earlier(config: QuantizeConfig, identity: dict[str, Any]) -> tuple[list[Step], bool]:

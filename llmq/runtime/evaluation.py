@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from llmq.calibration.texts import check_context, check_text, check_tokens, evaluation_chunks, read_text
 from llmq.core.errors import RequestError
+from llmq.core.settings import at_revision
 from llmq.runtime.load import load_any
 
 # Positions scored at a time: a slice of logits of this many tokens by 128k words is 128 MB in float32.
@@ -34,6 +35,8 @@ class EvalConfig:
 
     model: str
     """A packed checkpoint, or an original model (directory, hub id, .gguf file or `demo`)."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub; org/name@REVISION means the same."""
     reference: str | None = None
     """Also print the mean KL divergence from the predictions of this model, usually the original."""
     text: str = "wikitext2"
@@ -87,7 +90,9 @@ def evaluate_on_text(config: EvalConfig) -> tuple[Evaluation, int]:
     # Some data sets are far larger than --limit asks for.
     enough = {} if config.limit is None else {"enough_characters": 12 * config.limit * config.sequence_length}
     check_text(config.text)  # before the model is loaded
-    model, tokenizer = load_any(config.model, config.device, config.trust_remote_code, exact=True)
+    model, tokenizer = load_any(
+        at_revision(config.model, config.revision), config.device, config.trust_remote_code, exact=True
+    )
     check_context(model.config, config.sequence_length)
     text = read_text(config.text, evaluation=True, tokenizer=tokenizer, **enough)
     chunks = evaluation_chunks(tokenizer, text, config.sequence_length, config.limit, config.bos)

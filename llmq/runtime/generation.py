@@ -9,6 +9,7 @@ import torch
 
 from llmq.calibration.texts import check_tokens
 from llmq.core.errors import RequestError, first_line
+from llmq.core.settings import at_revision
 from llmq.runtime.load import load_any
 
 
@@ -20,6 +21,8 @@ class GenerateConfig:
     """A packed checkpoint, or an original model (directory, hub id, .gguf file or `demo`)."""
     prompt: str
     """The text to continue. If the model has a chat template, the prompt is a user's message in it."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub; org/name@REVISION means the same."""
     max_new_tokens: int = 64
     """Stop after this many tokens, or earlier if the model ends its text."""
     temperature: float = 0.0
@@ -46,7 +49,7 @@ def generate(config: GenerateConfig) -> tuple[int, float]:
     """Print the continuation of the prompt as it is written, and return (new tokens, seconds)."""
     from transformers import TextStreamer
 
-    model, tokenizer = load_any(config.model, config.device, config.trust_remote_code)
+    model, tokenizer = load_any(at_revision(config.model, config.revision), config.device, config.trust_remote_code)
     inputs = encode_prompt(tokenizer, config.prompt, config.chat).to(model.device)
     check_tokens(model, inputs["input_ids"])
     torch.manual_seed(config.seed)

@@ -15,9 +15,9 @@ from llmq.checkpoint.module_matching import packed_target
 from llmq.checkpoint.reader import Checkpoint, is_packed
 from llmq.core.errors import RequestError, WorkError
 from llmq.core.settings import Grid
-from llmq.models.block_structure import fit_group_size, packable_widths
 from llmq.models.locate import locate
 from llmq.models.model_source import ModelSource, build_skeleton
+from llmq.models.packable import fit_group_size, packable_widths
 from llmq.runtime.model_config import model_config
 
 # One number of tokens for each bucket of a table up to 256. The bucket up to 8 is tuned at 1: it is mostly decoding.

@@ -32,7 +32,7 @@ from llmq.core.errors import CheckpointError, RequestError
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.formats import format_of
 from llmq.formats.scheme import Scheme
-from llmq.models.block_structure import left_in_float
+from llmq.models.packable import left_in_float
 from llmq.runtime.packed_linear import PackedLinear
 
 METHOD = "llmq"

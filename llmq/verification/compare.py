@@ -58,14 +58,9 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     if config.reference is None:
         return facts
     errors = relative_errors(checkpoint, config.reference, config.trust_remote_code)
-    text: dict[str, Any] = {
-        "text": config.text,
-        "sequence_length": config.sequence_length,
-        "limit": config.limit,
-        "device": "cpu",
-    }
-    code = config.trust_remote_code
-    result, _ = evaluate_on_text(EvalConfig(str(config.directory), config.reference, **text, trust_remote_code=code))
+    options: dict[str, Any] = {"text": config.text, "sequence_length": config.sequence_length, "limit": config.limit}
+    options |= {"reference": config.reference, "device": "cpu", "trust_remote_code": config.trust_remote_code}
+    result, _ = evaluate_on_text(EvalConfig(str(config.directory), **options))
     kl = result.kl if result.kl is not None and math.isfinite(result.kl) else None  # JSON knows no infinity
     return facts | {"reference": config.reference, "text": config.text, "layer_errors": errors, "kl": kl}
 

@@ -4,7 +4,8 @@ from tiny import ARCHITECTURES, tiny_model
 from torch import nn
 
 from llmq.core.errors import RequestError
-from llmq.models.block_structure import Group, Submodule, find_groups, fit_group_size, split_packable
+from llmq.models.block_structure import Group, Submodule, find_groups
+from llmq.models.packable import fit_group_size, split_packable
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -145,3 +146,19 @@ def test_a_part_ends_with_a_linear_only_if_it_returns_just_its_output():
     ):
         block = Added(part)
         assert find_groups(block, block, hidden)[-1].ends == ends
+
+
+def test_an_odd_sized_linear_keeps_only_those_in_float_that_engines_fuse_with_it():
+    """As in linear attention, where b and a have a row for each head."""
+    sizes = {"in_proj_qkv": 96, "in_proj_z": 64, "in_proj_b": 4, "in_proj_a": 4}
+    block = nn.ModuleDict({name: nn.Linear(64, rows, bias=False) for name, rows in sizes.items()})
+    kept, skipped = split_packable(block, [Group(tuple(sizes), "input_layernorm", 0.0)])
+    assert kept == [Group(("in_proj_qkv", "in_proj_z"))]
+    assert skipped.keys() == {"in_proj_b", "in_proj_a"}
+
+
+def test_linears_with_one_input_that_no_engine_fuses_do_not_hold_each_other_back():
+    block = nn.ModuleDict({"q_a_proj": nn.Linear(64, 32), "kv_a_proj_with_mqa": nn.Linear(64, 40)})
+    kept, skipped = split_packable(block, [Group(("q_a_proj", "kv_a_proj_with_mqa"))])
+    assert kept == [Group(("q_a_proj",))]
+    assert "40x64" in skipped["kv_a_proj_with_mqa"]

@@ -12,7 +12,7 @@ from llmq.checkpoint.output_dir import REPORT
 from llmq.core.config import METHODS
 from llmq.core.errors import RequestError
 from llmq.core.settings import Tuned
-from llmq.models.block_structure import split_packable
+from llmq.models.packable import split_packable
 from llmq.run import block_quantizer
 from llmq.run.block_quantizer import Run
 from llmq.runtime.load import load
