@@ -168,11 +168,6 @@ def test_a_sharded_model_quantizes_from_its_hub_id_as_from_its_directory(hub, sh
     assert not [request for request in hub.asked if request.endswith((".bin", ".py"))]
 
 
-def test_a_revision_is_asked_for_by_its_name(hub, quantize_from):
-    quantize_from(hub.url, f"{REPO}@v1.0")
-    assert any("/revision/v1.0" in request or "/resolve/v1.0/" in request for request in hub.asked), hub.asked
-
-
 def test_a_connection_that_breaks_off_once_does_not_stop_the_download(hub, sharded, quantize_from, tmp_path):
     shard = sorted(sharded.glob("model-*"))[1].name
     hub.cut[shard] = 1

@@ -1,5 +1,7 @@
 """Models are opened lazily and read exactly."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import save_tiny, tiny_model
@@ -8,7 +10,10 @@ from transformers import AutoModelForCausalLM
 from llmq.calibration.block_runner import Compute
 from llmq.calibration.block_stream import stream
 from llmq.calibration.texts import Tokens
+from llmq.core.config import QuantizeConfig
+from llmq.core.errors import RequestError
 from llmq.core.timing import Clock
+from llmq.models.locate import locate
 from llmq.models.model_source import ModelSource
 from llmq.models.safetensors_files import SafetensorsDirectory
 
@@ -100,3 +105,14 @@ def test_load_all_gives_the_logits_of_from_pretrained_exactly(name, stored, tmp_
         ours = source.load_all(CPU, torch.float32)(input_ids=ids).logits
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(input_ids=ids).logits
     assert torch.equal(ours, theirs)
+
+
+def test_a_revision_follows_the_name_of_a_hub_model(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **kw: asked.update(kw, repo=repo) or "here")
+    locate(QuantizeConfig("org/name", Path("out"), revision="v1.0").source)
+    assert (asked["repo"], asked["revision"]) == ("org/name", "v1.0")
+    locate("org/name")
+    assert asked["revision"] is None
+    with pytest.raises(RequestError, match="no such model"):
+        locate("org/name@")
