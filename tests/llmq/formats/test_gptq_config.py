@@ -143,3 +143,8 @@ def test_configs_that_are_not_read_are_refused_in_one_line(case):
     with pytest.raises(CheckpointError, match=re.escape(reason)) as caught:
         gptq.schemes_of(BASE | changes, [NAME])
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_config_states_no_settings_that_only_a_method_could_know():
+    config = gptq.hf_config({"a": Scheme(4, 32, True)}, [])
+    assert not config.keys() & {"damp_percent", "true_sequential", "static_groups"}

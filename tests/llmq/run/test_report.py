@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
+from packed import pack
 from problems import correlated_inputs, make_problem
 from small_runs import run
+from tiny import save_tiny, tiny_model
 
 from llmq.algorithms import rtn
 from llmq.checkpoint.output_dir import REPORT
 from llmq.core.config import QuantizeConfig
 from llmq.core.timing import Clock
+from llmq.models.untrusted_files import read_json
 from llmq.run.report import Report
 
 
@@ -79,3 +82,23 @@ def test_an_entry_notes_rows_that_were_dropped_and_is_told_once_it_is_final(tmp_
     assert told[0].items() > made.items()
     assert told[0]["peak_memory_bytes"] > 1e6
     assert json.loads(json.dumps(report.to_json()))["groups"] == told
+
+
+def test_the_share_of_packed_weights_is_told_and_a_small_one_is_noted(llama, tmp_path, capsys):
+    """Weights that are no linears of a packable size stay in float: those of the MLP here."""
+    whole = read_json(pack(llama, tmp_path / "whole"), REPORT)
+    assert 0.98 < whole["packed_share"] < 1
+    assert not any("of the weights" in entry["note"] for entry in whole["notes"])
+    odd = save_tiny(tmp_path / "odd", intermediate_size=104)
+    report = read_json(pack(odd, tmp_path / "some"), REPORT)
+    block = tiny_model("llama-gqa", intermediate_size=104).model.layers[0]
+    packed = sum(p.numel() for n, p in block.named_parameters() if "self_attn" in n)
+    assert report["packed_share"] == pytest.approx(packed / sum(p.numel() for p in block.parameters()))
+    assert any("only 37.9% of the weights of the blocks are packed" in entry["note"] for entry in report["notes"])
+
+
+def test_a_tokenizer_that_does_not_open_in_the_result_is_noted(tmp_path):
+    source = save_tiny(tmp_path / "source")
+    (source / "tokenizer.json").write_text("{")
+    report = read_json(pack(source, tmp_path / "out"), REPORT)
+    assert any("the tokenizer of the result cannot be opened" in entry["note"] for entry in report["notes"])
