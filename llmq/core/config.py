@@ -24,8 +24,6 @@ class QuantizeConfig:
     """The model to quantize: a directory, a hub id (org/name), a .gguf file, or `demo` (SmolLM2-135M-Instruct)."""
     output: Path
     """Directory for the packed checkpoint. It must be new or empty, unless you pass --overwrite or --resume."""
-    revision: str | None = None
-    """Branch, tag or commit of a model on the hub; org/name@REVISION means the same."""
     method: str = "gptq"
     """How to choose the codes. gptq: the best result for its time. tuned: gptq, then training (minutes to hours). awq:
     for models with outliers in the activations. awq+gptq: both. rtn: plain rounding, seconds, no calibration text."""
@@ -83,6 +81,8 @@ class QuantizeConfig:
     """Also draw llmq_report.png: error per layer, time per phase, memory over time. Needs matplotlib."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model. Use it only for models whose author you trust."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub; org/name@REVISION means the same."""
     gptq: Gptq = field(default_factory=Gptq)
     awq: Awq = field(default_factory=Awq)
     tuned: Tuned = field(default_factory=Tuned)

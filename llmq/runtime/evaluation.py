@@ -35,8 +35,6 @@ class EvalConfig:
 
     model: str
     """A packed checkpoint, or an original model (directory, hub id, .gguf file or `demo`)."""
-    revision: str | None = None
-    """Branch, tag or commit of a model on the hub; org/name@REVISION means the same."""
     reference: str | None = None
     """Also print the mean KL divergence from the predictions of this model, usually the original."""
     text: str = "wikitext2"
@@ -54,6 +52,8 @@ class EvalConfig:
     """Run Python code that comes with the model. Use it only for models you trust."""
     json: bool = False
     """Print one JSON object on stdout, and nothing else."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub; org/name@REVISION means the same."""
 
     def __post_init__(self) -> None:
         if self.sequence_length < 2:

@@ -21,8 +21,6 @@ class GenerateConfig:
     """A packed checkpoint, or an original model (directory, hub id, .gguf file or `demo`)."""
     prompt: str
     """The text to continue. If the model has a chat template, the prompt is a user's message in it."""
-    revision: str | None = None
-    """Branch, tag or commit of a model on the hub; org/name@REVISION means the same."""
     max_new_tokens: int = 64
     """Stop after this many tokens, or earlier if the model ends its text."""
     temperature: float = 0.0
@@ -35,6 +33,8 @@ class GenerateConfig:
     """auto (cuda if there is a GPU, else cpu), cpu, cuda or cuda:N."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Use it only for models you trust."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub; org/name@REVISION means the same."""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
