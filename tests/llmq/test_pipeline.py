@@ -74,6 +74,8 @@ def may_be_together(method, effort):
     return False
 
 
+# Rounding to nearest gives 0.016. A target that is wrong after folds gave 0.22 to 0.34 (awq, normal and best).
+NEARLY_LOSSLESS = 0.03
 TOGETHER = [pair for pair in product(METHODS, EFFORTS) if may_be_together(*pair)]
 
 
@@ -83,7 +85,7 @@ def test_at_8_bit_every_method_is_close_to_the_original_at_every_effort(
 ):
     options = {"method": method, "effort": effort, "tuned": Tuned(steps=2, end_steps=2, end_samples=0)}
     output = run(plain_llama, text_file, tmp_path / "out", bits=8, **options)
-    assert distance(plain_llama, output) < 0.02
+    assert distance(plain_llama, output) < NEARLY_LOSSLESS
 
 
 @pytest.mark.parametrize(("method", "effort"), TOGETHER)
@@ -91,7 +93,7 @@ def test_so_it_is_where_matmuls_take_bfloat16(method, effort, plain_bfloat16, te
     monkeypatch.setattr("llmq.run.prepare.multiplies_bfloat16", lambda _: True)
     options = {"method": method, "effort": effort, "tuned": Tuned(steps=2, end_steps=2, end_samples=0)}
     output = run(plain_bfloat16, text_file, tmp_path / "out", bits=8, samples=40, **options)
-    assert distance(plain_bfloat16, output) < 0.02
+    assert distance(plain_bfloat16, output) < NEARLY_LOSSLESS
 
 
 def test_each_part_of_an_effort_can_be_left_out(tmp_path, llama, text_file):
