@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from llmq.checkpoint.reader import CONFIG, Checkpoint
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.models.stored_names import has_no_place, tied_aliases
+from llmq.models.stored_names import has_no_place, is_computed, tied_aliases
 
 LinearMaker: TypeAlias = Callable[[str, QuantizedWeight, "Tensor | None"], nn.Module]
 """Takes the name of a packed linear, its weight and its bias; returns the module that replaces the linear."""
@@ -61,7 +61,7 @@ def is_harmless(checkpoint: Checkpoint, model: Any, name: str) -> bool:
     AutoGPTQ stores biases of zeros for linears without a bias, and rotary frequencies, which the model computes.
     """
     linear, _, leaf = name.rpartition(".")
-    if leaf == "inv_freq":
+    if is_computed(model, name):
         return name not in model.state_dict()
     if leaf != "bias" or linear not in checkpoint.schemes:
         return False

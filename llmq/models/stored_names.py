@@ -20,7 +20,8 @@ def untie_own(model: Any, files: TensorFiles) -> bool:
     transformers and vLLM use such a tensor, although config.json says that there is none. The caller must build the
     model anew.
     """
-    tied = {name: source for name, source in model.all_tied_weights_keys.items() if name in tied_aliases(model)}
+    aliases, sources = tied_aliases(model), getattr(model, "all_tied_weights_keys", {})
+    tied = {name: source for name, source in sources.items() if name in aliases}
     both = [pair for pair in tied.items() if files.names().issuperset(pair)]
     if not any(_differ(*map(files.read, pair)) for pair in both):
         return False
@@ -53,7 +54,9 @@ def has_no_place(model: Any, name: str) -> bool:
 
 def is_computed(model: Any, name: str) -> bool:
     """Return whether a model computes a tensor of this name itself: rotary frequencies, masks."""
-    return name.endswith("inv_freq") or (_is_ignored(model, name) and not has_no_place(model, name))
+    if name.endswith(("inv_freq", "masked_bias")) or name in dict(model.named_buffers()):
+        return True
+    return _is_ignored(model, name) and not has_no_place(model, name)
 
 
 def _is_ignored(model: Any, name: str) -> bool:

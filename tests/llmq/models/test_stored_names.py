@@ -8,12 +8,12 @@ from packed import logits, pack
 from safetensors.torch import load_file, save_file
 from small_runs import run
 from tiny import save_tiny, tiny_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import llmq
 from llmq.checkpoint.output_dir import REPORT
 from llmq.core.errors import CheckpointError
-from llmq.models.stored_names import has_no_place
+from llmq.models.stored_names import has_no_place, is_computed
 from llmq.verification.compare import VerifyConfig, verify
 
 IDS = torch.randint(2, 300, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -106,3 +106,12 @@ def test_rotary_frequencies_that_old_files_hold_are_left_out(tmp_path):
     output = pack(source, tmp_path / "packed")
     assert not any("inv_freq" in name for name in load_file(output / "model.safetensors"))
     assert json.loads((output / REPORT).read_text())["notes"] == []
+
+
+def test_masks_that_old_files_hold_are_left_out(tmp_path):
+    """The files of GPT-J and GPT-Neo have them; the model computes its masks now."""
+    shape = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neo", **shape))
+    for name in ("transformer.h.0.attn.attention.bias", "transformer.h.0.attn.attention.masked_bias"):
+        assert is_computed(model, name)
+    assert not is_computed(model, "transformer.h.0.attn.attention.q_proj.bias")
