@@ -16,7 +16,8 @@ from typing import Any
 
 from llmq.core.errors import RequestError, WorkError, first_line
 
-_MOST_CHARACTERS = 64_000_000  # of a .txt
+# Enough text for any calibration. Tokenizing more of a large file would only take time.
+MOST_CHARACTERS = 64_000_000
 _COLUMNS = ("text", "messages", "conversations", "prompt", "completion")
 _ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -90,7 +91,7 @@ def _messages(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _txt(path: Path) -> Iterator[Any]:
     with path.open(encoding="utf-8") as file:
-        yield {"text": file.read(_MOST_CHARACTERS)}
+        yield {"text": file.read(MOST_CHARACTERS)}
 
 
 def _jsonl(path: Path) -> Iterator[Any]:

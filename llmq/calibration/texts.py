@@ -11,15 +11,13 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from llmq.calibration.text_files import check_kind, documents
+from llmq.calibration.text_files import MOST_CHARACTERS, check_kind, documents
 from llmq.core.errors import RequestError, WorkError
 from llmq.core.settings import Calibration
 
 MORE = "more"  # the name of further windows of the calibration text, for `--tuned.end-text`
 _HELD_OUT_EVERY = 10
-# Enough text for any calibration. Tokenizing more of a large file would only take time.
-_MAX_CHARACTERS = 64_000_000
-_CHARACTERS = 12  # in a token, at most: English text has four to five
+CHARACTERS = 12  # in a token, at most: English text has four to five
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ def windows(tokenizer: Any, settings: Calibration, more: int = 0) -> Int64[Tenso
     length = settings.sequence_length - len(bos)
     needed, wanted = settings.samples * length, (settings.samples + more) * length
     # Remove the text's own BOS, because every window gets one.
-    text = read_text(settings.text, enough_characters=_CHARACTERS * wanted, tokenizer=tokenizer)
+    text = read_text(settings.text, enough_characters=CHARACTERS * wanted, tokenizer=tokenizer)
     tokens = tokenize(tokenizer, text)[len(bos) :]
     if len(tokens) < needed:
         raise RequestError(
@@ -73,7 +71,7 @@ def evaluation_chunks(
     """
     first = _bos(tokenizer) if bos else torch.empty(0, dtype=torch.int64)
     width = length - len(first)
-    enough = len(text) if limit is None else _CHARACTERS * limit * length
+    enough = len(text) if limit is None else CHARACTERS * limit * length
     tokens = tokenize(tokenizer, text[:enough])[len(first) :]
     # The last word may be cut in two, so one token more is needed. A text of long tokens has less than a guess says.
     if limit is not None and enough < len(text) and len(tokens) <= limit * width:
@@ -121,7 +119,7 @@ def check_text(name: str) -> None:
 
 
 def read_text(
-    name: str, enough_characters: int = _MAX_CHARACTERS, evaluation: bool = False, tokenizer: Any = None
+    name: str, enough_characters: int = MOST_CHARACTERS, evaluation: bool = False, tokenizer: Any = None
 ) -> str:
     """Return the text called `name`, or the start of it if it has many more than `enough_characters`.
 
@@ -137,7 +135,7 @@ def read_text(
     for document in _TEXTS[name](evaluation) if name in _TEXTS else documents(Path(name).expanduser(), tokenizer):
         read.append(document)
         size += len(document) + 2
-        if size >= min(enough_characters, _MAX_CHARACTERS):
+        if size >= min(enough_characters, MOST_CHARACTERS):
             break
     return "\n\n".join(read)
 

@@ -85,9 +85,8 @@ def set_rope(config: Any, reader: Any) -> None:
     rope_freqs.weight (Llama 3.1) divides each frequency. rope_factors_short.weight and rope_factors_long.weight (Phi-3)
     do so for texts within the original context and for longer ones.
     """
-    kinds = ("rope_freqs", "rope_factors_short", "rope_factors_long")
-    factors = {t.name.removesuffix(".weight"): t.data.tolist() for t in reader.tensors}
-    factors = {kind: factors[kind] for kind in kinds if kind in factors}
+    kinds = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+    factors = {t.name.removesuffix(".weight"): t.data.tolist() for t in reader.tensors if t.name in kinds}
     if not factors:
         return
     of_all = factors.get("rope_freqs", [])

@@ -1,6 +1,7 @@
 """Which stored tensors are a model's: tied ones are stored once, and some have no place in the model."""
 
 import re
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -41,21 +42,25 @@ def has_no_place(model: Any, name: str) -> bool:
     block, or of a module without children: the model would compute something else with it.
     """
     module, is_inside = model, False
-    for child in name.split(".")[:-1]:
-        if child not in dict(module.named_children()):
+    for child in name.split("."):
+        inner = dict(module.named_children()).get(child)
+        if inner is None:
             break
         is_inside = is_inside or isinstance(module, nn.ModuleList)
-        module = module.get_submodule(child)
+        module = inner
+    else:  # a module has this name, and a module is no tensor
+        return False
     if isinstance(module, nn.ModuleList):  # a block too many is a mistake, unless it predicts further tokens
         return _is_ignored(model, name) or bool(getattr(model.config, "num_nextn_predict_layers", 0))
-    is_module = name in dict(model.named_modules())
-    return not (is_inside or is_module) and any(True for _ in module.children())
+    return not is_inside and any(True for _ in module.children())
 
 
 def is_computed(model: Any, name: str) -> bool:
     """Return whether a model computes a tensor of this name itself: rotary frequencies, masks."""
-    if name.endswith(("inv_freq", "masked_bias")) or name in dict(model.named_buffers()):
+    if name.endswith(("inv_freq", "masked_bias")):
         return True
+    with suppress(AttributeError):
+        return isinstance(model.get_buffer(name), Tensor)
     return _is_ignored(model, name) and not has_no_place(model, name)
 
 

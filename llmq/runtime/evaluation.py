@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 from tqdm import tqdm
 
-from llmq.calibration.texts import check_context, check_text, check_tokens, evaluation_chunks, read_text
+from llmq.calibration.texts import CHARACTERS, check_context, check_text, check_tokens, evaluation_chunks, read_text
 from llmq.core.errors import RequestError
 from llmq.core.settings import at_revision
 from llmq.runtime.load import load_any
@@ -88,7 +88,7 @@ def evaluate_on_text(config: EvalConfig) -> tuple[Evaluation, int]:
     Raises RequestError if the two models have different vocabularies.
     """
     # Some data sets are far larger than --limit asks for.
-    enough = {} if config.limit is None else {"enough_characters": 12 * config.limit * config.sequence_length}
+    enough = {} if config.limit is None else {"enough_characters": CHARACTERS * config.limit * config.sequence_length}
     check_text(config.text)  # before the model is loaded
     model, tokenizer = load_any(
         at_revision(config.model, config.revision), config.device, config.trust_remote_code, exact=True
