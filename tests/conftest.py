@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 import shape_checks
 import torch
+from llmq_kernels.cpu_native import library
 from tiny import save_tiny, some_text
 from tqdm.std import TqdmDefaultWriteLock, tqdm
 
@@ -34,6 +35,15 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """A machine without a C compiler, where torch's int4 matmul serves few tokens."""
+    monkeypatch.setenv("LLMQ_NATIVE", "0")
+    library.cache_clear()
+    yield
+    library.cache_clear()
 
 
 @pytest.fixture(scope="session")

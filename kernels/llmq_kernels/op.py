@@ -73,7 +73,7 @@ def _run(x: Tensor, weight: PackedWeight, bias: Tensor | None, counters: Tensor)
     """Multiply x, whose features are in the order of the weight's columns."""
     if x.is_cpu:
         weight = replace(weight, permutation=None)
-        return NativeMatmul(weight, bias)(x) if supports(weight) else reference.matmul(x, weight, bias)
+        return NativeMatmul(weight, bias)(x) if supports(x, weight) else reference.matmul(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     problem = problem_of(rows, weight)
     if not x.is_cuda or not problem.has_kernel or describe(x.device).arch < _OLDEST_ARCH:

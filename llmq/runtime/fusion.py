@@ -57,7 +57,9 @@ def fused(recording: Recording, dense: dict[int, cpu_native.NativeLinear | None]
     if cpu_native.library() is None:
         return recording
     context = _Context(recording, dense)
-    calls = [next((new for rule in _RULES if (new := rule(context, call)) is not None), call) for call in recording.calls]
+    calls = [
+        next((new for rule in _RULES if (new := rule(context, call)) is not None), call) for call in recording.calls
+    ]
     return replace(recording, calls=calls).without_unused()
 
 
@@ -79,6 +81,8 @@ def _packed_linear(context: _Context, call: Call) -> Call | None:
         return None
     K = context.recording.likes[x.number].shape[-1]
     weight = PackedWeight(tuple(t for t in tensors[:-1] if t is not None), tensors[-1], bits, group_size, K, symmetric)  # pyright: ignore[reportArgumentType]
+    if not cpu_native.supports(torch.empty(0, dtype=context.recording.likes[x.number].dtype), weight):
+        return None
     return _with(call, cpu_native.NativeMatmul(weight, given), x)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from llmq_kernels import PackedWeight, cpu_int4, dequantize, new_counters, pack, packed_linear, reference, stack
-from llmq_kernels.cpu_native import NativeMatmul, library
+from llmq_kernels import PackedWeight, cpu_int4, cpu_native, dequantize, new_counters, pack, packed_linear, reference, stack
+from llmq_kernels.cpu_native import NativeMatmul
 from llmq_kernels.layout import unpack
 from llmq_kernels.op import packed_linear_now
 from torch import Tensor, nn
@@ -146,10 +146,14 @@ class PackedLinear(nn.Module):
         return dequantize(self.packed, dtype)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        weight, traced = self.packed, torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-        plain = not (traced or (x.requires_grad and torch.is_grad_enabled()))
-        if x.is_cpu and library() is not None:
-            if not plain:  # as one operator, which has a gradient, and which tracing does not look into
+        weight, compiling = self.packed, torch.compiler.is_compiling()
+        learning = x.requires_grad and torch.is_grad_enabled()
+        whole = compiling or learning or is_in_torch_dispatch_mode()
+        """Whether it must be one operator, which has a gradient, and which nothing that traces looks into."""
+        if self.counters.device != x.device:  # accelerate moves buffers one by one and leaves these behind
+            self.counters = new_counters(x.device)
+        if x.is_cpu and (compiling or cpu_native.supports(x, weight)):
+            if whole:
                 return packed_linear(x, weight, self.bias, self.counters)
             if self._native is None or self._native.bias is not self.bias:
                 self._native = NativeMatmul(weight, self.bias)
@@ -157,13 +161,11 @@ class PackedLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         few = x.is_cpu and x.numel() <= _INT4_TOKENS * self.in_features and cpu_int4.supports(weight)
         few = few and not (self.exact and x.dtype == torch.float32)
-        if few and not (x.requires_grad and torch.is_grad_enabled()):  # torch's operator has no gradient
+        if few and not learning:  # torch's operator has no gradient
             if self._int4 is None:  # made when first needed: evaluation runs without it
                 self._int4 = cpu_int4.prepare(weight)
             return cpu_int4.matmul(reference.permuted(x, weight), self._int4, bias)
-        if self.counters.device != x.device:  # accelerate moves buffers one by one and leaves these behind
-            self.counters = new_counters(x.device)
-        return (packed_linear_now if plain else packed_linear)(x, weight, bias, self.counters)
+        return (packed_linear if whole else packed_linear_now)(x, weight, bias, self.counters)
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, bits={self.bits}, group={self.group_size}"

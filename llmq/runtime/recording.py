@@ -27,7 +27,7 @@ _OTHER_ARGUMENTS = (("to", "dtype_layout"), ("to", "device"), ("to", "other"))
 _DEPENDS_ON_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
-class CannotRecord(Exception):
+class RecordingError(Exception):
     """The function looks at values of tensors, so its next run may take other operators."""
 
 
@@ -124,15 +124,18 @@ class _Recorder(TorchDispatchMode):
         return self.numbers[tensor]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(tag in func.tags for tag in _DEPENDS_ON_VALUES):
-            raise CannotRecord(str(func))
         given = args, kwargs or {}
         tensors = [leaf for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor)]
+        by_place = func is torch.ops.aten.index.Tensor and all(t.dtype != torch.bool for t in tensors[1:])
+        if any(tag in func.tags for tag in _DEPENDS_ON_VALUES) and not by_place:
+            raise RecordingError(str(func))
         noted = tree_map(lambda leaf: Ref(self.number_of(leaf)) if isinstance(leaf, Tensor) else leaf, given)
         out = func(*given[0], **given[1])
         if func._schema.is_mutable:
             self.written |= set(map(_storage, tensors))
         single = isinstance(out, Tensor)
+        if not single and not isinstance(out, (list, tuple)):  # a number, which Python asked for
+            raise RecordingError(str(func))
         outs = [out] if single else list(out)
         # An operator that writes into its argument returns that argument, which has its number already.
         results = [self._numbered(tensor) if isinstance(tensor, Tensor) else None for tensor in outs]
@@ -157,7 +160,7 @@ def record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[T
         function: takes tensors, returns one tensor. What it writes into other tensors (a cache) will be written again.
         inputs: tensors; later inputs must have the same shapes and dtypes.
 
-    Raises CannotRecord if an operator's result depends on values in a way that Python could look at.
+    Raises RecordingError if an operator's result depends on values in a way that Python could look at.
     """
     recorder = _Recorder(inputs)
     with recorder:
@@ -182,13 +185,17 @@ def _simplified(recorder: _Recorder, inputs: int, result: int) -> Recording:
         if call.repeatable:
             if set(numbers) <= set(call.inputs()):
                 continue
-            if all(tensor is not None and (unchanged or _storage(tensor) in call.reads) for tensor in kept):
+            if constants.keys() >= set(call.inputs()) and all(
+                tensor is not None and (unchanged or _storage(tensor) in call.reads) for tensor in kept
+            ):
                 constants.update({n: tensor for n, tensor in zip(numbers, kept, strict=True) if tensor is not None})
                 continue
             if unchanged:
                 key = call.func, repr((call.args, call.kwargs))
                 if key in known:
-                    same.update({n: m for n, m in zip(call.results, known[key], strict=True) if n is not None and m})
+                    same.update(
+                        {n: m for n, m in zip(call.results, known[key], strict=True) if n is not None and m is not None}
+                    )
                     continue
                 known[key] = call.results
         calls.append(call)
