@@ -28,20 +28,26 @@ def measure(form: str, args: argparse.Namespace) -> dict[str, float]:
     import torch
 
     import llmq
+    from llmq.checkpoint.reader import Checkpoint
     from llmq.core.quantized_weight import QuantizedWeight
     from llmq.formats import FORMATS
     from llmq.formats.scheme import Scheme
+    from llmq.models.model_source import build_skeleton
+    from llmq.runtime.model_config import model_config
     from llmq.runtime.packed_linear import PackedLinear
 
     torch.set_num_threads(args.threads)
 
     def load() -> Any:
         if form not in FORMATS:
-            return llmq.load(form, "cpu")
+            return load_model(form, "cpu")
         return PackedLinear.from_codes(FORMATS[form].decode("linear", tensors, scheme))
 
+    load_model = llmq.load  # imports what it needs
     tensors, scheme = {}, Scheme(args.bits, args.group_size, True, zero_offset=int(form == "gptq"))
-    if form in FORMATS:
+    if form not in FORMATS:
+        build_skeleton(model_config(Checkpoint(Path(form))))  # imports the code of the model
+    else:
         codes = torch.randint(0, 2**args.bits, (args.rows, args.columns), dtype=torch.uint8)
         scale = torch.rand(args.rows, args.columns // args.group_size).half()
         zero = torch.full(scale.shape, 2 ** (args.bits - 1), dtype=torch.uint8)
@@ -70,7 +76,7 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=4096, help="inputs of the linear")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--formats", nargs="+", default=["gptq", "awq", "compressed-tensors"])
+    parser.add_argument("--formats", nargs="*", default=["gptq", "awq", "compressed-tensors"])
     parser.add_argument("--checkpoint", help="a packed checkpoint to load as well")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=5, help="processes per line; the medians are printed")

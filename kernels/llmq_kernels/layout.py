@@ -142,7 +142,8 @@ def pack(
         # Padding decodes to a zero weight only where the zero point agrees; the kernels never let padded inputs in.
         part, shift = torch.nn.functional.pad(part, (0, padding)) if padding else part, 0
         for width, array in zip(WIDTHS[bits], words, strict=True):
-            array[start : start + step] = _pack_words(part >> shift & (2**width - 1), width, plane, bits)
+            fields = (part >> shift if shift else part) & 2**width - 1
+            array[start : start + step] = _pack_words(fields, width, plane, bits)
             shift += width
     return PackedWeight(words, _pack_grid(scale, zero, symmetric), bits, size, columns, symmetric, permutation)
 

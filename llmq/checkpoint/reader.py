@@ -49,7 +49,7 @@ class Checkpoint:
         """
         names = {f"{name}.{suffix}" for suffix in self.format.TENSOR_SUFFIXES} & self.files.names()
         if instead is None or not names <= instead.keys():
-            instead = {n: self.files.read(n).to(device) for n in names}
+            instead = {n: tensor.to(device) for n, tensor in self.files.read_all(names).items()}
         return self.format.decode(name, instead, self.schemes[name])
 
     def read(self, name: str) -> Tensor:

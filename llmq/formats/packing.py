@@ -21,6 +21,8 @@ into word 1. The "10|1|10|1|10" scheme of 3-bit GPTQ files is this same stream:
     tensor([[7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5]], dtype=torch.uint8)
 """
 
+import math
+
 import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor
@@ -29,7 +31,7 @@ _WORD = 32
 # Codes packed or unpacked at a time on a CPU: few enough for its cache, enough for several threads. On a GPU 16 times
 # as many: there every strip costs the launches of some twenty kernels.
 _CODES = 1 << 20
-_EIGHT_CODES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bits per code
+_FIELDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def pack_stream(codes: UInt8[Tensor, "rows columns"], bits: int, axis: int = 1) -> Int32[Tensor, "..."]:
@@ -75,20 +77,18 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 def _unpack(words: Tensor, bits: int) -> Tensor:
     """Return all codes of whole periods, those of the padding included."""
     octets = _padded(words, _period(bits)[1]).flatten(1).view(torch.uint8)
-    if bits == 8:
-        return octets
-    if bits in _EIGHT_CODES:
-        fields = octets.view(_EIGHT_CODES[bits]).to(torch.int64) & (1 << 8 * bits) - 1
-    else:
-        fields = octets[:, ::bits].to(torch.int64)
-        for i in range(1, bits):
-            fields |= octets[:, i::bits].to(torch.int64) << 8 * i
-    # An int64 holds eight codes in its low bits. The upper half of them moves up to bit 32, then of each four to bit
-    # 16, then of each two to bit 8.
-    for codes, half in ((4, 32), (2, 16), (1, 8)):
-        upper = fields & sum((1 << codes * bits) - 1 << at for at in range(codes * bits, 64, 2 * half))
+    # So many codes fill whole octets: two of 4 bits, four of 2, eight of 3. Each field will have a byte for each code.
+    codes = 8 // math.gcd(8, bits)
+    step, dtype, length = codes * bits // 8, _FIELDS[codes], 8 * codes
+    fields = octets[:, ::step].to(dtype)
+    for i in range(1, step):
+        fields |= octets[:, i::step].to(dtype) << 8 * i
+    # All codes are in the low bits. The upper half moves to the upper half of the field, then the same in each half.
+    while codes > 1:
+        codes //= 2
+        upper = fields & sum((1 << codes * bits) - 1 << at for at in range(codes * bits, length, 16 * codes))
         fields ^= upper
-        fields |= upper << half - codes * bits
+        fields |= upper << codes * (8 - bits)
     return fields.view(torch.uint8)
 
 
