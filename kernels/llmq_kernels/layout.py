@@ -45,7 +45,7 @@ WIDTHS = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 """Bits per word field, low bits of the code first."""
 _ZERO_MASK = 0xFF
 # Codes packed at a time on a CPU: few enough for its cache, enough for several threads. On a GPU 16 times as many.
-_CODES = 1 << 20
+_CODES = 1 << 21
 
 
 def top_bit(plane: int) -> int:

@@ -30,7 +30,7 @@ from torch import Tensor
 _WORD = 32
 # Codes packed or unpacked at a time on a CPU: few enough for its cache, enough for several threads. On a GPU 16 times
 # as many: there every strip costs the launches of some twenty kernels.
-_CODES = 1 << 20
+_CODES = 1 << 21
 _FIELDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
