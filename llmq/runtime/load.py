@@ -56,7 +56,7 @@ def load(
     exact, dtype = dtype is not None, _dtype_for(dtype, target, config, packed=True)
     model = build_skeleton(config, trust_remote_code)
     wanted = check_fit(model, checkpoint)
-    replace_linears(model, checkpoint, lambda *parts: make_linear(*parts).to(target))
+    replace_linears(model, checkpoint, lambda *parts: make_linear(*parts).to(target), lambda _: target)
     placed = {f"{name}.bias" for name in checkpoint.linears}
     _load_others(model, checkpoint, sorted(wanted - placed), target, dtype)
     model.config.dtype = dtype

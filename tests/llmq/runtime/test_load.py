@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from fake_gpu import GPU, FakeGpu, OnGpu
 from packed import dequantized_model, logits, pack, rewrite, some_tokens
 from safetensors.torch import load_file
 from tiny import ARCHITECTURES, save_tiny
@@ -14,6 +15,7 @@ import llmq
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import RequestError
 from llmq.core.settings import BITS
+from llmq.runtime import load as loading
 from llmq.runtime.load import load_any
 from llmq.runtime.packed_linear import PackedLinear
 
@@ -79,6 +81,19 @@ def test_packed_linears_dequantize_to_what_the_file_says(checkpoints):
     for name, linear in packed_linears(llmq.load(directory, "cpu")).items():
         assert torch.equal(linear.dequantize(), checkpoint.weight(name).dequantize())
         assert repr(linear) == f"PackedLinear(in={linear.in_features}, out={linear.out_features}, bits=3, group=32)"
+
+
+def test_weights_for_a_gpu_are_decoded_on_it(checkpoints, monkeypatch):
+    class SeenError(Exception):
+        pass
+
+    def make(name, weight, bias):
+        assert isinstance(weight.q, OnGpu)
+        raise SeenError
+
+    monkeypatch.setattr(loading, "pick_device", lambda _: GPU)
+    with FakeGpu(), pytest.raises(SeenError):
+        llmq.load(checkpoints(), "cuda", make_linear=make)
 
 
 @pytest.mark.parametrize("bits", [3, 8])
