@@ -114,13 +114,18 @@ def _fits(device: Device, problem: Problem, BM: int, family: Family, chunk: int)
 
 
 def tune(
-    device: Device, problems: Iterable[Problem], time_of: TimeOf, enough: Callable[[], bool] = lambda: False
+    device: Device,
+    problems: Iterable[Problem],
+    time_of: TimeOf,
+    enough: Callable[[], bool] = lambda: False,
+    most: int = _MOST,
 ) -> list[dict[str, Any]]:
     """Return the fastest tile of each problem, as rows of a table.
 
     Args:
         time_of: seconds a tile takes; it may raise any error if a tile does not compile, run or compute the same.
         enough: asked before each problem; once it returns True, the other problems are left out.
+        most: tiles to try for a problem.
 
     A row also tells what the rule's tile takes (`rule_us`), what was `tried`, and what was `skipped` and why.
     Raises RuntimeError if not one tile works for a problem: then something else is wrong.
@@ -129,7 +134,7 @@ def tune(
     for problem in problems:
         if enough():
             break
-        rows.append(_best(candidates(device, problem), problem, time_of))
+        rows.append(_best(candidates(device, problem)[:most], problem, time_of))
     return rows
 
 

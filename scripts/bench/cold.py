@@ -21,6 +21,7 @@ from bench.machine import the_machine
 from bench.session import Session, Task
 
 Call = tuple[Problem, "Tile | None"]
+_LONGEST = 30  # seconds; a first call that takes longer tells enough by that
 
 
 class Job(NamedTuple):
@@ -63,7 +64,7 @@ def _empty_weight(problem: Problem, where: torch.device) -> PackedWeight:
 
 def tasks(session: Session) -> Iterator[Task]:
     """Yield one task that times the first calls of the layers of a model, with the rule's tiles."""
-    yield Task("compile", ("rule",), lambda: _cold_start(session), seconds=60)
+    yield Task("compile", ("rule",), lambda: _cold_start(session), seconds=20)
 
 
 def _cold_start(session: Session) -> dict[str, Any]:
@@ -77,12 +78,13 @@ def _cold_start(session: Session) -> dict[str, Any]:
         # A toy run uses one process too, so that it tries this code.
         workers = machine.workers or 1
         jobs = [Job(machine.toy, cache, tuple(calls[i::workers])) for i in range(min(workers, len(calls)))]
-        start = time.perf_counter()
-        outcomes = [outcome for _, result in pool.run(launch, jobs, workers, 60) for outcome in _checked(result)]
+        start, limit = time.perf_counter(), min(_LONGEST, session.left())
+        results = list(pool.run(launch, jobs, workers, limit))
+        outcomes = [outcome for _, result in results for outcome in _checked(result)]
         wall = time.perf_counter() - start
         binaries = len(list(Path(cache).rglob("*.cubin")))
         again = Job(machine.toy, None if machine.toy else cache, tuple(calls))
-        ((_, warm),) = pool.run(launch, [again], min(1, machine.workers), 60)
+        ((_, warm),) = pool.run(launch, [again], min(1, machine.workers), limit)
     wrong = [what for _, what in outcomes if what]
     if wrong:
         raise RuntimeError(f"{len(wrong)} of the rule's tiles do not run, for example: {wrong[0]}")
