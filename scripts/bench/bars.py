@@ -51,12 +51,12 @@ WIDTHS: dict[int, Bar] = {8: (1.7, 1.85), 3: (3.7, 4.3), 2: (4.8, 5.8)}
 TIMES_BF16: Bar = (2.3, 2.9)
 LOADED_TIMES_BF16 = 2.6
 _TOKENS_PER_SECOND: Bar = (600.0, 760.0)
-_READ_RATE = 4.3e12  # bytes per second, of the GPU that they were set for (an H200)
+READ_RATE = 4.3e12  # bytes per second, of the GPU that they were set for (an H200)
 
 
 def tokens_per_second(read_rate: float) -> Bar:
     """Return the bar for tokens per second on a GPU that reads so many bytes per second."""
-    must, stretch = (bar * read_rate / _READ_RATE for bar in _TOKENS_PER_SECOND)
+    must, stretch = (bar * read_rate / READ_RATE for bar in _TOKENS_PER_SECOND)
     return must, stretch
 
 

@@ -171,9 +171,7 @@ def _models(session: Session) -> dict[str, Any]:
             "dense": _model(session, weights, lambda weight: Dense(weight, dtype)),
         }
         session.cache["models"] = both
-        first, second = (
-            Step(model, session.plan.decoder, session.machine.where)().float() for model in both.values()
-        )
+        first, second = (Step(model, session.plan.decoder, session.machine.where)().float() for model in both.values())
         session.cache["models apart"] = float((first - second).norm() / second.norm())
     return session.cache["models"]
 

@@ -44,7 +44,11 @@ def ahead(session: Session, to_do: Iterable[Problem]) -> Iterator[Task]:
     def work() -> None:
         left = [problem for problem in to_do if not session.results.has("tune", _tune_key(problem))]
         device = session.machine.device
-        cold.ahead(session, [(p, tile) for p in left for tile in candidates(device, p)[: session.plan.tiles]], min(90, session.left() / 4))
+        cold.ahead(
+            session,
+            [(p, tile) for p in left for tile in candidates(device, p)[: session.plan.tiles]],
+            min(90, session.left() / 4),
+        )
 
     yield Task("tune", None, work, seconds=20)
 

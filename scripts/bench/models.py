@@ -56,15 +56,16 @@ def dense(sizes: Decoder, dtype: torch.dtype, where: torch.device, layers: int |
     from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(config_of(sizes, layers)).to(dtype)
-    return filled(model, where)
+        model: Any = LlamaForCausalLM(config_of(sizes, layers))
+    return filled(model.to(dtype), where)
 
 
 def write_packed(path: Path, sizes: Decoder, group: int, dtype: torch.dtype, where: torch.device) -> None:
     """Write a packed 4-bit checkpoint with random codes."""
+    from transformers import LlamaForCausalLM
+
     from llmq.formats import compressed_tensors
     from llmq.formats.scheme import Scheme
-    from transformers import LlamaForCausalLM
 
     config, scheme = config_of(sizes), Scheme(4, group, True)
     with torch.device("meta"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def _summary(report: dict[str, Any]) -> dict[str, Any]:
     for group in report["groups"]:
         ends[group["block"]] = group["at"]
     at = list(ends.values())
-    blocks = [after - before for before, after in zip(at, at[1:], strict=False)]  # the first one also opens the run
+    blocks = [after - before for before, after in pairwise(at)]  # the first one also opens the run
     return {
         "block_seconds": round(min(blocks), 2),
         "blocks": [round(seconds, 2) for seconds in blocks],

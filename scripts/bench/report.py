@@ -170,11 +170,11 @@ def _tuned(rows: list[Row]) -> Iterator[str]:
 
 
 def _steps_of_models(times: Times) -> Iterator[str]:
-    bar = times.read_rate and bars.tokens_per_second(times.read_rate)
+    bar = bars.tokens_per_second(times.read_rate) if times.read_rate else None
     for kind, names in _SPEEDS.items():
         rows = [row for row in times.results.of(kind) if row["key"][0] in names]
         for row in rows:
             what, how = row["key"][:2]
             speed = row["tokens_per_second"]
-            verdict = _verdict("", speed, bar or None) if (kind, what, how) == ("decode", "packed", "eager") else ""
+            verdict = _verdict("", speed, bar) if (kind, what, how) == ("decode", "packed", "eager") else ""
             yield f"{kind}, {how}, {what}: {speed:.1f} tokens/s{verdict}"

@@ -17,7 +17,7 @@ from bench.results import Results, Row
 ROOT = Path(__file__).parents[2]
 _GRACE = 5  # seconds that a step has to end by itself
 _WORKERS = 12
-_TOY_TEST = "tests/kernels/test_gptq_columns.py"
+_TOY_TESTS = ("-m", "interpret", "-k", "odd_number and 128", "tests/kernels/test_dequantize_matmul.py")
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,19 @@ class Round:
             command = [sys.executable, "-m", "bench.steps", step.name, "--results", str(self.results)]
             return [*command, "--seconds", str(seconds), *(["--toy"] if self.toy else [])]
         # What a GPU machine may lack must not be named: pytest-timeout, pytest-xdist, the plugin of jaxtyping.
-        parallel = not self.toy and importlib.util.find_spec("xdist", self.environment["PYTHONPATH"]) is not None
+        parallel = not self.toy and importlib.util.find_spec("xdist") is not None
         options = ["-n", str(_WORKERS), "--dist", "worksteal"] if parallel else []
-        options += ["-o", "addopts=", "--import-mode=importlib", "--strict-markers", "-p", "no:cacheprovider", "-v", "-rfE"]
-        tests = ("-m", "interpret", "-k", "16-33", _TOY_TEST) if self.toy else step.tests
+        options += [
+            "-o",
+            "addopts=",
+            "--import-mode=importlib",
+            "--strict-markers",
+            "-p",
+            "no:cacheprovider",
+            "-v",
+            "-rfE",
+        ]
+        tests = _TOY_TESTS if self.toy else step.tests
         return [sys.executable, "-m", "pytest", *options, *tests]
 
     def run(self, step: Step, seconds: float, gpu: str) -> None:

@@ -25,7 +25,7 @@ from bench.results import Results
 from bench.session import Session, Task
 
 
-def _machine(session: Session) -> Iterator[Task]:
+def _machine(_: Session) -> Iterator[Task]:
     yield Task("machine", (), about, ours=False)
 
 
