@@ -200,6 +200,7 @@ def test_results_on_a_gpu_are_float64s_and_the_same_bits_each_time(bits, group, 
         assert not counters.any()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("where", GPU)
 def test_a_layer_may_run_on_several_streams_at_once(where):
     x, weight, bias = some_problem(where, 4, 256, 8192)
@@ -215,6 +216,7 @@ def test_a_layer_may_run_on_several_streams_at_once(where):
     assert not counters.any()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("where", GPU)
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_a_captured_graph_replays_with_new_inputs(tokens, where):
@@ -231,6 +233,7 @@ def test_a_captured_graph_replays_with_new_inputs(tokens, where):
         assert torch.equal(y, packed_linear(x, weight, bias, counters))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("where", GPU)
 def test_a_compiled_function_runs_on_a_gpu(where, unchecked):
     _, weight, bias = some_problem(where, 1, 200, 1088)
