@@ -14,6 +14,7 @@ from bench.plan import TOY
 from bench.results import Results
 from bench.round import ROOT, STEPS, Round, Step
 from commands import run_here
+from llmq_kernels.choose import table_name
 
 pytestmark = pytest.mark.together
 GPU = "NVIDIA H200"
@@ -55,7 +56,12 @@ def test_a_toy_run_does_every_step_and_says_that_it_measures_nothing(toy):
 
 def test_what_comes_back_is_a_few_files_and_a_table_that_is_printed_last(toy):
     folder, printed = toy
-    assert {path.name for path in folder.iterdir()} == {"round.jsonl", "round.md", "round.log", "interpreter.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "round.jsonl",
+        "round.md",
+        "round.log",
+        table_name("interpreter"),
+    }
     assert len(printed.splitlines()) <= 40
     log = (folder / "round.log").read_text()
     assert all(f"===== {step.name}: " in log for step in STEPS)
@@ -75,7 +81,7 @@ def test_results_of_all_paths_are_compared_with_float64(toy):
 
 
 def test_the_tuned_tiles_are_a_table_and_the_ones_that_are_timed(toy):
-    table = json.loads((toy[0] / "interpreter.json").read_text())
+    table = json.loads((toy[0] / table_name("interpreter")).read_text())
     assert table["gpu"] == "interpreter"
     tuned = {(row["bits"], row["M"], row["N"], row["K"]): row["tile"] for row in table["rows"]}
     timed_rows = [row for row in rows_of(toy[0]) if row["kind"] == "time" and row["path"] == "llmq"]

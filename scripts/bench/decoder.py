@@ -15,8 +15,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from llmq_kernels import PackedWeight, dequantize, new_counters, op, pack, packed_linear
-from llmq_kernels.choose import Problem, tables_for
+from llmq_kernels import PackedWeight, choose, dequantize, new_counters, pack, packed_linear
+from llmq_kernels.choose import Problem, tables_for, tile_for
 from llmq_kernels.trial import random_codes
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
@@ -143,7 +143,8 @@ def _decode(session: Session, kind: str, how: str) -> dict[str, Any]:
     if how == "ungraphed":
         machine = replace(machine, timer=time_plainly)
     tables = ({"rows": session.results.of("tune")}, *tables_for(machine.device.name, machine.device.arch))
-    with mock.patch.object(op, "tables_for", return_value=tables):  # tiles that this benchmark has tuned
+    tile_for.cache_clear()
+    with mock.patch.object(choose, "tables_for", return_value=tables):  # tiles that this benchmark has tuned
         model, apart = _models(session)[kind], session.cache["models apart"]
         if not apart <= _SAME:
             raise RuntimeError(f"the packed model and its 16-bit copy differ by {apart:.2g} in their logits")

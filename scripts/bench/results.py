@@ -14,7 +14,7 @@ Key = tuple[Any, ...]
 Row = dict[str, Any]
 KERNELS = Path(__file__).parents[2] / "kernels" / "llmq_kernels"
 # Changes in these files do not change the results.
-_ASIDE = ("__init__.py", "cpu_int4.py")
+_ASIDE = ("__init__.py", "cpu_int4.py", "cpu_native.py")
 
 
 def kernels_hash(folder: Path = KERNELS) -> str:

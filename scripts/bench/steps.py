@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from llmq_kernels.choose import slug
+from llmq_kernels.choose import table_name
 from llmq_kernels.tune import write_table
 
 from bench import ceilings, cold, correctness, decoder, generation, matmuls, peers, quantizing
@@ -91,7 +91,7 @@ def run(step: str, session: Session, folder: Path) -> int:
         session.do(task)
     rows = session.results.of("tune")
     if rows and step in ("tune", "rest"):
-        write_table(folder / f"{slug(session.machine.device.name)}.json", session.machine.device, rows)
+        write_table(folder / table_name(session.machine.device.name), session.machine.device, rows)
     seconds = round(time.perf_counter() - session.started, 1)
     row = {"seconds": seconds, "late": session.late, "notes": session.notes}
     failed = {"failed": f"{len(session.failures)} of its rows"} if session.failures else {}
