@@ -129,12 +129,12 @@ def endings(results: Results) -> Iterator[str]:
 
 
 def summary(results: Results, toy: bool) -> Iterator[str]:
-    """Yield the end of what is printed, less than 50 lines."""
+    """Yield what is printed at the end. The claims are the last of it."""
     yield title(results)
+    yield from endings(results)
     for claim in claims(results, TOY if toy else FULL):
         verdict = {None: "", True: "  reached", False: "  MISSED"}[claim.kept]
         yield f"{claim.what:84} {claim.bar:>12}  {claim.measured or 'not measured'}{verdict}"
-    yield from endings(results)
 
 
 def main() -> int:

@@ -1,8 +1,7 @@
 """The choice of a tile for a problem. It is a pure function, so the tests compile and check every answer it can give.
 
-A table that was measured on this kind of GPU, with these kernels and this Triton, wins: the user's own, then one that
-llmq ships. Otherwise the rule below decides. Nothing is timed at first use: `python -m llmq.tune` measures, when asked,
-and writes a table.
+A table measured on this kind of GPU, with these kernels and this Triton, wins. Otherwise the rule below decides.
+Nothing is timed at first use: `python -m llmq.tune` measures, when asked, and writes a table.
 """
 
 from __future__ import annotations
@@ -217,14 +216,10 @@ def tile_for(device: Device, problem: Problem) -> Tile | None:
 
 @cache
 def tables_for(name: str, arch: int) -> tuple[dict[str, Any], ...]:
-    """Return the tables for a GPU, best first: tuned here, shipped.
-
-    A table counts only if it says that it was measured on this kind of GPU, with these kernels and this Triton: the
-    fastest tile of an H200 need not be that of an H100, whose memory is slower.
-    """
+    """Return the tables for a GPU, best first: tuned here, shipped. Each must itself say that it is for this GPU."""
     mine = user_table(name)
-    paths = (mine, Path(__file__).parent / "tuned" / mine.name)
-    tables = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    paths = (path for path in (mine, Path(__file__).parent / "tuned" / mine.name) if path.is_file())
+    tables = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
     made_for = {"gpu": name, "arch": arch, **versions()}
     return tuple(table for table in tables if made_for.items() <= table.items())
 
