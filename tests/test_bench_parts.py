@@ -51,7 +51,8 @@ def test_what_is_not_done_in_time_is_told_and_no_failure(session, tmp_path):
 def test_checks_that_are_not_done_in_time_are_told_and_no_failure(session):
     session.deadline = session.started
     correctness._check_all(session, first=True)
-    assert session.late == ["correct 4 128 bfloat16", "correct 4 128 float16"]
+    dtypes = ("bfloat16 True", "bfloat16 False", "float16 True", "float16 False")
+    assert session.late == [f"correct 4 128 {dtype}" for dtype in dtypes]
     assert session.failures == session.results.bad() == []
 
 

@@ -53,7 +53,7 @@ def _tests(results: Results) -> Iterator[Claim]:
 
 def _correct(results: Results, plan: Plan) -> Iterator[Claim]:
     grid = plan.grid
-    jobs = len(grid.bits) * len(grid.groups) * len(grid.dtypes)
+    jobs = 2 * len(grid.bits) * len(grid.groups) * len(grid.dtypes)  # symmetric or not
     bad = sum(row["kind"] == "correct" for row in results.bad())
     rows = results.of("correct")
     measured = f"{len(rows)} of {jobs} kinds, {sum(row['cases'] for row in rows)} cases, {bad} kinds wrong"

@@ -33,9 +33,9 @@ def _speed(session: Session) -> Iterator[Task]:
     """Check the main width and group, then time the rule's tiles and the peers with few tokens."""
     to_do = matmuls.problems(session, session.plan.first)
     yield from ceilings.tasks(session)
+    yield from cold.tasks(session)
     yield from correctness.tasks(session, first=True)
     yield from matmuls.times(session, ["rule", *peers.compiled()], to_do)
-    yield from cold.tasks(session)
     for path in peers.compiling():
         yield from peers.ahead(session, path, to_do)
         yield from matmuls.times(session, [path], to_do)
