@@ -1,6 +1,6 @@
-"""Draw the measurements of scripts/bench_kernels.py: the speed-up over cuBLAS against tokens, and a roofline.
+"""Draw the kernels' measurements of scripts/gpu_round.py: the speed-up over cuBLAS against tokens, and a roofline.
 
-    python scripts/plot_kernels.py --results h200.jsonl --output plots
+    python scripts/plot_kernels.py --results gpu-round/round.jsonl --output plots
 
 The script needs matplotlib (the extra `plots`). It writes speedup.png and roofline.png.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import INTERPRETER
-from bench.results import Row, finished, rows_in
+from bench.results import Row, is_good, latest, rows_in
 
 Line = list[tuple[float, float]]
 
@@ -23,6 +23,7 @@ PATHS = {
     "llmq": ("llmq", "#b3541e", 2.2),
     "tinygemm": ("tinygemm (torch)", "#4a6a8a", 1.3),
     "gemlite": ("gemlite", "#5d8a66", 1.3),
+    "humming": ("humming", "#8a5a83", 1.3),
     "dequantize": ("dequantize + cuBLAS", "#9a9a9a", 1.3),
 }
 _INK, _FAINT = "#333333", "#bbbbbb"
@@ -34,14 +35,19 @@ def load(path: Path, toy: bool) -> list[Row]:
     Raises ValueError if there are none, or if they come from a toy run and `toy` is false.
     """
     rows = rows_in(path.read_text(encoding="utf-8"))
-    ours = [row for row in rows if row["kind"] == "time" and row.get("kernels") and "failed" not in row]
+    ours = [row for row in rows if row["kind"] == "time" and row.get("kernels") and is_good(row)]
     if not ours:
-        raise ValueError(f"{path} contains no timings of llmq's kernels; run bench_kernels.py with this --results")
+        raise ValueError(f"{path} contains no timings of llmq's kernels; run gpu_round.py, and give its round.jsonl")
     if ours[-1]["device"] == INTERPRETER and not toy:
         raise ValueError(
             f"{path} is a toy run in Triton's interpreter: nothing in it is a measurement; --toy draws it anyway"
         )
-    return list(finished(rows, ours[-1]).values())
+    good = [row for row in latest(rows, ours[-1]).values() if is_good(row)]
+    tuned = {tuple(row["key"][1:]) for row in good if row["kind"] == "time" and row["key"][0] == "llmq"}
+    for row in good:  # what is not tuned has the rule's tile
+        if row["kind"] == "time" and row["key"][0] == "rule" and tuple(row["key"][1:]) not in tuned:
+            row["path"] = "llmq"
+    return good
 
 
 def series(rows: Sequence[Row], path: str, shape: tuple[int, int]) -> dict[int, Row]:
@@ -130,7 +136,7 @@ def plot_roofline(rows: Sequence[Row], output: Path) -> None:
 
     ceilings = {row["key"][0]: row for row in rows if row["kind"] == "ceiling"}
     if not {"read", "matmul"} <= ceilings.keys():
-        raise ValueError("the results lack the ceilings read and matmul; run bench_kernels.py --only ceiling first")
+        raise ValueError("the results lack the ceilings read and matmul; run gpu_round.py --only speed first")
     bandwidth, peak = ceilings["read"]["rate"], ceilings["matmul"]["rate"]
     figure, axis = plt.subplots(figsize=(6.4, 4.4))
     low, high = peak / bandwidth / 300, peak / bandwidth * 30
@@ -179,7 +185,7 @@ def _finish(figure: Any, axes: Any, rows: Sequence[Row], title: str, path: Path)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, required=True, help="file that bench_kernels.py wrote")
+    parser.add_argument("--results", type=Path, required=True, help="round.jsonl of gpu_round.py")
     parser.add_argument("--output", type=Path, default=Path("plots"), help="folder for the PNG files (default plots)")
     parser.add_argument("--toy", action="store_true", help="also draw a toy run; its numbers mean nothing")
     options = parser.parse_args()

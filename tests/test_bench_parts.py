@@ -2,19 +2,15 @@
 
 import json
 import shutil
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-import bench_kernels
-import llmq_kernels
 import plot_kernels
 import pytest
 import torch
-from bench import bars, cold, matmuls, peers, pool, report
+from bench import bars, cold, correctness, matmuls, peers, pool, report, steps
 from bench.machine import INTERPRETER, Machine, timed
 from bench.plan import FULL
-from bench.results import Results, kernels_hash
+from bench.results import KERNELS, Results, kernels_hash
 from bench.session import Session, Task
 from llmq_kernels import reference
 from llmq_kernels.choose import Device, Problem, Tile
@@ -35,21 +31,34 @@ def session(tmp_path):
 def test_a_task_is_done_once(session):
     done = []
     task = Task("time", ("a", 1), lambda: done.append(1) or {"us": 1.0})
-    assert session.do(task)
-    assert session.do(task)
+    session.do(task)
+    session.do(task)
     assert done == [1]
     assert session.results.of("time")[0]["us"] == 1.0
 
 
-def test_a_task_that_would_not_end_in_time_is_not_begun(session):
+def test_what_is_not_done_in_time_is_told_and_no_failure(session, tmp_path):
+    def late():
+        raise TimeoutError("not done in time")
+
+    session.do(Task("compile", ("rule",), late))
     session.deadline = session.started
-    assert not session.do(Task("time", ("a",), lambda: pytest.fail("begun"), seconds=1))
-    assert session.results.of("time") == []
+    session.do(Task("time", ("a",), lambda: pytest.fail("begun"), seconds=1))
+    assert session.late == ["compile rule", "time a"]
+    assert session.failures == session.notes == session.results.of("time") == []
+
+
+def test_checks_that_are_not_done_in_time_are_told_and_no_failure(session):
+    session.deadline = session.started
+    correctness._check_all(session, first=True)
+    dtypes = ("bfloat16 True", "bfloat16 False", "float16 True", "float16 False")
+    assert session.late == [f"correct 4 128 {dtype}" for dtype in dtypes]
+    assert session.failures == session.results.bad() == []
 
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_failure_costs_the_exit_code_if_it_is_ours_and_is_tried_again_next_time(session, tmp_path, ours):
-    assert session.do(Task("time", ("a",), lambda: 1 // 0, ours=ours))
+    session.do(Task("time", ("a",), lambda: 1 // 0, ours=ours))
     assert bool(session.failures) == ours
     assert bool(session.notes) != ours
     (row,) = rows_of(tmp_path / "results.jsonl")
@@ -63,15 +72,27 @@ def test_after_the_gpu_is_lost_nothing_is_tried(session, monkeypatch):
 
     monkeypatch.setattr(Machine, "synchronize", lost)
     session.do(Task("time", ("a",), lambda: 1 // 0))
-    assert session.do(Task("time", ("b",), lambda: pytest.fail("tried")))
+    session.do(Task("time", ("b",), lambda: pytest.fail("tried")))
     assert any("illegal memory access" in failure for failure in session.failures)
 
 
-def test_the_exit_code_is_1_when_something_was_wrong(monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--toy", "--results", str(tmp_path / "results.jsonl")])
-    monkeypatch.setattr(bench_kernels, "schedule", lambda session: [Task("time", ("a",), lambda: 1 // 0)])
-    assert bench_kernels.main() == 1
+def test_a_step_ends_with_a_row_and_fails_if_something_was_wrong(session, monkeypatch, tmp_path):
+    tasks = {"good": [Task("time", ("a",), lambda: {"us": 1.0})], "bad": [Task("time", ("b",), lambda: 1 // 0)]}
+    for name, its in tasks.items():
+        monkeypatch.setitem(steps.TASKS, name, lambda session, its=its: its)
+        assert steps.run(name, session, tmp_path) == (name == "bad")
+    rows = session.results.steps()
+    assert rows["good"]["late"] == []
+    assert "failed" not in rows["good"]
+    assert "failed" in rows["bad"]
+
+
+def test_what_a_peer_cannot_compile_in_time_is_not_timed(session, monkeypatch):
+    first, second = (Problem(4, 128, True, "bfloat16", M, 4096, 4096) for M in (1, 16))
+    monkeypatch.setattr(pool, "run", lambda function, jobs, *_: [(jobs[0], None)])
+    session.machine = replace(session.machine, workers=2)
+    session.do(*peers.ahead(session, "humming", [first, second]))
+    assert [task.key[3] for task in matmuls.times(session, ["humming"], [first, second])] == [1]
 
 
 def test_rows_count_for_the_same_gpu_versions_and_kernels_only(session, tmp_path, monkeypatch):
@@ -79,7 +100,6 @@ def test_rows_count_for_the_same_gpu_versions_and_kernels_only(session, tmp_path
     session.results.add("time", ("llmq",), {"us": 1.0})
     session.results.add("time", ("cublas",), {"us": 2.0}, ours=False)
     assert Results(path, GPU.name).has("time", ("llmq",))
-    assert not Results(path, GPU.name, again=("time",)).has("time", ("cublas",))
     assert not Results(path, "NVIDIA A100").has("time", ("cublas",))
     monkeypatch.setattr("bench.results.kernels_hash", lambda: "other kernels")
     changed = Results(path, GPU.name)
@@ -129,13 +149,12 @@ def test_the_latest_setting_is_plotted_without_what_failed(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("name", "counts"), [("tune.py", True), ("trial.py", True), ("cpu_int4.py", False)])
-def test_rows_are_of_other_kernels_if_a_file_changed_that_counts(tmp_path, monkeypatch, name, counts):
-    shutil.copytree(Path(llmq_kernels.__file__).parent, tmp_path / "kernels")
-    monkeypatch.setattr(llmq_kernels, "__file__", str(tmp_path / "kernels" / "__init__.py"))
-    before = kernels_hash()
+def test_rows_are_of_other_kernels_if_a_file_changed_that_counts(tmp_path, name, counts):
+    shutil.copytree(KERNELS, tmp_path / "kernels")
+    before = kernels_hash(tmp_path / "kernels")
     with (tmp_path / "kernels" / name).open("a") as file:
         file.write("# other candidates, say")
-    assert (kernels_hash() != before) == counts
+    assert (kernels_hash(tmp_path / "kernels") != before) == counts
 
 
 # ---- processes ----------------------------------------------------------------------------------------------------
@@ -183,14 +202,14 @@ def test_everything_is_timed_twice_and_the_spread_is_told():
 def test_the_table_holds_our_times_against_the_bars_and_the_peers(session):
     session.results.add("ceiling", ("read",), {"us": 1.0, "rate": 4e12}, ours=False)
     tile = {"BM": 8, "BN": 64, "warps": 4, "stages": 3, "splits": 8, "chunk": 64, "fold": False, "pdl": True}
-    us = {"llmq": 4.0, "cublas_bf16": 9.0, "tinygemm": 5.0, "gemlite": 7.0, "gemlite_h100": 6.0}
+    us = {"rule": 4.0, "cublas_bf16": 9.0, "tinygemm": 5.0, "gemlite": 7.0, "gemlite_h100": 6.0}
     for shape in FULL.shapes[:2]:
         for path, time in us.items():
             row = {"us": time, "twice": [time, time], "bytes": 8e6, "tile": tile}
-            session.results.add("time", (path, 4, "bfloat16", 1, *shape), row, ours=path == "llmq")
-    lines = list(report.table(session))
+            session.results.add("time", (path, 4, "bfloat16", 1, *shape), row, ours=path == "rule")
+    lines = list(report.lines(session.results, FULL))
     (first, second) = (line for line in lines if line.startswith("    1     4.00"))
-    assert first.split()[2:8] == ["0.0%", "0.50", "2.25", "-", "1.25", "1.50"]
+    assert first.split()[2:8] == ["0.0%", "0.50", "2.25", "-", "1.25", "-"]
     assert "64x8w4s3c64p/8  must (2.2/3)  of R must (0.47/0.65)" in first
     assert "BELOW (2.7/3.2)" in second
     (means,) = (line for line in lines if "tinygemm 1.25" in line)

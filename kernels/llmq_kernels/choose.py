@@ -1,7 +1,7 @@
 """The choice of a tile for a problem. It is a pure function, so the tests compile and check every answer it can give.
 
-A measured table for this very GPU wins, then one for its architecture, then the rule below. Nothing is timed at first
-use: `python -m llmq.tune` measures, when asked, and writes a table.
+A table measured on this kind of GPU, with these kernels and this Triton, wins. Otherwise the rule below decides.
+Nothing is timed at first use: `python -m llmq.tune` measures, when asked, and writes a table.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -208,23 +208,43 @@ def slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
+@lru_cache(maxsize=4096)
+def tile_for(device: Device, problem: Problem) -> Tile | None:
+    """Return the tile for a problem on this machine. `forget_tables` makes it look into the tables again."""
+    return choose(device, problem, tables_for(device.name, device.arch))
+
+
 @cache
 def tables_for(name: str, arch: int) -> tuple[dict[str, Any], ...]:
-    """Return the tables for a GPU, best first: tuned here, shipped for this GPU, shipped for its architecture."""
-    shipped = Path(__file__).parent / "tuned"
-    paths = (user_table(name), shipped / f"{slug(name)}.json", shipped / f"sm_{arch}.json")
-    return tuple(json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file())
+    """Return the tables for a GPU, best first: tuned here, shipped. Each must itself say that it is for this GPU."""
+    mine = user_table(name)
+    paths = (path for path in (mine, Path(__file__).parent / "tuned" / mine.name) if path.is_file())
+    tables = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    made_for = {"gpu": name, "arch": arch, **versions()}
+    return tuple(table for table in tables if made_for.items() <= table.items())
+
+
+def forget_tables() -> None:
+    """Forget what the tables said: one was written."""
+    tables_for.cache_clear()
+    tile_for.cache_clear()
 
 
 def user_table(name: str) -> Path:
     """Return the path of the table that tuning writes. The name holds what the speed of a tile depends on."""
-    return Path.home() / ".cache" / "llmq" / "tuned" / f"{slug(name)}-{_versions()}.json"
+    return Path.home() / ".cache" / "llmq" / "tuned" / table_name(name)
+
+
+def table_name(name: str) -> str:
+    """Return the file name of a GPU's table, the user's or the shipped one."""
+    return f"{slug(name)}-triton{versions()['triton']}-{versions()['kernels']}.json"
 
 
 @cache
-def _versions() -> str:
+def versions() -> dict[str, str]:
+    """Return the version of Triton and a hash of the kernels that have tiles."""
     import hashlib
     from importlib.metadata import version
 
     sources = (Path(__file__).with_name(stem + ".py").read_bytes() for stem in ("layout", "planes", "packed_matmul"))
-    return f"triton{version('triton')}-{hashlib.sha256(b''.join(sources)).hexdigest()[:8]}"
+    return {"triton": version("triton"), "kernels": hashlib.sha256(b"".join(sources)).hexdigest()[:8]}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmq_kernels import reference
-from llmq_kernels.choose import COUNTERS, Device, Problem, Tile, choose, tables_for
+from llmq_kernels.choose import COUNTERS, Device, Problem, tile_for
 from llmq_kernels.cpu_native import NativeMatmul, supports
 from llmq_kernels.layout import PackedWeight
 
@@ -132,15 +132,10 @@ def _on_gpu(x: Tensor, weight: PackedWeight, bias: Tensor | None, counters: Tens
     from llmq_kernels.dequantize_matmul import dequantize_matmul  # Triton is imported where it runs, not before
     from llmq_kernels.packed_matmul import packed_matmul
 
-    tile = _tile(describe(x.device), problem)
+    tile = tile_for(describe(x.device), problem)
     if tile is None:
         return dequantize_matmul(x, weight, bias)
     return packed_matmul(x, weight, bias, _own(counters), tile)
-
-
-@lru_cache(maxsize=4096)
-def _tile(device: Device, problem: Problem) -> Tile | None:
-    return choose(device, problem, tables_for(device.name, device.arch))
 
 
 def _own(counters: Tensor) -> Tensor:

@@ -10,11 +10,21 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmq_kernels.choose import Device, Problem, Tile, bucket_of, registers_for, rule, shared_bytes, split
+from llmq_kernels.choose import (
+    Device,
+    Problem,
+    Tile,
+    bucket_of,
+    forget_tables,
+    registers_for,
+    rule,
+    shared_bytes,
+    split,
+    versions,
+)
 
 TimeOf = Callable[[Problem, "Tile | None"], float]
 
@@ -114,13 +124,18 @@ def _fits(device: Device, problem: Problem, BM: int, family: Family, chunk: int)
 
 
 def tune(
-    device: Device, problems: Iterable[Problem], time_of: TimeOf, enough: Callable[[], bool] = lambda: False
+    device: Device,
+    problems: Iterable[Problem],
+    time_of: TimeOf,
+    enough: Callable[[], bool] = lambda: False,
+    most: int = _MOST,
 ) -> list[dict[str, Any]]:
     """Return the fastest tile of each problem, as rows of a table.
 
     Args:
         time_of: seconds a tile takes; it may raise any error if a tile does not compile, run or compute the same.
         enough: asked before each problem; once it returns True, the other problems are left out.
+        most: tiles to try for a problem.
 
     A row also tells what the rule's tile takes (`rule_us`), what was `tried`, and what was `skipped` and why.
     Raises RuntimeError if not one tile works for a problem: then something else is wrong.
@@ -129,7 +144,7 @@ def tune(
     for problem in problems:
         if enough():
             break
-        rows.append(_best(candidates(device, problem), problem, time_of))
+        rows.append(_best(candidates(device, problem)[:most], problem, time_of))
     return rows
 
 
@@ -174,9 +189,8 @@ def merged(path: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_table(path: Path, device: Device, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a table for `choose.tables_for`: the whole file or nothing."""
-    head = {"gpu": device.name, "arch": device.arch}
-    head |= {"triton": version("triton"), "date": datetime.date.today().isoformat()}
+    """Write a table for `choose.tables_for`: the whole file or nothing. Later calls in this process use it."""
+    head = {"gpu": device.name, "arch": device.arch, **versions(), "date": datetime.date.today().isoformat()}
     lines = ",\n".join(json.dumps({key: row[key] for key in _FIELDS}) for row in rows)  # one line each, for diffs
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -185,3 +199,4 @@ def write_table(path: Path, device: Device, rows: Sequence[dict[str, Any]]) -> N
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    forget_tables()

@@ -1,1 +1,1 @@
-"""Modules of scripts/bench_kernels.py: the plan, the measurements, and the table of results."""
+"""Modules of scripts/gpu_round.py: the plan, the steps, the measurements, and the tables of results."""

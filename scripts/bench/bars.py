@@ -30,6 +30,10 @@ SPEEDUP = {
     4096: _by_shape((0.93, 0.97), (0.93, 0.97), (0.93, 0.97), (0.93, 0.97)),
 }
 
+# What the kernels are built for: the speed-up over cuBLAS with bf16 weights at 8192x8192, in one run, by tokens.
+GOAL_SHAPE = _MIDDLE
+GOALS = {1: 3.0, 16: 3.0, 64: 2.0, 256: 0.85, 4096: 0.97}
+
 # Speed-up over a peer by tokens: geometric mean over the shapes.
 PEERS: dict[str, dict[int, Bar]] = {
     "tinygemm": {1: (1.3, 1.45), 8: (2.0, 2.4), 16: (3.0, 4.0), 64: (8.0, 11.0)},
@@ -43,8 +47,21 @@ PEERS: dict[str, dict[int, Bar]] = {
 WIDTHS: dict[int, Bar] = {8: (1.7, 1.85), 3: (3.7, 4.3), 2: (4.8, 5.8)}
 
 # One decode step of a model with LLaMA-7B's shape, batch 1. TIMES_BF16 is the speed-up over the bf16 model.
-TOKENS_PER_SECOND: Bar = (600.0, 760.0)
+# LOADED_TIMES_BF16: the same with llmq.load and llmq.fast_generate, for both models.
 TIMES_BF16: Bar = (2.3, 2.9)
+LOADED_TIMES_BF16 = 2.6
+_TOKENS_PER_SECOND: Bar = (600.0, 760.0)
+READ_RATE = 4.3e12  # bytes per second, of the GPU that they were set for (an H200)
+
+
+def tokens_per_second(read_rate: float) -> Bar:
+    """Return the bar for tokens per second on a GPU that reads so many bytes per second."""
+    must, stretch = (bar * read_rate / READ_RATE for bar in _TOKENS_PER_SECOND)
+    return must, stretch
+
+
+# Seconds until the kernels of a model are compiled, by as many processes as there are cores.
+COLD_START = 10
 
 # Largest relative Frobenius error against float64, by dtype. y is always rounded once. If W is dequantized or scaled
 # before the product, W is rounded too; these bars are those of tests/kernels/oracle.py.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,12 +16,14 @@ from llmq_kernels import new_counters
 from llmq_kernels.choose import Problem, Tile, rule
 from llmq_kernels.layout import WIDTHS, PackedWeight, block_of, plane_of
 from llmq_kernels.trial import multiply
+from triton import knobs
 
 from bench import pool
 from bench.machine import the_machine
 from bench.session import Session, Task
 
 Call = tuple[Problem, "Tile | None"]
+_LONGEST = 30  # seconds; a first call that takes longer tells enough by that
 
 
 class Job(NamedTuple):
@@ -63,7 +66,7 @@ def _empty_weight(problem: Problem, where: torch.device) -> PackedWeight:
 
 def tasks(session: Session) -> Iterator[Task]:
     """Yield one task that times the first calls of the layers of a model, with the rule's tiles."""
-    yield Task("compile", ("rule",), lambda: _cold_start(session), seconds=60)
+    yield Task("compile", ("rule",), lambda: _cold_start(session), seconds=20)
 
 
 def _cold_start(session: Session) -> dict[str, Any]:
@@ -73,16 +76,19 @@ def _cold_start(session: Session) -> dict[str, Any]:
         Problem(4, plan.group, True, plan.dtype, M, N, K) for N, K in plan.shapes[:3] for M in tokens if M <= 512
     ]
     calls = _once_each([(problem, rule(machine.device, problem)) for problem in problems])
+    usual = knobs.cache.dir
     with tempfile.TemporaryDirectory() as cache:
         # A toy run uses one process too, so that it tries this code.
         workers = machine.workers or 1
         jobs = [Job(machine.toy, cache, tuple(calls[i::workers])) for i in range(min(workers, len(calls)))]
-        start = time.perf_counter()
-        outcomes = [outcome for _, result in pool.run(launch, jobs, workers, 60) for outcome in _checked(result)]
+        start, limit = time.perf_counter(), min(_LONGEST, session.left())
+        results = list(pool.run(launch, jobs, workers, limit))
+        outcomes = [outcome for _, result in results for outcome in _checked(result)]
         wall = time.perf_counter() - start
         binaries = len(list(Path(cache).rglob("*.cubin")))
         again = Job(machine.toy, None if machine.toy else cache, tuple(calls))
-        ((_, warm),) = pool.run(launch, [again], min(1, machine.workers), 60)
+        shutil.copytree(cache, usual, dirs_exist_ok=True)  # what is timed later need not compile again
+        ((_, warm),) = pool.run(launch, [again], min(1, machine.workers), limit)
     wrong = [what for _, what in outcomes if what]
     if wrong:
         raise RuntimeError(f"{len(wrong)} of the rule's tiles do not run, for example: {wrong[0]}")

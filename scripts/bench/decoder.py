@@ -8,19 +8,20 @@ kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
-from llmq_kernels import PackedWeight, dequantize, new_counters, op, pack, packed_linear
-from llmq_kernels.choose import Problem, tables_for
+from llmq_kernels import PackedWeight, choose, dequantize, new_counters, pack, packed_linear
+from llmq_kernels.choose import Problem, tables_for, tile_for
 from llmq_kernels.trial import random_codes
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
+from bench import models
 from bench.machine import time_plainly, timed
 from bench.plan import Decoder, Plan
 from bench.session import Session, Task
@@ -123,13 +124,17 @@ class Step:
         return logits
 
 
-def tasks(session: Session) -> Iterator[Task]:
-    """Yield the tasks: packed and 16 bit, each in a graph, compiled in a graph, and without a graph."""
-    for how in ("eager", "compiled", "ungraphed"):
+HOW = ("eager", "compiled", "ungraphed")
+
+
+def tasks(session: Session, how_to: Sequence[str]) -> Iterator[Task]:
+    """Yield the tasks: packed and 16 bit, each in a graph, compiled in a graph, or without a graph."""
+    for how in how_to:
         for kind in ("packed", "dense"):
             work = partial(_decode, session, kind, how)
             seconds = 75 if how == "compiled" else 25
             yield Task("decode", (kind, how, session.plan.dtype), work, seconds=seconds)
+    yield Task("decode", None, lambda: session.cache.pop("models", None), seconds=0)
 
 
 @torch.no_grad()
@@ -138,7 +143,8 @@ def _decode(session: Session, kind: str, how: str) -> dict[str, Any]:
     if how == "ungraphed":
         machine = replace(machine, timer=time_plainly)
     tables = ({"rows": session.results.of("tune")}, *tables_for(machine.device.name, machine.device.arch))
-    with mock.patch.object(op, "tables_for", return_value=tables):  # tiles that this benchmark has tuned
+    tile_for.cache_clear()
+    with mock.patch.object(choose, "tables_for", return_value=tables):  # tiles that this benchmark has tuned
         model, apart = _models(session)[kind], session.cache["models apart"]
         if not apart <= _SAME:
             raise RuntimeError(f"the packed model and its 16-bit copy differ by {apart:.2g} in their logits")
@@ -161,14 +167,12 @@ def _models(session: Session) -> dict[str, Any]:
     if "models" not in session.cache:
         weights = [_weights(session, i) for i in range(session.plan.decoder.layers)]
         dtype = getattr(torch, session.plan.dtype)
-        models = {
+        both = {
             "packed": _model(session, weights, Packed),
             "dense": _model(session, weights, lambda weight: Dense(weight, dtype)),
         }
-        session.cache["models"] = models
-        first, second = (
-            Step(model, session.plan.decoder, session.machine.where)().float() for model in models.values()
-        )
+        session.cache["models"] = both
+        first, second = (Step(model, session.plan.decoder, session.machine.where)().float() for model in both.values())
         session.cache["models apart"] = float((first - second).norm() / second.norm())
     return session.cache["models"]
 
@@ -192,31 +196,14 @@ def _model(
     session: Session, weights: list[dict[str, PackedWeight]], layer_of: Callable[[PackedWeight], nn.Module]
 ) -> Any:
     """Return a LLaMA of transformers, with its attentions and MLPs replaced by ours."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers import LlamaForCausalLM
 
     sizes, where = session.plan.decoder, session.machine.where
-    config = LlamaConfig(
-        vocab_size=sizes.vocabulary,
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.heads,
-        max_position_embeddings=sizes.context,
-    )
     with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config).to(getattr(torch, session.plan.dtype)).eval().requires_grad_(False)
+        model: Any = LlamaForCausalLM(models.config_of(sizes)).to(getattr(torch, session.plan.dtype))
     for layer in model.model.layers:
         layer.self_attn = layer.mlp = nn.Identity()
-    model.to_empty(device=where)
-    generator = torch.Generator(where).manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(0, 0.02, generator=generator)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(where)
+    models.filled(model, where)
     for layer, packed in zip(model.model.layers, weights, strict=True):
         linears = {name: layer_of(weight) for name, weight in packed.items()}
         layer.self_attn = Attention(linears["qkv"], linears["o"], sizes, model.lm_head.weight)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +57,37 @@ def the_machine(toy: bool) -> Machine:
         )
     where = torch.device("cuda", torch.cuda.current_device())
     return Machine(where, describe(where), time_graph, max(1, min(14, (os.cpu_count() or 1) - 1)), "inductor")
+
+
+def about() -> dict[str, Any]:
+    """Return what there is: the GPU, the memory, the versions of what computes. Says the same on stderr, at length."""
+    said = {name: _output(command) for name, command in _ABOUT.items()}
+    said["memory"] = "\n".join(Path("/proc/meminfo").read_text("utf-8").splitlines()[:3])
+    print("\n".join(said.values()), file=sys.stderr)
+    versions = {name: _version(name) for name in _PACKAGES}
+    print(versions, file=sys.stderr)
+    return {"python": platform.python_version(), "cores": os.cpu_count(), "versions": versions, **said}
+
+
+_ABOUT = {
+    "nvidia-smi": ("nvidia-smi",),
+    "gpu": ("nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem", "--format=csv,noheader"),
+}
+_PACKAGES = ("torch", "triton", "transformers", "numpy", "gemlite", "humming-kernels", "beartype", "pytest-xdist")
+
+
+def _output(command: tuple[str, ...]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{command[0]}: {error}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def time_plainly(launches: Sequence[Callable[[], object]], least: float, replays: int = 2) -> list[float]:  # noqa: ARG001

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from llmq_kernels.choose import Device, Problem, Tile, bucket_of, choose, tables_for
+from llmq_kernels.choose import Device, Problem, Tile, bucket_of, choose, rule, tables_for
 from llmq_kernels.trial import Trial, least_seconds, random_tokens
 from llmq_kernels.tune import candidates, tune
 
@@ -17,7 +17,7 @@ from bench.machine import timed
 from bench.peers import Layer
 from bench.session import Session, Task
 
-_OURS = ("llmq", "dequantize")
+_OURS = ("llmq", "rule", "dequantize")
 _CHECKED = 64
 """Number of tokens that are compared with float64."""
 
@@ -44,7 +44,11 @@ def ahead(session: Session, to_do: Iterable[Problem]) -> Iterator[Task]:
     def work() -> None:
         left = [problem for problem in to_do if not session.results.has("tune", _tune_key(problem))]
         device = session.machine.device
-        cold.ahead(session, [(p, tile) for p in left for tile in candidates(device, p)], min(90, session.left() / 4))
+        cold.ahead(
+            session,
+            [(p, tile) for p in left for tile in candidates(device, p)[: session.plan.tiles]],
+            min(90, session.left() / 4),
+        )
 
     yield Task("tune", None, work, seconds=20)
 
@@ -54,12 +58,12 @@ def tuning(session: Session, to_do: Iterable[Problem]) -> Iterator[Task]:
     machine = session.machine
     trial = Trial(machine.where, machine.timer, session.plan.rotation)
     for problem in to_do:
-        work = partial(_tune, machine.device, problem, trial)
+        work = partial(_tune, machine.device, problem, trial, session.plan.tiles)
         yield Task("tune", _tune_key(problem), work, seconds=5)
 
 
-def _tune(device: Device, problem: Problem, trial: Trial) -> dict[str, Any]:
-    return tune(device, [problem], trial)[0]
+def _tune(device: Device, problem: Problem, trial: Trial, most: int) -> dict[str, Any]:
+    return tune(device, [problem], trial, most=most)[0]
 
 
 def _tune_key(problem: Problem) -> tuple[Any, ...]:
@@ -71,15 +75,18 @@ def times(session: Session, paths: Iterable[str], to_do: Iterable[Problem]) -> I
     paths = list(paths)
     for problem in to_do:
         for path in paths:
-            if peers.applies(path, problem, session.plan):
-                key = (path, problem.bits, problem.dtype, problem.M, problem.N, problem.K)
+            if peers.applies(path, problem, session.plan) and problem not in session.cache.get(("left out", path), ()):
                 work, ours = partial(_time, session, path, problem), path in _OURS
-                yield Task("time", key, work, ours, seconds=25 if path == "gemlite" else 4)
+                yield Task("time", (path, *peers.key_of(problem)), work, ours, seconds=4)
 
 
-def tile_of(session: Session, problem: Problem) -> Tile | None:
-    """Return the tuned tile in this dtype, else the one tuned in the other dtype, else the one that users get."""
+def tile_of(session: Session, path: str, problem: Problem) -> Tile | None:
+    """Return the rule's tile; or the one tuned in this dtype, else in the other dtype, else the one that users get."""
     device, rows = session.machine.device, session.results.of("tune")
+    if path == "rule":
+        return rule(device, problem)
+    if path == "dequantize":
+        return None
     other = [row | {"dtype": problem.dtype} for row in rows]
     return choose(device, problem, ({"rows": rows}, {"rows": other}, *tables_for(device.name, device.arch)))
 
@@ -90,7 +97,8 @@ def _time(session: Session, path: str, problem: Problem) -> dict[str, Any]:
     if ("layer", one_token) not in session.cache:
         session.cache["layer", one_token] = Layer(machine, one_token, session.plan.rotation)
     layer = session.cache["layer", one_token]
-    ours, tile = path in _OURS, tile_of(session, problem) if path == "llmq" else None
+    ours = path in _OURS
+    tile = tile_of(session, path, problem) if ours else None
     products = layer.fused(tile) if ours else layer.products(path)
     x = random_tokens(replace(problem, dtype=peers.DTYPES.get(path, problem.dtype)), machine.where)
 

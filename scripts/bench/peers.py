@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,7 @@ class Layer:
     """A random weight in the layout of every path. A layout is made at its first use, and kept."""
 
     def __init__(self, machine: Machine, problem: Problem, rotation: float) -> None:
-        self.machine, self.problem, self._rotation = machine, problem, rotation
+        self.machine, self.problem, self.rotation = machine, problem, rotation
         self._counters = new_counters(machine.where)
         self._made: dict[Any, Products] = {}
 
@@ -48,7 +49,7 @@ class Layer:
 
     @cached_property
     def _packed(self) -> list[Any]:
-        return rotated(pack(*self.codes, self.problem.bits), self._rotation)
+        return rotated(pack(*self.codes, self.problem.bits), self.rotation)
 
     def exact(self) -> Tensor:
         """Return the weight [N, K] in float64. It is large, so it is not kept."""
@@ -67,7 +68,7 @@ class Layer:
 
     def copies(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         """Return clones of the tensors of a layout: enough that one round through them reads `rotation` bytes."""
-        count = max(2, math.ceil(self._rotation / sum(tensor.nbytes for tensor in tensors)))
+        count = max(2, math.ceil(self.rotation / sum(tensor.nbytes for tensor in tensors)))
         return [tuple(tensor.clone() for tensor in tensors) for _ in range(count)]
 
 
@@ -123,23 +124,52 @@ def _gemlite(layer: Layer, config: Path | None) -> Products:
     return Products(products, sum(tensor.nbytes for tensor in tensors))
 
 
+def _humming(layer: Layer) -> Products:
+    """Return the products of humming's kernels, on the same codes and scales, with the tiles that it chooses itself."""
+    from humming.layer import HummingLayer  # pyright: ignore[reportMissingImports]
+
+    problem, (codes, scale, _) = layer.problem, layer.codes
+    weights = {"quant_method": "compressed-tensors", "format": "pack-quantized", "type": "int", "num_bits": 4}
+    weights |= {"strategy": "group", "symmetric": True, "group_size": problem.group_size}
+    dtype = getattr(torch, problem.dtype)
+    linear = HummingLayer(problem.N, problem.K, weights, torch_dtype=dtype).to(layer.machine.where)
+    words = sum(codes[:, i::8].to(torch.int32) << 4 * i for i in range(8))
+    linear.load_from_tensors({"weight_packed": words, "weight_scale": scale.to(dtype)})
+    linear.transform()
+    size = sum(parameter.nbytes for parameter in linear.parameters())
+    count = max(2, math.ceil(layer.rotation / size))
+    copies = [linear, *(copy.deepcopy(linear) for _ in range(count - 1))]
+    return Products([lambda x, linear=linear: linear(x) for linear in copies], size)
+
+
 _PEERS: dict[str, Callable[[Layer], Products]] = {
     "cublas_bf16": lambda layer: _cublas(layer, torch.bfloat16),
     "cublas_fp16": lambda layer: _cublas(layer, torch.float16),
     "tinygemm": _tinygemm,
+    "humming": _humming,
     "gemlite": lambda layer: _gemlite(layer, None),
     "gemlite_h100": lambda layer: _gemlite(layer, _gemlite_table()),
 }
 DTYPES = {"cublas_bf16": "bfloat16", "cublas_fp16": "float16", "tinygemm": "bfloat16"}
 """Dtype of the paths that have a fixed one. Other paths use the dtype of the problem."""
+_COMPILE_SECONDS = 10
 
 
-def available() -> list[str]:
-    """Return the peers that this machine has. gemlite cannot even be imported without a GPU."""
-    peers = ["cublas_bf16", "cublas_fp16", "tinygemm"]
-    if torch.cuda.is_available() and _gemlite_table():
-        peers += ["gemlite_h100", "gemlite"]
-    return peers
+def compiled() -> list[str]:
+    """Return the peers that come compiled."""
+    return ["cublas_bf16", "tinygemm"]
+
+
+def compiling() -> list[str]:
+    """Return the peers here that compile at their first call. They cannot even be imported without a GPU."""
+    here = ["humming"] if importlib.util.find_spec("humming") else []
+    here += ["gemlite_h100"] if _gemlite_table() else []
+    return here if torch.cuda.is_available() else []
+
+
+def tuning_themselves() -> list[str]:
+    """Return the peers here that also try many tiles at their first call."""
+    return ["gemlite"] if torch.cuda.is_available() and _gemlite_table() else []
 
 
 def applies(path: str, problem: Problem, plan: Plan) -> bool:
@@ -159,34 +189,46 @@ def _gemlite_table() -> Path | None:
     return Path(package.origin).parent / "configs" / "h100.json" if package and package.origin else None
 
 
-def compile_gemlite(problem: Problem) -> str | None:
-    """Let gemlite compile its tiles for a problem into Triton's cache. Returns the error as text, or None."""
+class Job(NamedTuple):
+    """Problems whose kernels of a peer one process compiles."""
+
+    path: str
+    problems: tuple[Problem, ...]
+
+
+def compile_peer(job: Job) -> str | None:
+    """Let a peer compile its kernels into its cache on disk. Returns the error as text, or None."""
     try:
         machine = the_machine(toy=False)
-        layer = Layer(machine, replace(problem, M=1), 1)
-        layer.products("gemlite").copies[0](random_tokens(problem, machine.where))
-        machine.synchronize()
+        for problem in job.problems:
+            layer = Layer(machine, replace(problem, M=1), 1)
+            layer.products(job.path).copies[0](random_tokens(problem, machine.where))
+            machine.synchronize()
     except Exception as error:  # returned as text, because some exceptions cannot be sent between processes
         return f"{type(error).__name__}: {error}"[:200]
     return None
 
 
-def ahead(session: Session, paths: Sequence[str]) -> Iterator[Task]:
-    """Yield a task that lets gemlite compile in parallel before it is timed.
-
-    It compiles about twenty kernels for each shape and each of three numbers of tokens.
-    """
+def ahead(session: Session, path: str, problems: Sequence[Problem]) -> Iterator[Task]:
+    """Yield a task that lets a peer compile in parallel. Problems that are not done in time are not timed."""
 
     def work() -> None:
-        plan, to_do = session.plan, []
-        for M in (1, 16, 64):
-            for shape in plan.shapes:
-                if not session.results.has("time", ("gemlite", 4, plan.dtype, M, *shape)):
-                    to_do.append(Problem(4, plan.group, True, plan.dtype, M, *shape))
-        outcomes = list(pool.run(compile_gemlite, to_do, session.machine.workers, session.left() / 2))
-        wrong = [str(outcome) for _, outcome in outcomes if outcome]
-        if wrong:
-            session.notes.append(f"gemlite: {len(wrong)} of {len(outcomes)} problems did not compile: {wrong[0]}")
+        session.cache["left out", path] = set(to_do)
+        workers = session.machine.workers
+        jobs = [Job(path, tuple(to_do[i::workers])) for i in range(min(workers, len(to_do)))]
+        seconds = min(_COMPILE_SECONDS if path not in tuning_themselves() else 60, session.left())
+        for job, outcome in pool.run(compile_peer, jobs, workers, seconds):
+            if outcome is None:
+                session.cache["left out", path] -= set(job.problems)
+            else:
+                session.notes.append(f"{path}: {len(job.problems)} problems are not compiled: {outcome}"[:200])
 
-    if paths:
-        yield Task("time", None, work, ours=False, seconds=60)
+    done = session.results.has
+    to_do = [p for p in problems if applies(path, p, session.plan) and not done("time", (path, *key_of(p)))]
+    if to_do:
+        yield Task("time", None, work, ours=False, seconds=5)
+
+
+def key_of(problem: Problem) -> tuple[Any, ...]:
+    """Return what tells the timings of one path apart."""
+    return problem.bits, problem.dtype, problem.M, problem.N, problem.K

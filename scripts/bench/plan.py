@@ -27,7 +27,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Sizes of the LLaMA model for timing decode steps."""
+    """Sizes of the LLaMA model for timing decode steps, generation and quantization."""
 
     hidden: int
     intermediate: int
@@ -39,6 +39,23 @@ class Decoder:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """Tokens of the prompt and new tokens, of one sequence."""
+
+    prompt: int
+    new: int
+
+
+@dataclass(frozen=True)
+class Quantizing:
+    """A run of GPTQ on the first blocks of the decoder."""
+
+    blocks: int
+    samples: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """All that one benchmark measures. `first` and `later` are numbers of tokens; `first` is measured first."""
 
@@ -47,6 +64,8 @@ class Plan:
     group: int
     first: tuple[int, ...]
     later: tuple[int, ...]
+    tiles: int
+    """Most tiles that tuning tries for a problem."""
     widths: tuple[int, ...]
     """Bits other than 4. They are measured at one token, on shapes with at least `wide` weights."""
     wide: int
@@ -60,6 +79,8 @@ class Plan:
     """Number of launches in the graph that measures the time between launches."""
     grid: Grid
     decoder: Decoder
+    generation: Generation
+    quantizing: Quantizing
     tinygemm_up_to: int
     """Most tokens that tinygemm is timed with. It reads all weights again for every 16 tokens, so it gets very slow."""
 
@@ -70,6 +91,7 @@ FULL = Plan(
     group=128,
     first=(1, 16, 64, 128),
     later=(256, 1024, 4096, 8, 32, 2, 4, 512),
+    tiles=20,
     widths=(2, 3, 8),
     wide=8192 * 8192,
     rotation=200e6,
@@ -87,6 +109,8 @@ FULL = Plan(
         even=(256, 2048),
     ),
     decoder=Decoder(4096, 11008, 32, 32, 32000, 128, 100),
+    generation=Generation(32, 128),
+    quantizing=Quantizing(3, 128, 2048),
     tinygemm_up_to=512,
 )
 
@@ -97,14 +121,17 @@ TOY = Plan(
     group=64,
     first=(1,),
     later=(64,),
-    widths=(3,),
+    tiles=2,
+    widths=(8,),
     wide=0,
     rotation=1,
     replays=2,
     read_bytes=1 << 16,
     square=64,
     nodes=3,
-    grid=Grid(bits=(4, 3), groups=(32, -1), dtypes=("float16",), tokens=(3,), outputs=17, inputs=100, even=(16, 512)),
-    decoder=Decoder(64, 128, 3, 4, 128, 8, 2),
+    grid=Grid(bits=(4, 8), groups=(64,), dtypes=("float16",), tokens=(3,), outputs=17, inputs=100, even=(16, 512)),
+    decoder=Decoder(64, 128, 2, 4, 128, 8, 2),
+    generation=Generation(4, 4),
+    quantizing=Quantizing(2, 10, 16),
     tinygemm_up_to=64,
 )

@@ -1,4 +1,4 @@
-"""Print the table at the end of a benchmark: the measurements, compared with the peers and with the bars."""
+"""Print all that was measured of the kernels, compared with the peers and with the bars."""
 
 from __future__ import annotations
 
@@ -7,29 +7,32 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from bench import bars
-from bench.plan import Shape
-from bench.session import Session
+from bench.plan import Plan, Shape
+from bench.results import Results
 
 Row = dict[str, Any]
-_COLUMNS = {"cublas_bf16": "x bf16", "cublas_fp16": "x fp16", "tinygemm": "x tiny", "gemlite": "x geml"}
-_COLUMNS |= {"dequantize": "x deq"}
-_SHOWN = 12
+_COLUMNS = {"cublas_bf16": "x bf16", "cublas_fp16": "x fp16", "tinygemm": "x tiny", "humming": "x humm"}
+_COLUMNS |= {"gemlite": "x geml", "dequantize": "x deq", "rule": "x rule"}
+_SPEEDS = {"decode": ("packed", "dense"), "generate": ("packed", "merged", "dense")}
 
 
 class Times:
     """The rows of timings, by path, number of tokens, shape, bits and dtype."""
 
-    def __init__(self, session: Session) -> None:
-        self.plan = session.plan
-        read = session.results.get("ceiling", "read")
+    def __init__(self, results: Results, plan: Plan) -> None:
+        self.results, self.plan = results, plan
+        read = results.get("ceiling", "read")
         self.read_rate: float | None = read["rate"] if read else None
-        self._rows = {tuple(row["key"]): row for row in session.results.of("time")}
+        self._rows = {tuple(row["key"]): row for row in results.of("time")}
 
     def get(self, path: str, M: int, shape: Shape, bits: int = 4, dtype: str | None = None) -> Row | None:
         if path == "gemlite":  # with its table or with its own tuning; the faster one counts
             both = [self._rows.get((p, bits, dtype or self.plan.dtype, M, *shape)) for p in ("gemlite", "gemlite_h100")]
             return min((row for row in both if row), key=lambda row: row["us"], default=None)
-        return self._rows.get((path, bits, dtype or self.plan.dtype, M, *shape))
+        key = (bits, dtype or self.plan.dtype, M, *shape)
+        if path == "llmq":  # with the rule's tile until it is tuned
+            return self._rows.get((path, *key)) or self._rows.get(("rule", *key))
+        return self._rows.get((path, *key))
 
     def speedup(self, over: str, M: int, shape: Shape, bits: int = 4, dtype: str | None = None) -> float | None:
         """Return the speed-up of our kernel over a path. The path runs at 4 bit, or on dense weights."""
@@ -47,39 +50,27 @@ class Times:
         return math.exp(sum(logs) / len(logs)) if logs else None
 
 
-def table(session: Session) -> Iterator[str]:
-    """Yield the lines of the table."""
-    times, results = Times(session), session.results
-    toy = " — A TOY RUN: NOTHING HERE IS A MEASUREMENT" if session.machine.toy else ""
-    yield f"{session.machine.device.name}{toy}"
-    yield from _ceilings(session)
-    yield f"4 bit, group {times.plan.group}, {times.plan.dtype}; x: speed-up over a peer; twice: spread of two timings"
-    for shape in session.plan.shapes:
+def lines(results: Results, plan: Plan) -> Iterator[str]:
+    """Yield the lines of the report."""
+    times = Times(results, plan)
+    yield from _ceilings(results)
+    yield f"4 bit, group {plan.group}, {plan.dtype}; x: speed-up over a peer; twice: spread of two timings"
+    for shape in plan.shapes:
         yield from _shape(times, shape)
     yield from _means(times)
     yield from _widths(times)
     yield from _tuned(results.of("tune"))
-    yield from _decoder(session)
+    yield from _steps_of_models(times)
     correct = results.of("correct")
     if correct:
         equal, twins = sum(row["twin_equal"] for row in correct), sum(row["twins"] for row in correct)
         worst = max(row["error"] for row in correct)
-        cases, wrong = sum(row["cases"] for row in correct), sum(len(row["wrong"]) for row in correct)
-        yield f"correctness: {cases} cases, {wrong} wrong, largest error {worst:.1e}"
+        yield f"correctness: {sum(row['cases'] for row in correct)} cases, largest error {worst:.1e}"
         yield f"PTX and its twin in plain Triton: the same bits in {equal} of {twins} comparisons"
-    yield from _few("note", session.notes)
-    yield from _few("FAILED", session.failures)
 
 
-def _few(label: str, lines: list[str]) -> Iterator[str]:
-    """Yield the first lines, cut to a readable length. All of them are on stderr and in the results."""
-    yield from (f"{label}: {line}"[:180] for line in lines[:_SHOWN])
-    if len(lines) > _SHOWN:
-        yield f"{label}: … and {len(lines) - _SHOWN} more"
-
-
-def _ceilings(session: Session) -> Iterator[str]:
-    rows = {row["key"][0]: row for row in session.results.of("ceiling")}
+def _ceilings(results: Results) -> Iterator[str]:
+    rows = {row["key"][0]: row for row in results.of("ceiling")}
     texts = [f"{name} {rows[name]['rate'] / 1e12:.2f} TB/s" for name in ("read", "copy") if name in rows]
     if "matmul" in rows:
         texts.append(f"bf16 matmul {rows['matmul']['rate'] / 1e12:.0f} TFLOP/s")
@@ -88,7 +79,7 @@ def _ceilings(session: Session) -> Iterator[str]:
     if "interval_pdl" in rows:
         texts.append(f"{rows['interval_pdl']['us']:.2f} us with dependent launch")
     yield "; ".join(texts)
-    compiled = session.results.get("compile", "rule")
+    compiled = results.get("compile", "rule")
     if compiled:
         yield (
             f"compile: {compiled['binaries']} binaries in {compiled['cold_wall']:.1f} s by {compiled['workers']} "
@@ -178,18 +169,12 @@ def _tuned(rows: list[Row]) -> Iterator[str]:
         yield f"tuning: {len(tiles)} tiles skipped, for example {tile_name(tiles[0])}: {why}"
 
 
-def _decoder(session: Session) -> Iterator[str]:
-    rows = {tuple(row["key"][:2]): row for row in session.results.of("decode")}
-    for how in ("eager", "compiled", "ungraphed"):
-        graphed = how != "ungraphed"  # the bars are for steps in a CUDA graph
-        for kind in ("packed", "dense"):
-            row = rows.get((kind, how))
-            if row:
-                speed = row["tokens_per_second"]
-                bar = _verdict("", speed, bars.TOKENS_PER_SECOND) if graphed and kind == "packed" else ""
-                size = f"{row['us'] / 1e3:.3f} ms, {row['bytes'] / 1e9:.2f} GB"
-                yield f"decoder, {how}, {kind}: {speed:.1f} tokens/s, {size}{bar}"
-        if {("packed", how), ("dense", how)} <= rows.keys():
-            ratio = rows["dense", how]["us"] / rows["packed", how]["us"]
-            verdict = _verdict("", ratio, bars.TIMES_BF16 if graphed else None)
-            yield f"decoder, {how}: {ratio:.2f} times as fast as {session.plan.dtype}{verdict}"
+def _steps_of_models(times: Times) -> Iterator[str]:
+    bar = bars.tokens_per_second(times.read_rate) if times.read_rate else None
+    for kind, names in _SPEEDS.items():
+        rows = [row for row in times.results.of(kind) if row["key"][0] in names]
+        for row in rows:
+            what, how = row["key"][:2]
+            speed = row["tokens_per_second"]
+            verdict = _verdict("", speed, bar) if (kind, what, how) == ("decode", "packed", "eager") else ""
+            yield f"{kind}, {how}, {what}: {speed:.1f} tokens/s{verdict}"

@@ -38,6 +38,8 @@ class Session:
     started: float = field(default_factory=time.perf_counter)
     failures: list[str] = field(default_factory=list)
     """Failures of our kernels. If there are any, the exit code is 1."""
+    late: list[str] = field(default_factory=list)
+    """What was not done in time. It is no failure."""
     notes: list[str] = field(default_factory=list)
     """Other things that a reader of the table should know."""
     cache: dict[Any, Any] = field(default_factory=dict)
@@ -55,23 +57,27 @@ class Session:
         self.failures.append(text)
         self.say(f"!!! FAILED {text}")
 
-    def do(self, task: Task) -> bool:
-        """Run a task if it is not done already. Returns False if there was no time for it."""
+    def do(self, task: Task) -> None:
+        """Run a task if it is not done already and there is time for it."""
         name = " ".join([task.kind, *map(str, task.key or ())])
         if self.broken or (task.key is not None and self.results.has(task.kind, task.key)):
-            return True
+            return
         if self.left() < task.seconds:
-            return False
+            self.late += [name] if task.key is not None else []
+            return
         start = time.perf_counter()
         try:
             row = task.work()
+        except TimeoutError as error:
+            self.late.append(name)
+            self.say(f"{name}: {error}")
+            return
         except Exception as error:  # one failure must not stop the other tasks
             self._failed(task, name, f"{type(error).__name__}: {error}"[:500])
-            return True
+            return
         if task.key is not None and row is not None:
             self.results.add(task.kind, task.key, row, task.ours)
         self.say(f"{name} ({time.perf_counter() - start:.1f}s)")
-        return True
 
     def _failed(self, task: Task, name: str, reason: str) -> None:
         if task.key is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from llmq_kernels import choose as module
+from llmq_kernels import tune
 from llmq_kernels.choose import COUNTERS, M_BUCKETS, Device, Problem, Tile, choose, rule, shared_bytes, slug
 
 # Shared memory that one block may ask for, by the CUDA programming guide's table of compute capabilities.
@@ -188,28 +189,68 @@ def test_a_gpus_name_becomes_a_file_name():
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    module.tables_for.cache_clear()
+    module.forget_tables()
     yield tmp_path
-    module.tables_for.cache_clear()
+    module.forget_tables()
 
 
 def test_a_users_table_is_named_after_all_that_its_numbers_depend_on(home):
     folder = Path(module.__file__).parent
     sources = b"".join((folder / name).read_bytes() for name in ("layout.py", "planes.py", "packed_matmul.py"))
     digest = hashlib.sha256(sources).hexdigest()[:8]
+    assert module.versions() == {"triton": version("triton"), "kernels": digest}
     name = f"nvidia-h200-triton{version('triton')}-{digest}.json"
     assert module.user_table("NVIDIA H200") == home / ".cache" / "llmq" / "tuned" / name
 
 
-def test_tables_are_the_users_the_gpus_and_the_architectures(home, tmp_path, monkeypatch):
+def put(path, gpu="NVIDIA H200", **changes):
+    """Write a table that says what it is for. Returns its first row's tile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = {"gpu": gpu, "arch": 90, **module.versions()} | changes
+    path.write_text(json.dumps(head | {"from": path.parent.parent.name, "rows": [row(tile=tiled(32))]}))
+    module.forget_tables()
+
+
+def served(name="NVIDIA H200", arch=90):
+    return [table["from"] for table in module.tables_for(name, arch)]
+
+
+@pytest.fixture
+def shipped(home, tmp_path, monkeypatch):
+    """Return the path of the shipped table for an H200."""
+    module.versions()  # read from the real files
     monkeypatch.setattr(module, "__file__", str(tmp_path / "package" / "choose.py"))
-    shipped = tmp_path / "package" / "tuned"
-    mine = module.user_table("NVIDIA H200")
-    assert module.tables_for("NVIDIA H200", 90) == ()
-    for path in (mine, shipped / "nvidia-h200.json", shipped / "sm_90.json", shipped / "sm_80.json"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"rows": [], "from": path.name}))
-    module.tables_for.cache_clear()
-    assert [t["from"] for t in module.tables_for("NVIDIA H200", 90)] == [mine.name, "nvidia-h200.json", "sm_90.json"]
-    assert [t["from"] for t in module.tables_for("NVIDIA H100", 90)] == ["sm_90.json"]
-    assert module.tables_for("NVIDIA T4", 75) == ()
+    return tmp_path / "package" / "tuned" / module.table_name("NVIDIA H200")
+
+
+def test_tables_are_the_users_and_then_the_shipped_one(shipped):
+    assert served() == []
+    put(shipped)
+    assert served() == ["package"]
+    put(module.user_table("NVIDIA H200"))
+    assert served() == ["llmq", "package"]
+
+
+@pytest.mark.parametrize(
+    "other", [{"gpu": "NVIDIA H100 80GB HBM3"}, {"arch": 89}, {"triton": "3.0.0"}, {"kernels": "0"}], ids=str
+)
+def test_a_table_that_says_it_is_for_something_else_is_not_served_whatever_its_name(shipped, other):
+    put(shipped, **other)
+    put(module.user_table("NVIDIA H200"), **other)
+    assert served() == []
+    assert module.tile_for(H200, PROBLEM) == rule(H200, PROBLEM)
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "NVIDIA H200 NVL", "nvidia-h200"])
+def test_a_table_of_one_card_is_never_served_to_another(shipped, name):
+    put(shipped)
+    put(module.user_table("NVIDIA H200"))
+    assert served(name) == []
+    assert module.tile_for(replace(H200, name=name), PROBLEM) == rule(H200, PROBLEM)
+
+
+def test_a_table_that_is_written_is_seen_by_the_same_process(shipped):
+    device = replace(H200, name="NVIDIA H200")
+    assert module.tile_for(device, PROBLEM) == rule(device, PROBLEM)
+    tune.write_table(module.user_table(device.name), device, [row(tile=tiled(32)) | {"us": 1.0}])
+    assert module.tile_for(device, PROBLEM).BN == 32

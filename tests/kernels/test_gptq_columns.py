@@ -18,7 +18,8 @@ def some_columns(G, rows, bits, symmetric, seed=0):
     return W, U, scale, zero
 
 
-SIZES = [(2, 16, 33), (3, 37, 16), (4, 64, 7), (4, 1, 1), (3, 128, 17), (8, 128, 17)]
+SIZES = [(2, 16, 33), (3, 37, 16), (4, 64, 7), (4, 1, 1), (3, 128, 17)]
+SIZES.append(pytest.param(8, 128, 17, marks=pytest.mark.smoke))
 
 
 @pytest.mark.parametrize("where", FLOAT16)
@@ -31,8 +32,8 @@ def test_codes_are_torchs_and_errors_too(bits, G, rows, symmetric, where):
     expected, errors = columns.round_columns(W.clone(), U, scale[None], zero[None], bits)
     device = where[0]
     Q, Err = gptq_columns.round_columns(W.to(device), U.to(device), scale.to(device), zero.to(device), bits)
-    differing = (Q.cpu() != expected).float().mean()
+    differing = int((Q.cpu() != expected).sum())
     # A GPU may fuse a product and a difference, and a tie then falls the other way.
-    assert differing == 0 if device == "cpu" else differing < 0.001
+    assert differing <= (0 if device == "cpu" else max(2, 0.001 * Q.numel()))
     same = (Q.cpu() == expected).all(0)  # rows that agree in every code
     torch.testing.assert_close(Err.cpu()[:, same], errors[:, same], rtol=1e-4, atol=1e-5)

@@ -153,7 +153,6 @@ def test_counters_follow_words_that_were_moved_without_them():
 def test_the_gpus_path_gives_the_result_for_few_tokens_and_many(tokens, where, monkeypatch):
     monkeypatch.setattr(op, "describe", lambda device: Device("NVIDIA Nothing", 90, 4, 232448))
     monkeypatch.setattr(op, "_own", lambda counters: counters)
-    monkeypatch.setattr(op, "tables_for", lambda name, arch: ())
     x, weight, bias = some_problem(where, tokens, 65, 576)
     y = op._on_gpu(x, weight, bias, new_counters(where[0]), op.problem_of(x, weight))
     assert y.shape == (tokens, 65)
@@ -211,6 +210,7 @@ def test_results_on_a_gpu_are_float64s_and_the_same_bits_each_time(bits, group, 
         assert not counters.any()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("where", GPU)
 def test_a_layer_may_run_on_several_streams_at_once(where):
     x, weight, bias = some_problem(where, 4, 256, 8192)
@@ -226,6 +226,7 @@ def test_a_layer_may_run_on_several_streams_at_once(where):
     assert not counters.any()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("where", GPU)
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_a_captured_graph_replays_with_new_inputs(tokens, where):
@@ -242,6 +243,7 @@ def test_a_captured_graph_replays_with_new_inputs(tokens, where):
         assert torch.equal(y, packed_linear(x, weight, bias, counters))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("where", GPU)
 def test_a_compiled_function_runs_on_a_gpu(where, unchecked):
     _, weight, bias = some_problem(where, 1, 200, 1088)

@@ -52,11 +52,12 @@ def one_of_each():
         yield pytest.param(
             bits, symmetric, group, (M, choice([65, 65, 200]), choice(inputs[group])), tile, choice([False, True]),
             id=f"{bits}-{'sym' if symmetric else 'asym'}-{group}",
+            marks=[pytest.mark.smoke] if symmetric and group == 128 else [],
         )  # fmt: skip
 
 
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize(("bits", "symmetric", "group", "shape", "tile", "biased"), one_of_each())
+@pytest.mark.parametrize(("bits", "symmetric", "group", "shape", "tile", "biased"), list(one_of_each()))
 def test_the_result_is_float64s_up_to_rounding(bits, symmetric, group, shape, tile, biased, where):
     x, weight, bias = some_problem(where, *shape, bits, group, symmetric)
     bias = bias if biased else None

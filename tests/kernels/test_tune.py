@@ -162,7 +162,7 @@ def test_a_table_tells_the_gpu_versions_and_date_and_has_a_line_for_each_row(tmp
     write_table(path, H200, rows)
     table = json.loads(path.read_text())
     assert (table["gpu"], table["arch"]) == ("NVIDIA H200", 90)
-    assert table.keys() == {"gpu", "arch", "triton", "date", "rows"}
+    assert table.keys() == {"gpu", "arch", "triton", "kernels", "date", "rows"}
     assert [row.keys() for row in table["rows"]] == 2 * [
         {"bits", "group", "symmetric", "dtype", "M", "N", "K", "tile", "us"}
     ]
