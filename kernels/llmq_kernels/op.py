@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -36,13 +36,15 @@ def packed_linear_now(x: Tensor, weight: PackedWeight, bias: Tensor | None, coun
 
     It has no gradient, and nothing that traces operators sees it.
     """
-    return _run(reference.permuted(_autocast(x), weight), weight, bias, counters)
+    return run(reference.permuted(_autocast(x), weight), weight, bias, counters)
 
 
 def _autocast(x: Tensor) -> Tensor:
     """Return x as torch.autocast hands it to a matmul."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    if kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind):  # other kinds may not know autocast
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def new_counters(device: torch.device | str) -> Tensor:
@@ -66,23 +68,32 @@ def _packed_linear(
     group_size: int,
     symmetric: bool,
 ) -> Tensor:
-    return _run(x, PackedWeight(tuple(words), grid, bits, group_size, x.shape[-1], symmetric), bias, counters)
+    return run(x, PackedWeight(tuple(words), grid, bits, group_size, x.shape[-1], symmetric), bias, counters)
 
 
-def _run(x: Tensor, weight: PackedWeight, bias: Tensor | None, counters: Tensor) -> Tensor:
+def run(x: Tensor, weight: PackedWeight, bias: Tensor | None, counters: Tensor) -> Tensor:
     """Multiply x, whose features are in the order of the weight's columns."""
     if x.is_cpu:
         weight = replace(weight, permutation=None)
         return NativeMatmul(weight, bias)(x) if supports(x, weight) else reference.matmul(x, weight, bias)
+    if not x.is_cuda:
+        return reference.matmul(x, replace(weight, permutation=None), bias)
+    if x.device.index == torch.cuda.current_device():
+        return launched(x, weight, bias, counters)
+    with torch.cuda.device(x.device):
+        return launched(x, weight, bias, counters)
+
+
+def launched(x: Tensor, weight: PackedWeight, bias: Tensor | None, counters: Tensor) -> Tensor:
+    """Multiply x on the current GPU, or in plain torch there."""
     rows = x.reshape(-1, x.shape[-1])
     problem = problem_of(rows, weight)
-    if not x.is_cuda or not problem.has_kernel or describe(x.device).arch < _OLDEST_ARCH:
+    if not problem.has_kernel or describe(x.device).arch < _OLDEST_ARCH:
         _warn(problem)
         return reference.matmul(x, replace(weight, permutation=None), bias)
     if len(rows) == 0:
         return x.new_empty(*x.shape[:-1], weight.out_features)
-    with torch.cuda.device(x.device):
-        y = _on_gpu(rows.contiguous(), weight, bias, counters, problem)
+    y = _on_gpu(rows.contiguous(), weight, bias, counters, problem)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -123,9 +134,13 @@ _packed_linear.register_autograd(_backward, setup_context=_keep)
 
 def problem_of(x: Tensor, weight: PackedWeight) -> Problem:
     """Describe x [M, K] times the weight for `choose`."""
-    dtype = str(x.dtype).removeprefix("torch.")
     sizes = len(x), weight.out_features, weight.in_features
-    return Problem(weight.bits, weight.group_size, weight.symmetric, dtype, *sizes)
+    return _problem(weight.bits, weight.group_size, weight.symmetric, x.dtype, *sizes)
+
+
+@lru_cache(maxsize=4096)
+def _problem(bits: int, group_size: int, symmetric: bool, dtype: torch.dtype, *sizes: int) -> Problem:
+    return Problem(bits, group_size, symmetric, str(dtype).removeprefix("torch."), *sizes)
 
 
 def _on_gpu(x: Tensor, weight: PackedWeight, bias: Tensor | None, counters: Tensor, problem: Problem) -> Tensor:

@@ -24,16 +24,14 @@ class Window:
 
 
 class _WindowLayer(StaticLayer):
-    """The keys and values of one layer. Layers with a sliding window keep all of them: their mask hides the old ones."""
-
-    is_compileable: bool
+    """The keys and values of one layer. A layer with a sliding window keeps all of them: its mask hides the old ones."""
 
     def __init__(self, window: Window) -> None:
         super().__init__(window.capacity)
         self.window = window
 
     @property
-    def is_compileable(self) -> bool:  # noqa: F811  # pyright: ignore
+    def is_compileable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return not self.window.prefill  # transformers makes masks for such layers even where none seems necessary
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -49,6 +47,8 @@ class _WindowLayer(StaticLayer):
         """Write the new keys and values, and return those that attention looks at."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
         if self.window.prefill:
             self.keys[:, :, : key_states.shape[2]] = key_states
             self.values[:, :, : key_states.shape[2]] = value_states

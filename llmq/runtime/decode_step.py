@@ -1,4 +1,4 @@
-"""One decode step of a model, made ready once and then run for every token: recorded on a CPU, a CUDA graph on a GPU."""
+"""A decode step, made ready once and then run for every token: recorded on a CPU, captured as a CUDA graph on a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from llmq_kernels.cpu_native import NativeLinear
 from torch import Tensor
 
 from llmq.core.errors import first_line
@@ -40,7 +39,7 @@ class DecodeStep:
         """Time spent on making steps ready and checking them."""
         self._ready: dict[tuple[int, bool], Callable[[], Tensor]] = {}
         self._unchecked: set[tuple[int, bool]] = set()
-        self._dense: dict[int, NativeLinear | None] = {}
+        self._dense: dict[int, Any] = {}  # copies of dense weights in 16 bits
         self._token, self._place = (torch.zeros(batch, 1, dtype=torch.long, device=self.device) for _ in range(2))
         self._filled, self._padded = 0, False
         self._pool: Any = None

@@ -1,7 +1,7 @@
 """Text generation whose decode step is made ready once: `fast_generate`, for any loaded model.
 
-transformers' `generate` still reads the settings, and makes the logits processors and the stopping criteria. Only its loop
-is replaced.
+transformers' `generate` still reads the settings, and makes the logits processors and the stopping criteria. Only its
+loop is replaced.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Puts C functions in the place of recorded operators, where they are faster on a CPU.
 
-They are: products with packed weights; products with dense weights that are exact in 16 bits; RMS norms; and the rotation
-of queries and keys. Only the last digits of the results differ.
+They are: products with packed weights; products with dense weights that are exact in 16 bits; RMS norms; and the
+rotation of queries and keys. Only the last digits of the results differ.
 """
 
 from __future__ import annotations

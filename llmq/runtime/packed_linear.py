@@ -1,4 +1,4 @@
-"""A linear layer that keeps its weight packed. Only this file, tiles.py and gptq_columns.py import the kernels."""
+"""A linear layer that keeps its weight packed. It and three other files import the kernels: see pyproject.toml."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from llmq_kernels import PackedWeight, cpu_int4, cpu_native, dequantize, new_counters, pack, packed_linear, reference, stack
+from llmq_kernels import (
+    PackedWeight,
+    cpu_int4,
+    cpu_native,
+    dequantize,
+    new_counters,
+    pack,
+    packed_linear,
+    reference,
+    stack,
+)
 from llmq_kernels.cpu_native import NativeMatmul
 from llmq_kernels.layout import unpack
 from llmq_kernels.op import packed_linear_now
@@ -18,9 +28,10 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from llmq.core.errors import RequestError
 from llmq.core.quantized_weight import QuantizedWeight
 
-# Where there is no C compiler. With more tokens, dequantizing once and multiplying in float32 is faster than torch's int4 path, and exact (2-core
-# AVX-512 machine, torch 2.13, 2026-11-22, 1536x576: 0.69 against 1.08 ms at 64 tokens, 5.6 against 5.3 at 512). It
-# takes float32 inputs, too, in a scalar loop: 1.05 ms a token, dequantizing 0.60 (2-core AVX2 machine, 2026-11-28).
+# Without a C compiler. With more tokens, dequantizing once and multiplying in float32 is faster than torch's int4 path,
+# and exact (2-core AVX-512 machine, torch 2.13, 2026-11-22, 1536x576: 0.69 against 1.08 ms at 64 tokens, 5.6 against 5.3
+# at 512). It takes float32 inputs, too, in a scalar loop: 1.05 ms a token, dequantizing 0.60 (2-core AVX2 machine,
+# 2026-11-28).
 _INT4_TOKENS = 64
 
 

@@ -129,7 +129,7 @@ class _Recorder(TorchDispatchMode):
         by_place = func is torch.ops.aten.index.Tensor and all(t.dtype != torch.bool for t in tensors[1:])
         if any(tag in func.tags for tag in _DEPENDS_ON_VALUES) and not by_place:
             raise RecordingError(str(func))
-        noted = tree_map(lambda leaf: Ref(self.number_of(leaf)) if isinstance(leaf, Tensor) else leaf, given)
+        noted: Any = tree_map(lambda leaf: Ref(self.number_of(leaf)) if isinstance(leaf, Tensor) else leaf, given)
         out = func(*given[0], **given[1])
         if func._schema.is_mutable:
             self.written |= set(map(_storage, tensors))
@@ -139,7 +139,7 @@ class _Recorder(TorchDispatchMode):
         outs = [out] if single else list(out)
         # An operator that writes into its argument returns that argument, which has its number already.
         results = [self._numbered(tensor) if isinstance(tensor, Tensor) else None for tensor in outs]
-        call = Call(func, *noted, results, single, set(map(_storage, tensors)))
+        call = Call(func, noted[0], noted[1], results, single, set(map(_storage, tensors)))
         self.calls.append(call)
         if call.repeatable and all(number in self.constants or number in self.kept for number in call.inputs()):
             for number, tensor in zip(results, outs, strict=True):
@@ -149,7 +149,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 @torch.inference_mode()
@@ -241,8 +241,8 @@ def _quickest(func: Any) -> Callable[..., Any]:
     """Return torch's own binding of an operator, which parses arguments three times as fast as `torch.ops`."""
     space, _, name = func._schema.name.partition("::")
     if space == "aten" and (name, func._overloadname) not in _OTHER_ARGUMENTS:
-        for home in (torch, torch.Tensor, torch._C._nn):
-            binding = getattr(home, name, None)
+        for home in (torch, torch.Tensor, torch._C._nn):  # pyright: ignore
+            binding: Any = getattr(home, name, None)
             if type(binding) in (type(len), type(str.join)):  # not a function in Python, which may do other things
                 return binding
     return func

@@ -19,7 +19,9 @@ needs_compiler = pytest.mark.skipif(library() is None, reason="there is no C com
 @needs_compiler
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(("N", "K", "group"), [(33, 336, 16), (5, 352, 32), (101, 576, 64), (7, 512, 128), (3, 100, -1)])
+@pytest.mark.parametrize(
+    ("N", "K", "group"), [(33, 336, 16), (5, 352, 32), (101, 576, 64), (7, 512, 128), (3, 100, -1)]
+)
 def test_products_are_those_of_float64_up_to_float32_rounding(N, K, group, bits, symmetric):
     for tokens in TOKENS:
         x, weight, bias = some_problem(CPU, tokens, N, K, bits, group, symmetric)

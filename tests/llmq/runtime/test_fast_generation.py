@@ -166,7 +166,7 @@ class _Looks(torch.nn.Module):
     ("number", "why"),
     [
         (lambda x: float(x.sum() > 0), "depends on values"),
-        (lambda x, calls=[]: calls.append(1) or len(calls) % 3, "differs from the model"),  # noqa: B006
+        (lambda x, calls=[]: calls.append(1) or len(calls) % 3, "differs from the model"),
     ],
 )
 def test_a_model_whose_steps_differ_runs_through_itself_and_that_is_told(number, why):
