@@ -1,7 +1,8 @@
 """llmq: quantize the weights of Hugging Face language models, write packed checkpoints, run them.
 
 llmq.quantize(llmq.QuantizeConfig(model="demo", output=Path("demo-4bit")))
-model = llmq.load("demo-4bit")
+model = llmq.load("demo-4bit", merge=True)
+text = llmq.fast_generate(model, input_ids, max_new_tokens=64).sequences
 
 Importing llmq imports neither torch nor transformers: each name below is imported when it is first used. The one thing
 that importing changes: once transformers is there, it knows the quantization method `llmq`.
@@ -18,13 +19,15 @@ if TYPE_CHECKING:
     from llmq.core.config import QuantizeConfig
     from llmq.core.quantized_weight import QuantizedWeight
     from llmq.pipeline import quantize
+    from llmq.runtime.fast_generation import fast_generate
     from llmq.runtime.load import load
 
-__all__ = ["QuantizeConfig", "QuantizedWeight", "load", "quantize"]
+__all__ = ["QuantizeConfig", "QuantizedWeight", "fast_generate", "load", "quantize"]
 
 _HOME_OF = {
     "QuantizeConfig": "llmq.core.config",
     "QuantizedWeight": "llmq.core.quantized_weight",
+    "fast_generate": "llmq.runtime.fast_generation",
     "load": "llmq.runtime.load",
     "quantize": "llmq.pipeline",
 }

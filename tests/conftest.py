@@ -48,6 +48,17 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """A machine without a C compiler, where torch's int4 matmul serves few tokens."""
+    from llmq_kernels.cpu_native import library
+
+    monkeypatch.setenv("LLMQ_NATIVE", "0")
+    library.cache_clear()
+    yield
+    library.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
     """Directory of a tiny Llama with grouped-query attention, float32."""

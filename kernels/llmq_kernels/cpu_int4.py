@@ -15,6 +15,7 @@ from torch import Tensor
 from llmq_kernels.layout import PackedWeight, unpack
 
 _GROUPS = (32, 64, 128, 256)
+_CODES = 1 << 20  # rearranged at a time
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ def supports(weight: PackedWeight) -> bool:
 
 def prepare(weight: PackedWeight) -> CpuInt4Weight:
     """Rearrange a weight for this CPU; `supports` must hold. Return the new weight."""
-    codes = unpack(weight).to(torch.int32)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    # The operator takes four bytes a code. Its layout is one block of 16, 32 or 64 rows after the other.
+    step = max(1, _CODES // (64 * weight.in_features)) * 64
+    strips = (unpack(weight, at, at + step).to(torch.int32) for at in range(0, weight.out_features, step))
+    packed = torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1) for codes in strips])
     scale = weight.scale()
     offset = (8 - weight.zero().float()) * scale
     pairs = torch.stack([scale, offset], dim=-1).transpose(0, 1).contiguous().to(torch.bfloat16)

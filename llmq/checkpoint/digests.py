@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from llmq.checkpoint.reader import Checkpoint
+from llmq.checkpoint.reader import CPU, Checkpoint
 from llmq.core.quantized_weight import QuantizedWeight
 
 _Value = TypeVar("_Value", Tensor, QuantizedWeight)
@@ -47,8 +47,10 @@ class DigestingCheckpoint(Checkpoint):
         super().__init__(directory)
         self.digests: dict[str, str] = {}
 
-    def weight(self, name: str, instead: Mapping[str, Tensor] | None = None) -> QuantizedWeight:
-        return self._added(name, super().weight(name, instead))
+    def weight(
+        self, name: str, instead: Mapping[str, Tensor] | None = None, device: torch.device = CPU
+    ) -> QuantizedWeight:
+        return self._added(name, super().weight(name, instead, device))
 
     def read(self, name: str) -> Tensor:
         return self._added(name, super().read(name))

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
-from llmq.checkpoint.reader import CONFIG, Checkpoint
+from llmq.checkpoint.reader import CONFIG, CPU, Checkpoint
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.models.stored_names import has_no_place, is_computed, tied_aliases
@@ -68,21 +69,28 @@ def is_harmless(checkpoint: Checkpoint, model: Any, name: str) -> bool:
     return getattr(model.get_submodule(linear), "bias", None) is None and not checkpoint.files.read(name).any()
 
 
-def replace_linears(model: Any, checkpoint: Checkpoint, make_linear: LinearMaker) -> None:
-    """Replace every linear of the model that is packed. Raises CheckpointError if a weight or bias does not fit."""
+def replace_linears(
+    model: Any, checkpoint: Checkpoint, make_linear: LinearMaker, device_of: Callable[[str], torch.device]
+) -> None:
+    """Replace every linear of the model that is packed. Raises CheckpointError if a weight or bias does not fit.
+
+    `device_of` says where the linear of this name goes. Its weight is decoded there.
+    """
     for name in checkpoint.linears:
-        weight, bias = read_linear(model, checkpoint, name)
+        weight, bias = read_linear(model, checkpoint, name, device_of(name))
         model.set_submodule(name, make_linear(name, weight, bias))
 
 
-def read_linear(model: Any, checkpoint: Checkpoint, name: str) -> tuple[QuantizedWeight, Tensor | None]:
+def read_linear(
+    model: Any, checkpoint: Checkpoint, name: str, device: torch.device = CPU
+) -> tuple[QuantizedWeight, Tensor | None]:
     """Return the packed weight and the bias of a linear. Raises CheckpointError if one does not fit the model."""
     linear = packed_target(model, checkpoint, name)
-    weight = checkpoint.weight(name)
+    weight = checkpoint.weight(name, device=device)
     if tuple(weight.q.shape) != (linear.out_features, linear.in_features):
         wanted = (linear.out_features, linear.in_features)
         raise CheckpointError(f"{name}: packed as {tuple(weight.q.shape)}, the model wants {wanted}")
-    bias = None if getattr(linear, "bias", None) is None else checkpoint.read(f"{name}.bias")
+    bias = None if getattr(linear, "bias", None) is None else checkpoint.read(f"{name}.bias").to(device)
     if bias is not None and (tuple(bias.shape) != (linear.out_features,) or not bias.is_floating_point()):
         raise CheckpointError(f"{name}.bias: {bias.dtype} {tuple(bias.shape)} fits no {linear.out_features} outputs")
     return weight, bias

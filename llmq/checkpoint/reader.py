@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmq.core.errors import CheckpointError
@@ -14,6 +15,7 @@ from llmq.models.safetensors_files import SafetensorsDirectory
 from llmq.models.untrusted_files import read_json, refuse_odd_files
 
 CONFIG = "config.json"
+CPU = torch.device("cpu")
 # Files for the settings of older tools, which did not write them into config.json; and the method of each tool.
 LEGACY = ("quantize_config.json", "quant_config.json")
 _LEGACY_METHODS = ("gptq", "awq")
@@ -38,14 +40,17 @@ class Checkpoint:
             raise CheckpointError(f"{directory} holds no layer packed as {self.format.METHOD}, although it says so")
         self.schemes = schemes_of(self.quantization, self.linears)
 
-    def weight(self, name: str, instead: Mapping[str, Tensor] | None = None) -> QuantizedWeight:
-        """Return one decoded linear. Raises CheckpointError if its tensors are not sound.
+    def weight(
+        self, name: str, instead: Mapping[str, Tensor] | None = None, device: torch.device = CPU
+    ) -> QuantizedWeight:
+        """Return one linear, decoded on the device. Raises CheckpointError if its tensors are not sound.
 
-        `instead`: tensors to decode instead of those on disk, if all of this linear are among them.
+        `instead`: tensors to decode where they are, instead of those on disk, if all of this linear are among them.
         """
         names = {f"{name}.{suffix}" for suffix in self.format.TENSOR_SUFFIXES} & self.files.names()
-        tensors = instead if instead is not None and names <= instead.keys() else {n: self.files.read(n) for n in names}
-        return self.format.decode(name, tensors, self.schemes[name])
+        if instead is None or not names <= instead.keys():
+            instead = {n: tensor.to(device) for n, tensor in self.files.read_all(names).items()}
+        return self.format.decode(name, instead, self.schemes[name])
 
     def read(self, name: str) -> Tensor:
         """Return a tensor as it is stored. Raises CheckpointError if it cannot be read."""

@@ -47,7 +47,7 @@ class QuantizedWeight:
             return self
         group_of = self.group_of.long()
         sizes = torch.bincount(group_of, minlength=self.scale.shape[1])
-        size = math.gcd(*(int(each) for each in sizes))
+        size = math.gcd(*sizes.tolist())
         parts = sizes // size  # of each group
         order = torch.argsort(group_of, stable=True)
         finer = torch.empty_like(order)

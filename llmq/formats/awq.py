@@ -11,19 +11,19 @@ output:                        8c+0  8c+2  8c+4  8c+6  8c+1  8c+3  8c+5  8c+7
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor
 
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.formats.packing import pack_stream, unpack_stream
+from llmq.formats.packing import pack_stream, strips
 from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, expect_words, part_of, the_only
 
 METHOD = "awq"
 TENSOR_SUFFIXES = ("qweight", "qzeros", "scales")
 _BITS, _PER_WORD = 4, 8
 _ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
-_INVERSE = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:  # noqa: ARG001 like its siblings
@@ -97,5 +97,9 @@ def _pack(codes: UInt8[Tensor, "inputs out"]) -> Int32[Tensor, "inputs words"]:
 
 
 def _unpack(words: Int32[Tensor, "inputs words"]) -> UInt8[Tensor, "out inputs"]:
-    codes = unpack_stream(words, _BITS, _PER_WORD * words.shape[1])
-    return codes.unflatten(1, (-1, _PER_WORD))[..., _INVERSE].flatten(1).T.contiguous()
+    codes = torch.empty(words.shape[1], _PER_WORD, words.shape[0], dtype=torch.uint8, device=words.device)
+    for rows in strips(codes):
+        part = words.T[rows].contiguous()
+        for i, output in enumerate(_ORDER):
+            codes[rows, output] = part >> _BITS * i & 15
+    return codes.flatten(0, 1)

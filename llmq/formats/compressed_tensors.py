@@ -58,7 +58,7 @@ def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
     expect_words(f"{name}.weight_packed", packed, (rows, packed_length(columns, bits)))
     expect_scales(f"{name}.weight_scale", scale, (rows, groups))
     if scheme.symmetric:
-        zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
+        zero = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
     else:
         zeros = part_of(name, tensors, "weight_zero_point")
         expect_words(f"{name}.weight_zero_point", zeros, (packed_length(rows, bits), groups))

@@ -74,7 +74,7 @@ def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
         scales.T.contiguous(),
         stored + scheme.zero_offset,
         scheme.bits,
-        _group_of(name, tensors.get(f"{name}.g_idx"), columns, groups, scheme),
+        _group_of(name, tensors.get(f"{name}.g_idx"), qweight.new_zeros(columns), groups, scheme),
     )
     return checked(name, weight, scheme)
 
@@ -135,11 +135,11 @@ def _overridden(name: str, most: Scheme, rules: dict[str, Any], patterns: Patter
     return most
 
 
-def _group_of(name: str, stored: Tensor | None, columns: int, groups: int, scheme: Scheme) -> Tensor | None:
-    """Return the group of each input, or None if groups are contiguous and of one size."""
-    natural = torch.zeros(columns, dtype=torch.int32)
+def _group_of(name: str, stored: Tensor | None, natural: Tensor, groups: int, scheme: Scheme) -> Tensor | None:
+    """Return the group of each input, or None if groups are contiguous and of one size. `natural`: a zero per input."""
+    columns = len(natural)
     if scheme.group_size != -1:
-        natural = torch.arange(columns, dtype=torch.int32) // min(scheme.group_size, columns)
+        natural = torch.arange(columns, dtype=torch.int32, device=natural.device) // min(scheme.group_size, columns)
     even = columns % groups == 0 and (groups == 1 or columns // groups == scheme.group_size)
     if stored is None:
         if scheme.act_order:

@@ -21,12 +21,17 @@ into word 1. The "10|1|10|1|10" scheme of 3-bit GPTQ files is this same stream:
     tensor([[7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5]], dtype=torch.uint8)
 """
 
+import math
+
 import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor
 
 _WORD = 32
-_CODES = 1 << 20  # packed or unpacked at a time
+# Codes packed or unpacked at a time on a CPU: few enough for its cache, enough for several threads. On a GPU 16 times
+# as many: there every strip costs the launches of some twenty kernels.
+_CODES = 1 << 21
+_FIELDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def pack_stream(codes: UInt8[Tensor, "rows columns"], bits: int, axis: int = 1) -> Int32[Tensor, "..."]:
@@ -34,7 +39,7 @@ def pack_stream(codes: UInt8[Tensor, "rows columns"], bits: int, axis: int = 1) 
     if axis == 0:
         return pack_stream(codes.T, bits).T.contiguous()
     words = torch.empty(len(codes), packed_length(codes.shape[1], bits), dtype=torch.int32, device=codes.device)
-    for rows in _strips(codes.shape):
+    for rows in strips(codes):
         words[rows] = _pack(codes[rows], bits)[:, : words.shape[1]]
     return words
 
@@ -44,7 +49,7 @@ def unpack_stream(words: Int32[Tensor, "rows words"], bits: int, n: int, axis: i
     if axis == 0:
         return unpack_stream(words.T, bits, n).T.contiguous()
     codes = torch.empty(len(words), n, dtype=torch.uint8, device=words.device)
-    for rows in _strips(codes.shape):
+    for rows in strips(codes):
         codes[rows] = _unpack(words[rows], bits)[:, :n]
     return codes
 
@@ -71,31 +76,37 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 
 def _unpack(words: Tensor, bits: int) -> Tensor:
     """Return all codes of whole periods, those of the padding included."""
-    per_period, words_per_period = _period(bits)
-    stream = _padded(words, words_per_period)
-    if words_per_period > 1:
-        stream = stream.to(torch.int64) & 0xFFFFFFFF
-    codes = torch.empty(*stream.shape[:2], per_period, dtype=torch.uint8, device=words.device)
-    for i in range(per_period):
-        word, shift = divmod(i * bits, _WORD)
-        value = stream[..., word] >> shift  # the mask removes the sign bits that come in
-        if shift + bits > _WORD:
-            value = value | (stream[..., word + 1] << (_WORD - shift))
-        codes[..., i] = (value & (2**bits - 1)).to(torch.uint8)
-    return codes.flatten(1)
+    octets = _padded(words, _period(bits)[1]).flatten(1).view(torch.uint8)
+    # So many codes fill whole octets: two of 4 bits, four of 2, eight of 3. Each field will have a byte for each code.
+    codes = 8 // math.gcd(8, bits)
+    step, dtype, length = codes * bits // 8, _FIELDS[codes], 8 * codes
+    fields = octets[:, ::step].to(dtype)
+    for i in range(1, step):
+        fields |= octets[:, i::step].to(dtype) << 8 * i
+    # All codes are in the low bits. The upper half moves to the upper half of the field, then the same in each half.
+    while codes > 1:
+        codes //= 2
+        upper = fields & sum((1 << codes * bits) - 1 << at for at in range(codes * bits, length, 16 * codes))
+        fields ^= upper
+        fields |= upper << codes * (8 - bits)
+    return fields.view(torch.uint8)
 
 
 def _padded(rows: Tensor, period: int) -> Tensor:
     """Return the rows as [rows, periods, period], with zeros after the last number."""
+    if rows.shape[1] % period == 0:
+        return rows.contiguous().view(len(rows), -1, period)
     periods = -(-rows.shape[1] // period)
     padded = torch.zeros(len(rows), periods * period, dtype=rows.dtype, device=rows.device)
     padded[:, : rows.shape[1]] = rows
     return padded.view(len(rows), periods, period)
 
 
-def _strips(shape: torch.Size) -> list[slice]:
-    size = max(1, _CODES // max(1, shape[1]))
-    return [slice(start, start + size) for start in range(0, shape[0], size)]
+def strips(codes: UInt8[Tensor, "rows *columns"]) -> list[slice]:
+    """Return slices of the rows that are packed or unpacked at a time."""
+    most = _CODES if codes.device.type == "cpu" else _CODES << 4
+    size = max(1, most // max(1, codes[:1].numel()))
+    return [slice(start, start + size) for start in range(0, len(codes), size)]
 
 
 def packed_length(n: int, bits: int) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -68,14 +68,25 @@ class SafetensorsDirectory:
         return set(self._shard_of)
 
     def read(self, name: str) -> Tensor:
-        if name not in self._shard_of:
-            raise CheckpointError(f"{self.directory}: no tensor is named {name}")
-        try:
-            with _open(self._shard_of[name]) as file:
-                return file.get_tensor(name)
-        except (SafetensorError, RuntimeError, OSError, AttributeError, TypeError, ValueError) as error:
-            # The last three come from the bindings, for types that torch has not.
-            raise CheckpointError(f"{self.directory}: tensor {name} cannot be read ({error})") from None
+        return self.read_all([name])[name]
+
+    def read_all(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return these tensors as `read` does. It opens a shard once: each time its whole header is parsed."""
+        shards: dict[Path, list[str]] = defaultdict(list)
+        for name in names:
+            if name not in self._shard_of:
+                raise CheckpointError(f"{self.directory}: no tensor is named {name}")
+            shards[self._shard_of[name]].append(name)
+        tensors, name = dict[str, Tensor](), ""
+        for shard, inside in shards.items():
+            try:
+                with _open(shard) as file:
+                    for name in inside:
+                        tensors[name] = file.get_tensor(name)
+            except (SafetensorError, RuntimeError, OSError, AttributeError, TypeError, ValueError) as error:
+                # The last three come from the bindings, for types that torch has not.
+                raise CheckpointError(f"{self.directory}: tensor {name} cannot be read ({error})") from None
+        return tensors
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype, from the header alone if it is one of those that weights come in."""

@@ -1,7 +1,6 @@
 """Lets a model continue a prompt."""
 
 import math
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from llmq.calibration.texts import check_tokens
 from llmq.core.errors import RequestError, first_line
 from llmq.core.settings import at_revision
+from llmq.runtime.fast_generation import Generated, fast_generate
 from llmq.runtime.load import load_any
 
 
@@ -45,21 +45,20 @@ class GenerateConfig:
             raise RequestError(f"--temperature must be at least 0, and a number; got {self.temperature}")
 
 
-def generate(config: GenerateConfig) -> tuple[int, float]:
-    """Print the continuation of the prompt as it is written, and return (new tokens, seconds)."""
+def generate(config: GenerateConfig) -> Generated:
+    """Print the continuation of the prompt as it is written, and return it with its timing."""
     from transformers import TextStreamer
 
-    model, tokenizer = load_any(at_revision(config.model, config.revision), config.device, config.trust_remote_code)
+    where = at_revision(config.model, config.revision), config.device, config.trust_remote_code
+    model, tokenizer = load_any(*where, merge=True)
     inputs = encode_prompt(tokenizer, config.prompt, config.chat).to(model.device)
     check_tokens(model, inputs["input_ids"])
     torch.manual_seed(config.seed)
-    sampling: dict[str, Any] = {"do_sample": config.temperature > 0}
+    settings: dict[str, Any] = {"do_sample": config.temperature > 0, "max_new_tokens": config.max_new_tokens}
     if config.temperature > 0:
-        sampling["temperature"] = config.temperature
+        settings["temperature"] = config.temperature
     streamer = TextStreamer(tokenizer, skip_prompt=config.chat, skip_special_tokens=True)
-    started = time.perf_counter()
-    output = model.generate(**inputs, max_new_tokens=config.max_new_tokens, streamer=streamer, **sampling)
-    return output.shape[1] - inputs["input_ids"].shape[1], time.perf_counter() - started
+    return fast_generate(model, **inputs, streamer=streamer, **settings)
 
 
 def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> Any:

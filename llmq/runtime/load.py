@@ -34,9 +34,10 @@ def load(
         directory: a packed checkpoint; or what `--model` takes: a hub id, `demo`, a .gguf file. If that is an original
             model, nothing in it is packed.
         device: auto (cuda when present), cpu, cuda or cuda:N.
-        dtype: dtype of activations and unquantized weights, such as torch.bfloat16 or "bfloat16". Default: the
-            checkpoint's own on a GPU; on a CPU float32, but 4-bit layers multiply up to 64 tokens in bfloat16, which is
-            much faster. With torch.float32 they multiply in float32, too.
+        dtype: dtype of activations and unquantized weights, such as torch.bfloat16 or "bfloat16". Default: float32 on
+            a CPU; on a GPU the checkpoint's own, but bfloat16 if that is float32, which the kernels do not take. On a
+            CPU without a C compiler 4-bit layers multiply up to 64 tokens in bfloat16, which is much faster; with
+            torch.float32 they multiply in float32, too.
         trust_remote_code: run modelling code that ships with the checkpoint.
         merge: run q, k, v as one matmul, and gate, up as one, if their bits and groups agree. That is faster on a GPU.
         make_linear: makes the module for a packed weight.
@@ -52,10 +53,10 @@ def load(
             return source.load_all(target, _dtype_for(dtype, target, source))
     checkpoint = Checkpoint(path)
     config, runs = checked_config(checkpoint, trust_remote_code)
-    exact, dtype = dtype is not None, _dtype_for(dtype, target, config)
+    exact, dtype = dtype is not None, _dtype_for(dtype, target, config, packed=True)
     model = build_skeleton(config, trust_remote_code)
     wanted = check_fit(model, checkpoint)
-    replace_linears(model, checkpoint, lambda *parts: make_linear(*parts).to(target))
+    replace_linears(model, checkpoint, lambda *parts: make_linear(*parts).to(target), lambda _: target)
     placed = {f"{name}.bias" for name in checkpoint.linears}
     _load_others(model, checkpoint, sorted(wanted - placed), target, dtype)
     model.config.dtype = dtype
@@ -73,27 +74,31 @@ def load(
     return model.eval()
 
 
-def load_any(spec: str, device: str = "auto", trust_remote_code: bool = False, exact: bool = False) -> tuple[Any, Any]:
+def load_any(
+    spec: str, device: str = "auto", trust_remote_code: bool = False, exact: bool = False, merge: bool = False
+) -> tuple[Any, Any]:
     """Load a packed checkpoint or an original model, and return (model, tokenizer).
 
     The model computes in float32 on a CPU and in the dtype of its files on a GPU. `exact`: in float32 on a CPU however
-    few tokens there are; see `load`.
+    few tokens there are; `merge`: see `load`.
     """
     path = locate(spec, trust_remote_code)
     target = pick_device(device)
     if is_packed(path):
         dtype = torch.float32 if exact and target.type == "cpu" else None
-        return load(path, device, dtype, trust_remote_code), open_tokenizer(path, trust_remote_code)
+        return load(path, device, dtype, trust_remote_code, merge), open_tokenizer(path, trust_remote_code)
     source = ModelSource(spec, trust_remote_code)
     return source.load_all(target, torch.float32 if target.type == "cpu" else source.dtype), source.tokenizer
 
 
-def _dtype_for(asked: torch.dtype | str | None, device: torch.device, config: Any) -> torch.dtype:
+def _dtype_for(asked: torch.dtype | str | None, device: torch.device, config: Any, packed: bool = False) -> torch.dtype:
     """Return the dtype to compute in. Raises RequestError for a name that is none."""
     if asked is None and device.type == "cpu":
         return torch.float32
     name = config.dtype if asked is None else asked
     dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if asked is None and packed and dtype == torch.float32:
+        return torch.bfloat16
     if dtype in (torch.float32, torch.bfloat16, torch.float16):
         return dtype
     if asked is None:

@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from llmq_kernels import PackedWeight, cpu_int4, dequantize, new_counters, pack, packed_linear, reference, stack
+from llmq_kernels import PackedWeight, cpu_int4, cpu_native, dequantize, new_counters, pack, packed_linear, reference, stack
+from llmq_kernels.cpu_native import NativeMatmul
 from llmq_kernels.layout import unpack
+from llmq_kernels.op import packed_linear_now
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from llmq.core.errors import RequestError
 from llmq.core.quantized_weight import QuantizedWeight
 
-# With more tokens, dequantizing once and multiplying in float32 is faster than torch's int4 path, and exact (2-core
+# Where there is no C compiler. With more tokens, dequantizing once and multiplying in float32 is faster than torch's int4 path, and exact (2-core
 # AVX-512 machine, torch 2.13, 2026-11-22, 1536x576: 0.69 against 1.08 ms at 64 tokens, 5.6 against 5.3 at 512). It
 # takes float32 inputs, too, in a scalar loop: 1.05 ms a token, dequantizing 0.60 (2-core AVX2 machine, 2026-11-28).
 _INT4_TOKENS = 64
@@ -54,9 +57,11 @@ class PackedLinear(nn.Module):
         self.permutation: Tensor | None
         self.bias: Tensor | None
         self.counters: Tensor
+        self._packed: PackedWeight | None = None
+        self._native: NativeMatmul | None = None
         self._int4: cpu_int4.CpuInt4Weight | None = None
         self.exact = False
-        """Whether float32 inputs are multiplied in float32 on a CPU too, where that is slower for a few tokens."""
+        """Whether float32 inputs are multiplied in float32 on a CPU without a C compiler too, though that is slower."""
         self._origin = _Origin()
 
     @classmethod
@@ -86,23 +91,32 @@ class PackedLinear(nn.Module):
         """Make the buffers that belong to a device anew after a move."""
         super()._apply(fn, recurse)
         self.counters = new_counters(self.grid.device)
-        self._int4 = None
+        self._forget()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._int4 = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._packed = self._native = self._int4 = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the int4 copy: its layout depends on this CPU."""
-        return self.__dict__ | {"_int4": None}
+        """Leave out pointers, and the int4 copy, whose layout depends on this CPU."""
+        return self.__dict__ | {"_packed": None, "_native": None, "_int4": None}
 
     @property
     def packed(self) -> PackedWeight:
         """Return the buffers as the kernels take them."""
-        words = tuple(self.get_buffer(f"words{i}") for i in range(self._arrays))
-        kind = (self.bits, self.group_size, self.in_features, self.symmetric)
-        return PackedWeight(words, self.grid, *kind, self.permutation)
+        packed, buffers = self._packed, self._buffers
+        # accelerate puts other tensors into _buffers, one by one
+        if packed is None or packed.grid is not buffers["grid"] or packed.words[0] is not buffers["words0"]:
+            words = tuple(self.get_buffer(f"words{i}") for i in range(self._arrays))
+            kind = (self.bits, self.group_size, self.in_features, self.symmetric)
+            packed = PackedWeight(words, self.grid, *kind, self.permutation)
+            self._forget()
+            self._packed = packed
+        return packed
 
     def codes(self) -> QuantizedWeight:
         """Return exactly the weight that `from_codes` was given.
@@ -132,17 +146,26 @@ class PackedLinear(nn.Module):
         return dequantize(self.packed, dtype)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        weight = self.packed
+        weight, compiling = self.packed, torch.compiler.is_compiling()
+        learning = x.requires_grad and torch.is_grad_enabled()
+        whole = compiling or learning or is_in_torch_dispatch_mode()
+        """Whether it must be one operator, which has a gradient, and which nothing that traces looks into."""
+        if self.counters.device != x.device:  # accelerate moves buffers one by one and leaves these behind
+            self.counters = new_counters(x.device)
+        if x.is_cpu and (compiling or cpu_native.supports(x, weight)):
+            if whole:
+                return packed_linear(x, weight, self.bias, self.counters)
+            if self._native is None or self._native.bias is not self.bias:
+                self._native = NativeMatmul(weight, self.bias)
+            return self._native(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        few = x.device.type == "cpu" and x.numel() <= _INT4_TOKENS * self.in_features and cpu_int4.supports(weight)
+        few = x.is_cpu and x.numel() <= _INT4_TOKENS * self.in_features and cpu_int4.supports(weight)
         few = few and not (self.exact and x.dtype == torch.float32)
-        if few and not (x.requires_grad and torch.is_grad_enabled()):  # torch's operator has no gradient
+        if few and not learning:  # torch's operator has no gradient
             if self._int4 is None:  # made when first needed: evaluation runs without it
                 self._int4 = cpu_int4.prepare(weight)
             return cpu_int4.matmul(reference.permuted(x, weight), self._int4, bias)
-        if self.counters.device != x.device:  # accelerate moves buffers one by one and leaves these behind
-            self.counters = new_counters(x.device)
-        return packed_linear(x, weight, bias, self.counters)
+        return (packed_linear if whole else packed_linear_now)(x, weight, bias, self.counters)
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, bits={self.bits}, group={self.group_size}"

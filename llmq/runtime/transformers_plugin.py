@@ -126,12 +126,12 @@ class LlmqQuantizer(HfQuantizer):
             raise RequestError("packed weights cannot be split over devices; leave out tp_plan and distributed_config")
         _check_loaded(model, checkpoint, wanted)
 
-        def make(name: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
+        def make(_: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
             linear = PackedLinear.from_codes(weight, bias)
             linear.exact = model.dtype == torch.float32  # which the caller asked for, or the files are in
-            return linear.to(model.get_submodule(name).get_buffer(_RESERVED).device)
+            return linear
 
-        replace_linears(model, checkpoint, make)
+        replace_linears(model, checkpoint, make, lambda name: model.get_submodule(name).get_buffer(_RESERVED).device)
         self.remember(checkpoint)
 
     @torch.no_grad()

@@ -50,6 +50,14 @@ def test_the_result_is_the_references_up_to_bf16_rounding(tokens, out, group_siz
     assert bool((error <= bf16_rounding(x.double(), weight)).all())
 
 
+@pytest.mark.parametrize("out", [16, 64, 208, 240])
+def test_rearranging_a_few_rows_at_a_time_gives_what_all_at_once_give(out, monkeypatch):
+    weight = some_weight(out, symmetric=False)
+    whole = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack(weight).to(torch.int32), 1)
+    monkeypatch.setattr(cpu_int4, "_CODES", 1)
+    assert torch.equal(cpu_int4.prepare(weight).packed, whole)
+
+
 def bf16_rounding(x, weight):
     """What rounding x, scale, offset and the result to bf16 (2**-9 each) can change in an output."""
     dense = dequantize(weight, torch.float64).abs()

@@ -1,13 +1,14 @@
 """The memory layout: exactly the promised bits, and nothing lost."""
 
 import itertools
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmq_kernels import PackedWeight, dequantize, pack, stack
+from llmq_kernels import PackedWeight, dequantize, layout, pack, stack
 from llmq_kernels.layout import block_of, plane_of, top_bit, unpack
 from weights import BITS, dense, shuffled_groups, some_codes, some_grid, some_weight
 
@@ -43,6 +44,33 @@ def test_codes_and_zero_points_come_back_exactly(problem):
     assert torch.equal(unpack(weight), codes)
     assert torch.equal(weight.zero(), zero)
     assert all(torch.equal(a, b) for a, b in zip(before, problem[:3], strict=True))
+
+
+def words_one_by_one(codes, bits, plane):
+    """The words of one row, by the pictures in layout.py: each bit of each code is put where it belongs."""
+    arrays, shift = [], 0
+    for width in {2: [2], 3: [2, 1], 4: [4], 8: [8]}[bits]:
+        per_word, block = 16 // width, plane * {2: 8, 3: 16, 4: 4, 8: 2}[bits]
+        words = [0] * (-(-len(codes) // block) * block // per_word)
+        for column, code in enumerate(codes):
+            p, c = column // plane % per_word, column % plane
+            at = top_bit(p) if bits == 3 and width == 1 else p * width
+            words[column // (plane * per_word) * plane + c] |= (code >> shift & (1 << width) - 1) << at
+        arrays.append([signed(word) for word in words])
+        shift += width
+    return arrays
+
+
+@given(problems(), st.booleans(), st.sampled_from([1, 300, 1 << 20]))
+@settings(max_examples=100, deadline=None)
+def test_words_are_those_of_single_codes_whatever_is_packed_at_a_time(problem, shuffled, at_a_time):
+    codes, scale, zero, bits = problem
+    group_of = shuffled_groups(codes.shape[1], scale.shape[1]) if shuffled else None
+    with mock.patch.object(layout, "_CODES", at_a_time):
+        weight = pack(codes, scale, zero, bits, group_of)
+    rows = codes if group_of is None else codes[:, torch.argsort(group_of, stable=True)]
+    expected = [words_one_by_one(row, bits, weight.plane) for row in rows.tolist()]
+    assert [list(row) for row in zip(*(words.tolist() for words in weight.words), strict=True)] == expected
 
 
 @given(problems())

@@ -34,9 +34,20 @@ def linear(x, weight, bias=None):
     return packed_linear(x, weight, bias, new_counters(x.device))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("bits", "symmetric"), itertools.product(BITS, (True, False)))
+def test_the_operator_sums_in_float32_on_a_cpu(bits, symmetric, dtype):
+    bound = {torch.float32: 1e-6} | ONE_ROUNDING
+    for groups in (1, 21):
+        x, weight, bias = some_problem(("cpu", dtype), 5, 33, 336, bits, 336 // groups, symmetric)
+        assert relative_error(linear(x, weight, bias), x, weight, bias) < bound[dtype]
+        assert relative_error(linear(x, weight), x, weight) < bound[dtype]
+
+
+@pytest.mark.usefixtures("no_compiler")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("bits", "symmetric"), itertools.product(BITS, (True, False)))
-def test_the_operator_is_the_reference_on_a_cpu(bits, symmetric, dtype):
+def test_the_operator_is_the_reference_without_a_compiler(bits, symmetric, dtype):
     for groups in (1, 3, 7, 21):
         x, weight, bias = some_problem(("cpu", dtype), 5, 33, 336, bits, 336 // groups, symmetric)
         assert torch.equal(linear(x, weight, bias), matmul(x, weight, bias))
@@ -132,7 +143,7 @@ def test_gradients_flow_through_a_layer_to_what_lies_below(tokens, shuffled):
 def test_counters_follow_words_that_were_moved_without_them():
     layer = PackedLinear.from_codes(random_weight(48, 96, 3))
     layer.counters = new_counters("meta")  # as after load_state_dict(assign=True) from another device
-    layer(torch.randn(70, 96))
+    layer(torch.randn(70, 96, requires_grad=True))
     assert layer.counters.device.type == "cpu"
     assert not layer.counters.any()
 

@@ -4,12 +4,13 @@ import shutil
 
 import pytest
 import torch
+from fake_gpu import GPU, FakeGpu, OnGpu
 from packed import pack, rewrite
 from tiny import save_tiny
 from torch import nn
 
 from llmq.checkpoint.module_matching import check_fit, is_harmless, packed_target, read_linear, replace_linears
-from llmq.checkpoint.reader import Checkpoint
+from llmq.checkpoint.reader import CPU, Checkpoint
 from llmq.core.errors import CheckpointError
 from llmq.models.model_source import build_skeleton
 from llmq.runtime.model_config import model_config
@@ -129,6 +130,20 @@ def test_each_packed_linear_is_replaced_by_the_module_made_of_it(sound):
         made[name] = nn.Identity()
         return made[name]
 
-    replace_linears(model, checkpoint, make)
+    replace_linears(model, checkpoint, make, lambda _: CPU)
     assert sorted(made) == checkpoint.linears
     assert all(model.get_submodule(name) is module for name, module in made.items())
+
+
+def test_linears_are_decoded_on_the_devices_that_they_go_to(sound):
+    model, checkpoint = opened(sound)
+    on_gpu = {}
+
+    def make(name, weight, bias):
+        tensors = [weight.q, weight.scale, weight.zero] + ([] if bias is None else [bias])
+        on_gpu[name] = {isinstance(tensor, OnGpu) for tensor in tensors}
+        return nn.Identity()
+
+    with FakeGpu():
+        replace_linears(model, checkpoint, make, lambda name: GPU if name == Q else CPU)
+    assert on_gpu == {name: {name == Q} for name in checkpoint.linears}

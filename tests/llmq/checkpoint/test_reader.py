@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from packed import pack
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from llmq.checkpoint.reader import Checkpoint, is_packed
 from llmq.core.errors import CheckpointError
+from llmq.models import safetensors_files
 from llmq.models.safetensors_files import SafetensorsDirectory
 
 
@@ -40,6 +42,13 @@ def test_tensors_given_instead_are_taken(packed):
     instead = {f"{first}.{p}": checkpoint.files.read(f"{second}.{p}") for p in parts}
     assert torch.equal(checkpoint.weight(first, instead).q, checkpoint.weight(second).q)
     assert not torch.equal(checkpoint.weight(first).q, checkpoint.weight(second).q)
+
+
+def test_a_linear_opens_each_of_its_shards_once(packed, monkeypatch):
+    checkpoint, opened = Checkpoint(packed), []
+    monkeypatch.setattr(safetensors_files, "_open", lambda path: opened.append(path) or safe_open(path, framework="pt"))
+    checkpoint.weight(checkpoint.linears[0])
+    assert len(opened) == len(set(opened)) > 0
 
 
 def test_is_packed_tells_packed_from_plain_and_from_nothing(packed, llama, tmp_path):

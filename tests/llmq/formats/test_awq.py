@@ -23,7 +23,7 @@ from stored import (
 from transformers import AwqConfig
 
 from llmq.core.errors import CheckpointError
-from llmq.formats import awq
+from llmq.formats import awq, packing
 from llmq.formats.scheme import Scheme
 
 SYMMETRIC, ASYMMETRIC = Scheme(4, 16, True), Scheme(4, 16, False)
@@ -47,6 +47,11 @@ def test_codes_and_zero_points_are_the_golden_integers():
     tensors = awq.encode(NAME, golden_weight(4), ASYMMETRIC)
     assert tensors[f"{NAME}.qweight"].flatten().tolist() == [int(word) for word in QWEIGHT.split()]
     assert tensors[f"{NAME}.qzeros"].tolist() == QZEROS
+
+
+def test_a_weight_is_read_back_a_few_outputs_at_a_time(monkeypatch):
+    monkeypatch.setattr(packing, "_CODES", 20 * 8 * 3)  # three words of eight outputs
+    check_round_trip(awq, random_weight(56, 20, 2), Scheme(4, 10, True))
 
 
 @pytest.mark.parametrize("rows", SHAS)

@@ -34,7 +34,7 @@ def loaded_names(source):
 
 def test_opening_a_model_reads_no_tensor(llama, monkeypatch):
     read = []
-    monkeypatch.setattr(SafetensorsDirectory, "read", lambda self, name: read.append(name))
+    monkeypatch.setattr(SafetensorsDirectory, "read_all", lambda self, names: read.extend(names))
     source = ModelSource(str(llama))
     assert read == []
     assert loaded_names(source) == set()

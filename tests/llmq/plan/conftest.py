@@ -9,7 +9,7 @@ from llmq.models.safetensors_files import SafetensorsDirectory
 def unreadable(monkeypatch):
     """Let every attempt to read a weight fail."""
 
-    def read(self, name):
-        raise AssertionError(f"{name} was read")
+    def read_all(self, names):
+        raise AssertionError(f"{names} were read")
 
-    monkeypatch.setattr(SafetensorsDirectory, "read", read)
+    monkeypatch.setattr(SafetensorsDirectory, "read_all", read_all)

@@ -9,9 +9,9 @@ from llmq.runtime.load import load_any
 
 def written(llama, capsys, **options):
     """What is printed for a prompt, and the number of new tokens."""
-    tokens, seconds = generate(GenerateConfig(str(llama), "once upon", max_new_tokens=6, device="cpu", **options))
-    assert seconds > 0
-    return capsys.readouterr().out, tokens
+    done = generate(GenerateConfig(str(llama), "once upon", max_new_tokens=6, device="cpu", **options))
+    assert done.plain is None
+    return capsys.readouterr().out, done.timing.new_tokens
 
 
 def test_the_likeliest_tokens_follow_the_prompt(llama, capsys):

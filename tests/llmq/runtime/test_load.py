@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from fake_gpu import GPU, FakeGpu, OnGpu
 from packed import dequantized_model, logits, pack, rewrite, some_tokens
 from safetensors.torch import load_file
 from tiny import ARCHITECTURES, save_tiny
@@ -14,6 +15,7 @@ import llmq
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import RequestError
 from llmq.core.settings import BITS
+from llmq.runtime import load as loading
 from llmq.runtime.load import load_any
 from llmq.runtime.packed_linear import PackedLinear
 
@@ -46,6 +48,7 @@ def test_logits_are_exactly_those_of_the_dequantized_model(llama, checkpoints, b
     assert torch.equal(logits(llmq.load(directory, "cpu"), ids), expected)
 
 
+@pytest.mark.usefixtures("no_compiler")
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_few_tokens_take_the_int4_path_and_agree_up_to_bf16_rounding(llama, checkpoints, symmetric):
     directory = checkpoints(4, symmetric)
@@ -80,6 +83,19 @@ def test_packed_linears_dequantize_to_what_the_file_says(checkpoints):
         assert repr(linear) == f"PackedLinear(in={linear.in_features}, out={linear.out_features}, bits=3, group=32)"
 
 
+def test_weights_for_a_gpu_are_decoded_on_it(checkpoints, monkeypatch):
+    class SeenError(Exception):
+        pass
+
+    def make(name, weight, bias):
+        assert isinstance(weight.q, OnGpu)
+        raise SeenError
+
+    monkeypatch.setattr(loading, "pick_device", lambda _: GPU)
+    with FakeGpu(), pytest.raises(SeenError):
+        llmq.load(checkpoints(), "cuda", make_linear=make)
+
+
 @pytest.mark.parametrize("bits", [3, 8])
 def test_generate_writes_what_the_dequantized_model_writes(llama, checkpoints, bits):
     options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
@@ -89,6 +105,16 @@ def test_generate_writes_what_the_dequantized_model_writes(llama, checkpoints, b
     assert torch.equal(llmq.load(checkpoints(bits), "cpu").generate(prompt, **options), expected)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_few_tokens_are_multiplied_in_float32_where_there_is_a_compiler(llama, checkpoints, bits, symmetric):
+    directory = checkpoints(bits, symmetric)
+    ids = some_tokens(batch=1, length=3)
+    expected = logits(dequantized_model(llama, directory), ids)
+    torch.testing.assert_close(logits(llmq.load(directory, "cpu"), ids), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("no_compiler")
 def test_float32_is_float32_for_any_number_of_tokens(checkpoints, llama):
     ids = some_tokens(1, 100)
     expected = logits(dequantized_model(llama, checkpoints(4)), ids)[0]
@@ -104,6 +130,7 @@ def test_a_dtype_that_is_none_is_refused(checkpoints):
         llmq.load(checkpoints(4), "cpu", "int4")
 
 
+@pytest.mark.usefixtures("no_compiler")
 def test_generate_runs_on_the_int4_path(checkpoints):
     model = llmq.load(checkpoints(4), "cpu")
     text = model.generate(some_tokens(batch=2, length=5), max_new_tokens=9, min_new_tokens=9, do_sample=False)

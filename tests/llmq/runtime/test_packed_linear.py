@@ -1,15 +1,21 @@
 """PackedLinear inside models that other libraries move about."""
 
 import copy
+import dataclasses
+import itertools
 from collections import Counter
 
 import pytest
 import torch
 from accelerate import cpu_offload
+from fake_gpu import GPU, FakeGpu, OnGpu
 from packed import logits, pack, random_weight, some_tokens
 
 import llmq
 from llmq.core.quantized_weight import QuantizedWeight
+from llmq.core.settings import BITS
+from llmq.formats import FORMATS
+from llmq.formats.scheme import Scheme
 from llmq.runtime.packed_linear import PackedLinear
 
 
@@ -34,6 +40,37 @@ def test_accelerate_takes_the_words_away_and_brings_them_back(tmp_path, llama, m
         assert all(torch.equal(logits(moved, ids), y) for ids, y in zip((few, many), expected, strict=True))
     away = nbytes(moved).get("meta", 0)
     assert away > 0.9 * words if offload_buffers else away == 0
+
+
+def spread(weight):
+    """The same weight with groups that take turns, as act-order files have them."""
+    columns, groups = weight.q.shape[1], weight.scale.shape[1]
+    return dataclasses.replace(weight, group_of=(torch.arange(columns) % groups).to(torch.int32))
+
+
+def stored(kind, bits, symmetric):
+    """A weight, the tensors that a file has of it, its format and its scheme."""
+    weight, form = random_weight(32, 192, 3, bits, symmetric), FORMATS[kind.split()[0]]
+    weight = spread(weight) if kind.endswith("act-order") else weight
+    scheme = Scheme(bits, 64, symmetric, kind.endswith("act-order"), int(kind.startswith("gptq") and symmetric))
+    return form.encode("linear", weight, scheme), form, scheme
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "symmetric"),
+    [*itertools.product(["gptq", "gptq act-order", "compressed-tensors"], BITS, [True, False]), ("awq", 4, False)],
+)
+def test_tensors_on_a_gpu_are_decoded_and_laid_out_there(kind, bits, symmetric):
+    tensors, form, scheme = stored(kind, bits, symmetric)
+    expected = PackedLinear.from_codes(form.decode("linear", tensors, scheme)).state_dict()
+    with FakeGpu() as gpu:
+        tensors = {name: tensor.to(GPU) for name, tensor in tensors.items()}
+        linear = PackedLinear.from_codes(form.decode("linear", tensors, scheme))
+    assert gpu.on_cpu == []
+    assert all(isinstance(buffer, OnGpu) for buffer in linear.buffers())
+    found = {name: buffer.inner for name, buffer in linear.state_dict().items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_act_order_weights_compute_what_their_columns_say():

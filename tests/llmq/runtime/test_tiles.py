@@ -41,7 +41,7 @@ def test_without_a_gpu_it_says_so_in_one_line_and_exits_with_1(checkpoint, monke
 
 
 def test_the_shapes_of_a_packed_checkpoint_are_found_once_each_and_without_its_weights(checkpoint, monkeypatch):
-    monkeypatch.setattr(SafetensorsDirectory, "read", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr(SafetensorsDirectory, "read_all", lambda *_: pytest.fail("weights are read"))
     problems = tiles.packed_problems(Checkpoint(checkpoint))
     assert problems == [Problem(4, 32, False, "bfloat16", 1, N, K) for N, K in SHAPES]
 

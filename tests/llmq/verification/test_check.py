@@ -20,9 +20,9 @@ UP = "model.layers.1.mlp.up_proj"
 
 def test_every_tensor_is_read_and_every_linear_decoded_once(sound, monkeypatch, never_whole):
     read, decoded = Counter(), Counter()
-    of_files, of_linears = SafetensorsDirectory.read, Checkpoint.weight
-    monkeypatch.setattr(SafetensorsDirectory, "read", lambda s, name: read.update([name]) or of_files(s, name))
-    monkeypatch.setattr(Checkpoint, "weight", lambda s, name, _=None: decoded.update([name]) or of_linears(s, name))
+    of_files, of_linears = SafetensorsDirectory.read_all, Checkpoint.weight
+    monkeypatch.setattr(SafetensorsDirectory, "read_all", lambda s, names: read.update(names) or of_files(s, names))
+    monkeypatch.setattr(Checkpoint, "weight", lambda s, name, *_, **__: decoded.update([name]) or of_linears(s, name))
     check(sound, digests_of(Checkpoint(sound)))
     # Twice: digests_of is the first time.
     assert read == dict.fromkeys(Checkpoint(sound).files.names(), 2)

@@ -1,0 +1,210 @@
+"""fast_generate writes what transformers' generate writes, and says when it leaves the work to it."""
+
+import copy
+import pickle
+from types import MethodType
+
+import pytest
+import torch
+from packed import pack
+from tiny import ARCHITECTURES, tiny_model
+
+import llmq
+from llmq.runtime import decode_step, fast_generation
+from llmq.runtime.fast_generation import fast_generate
+
+GREEDY = {"do_sample": False, "max_new_tokens": 40}
+
+
+@pytest.fixture(autouse=True)
+def short_windows(monkeypatch):
+    """Steps that look at 16 places first, so that a text of a few tokens outgrows some of them."""
+    monkeypatch.setattr(decode_step, "_SHORTEST", 16)
+
+
+def endless(model):
+    """A model whose texts have no end token."""
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model.eval()
+
+
+def prompts(length=9, batch=1, seed=0):
+    return torch.randint(5, 99, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def steps_of(model):
+    return list(model.__dict__[fast_generation._KEPT].values())
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_the_greedy_text_is_that_of_transformers(name):
+    model = endless(tiny_model(name))
+    for seed in (0, 1):
+        ids = prompts(seed=seed)
+        done = fast_generate(model, ids, **GREEDY)
+        assert done.plain is None
+        assert torch.equal(done.sequences, model.generate(ids, **GREEDY))
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_packed_models_write_what_they_write_in_transformers(llama, tmp_path, bits, merge):
+    model = endless(llmq.load(pack(llama, tmp_path / "packed", bits=bits), "cpu", merge=merge))
+    done = fast_generate(model, prompts(), **GREEDY)
+    assert done.plain is None
+    assert torch.equal(done.sequences, model.generate(prompts(), **GREEDY))
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma3"])
+def test_prompts_in_a_batch_with_left_padding_are_continued_like_single_ones(name):
+    model = endless(tiny_model(name))
+    texts = [prompts(length, seed=length) for length in (4, 9, 7)]
+    ids = torch.cat([torch.nn.functional.pad(text, (9 - text.shape[1], 0)) for text in texts])
+    mask = torch.stack([torch.arange(9) >= 9 - text.shape[1] for text in texts]).long()
+    together = fast_generate(model, ids, mask, **GREEDY)
+    assert together.plain is None
+    for text, line in zip(texts, together.sequences, strict=True):
+        assert torch.equal(fast_generate(model, text, **GREEDY).sequences[0, text.shape[1] :], line[9:])
+
+
+def test_a_second_prompt_makes_nothing_ready_again(monkeypatch):
+    made = []
+    prepare = decode_step.DecodeStep._prepare
+    monkeypatch.setattr(decode_step.DecodeStep, "_prepare", lambda self, key: made.append(key) or prepare(self, key))
+    model = endless(tiny_model("llama-gqa"))
+    first = fast_generate(model, prompts(), **GREEDY)
+    assert made == [(16, False), (32, False), (64, False)]
+    assert first.timing.capture_seconds > 0
+    second = fast_generate(model, prompts(5, seed=1), **GREEDY)
+    assert len(made) == 3
+    assert second.timing.capture_seconds == 0
+    assert second.timing.prefill_seconds > 0
+    assert second.timing.decode_seconds > 0
+    assert (second.timing.prompt_tokens, second.timing.new_tokens) == (5, 40)
+
+
+def test_samples_follow_the_seed_and_the_settings():
+    model = endless(tiny_model("llama-gqa"))
+    settings = {"do_sample": True, "temperature": 1.5, "top_k": 20, "repetition_penalty": 1.3, "max_new_tokens": 20}
+    texts = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        texts.append(fast_generate(model, prompts(batch=2), **settings).sequences.tolist())
+    torch.manual_seed(0)
+    assert texts[0] == texts[1] == model.generate(prompts(batch=2), **settings).tolist()
+    assert texts[0] != texts[2]
+
+
+class _Heard:
+    def __init__(self):
+        self.parts, self.ended = [], 0
+
+    def put(self, tokens):
+        self.parts.append(tokens.flatten().tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+def test_a_text_ends_at_its_end_token_and_is_streamed_as_it_grows():
+    model = endless(tiny_model("llama-gqa"))
+    text = fast_generate(model, prompts(), **GREEDY).sequences[0].tolist()
+    model.generation_config.eos_token_id = text[15]
+    heard = _Heard()
+    done = fast_generate(model, prompts(), streamer=heard, **GREEDY)
+    stopped = text[: text.index(text[15], 9) + 1]
+    assert done.sequences[0].tolist() == stopped
+    assert heard.parts == [stopped[:9], *([token] for token in stopped[9:])]
+    assert heard.ended == 1
+
+
+def test_sequences_that_end_early_are_filled_up_like_in_transformers():
+    model = endless(tiny_model("llama-gqa"))
+    ids = prompts(batch=3)
+    texts = model.generate(ids, **GREEDY)
+    model.generation_config.eos_token_id = [int(texts[0, 12]), int(texts[1, 20])]
+    assert torch.equal(fast_generate(model, ids, **GREEDY).sequences, model.generate(ids, **GREEDY))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_beams": 2}, {"use_cache": False}, {"return_dict_in_generate": True}, {"prompt_lookup_num_tokens": 2}],
+)
+def test_settings_of_other_loops_are_left_to_transformers_which_is_told(settings):
+    model = endless(tiny_model("llama-gqa"))
+    done = fast_generate(model, prompts(), **GREEDY, **settings)
+    name, value = next(iter(settings.items()))
+    assert done.plain == f"{name}={value} needs another loop"
+    expected = model.generate(prompts(), **GREEDY, **settings)
+    expected = getattr(expected, "sequences", expected)
+    assert torch.equal(done.sequences, expected)
+    assert done.timing.new_tokens == expected.shape[1] - 9
+
+
+def test_models_without_a_step_of_fixed_operators_are_left_to_transformers():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    model = endless(MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, state_size=4)))
+    done = fast_generate(model, prompts(), do_sample=False, max_new_tokens=5)
+    assert done.plain is not None
+    assert torch.equal(done.sequences, model.generate(prompts(), do_sample=False, max_new_tokens=5))
+
+
+class _Looks(torch.nn.Module):
+    """Adds what Python makes of each call."""
+
+    def __init__(self, inner, number):
+        super().__init__()
+        self.inner, self.number = inner, number
+
+    def forward(self, x):
+        return self.inner(x) + self.number(x)
+
+
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (lambda x: float(x.sum() > 0), "depends on values"),
+        (lambda x, calls=[]: calls.append(1) or len(calls) % 3, "differs from the model"),  # noqa: B006
+    ],
+)
+def test_a_model_whose_steps_differ_runs_through_itself_and_that_is_told(number, why):
+    model = endless(tiny_model("llama-gqa"))
+    model.model.layers[1].mlp = _Looks(model.model.layers[1].mlp, number)
+    done = fast_generate(model, prompts(), **GREEDY)
+    assert done.plain is not None
+    assert why in done.plain
+
+
+def test_another_state_of_the_model_gets_steps_of_its_own():
+    model = endless(tiny_model("llama-gqa"))
+    before = fast_generate(model, prompts(), **GREEDY).sequences
+    with torch.no_grad():
+        model.model.norm.weight.mul_(torch.linspace(-2, 2, 64))
+    changed = fast_generate(model, prompts(), **GREEDY).sequences
+    assert torch.equal(changed, model.generate(prompts(), **GREEDY))
+    assert not torch.equal(changed, before)
+    model.model.layers[0].mlp.forward = MethodType(lambda self, x: -x, model.model.layers[0].mlp)
+    model.model.layers[0].mlp = _Looks(model.model.layers[0].mlp, lambda _: 0.5)
+    assert torch.equal(fast_generate(model, prompts(), **GREEDY).sequences, model.generate(prompts(), **GREEDY))
+
+
+def test_copies_and_pickles_of_a_model_have_no_steps_and_still_write(llama, tmp_path):
+    model = endless(llmq.load(pack(llama, tmp_path / "packed"), "cpu"))
+    expected = fast_generate(model, prompts(), **GREEDY).sequences
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert steps_of(model)
+        assert not steps_of(other)
+        assert torch.equal(fast_generate(other, prompts(), **GREEDY).sequences, expected)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(
+        fast_generate(endless(llmq.load(tmp_path / "saved", "cpu")), prompts(), **GREEDY).sequences, expected
+    )
+
+
+def test_few_numbers_of_sequences_keep_their_caches():
+    model = endless(tiny_model("llama-gqa"))
+    for batch in (1, 2, 3):
+        fast_generate(model, prompts(batch=batch), **GREEDY)
+    assert list(model.__dict__[fast_generation._KEPT]) == [2, 3]
