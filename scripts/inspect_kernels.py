@@ -87,6 +87,7 @@ def cover(device: Device) -> Iterator[Case]:
     yield by_rule(device, odd, bias=True)
     yield by_rule(device, uneven(problem(4, 128, True, "bfloat16", 64, WHOLE_N)), bias=True)
     yield by_rule(device, uneven(problem(4, 64, False, "bfloat16", 32)))
+    yield by_rule(device, uneven(problem(4, 128, True, "bfloat16", 64, 203)))  # the sums of splits for an odd N
     if device.arch >= 90:
         case = by_rule(device, problem(4, 128, True, "float16", 1))
         assert case.tile is not None
@@ -97,8 +98,7 @@ def tuned_cases(folder: Path) -> Iterator[Case]:
     """Yield every tile of the tables in `folder`, each on the architecture that its table names."""
     for path in sorted(folder.glob("*.json")):
         table = json.loads(path.read_text(encoding="utf-8"))
-        arch = int(table.get("arch") or path.stem.removeprefix("sm_"))
-        device = next((device for device in DEVICES if device.arch == arch), DEVICES[-1])
+        device = next((device for device in DEVICES if device.arch == table["arch"]), DEVICES[-1])
         for row in table["rows"]:
             if row["tile"] is not None:
                 size = row["K"] if row["group"] == -1 else row["group"]

@@ -15,6 +15,8 @@ from bench.session import Session, Task
 from llmq_kernels import reference
 from llmq_kernels.choose import Device, Problem, Tile
 
+from llmq.formats.packing import pack_stream
+
 GPU = Device("NVIDIA H200", 90, 132, 227 << 10)
 
 
@@ -85,6 +87,11 @@ def test_a_step_ends_with_a_row_and_fails_if_something_was_wrong(session, monkey
     assert rows["good"]["late"] == []
     assert "failed" not in rows["good"]
     assert "failed" in rows["bad"]
+
+
+def test_codes_are_packed_for_humming_as_in_a_checkpoint():
+    codes = torch.randint(0, 16, (5, 64), dtype=torch.uint8)
+    assert torch.equal(peers.words_of(codes), pack_stream(codes, 4))
 
 
 def test_what_a_peer_cannot_compile_in_time_is_not_timed(session, monkeypatch):

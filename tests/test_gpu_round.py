@@ -96,6 +96,7 @@ def test_models_are_loaded_continued_and_quantized(toy):
         assert len(rows[what, loop]["ids"]) == TOY.generation.prompt + TOY.generation.new
     # The same checkpoint gives the same tokens, in any loop.
     assert rows["packed", "generate"]["ids"] == rows["merged", "generate"]["ids"] == rows["merged", "fast"]["ids"]
+    assert rows["merged", "fast"]["plain"] is rows["dense", "fast"]["plain"] is None
     q = TOY.quantizing
     quantized = rows[q.blocks, q.samples, q.length]
     assert len(quantized["errors"]) == 4 * q.blocks

@@ -6,11 +6,13 @@ Nothing is timed at first use: `python -m llmq.tune` measures, when asked, and w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +110,9 @@ def rule(device: Device, problem: Problem) -> Tile | None:
     """Return the analytic choice. It is not measured on any GPU yet: its tiles compile without spills and fit."""
     if problem.M > _DEQUANTIZE_ABOVE:
         return None
-    # Sixteen planes and a tall tile do not go into registers together, nor do as many groups.
-    tallest = (64 if problem.plane > 16 else 16) if problem.bits != 3 else (16 if problem.plane > 16 else 8)
+    # A tall tile does not go into registers with sixteen planes, as many groups, or sums of splits for such an odd N.
+    tall = 64 if problem.N % 16 == 0 else 32
+    tallest = (tall if problem.plane > 16 else 16) if problem.bits != 3 else (16 if problem.plane > 16 else 8)
     BM = min(tallest, max(8, 1 << math.ceil(math.log2(problem.M))))
     BN, warps = (128, 8) if BM == 64 else (64, 4)
     older = device.arch < 90
@@ -231,20 +234,17 @@ def forget_tables() -> None:
 
 
 def user_table(name: str) -> Path:
-    """Return the path of the table that tuning writes. The name holds what the speed of a tile depends on."""
+    """Return the path of the table that tuning writes."""
     return Path.home() / ".cache" / "llmq" / "tuned" / table_name(name)
 
 
 def table_name(name: str) -> str:
-    """Return the file name of a GPU's table, the user's or the shipped one."""
+    """Return the file name of a GPU's table. It holds what the speed of a tile depends on."""
     return f"{slug(name)}-triton{versions()['triton']}-{versions()['kernels']}.json"
 
 
 @cache
 def versions() -> dict[str, str]:
     """Return the version of Triton and a hash of the kernels that have tiles."""
-    import hashlib
-    from importlib.metadata import version
-
     sources = (Path(__file__).with_name(stem + ".py").read_bytes() for stem in ("layout", "planes", "packed_matmul"))
     return {"triton": version("triton"), "kernels": hashlib.sha256(b"".join(sources)).hexdigest()[:8]}

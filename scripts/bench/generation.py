@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ def _measure(session: Session, what: str, loop: str) -> dict[str, Any]:
     runs = [run(session, model, ids) for _ in range(_TIMES)]
     if runs[0]["ids"] != runs[1]["ids"]:
         raise RuntimeError("two greedy runs gave different tokens")
+    if runs[0].get("plain"):
+        session.notes.append(f"{what}: fast_generate did not prepare its steps: {runs[0]['plain']}")
     best = max(runs, key=lambda row: row["tokens_per_second"])
     best |= loading | {"first_seconds": round(first, 2), "twice": [row["tokens_per_second"] for row in runs]}
     if where.type == "cuda":
@@ -74,11 +76,10 @@ def _plain(session: Session, model: Any, ids: torch.Tensor) -> dict[str, Any]:
 def _fast(session: Session, model: Any, ids: torch.Tensor) -> dict[str, Any]:
     import llmq
 
-    fast_generate: Callable[..., Any] = llmq.fast_generate  # pyright: ignore[reportAttributeAccessIssue]
-    done = fast_generate(model, ids, max_new_tokens=session.plan.generation.new, do_sample=False)
+    done = llmq.fast_generate(model, ids, max_new_tokens=session.plan.generation.new, do_sample=False)
     timing = done.timing
     row = _row(timing.new_tokens, timing.prefill_seconds, timing.decode_seconds, done.sequences)
-    return row | {"capture_seconds": round(timing.capture_seconds, 3)}
+    return row | {"capture_seconds": round(timing.capture_seconds, 3), "plain": done.plain}
 
 
 def _row(new: int, prefill: float, decode: float, output: torch.Tensor) -> dict[str, Any]:

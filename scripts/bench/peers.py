@@ -124,6 +124,11 @@ def _gemlite(layer: Layer, config: Path | None) -> Products:
     return Products(products, sum(tensor.nbytes for tensor in tensors))
 
 
+def words_of(codes: Tensor) -> Tensor:
+    """Pack 4-bit codes [N, K] into int32 [N, K / 8] as compressed-tensors does."""
+    return torch.stack([codes[:, i::8].to(torch.int32) << 4 * i for i in range(8)]).sum(0, dtype=torch.int32)
+
+
 def _humming(layer: Layer) -> Products:
     """Return the products of humming's kernels, on the same codes and scales, with the tiles that it chooses itself."""
     from humming.layer import HummingLayer  # pyright: ignore[reportMissingImports]
@@ -133,8 +138,7 @@ def _humming(layer: Layer) -> Products:
     weights |= {"strategy": "group", "symmetric": True, "group_size": problem.group_size}
     dtype = getattr(torch, problem.dtype)
     linear = HummingLayer(problem.N, problem.K, weights, torch_dtype=dtype).to(layer.machine.where)
-    words = sum(codes[:, i::8].to(torch.int32) << 4 * i for i in range(8))
-    linear.load_from_tensors({"weight_packed": words, "weight_scale": scale.to(dtype)})
+    linear.load_from_tensors({"weight_packed": words_of(codes), "weight_scale": scale.to(dtype)})
     linear.transform()
     size = sum(parameter.nbytes for parameter in linear.parameters())
     count = max(2, math.ceil(layer.rotation / size))

@@ -17,6 +17,8 @@ from bench.results import Results, Row
 ROOT = Path(__file__).parents[2]
 _GRACE = 5  # seconds that a step has to end by itself
 _WORKERS = 12
+_PYTEST = ("-o", "addopts=", "--import-mode=importlib", "--strict-markers", "-v", "-rfE")
+_PLUGINS = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")
 _TOY_TESTS = ("-m", "interpret", "-k", "odd_number and 128", "tests/kernels/test_dequantize_matmul.py")
 
 
@@ -66,18 +68,8 @@ class Round:
         # What a GPU machine may lack must not be named: pytest-timeout, pytest-xdist, the plugin of jaxtyping.
         parallel = not self.toy and importlib.util.find_spec("xdist") is not None
         options = ["-n", str(_WORKERS), "--dist", "worksteal"] if parallel else []
-        options += [
-            "-o",
-            "addopts=",
-            "--import-mode=importlib",
-            "--strict-markers",
-            "-p",
-            "no:cacheprovider",
-            "-v",
-            "-rfE",
-        ]
         tests = _TOY_TESTS if self.toy else step.tests
-        return [sys.executable, "-m", "pytest", *options, *tests]
+        return [sys.executable, "-m", "pytest", *_PYTEST, *_PLUGINS, *options, *tests]
 
     def run(self, step: Step, seconds: float, gpu: str) -> None:
         """Run a step. Its row in the results tells how it ended; its log is added to round.log."""

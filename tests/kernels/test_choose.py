@@ -79,6 +79,7 @@ def assert_even(tile, problem):
 def test_a_tile_holds_the_tokens_without_much_to_spare():
     sizes = {rule(H200, replace(PROBLEM, M=M)).BM: M for M in range(256, 0, -1)}
     assert sizes == {8: 1, 16: 9, 32: 17, 64: 33}
+    assert rule(H200, replace(PROBLEM, M=256, N=4104)).BM == 32
 
 
 def test_few_tiles_split_their_inputs_to_fill_the_gpu():

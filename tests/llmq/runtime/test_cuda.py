@@ -42,12 +42,14 @@ def test_a_loaded_model_has_the_logits_of_a_cpu_and_chooses_its_tokens(llama, tm
         error = (logits(here, ids.to("cuda")).float().cpu() - expected).norm() / expected.norm()
         assert error < ROUNDING[dtype]
     ids = some_tokens(1, 10)
-    written = here.generate(ids.to("cuda"), max_new_tokens=20, do_sample=False).cpu()
-    assert written.shape[1] > ids.shape[1]
-    # Each token is the CPU's first choice, or equal to it up to rounding.
-    scores = logits(exact, written)[0, ids.shape[1] - 1 : -1]
-    chosen = scores.gather(1, written[0, ids.shape[1] :, None])[:, 0]
-    assert bool((scores.amax(1) - chosen <= 4 * ROUNDING[dtype] * scores.std()).all())
+    captured = llmq.fast_generate(here, ids.to("cuda"), max_new_tokens=20, do_sample=False)
+    assert captured.plain is None
+    for written in (here.generate(ids.to("cuda"), max_new_tokens=20, do_sample=False), captured.sequences):
+        assert written.shape[1] > ids.shape[1]
+        # Each token is the CPU's first choice, or equal to it up to rounding.
+        scores = logits(exact, written.cpu())[0, ids.shape[1] - 1 : -1]
+        chosen = scores.gather(1, written.cpu()[0, ids.shape[1] :, None])[:, 0]
+        assert bool((scores.amax(1) - chosen <= 4 * ROUNDING[dtype] * scores.std()).all())
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
