@@ -24,7 +24,7 @@ class Window:
 
 
 class _WindowLayer(StaticLayer):
-    """The keys and values of one layer. A layer with a sliding window keeps all of them: its mask hides the old ones."""
+    """The keys and values of one layer. A layer with a sliding window keeps all of them: its mask hides old ones."""
 
     def __init__(self, window: Window) -> None:
         super().__init__(window.capacity)

@@ -29,9 +29,9 @@ from llmq.core.errors import RequestError
 from llmq.core.quantized_weight import QuantizedWeight
 
 # Without a C compiler. With more tokens, dequantizing once and multiplying in float32 is faster than torch's int4 path,
-# and exact (2-core AVX-512 machine, torch 2.13, 2026-11-22, 1536x576: 0.69 against 1.08 ms at 64 tokens, 5.6 against 5.3
-# at 512). It takes float32 inputs, too, in a scalar loop: 1.05 ms a token, dequantizing 0.60 (2-core AVX2 machine,
-# 2026-11-28).
+# and exact (2-core AVX-512 machine, torch 2.13, 2026-11-22, 1536x576: 0.69 against 1.08 ms at 64 tokens, 5.6 against
+# 5.3 at 512). It takes float32 inputs, too, in a scalar loop: 1.05 ms a token, dequantizing 0.60 (2-core AVX2
+# machine, 2026-11-28).
 _INT4_TOKENS = 64
 
 
