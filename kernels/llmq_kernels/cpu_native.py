@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from llmq_kernels.layout import PackedWeight
 
@@ -142,11 +141,12 @@ class NativeMatmul:
             x = x.index_select(-1, self._permutation)
         rows = max(1, _SLICE // self._K)
         W = x.new_empty(min(rows, self._N), self._K)
-        y = x.new_empty(*x.shape[:-1], self._N)
+        flat, y = x.reshape(-1, self._K), x.new_empty(*x.shape[:-1], self._N)
+        parts = y.view(-1, self._N)
         for start in range(0, self._N, rows):
             stop = min(start + rows, self._N)
             self._dequantize(self._address, start, stop, W.data_ptr())
-            y[..., start:stop] = linear(x, W[: stop - start])
+            torch.mm(flat, W[: stop - start].t(), out=parts[:, start:stop])
         return y if self._bias is None else y.add_(self._bias)
 
 
