@@ -54,9 +54,11 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     metadata = {name for name in names if ".dist-info/" in name}
     assert {name.split("/")[0] for name in {*names} - metadata} == {"llmq", "llmq_kernels"}
-    built = {name for name in names if name.endswith(".py")}
+    kinds = (".py", ".c", ".h")
+    built = {name for name in names if name.endswith(kinds)}
     for package, parent in (("llmq", ROOT), ("llmq_kernels", ROOT / "kernels")):
-        sources = {path.relative_to(parent).as_posix() for path in (parent / package).rglob("*.py")}
+        files = (path for path in (parent / package).rglob("*") if path.suffix in kinds)
+        sources = {path.relative_to(parent).as_posix() for path in files}
         assert sources == {name for name in built if name.startswith(f"{package}/")}
 
 

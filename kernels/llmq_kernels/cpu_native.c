@@ -1,23 +1,13 @@
-// Products for a few tokens on a CPU, and the small operations between them. Built by cpu_native.py.
+// Products of a few tokens with packed weights, and dequantizing. Built by cpu_native.py.
 //
 // y[M, N] = x[M, K] W^T with W packed as in layout.py: w[n, k] = scale * (code - zero). A plane of codes lies in the same
 // bits of consecutive words. So eight words, masked, are eight codes times a power of two: no shift, no shuffle. The sum
 // over a group is scaled once. All sums are float32, as if W had been dequantized to float32.
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+#include "cpu_lanes.h"
 
-typedef float floats __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t ints __attribute__((vector_size(32)));
-typedef uint16_t halves __attribute__((vector_size(16), aligned(2), may_alias));
-#define LANES 8
+#include <stdlib.h>
+
 #define MOST 4  // rows, and tokens, at a time
-#define INLINE static inline __attribute__((always_inline))
-#define PARALLEL _Pragma("omp parallel for schedule(static) if (N * K > 65536)")
 
 typedef struct {
     const uint16_t *words, *top;  // `top`: the words with the third bits of 3-bit codes
@@ -33,24 +23,10 @@ typedef struct {
     int64_t planes, stride;
 } Tokens;
 
-INLINE ints widened(const uint16_t *words) {
-#ifdef __AVX2__
-    return (ints)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)words));  // gcc 12 makes four of it
-#else
-    return __builtin_convertvector(*(const halves *)words, ints);
-#endif
-}
-
 INLINE float as_float(uint32_t bits) {
     float value;
     memcpy(&value, &bits, 4);
     return value;
-}
-
-INLINE float total_of(floats values) {
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += values[i];
-    return sum;
 }
 
 // Words per row and plane of the arrays of layout.py, and where plane q of row n begins.
@@ -222,70 +198,4 @@ void llmq_dequantize(const Weight *w, int64_t start, int64_t stop, float *out) {
         case 4: dequantize_4(w, start, stop - start, out); break;
         case 8: dequantize_8(w, start, stop - start, out); break;
     }
-}
-
-// y[M, N] = x[M, K] W^T + bias with W in float16 (kind 0) or bfloat16 (kind 1), sums in float32.
-INLINE floats widened_16(const uint16_t *from, int kind) {
-#ifdef __F16C__
-    if (kind == 0) return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
-#else
-    if (kind == 0) {
-        floats all;
-        for (int i = 0; i < LANES; i++) {
-            _Float16 one;
-            memcpy(&one, from + i, 2);
-            all[i] = (float)one;
-        }
-        return all;
-    }
-#endif
-    return (floats)(widened(from) << 16);
-}
-
-#define LINEAR(KIND) \
-    static void linear_##KIND(const uint16_t *W, const float *x, const float *bias, float *y, int64_t N, int64_t K) { \
-        PARALLEL \
-        for (int64_t n = 0; n < N; n++) { \
-            const uint16_t *row = W + n * K; \
-            floats sums[4] = {{0}, {0}, {0}, {0}}; \
-            int64_t k = 0; \
-            for (; k + 4 * LANES <= K; k += 4 * LANES) \
-                for (int i = 0; i < 4; i++) \
-                    sums[i] += widened_16(row + k + i * LANES, KIND) * *(const floats *)(x + k + i * LANES); \
-            for (; k + LANES <= K; k += LANES) sums[0] += widened_16(row + k, KIND) * *(const floats *)(x + k); \
-            y[n] = total_of(sums[0] + sums[1] + (sums[2] + sums[3])) + (bias ? bias[n] : 0); \
-        } \
-    }
-LINEAR(0) LINEAR(1)
-
-// K must be a multiple of 8.
-void llmq_linear_16(const uint16_t *W, int kind, const float *x, const float *bias, float *y, int64_t N, int64_t K,
-                    int64_t M) {
-    for (int64_t m = 0; m < M; m++) (kind ? linear_1 : linear_0)(W, x + m * K, bias, y + m * N, N, K);
-}
-
-// y = x / sqrt(mean(x^2) + eps) * weight, row by row.
-void llmq_rms_norm(const float *x, const float *weight, float eps, float *y, int64_t rows, int64_t K) {
-    for (int64_t r = 0; r < rows; r++, x += K, y += K) {
-        floats squares = {0};
-        int64_t k = 0;
-        for (; k + LANES <= K; k += LANES) {
-            const floats some = *(const floats *)(x + k);
-            squares += some * some;
-        }
-        float sum = total_of(squares);
-        for (; k < K; k++) sum += x[k] * x[k];
-        const float factor = 1.0f / sqrtf(sum / (float)K + eps);
-        for (k = 0; k < K; k++) y[k] = x[k] * factor * weight[k];
-    }
-}
-
-// Rotary embedding of heads of D numbers: y = a * cos + (-second half of a, first half of a) * sin.
-void llmq_rotate(const float *a, const float *cos, const float *sin, float *y, int64_t heads, int64_t D) {
-    const int64_t half = D / 2;
-    for (int64_t h = 0; h < heads; h++, a += D, y += D)
-        for (int64_t d = 0; d < half; d++) {
-            y[d] = a[d] * cos[d] - a[d + half] * sin[d];
-            y[d + half] = a[d + half] * cos[d + half] + a[d] * sin[d + half];
-        }
 }

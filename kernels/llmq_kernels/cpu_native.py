@@ -1,4 +1,4 @@
-"""Products with packed weights on a CPU, in C: cpu_native.c, built with the machine's compiler when first needed.
+"""Products with packed weights on a CPU, in C: cpu_*.c, built with the machine's compiler when first needed.
 
 Sums are float32, as if the weight had been dequantized. All widths and groups are taken. The library is kept in
 ~/.cache/llmq/native. Where there is no C compiler, `library` returns None, and callers use torch instead.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmq_kernels.layout import PackedWeight
 
-_SOURCE = Path(__file__).with_suffix(".c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_native.c", "cpu_dense.c", "cpu_lanes.h"))
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 _BUILD_SECONDS = 120
 # With more tokens it is faster to dequantize a slice of rows and to multiply with torch's float32 matmul (2-core AVX2
@@ -51,7 +51,8 @@ def library() -> ctypes.CDLL | None:
     if compiler is None:
         return None
     # Other source, compiler or processor: another library. Home directories are shared between machines.
-    parts = (_SOURCE.read_text(), compiler, str(os.stat(compiler).st_mtime), " ".join(_FLAGS), _processor())
+    text = "".join(source.read_text() for source in _SOURCES)
+    parts = (text, compiler, str(os.stat(compiler).st_mtime), " ".join(_FLAGS), _processor())
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16] + ".so"
     path = Path.home() / ".cache" / "llmq" / "native" / name
     try:
@@ -76,12 +77,12 @@ def _build(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         out = Path(folder) / "out.so"
         for threads in (["-fopenmp"], []):  # clang on a Mac has no OpenMP
-            command = [compiler, *_FLAGS, *threads, str(_SOURCE), "-o", str(out), "-lm"]
+            command = [compiler, *_FLAGS, *threads, *map(str, _SOURCES[:2]), "-o", str(out), "-lm"]
             done = subprocess.run(command, capture_output=True, timeout=_BUILD_SECONDS, check=False)
             if done.returncode == 0:
                 os.replace(out, path)
                 return
-    raise OSError(f"{compiler} cannot build {_SOURCE.name}")
+    raise OSError(f"{compiler} cannot build {_SOURCES[0].name}")
 
 
 def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:

@@ -26,7 +26,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, counters
             of streams; a captured CUDA graph must not replay while anything else runs its layers.
     """
     return _packed_linear(
-        reference.permuted(_autocast(x), weight), list(weight.words), weight.grid, bias, counters,
+        reference.permuted(autocast(x), weight), list(weight.words), weight.grid, bias, counters,
         weight.bits, weight.group_size, weight.symmetric,
     )  # fmt: skip
 
@@ -36,10 +36,10 @@ def packed_linear_now(x: Tensor, weight: PackedWeight, bias: Tensor | None, coun
 
     It has no gradient, and nothing that traces operators sees it.
     """
-    return run(reference.permuted(_autocast(x), weight), weight, bias, counters)
+    return run(reference.permuted(x, weight), weight, bias, counters)
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
     """Return x as torch.autocast hands it to a matmul."""
     kind = x.device.type
     if kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind):  # other kinds may not know autocast

@@ -21,7 +21,7 @@ from llmq_kernels import (
 )
 from llmq_kernels.cpu_native import NativeMatmul
 from llmq_kernels.layout import unpack
-from llmq_kernels.op import packed_linear_now
+from llmq_kernels.op import autocast, packed_linear_now
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -157,22 +157,21 @@ class PackedLinear(nn.Module):
         return dequantize(self.packed, dtype)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        weight, compiling = self.packed, torch.compiler.is_compiling()
+        x, weight, compiling = autocast(x), self.packed, torch.compiler.is_compiling()
         learning = x.requires_grad and torch.is_grad_enabled()
+        # As one operator it has a gradient, and nothing that traces looks into it.
         whole = compiling or learning or is_in_torch_dispatch_mode()
-        """Whether it must be one operator, which has a gradient, and which nothing that traces looks into."""
-        if self.counters.device != x.device:  # accelerate moves buffers one by one and leaves these behind
-            self.counters = new_counters(x.device)
-        if x.is_cpu and (compiling or cpu_native.supports(x, weight)):
-            if whole:
-                return packed_linear(x, weight, self.bias, self.counters)
+        native = not compiling and cpu_native.supports(x, weight)
+        if native and not whole:
             if self._native is None or self._native.bias is not self.bias:
                 self._native = NativeMatmul(weight, self.bias)
             return self._native(x)
+        if self.counters.device != x.device:  # accelerate moves buffers one by one and leaves these behind
+            self.counters = new_counters(x.device)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        few = x.is_cpu and x.numel() <= _INT4_TOKENS * self.in_features and cpu_int4.supports(weight)
-        few = few and not (self.exact and x.dtype == torch.float32)
-        if few and not learning:  # torch's operator has no gradient
+        few = not (compiling or learning or native)  # torch's int4 operator has no gradient
+        few = few and x.is_cpu and x.numel() <= _INT4_TOKENS * self.in_features and cpu_int4.supports(weight)
+        if few and not (self.exact and x.dtype == torch.float32):
             if self._int4 is None:  # made when first needed: evaluation runs without it
                 self._int4 = cpu_int4.prepare(weight)
             return cpu_int4.matmul(reference.permuted(x, weight), self._int4, bias)

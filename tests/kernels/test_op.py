@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import warnings
 
 import jaxtyping
 import pytest
@@ -146,6 +147,36 @@ def test_counters_follow_words_that_were_moved_without_them():
     layer(torch.randn(70, 96, requires_grad=True))
     assert layer.counters.device.type == "cpu"
     assert not layer.counters.any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "group", "arch", "said"),
+    [
+        (torch.float32, 32, 90, "float16 and bfloat16, not float32"),
+        (torch.float16, 24, 90, "a power of two from 16 on, not 24"),
+        (torch.float16, 32, 75, "this GPU is older"),
+    ],
+)
+def test_a_call_that_has_no_kernel_is_told_once(dtype, group, arch, said, monkeypatch):
+    monkeypatch.setattr(op, "describe", lambda device: Device("NVIDIA Nothing", arch, 4, 232448))
+    op._warn_once.cache_clear()
+    x, weight, bias = some_problem(("cpu", dtype), 2, 33, 96, group=group)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        y = [op.launched(x, weight, bias, new_counters("cpu")) for _ in range(2)]
+    assert len(told) == 1
+    assert said in str(told[0].message)
+    assert "slow" in str(told[0].message)
+    assert torch.equal(y[0], matmul(x, weight, bias))
+
+
+@pytest.mark.parametrize("learning", [False, True])
+def test_autocast_is_followed_as_by_a_linear_of_torch(learning):
+    layer, x = PackedLinear.from_codes(random_weight(48, 96, 3)), torch.randn(3, 96, requires_grad=learning)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("where", WHERE[:1])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import RequestError
 from llmq.core.settings import BITS
 from llmq.runtime import load as loading
-from llmq.runtime.load import load_any
+from llmq.runtime.load import _dtype_for, load_any
 from llmq.runtime.packed_linear import PackedLinear
 
 CASES = list(itertools.product(BITS, [True, False]))
@@ -123,6 +124,22 @@ def test_float32_is_float32_for_any_number_of_tokens(checkpoints, llama):
         exact, fast = (logits(model, ids[:, :length])[0] for model in (asked, default))
         torch.testing.assert_close(exact, expected[:length], rtol=1e-5, atol=1e-5)
         assert torch.equal(fast, exact) == (length > 64)
+
+
+@pytest.mark.parametrize(
+    ("stored", "packed", "chosen"),
+    [
+        (torch.float32, True, torch.bfloat16),  # the kernels do not take float32
+        (torch.float16, True, torch.float16),
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.float32, False, torch.float32),  # an original runs without them
+    ],
+)
+def test_on_a_gpu_the_dtype_is_the_files_own_where_the_kernels_take_it(stored, packed, chosen):
+    cuda, config = torch.device("cuda"), SimpleNamespace(dtype=stored)
+    assert _dtype_for(None, cuda, config, packed) == chosen
+    assert _dtype_for(torch.float32, cuda, config, packed) == torch.float32  # asked for
+    assert _dtype_for(None, torch.device("cpu"), config, packed) == torch.float32
 
 
 def test_a_dtype_that_is_none_is_refused(checkpoints):
