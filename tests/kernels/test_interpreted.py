@@ -10,7 +10,9 @@ HERE = Path(__file__).parent
 
 
 def test_the_kernels_pass_their_tests_in_tritons_interpreter():
-    marked = re.compile(r"mark\.interpret\b|^from oracle import .*\b(WHERE|FLOAT16)\b", re.MULTILINE)  # or by the parameters of oracle.py
+    marked = re.compile(
+        r"mark\.interpret\b|^from oracle import .*\b(WHERE|FLOAT16)\b", re.MULTILINE
+    )  # or by the parameters of oracle.py
     files = [path for path in sorted(HERE.glob("test_*.py")) if marked.search(path.read_text())]
     stems = ["test_dequantize_matmul", "test_gptq_columns", "test_op", "test_packed_matmul"]
     assert [path.stem for path in files] == stems
