@@ -104,36 +104,45 @@ def supports(x: Tensor, weight: PackedWeight) -> bool:
 
 
 class NativeMatmul:
-    """x @ Wᵀ + bias in float32 for one weight; `supports` must hold. It keeps pointers to the weight's tensors."""
+    """x @ Wᵀ + bias in float32 for one weight; `supports` must hold. Pointers follow where tensors are given others."""
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
         lib = library()
         assert lib is not None
-        self.bias = bias
-        bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
-        self._keep = weight  # its tensors, too, must live as long as the pointers
-        words = [array.data_ptr() for array in weight.words]
-        permutation = None if weight.permutation is None else weight.permutation.data_ptr()
-        sizes = weight.out_features, weight.in_features, weight.group_size, weight.plane
-        self._weight = _Weight(
-            words[0], words[-1], weight.grid.data_ptr(), permutation, *sizes, weight.bits, int(weight.symmetric)
-        )
-        self._address = ctypes.addressof(self._weight)
-        self._bias, self._bias_address = bias, None if bias is None else bias.data_ptr()
+        self.bias = None if bias is None else bias.detach()
+        self._packed = weight  # its tensors must live as long as the pointers
         self._few: Callable[..., int] = lib.llmq_matmul
         self._dequantize: Callable[..., None] = lib.llmq_dequantize
         self._N, self._K, self._permutation = weight.out_features, weight.in_features, weight.permutation
+        self._point()
+
+    def _point(self) -> None:
+        weight = self._packed
+        words = [array.data_ptr() for array in weight.words]
+        permutation = None if weight.permutation is None else weight.permutation.data_ptr()
+        sizes = weight.out_features, weight.in_features, weight.group_size, weight.plane
+        grid = weight.grid.data_ptr()
+        self._weight = _Weight(words[0], words[-1], grid, permutation, *sizes, weight.bits, int(weight.symmetric))
+        self._address, self._pointers = ctypes.addressof(self._weight), (words[0], words[-1], grid)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return [*batch, N] for x [*batch, K], in the dtype of x."""
+        """Return [*batch, N] for x [*batch, K], in the dtype of x. Raises RuntimeError, like torch, for another K."""
         if x.dtype is not torch.float32:
             return self(x.to(torch.float32)).to(x.dtype)
+        if x.shape[-1] != self._K:
+            raise RuntimeError(f"a linear of {self._K} inputs cannot multiply x of shape {tuple(x.shape)}")
+        words = self._packed.words
+        if self._pointers != (words[0].data_ptr(), words[-1].data_ptr(), self._packed.grid.data_ptr()):
+            self._point()  # `tensor.data = other` gives a tensor other memory
         tokens = x.numel() // self._K
         if tokens > FEW_TOKENS:
             return self._many(x)
-        x = x.contiguous()
+        x, bias = x.contiguous(), self.bias
+        if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
+            bias = bias.to(torch.float32).contiguous()
         y = x.new_empty((*x.shape[:-1], self._N))
-        if self._few(self._address, x.data_ptr(), self._bias_address, y.data_ptr(), tokens):
+        added = None if bias is None else bias.data_ptr()
+        if self._few(self._address, x.data_ptr(), added, y.data_ptr(), tokens):
             raise MemoryError("no memory for the tokens of a matmul")
         return y
 
@@ -148,7 +157,7 @@ class NativeMatmul:
             stop = min(start + rows, self._N)
             self._dequantize(self._address, start, stop, W.data_ptr())
             torch.mm(flat, W[: stop - start].t(), out=parts[:, start:stop])
-        return y if self._bias is None else y.add_(self._bias)
+        return y if self.bias is None else y.add_(self.bias)
 
 
 class NativeLinear:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -82,7 +83,10 @@ def fast_generate(
     """
     timing = Timing(prompt_tokens=input_ids.shape[1])
     inputs: dict[str, Any] = {"attention_mask": attention_mask, "streamer": streamer}
-    plain = _other_loop(model, settings)
+    steps = model.__dict__.setdefault(_KEPT, _Steps())
+    plain = _other_loop(model, settings) or _other_loop_for(model, input_ids, attention_mask, settings)
+    if plain is None and not steps.free.acquire(blocking=False):
+        plain = "another call generates with this model"
     if plain is not None:
         started = time.perf_counter()
         output = model.generate(input_ids, **inputs, **settings)
@@ -90,8 +94,11 @@ def fast_generate(
         timing.decode_seconds = time.perf_counter() - started
         timing.new_tokens = sequences.shape[1] - input_ids.shape[1]
         return Generated(sequences, timing, plain)
-    loop = _Loop(timing, streamer)
-    sequences = model.generate(input_ids, **inputs, **settings, custom_generate=loop.run)
+    loop = _Loop(timing, streamer, steps)
+    try:
+        sequences = model.generate(input_ids, **inputs, **settings, custom_generate=loop.run)
+    finally:
+        steps.free.release()
     return Generated(sequences, timing, loop.plain)
 
 
@@ -111,15 +118,36 @@ def _other_loop(model: Any, settings: dict[str, Any]) -> str | None:
         if elsewhere(value):
             return f"{name}={value} needs another loop"
     extra = [name for name, value in settings.items() if isinstance(value, Tensor) or name == "past_key_values"]
-    known = {"assistant_model", "synced_gpus", "tokenizer"} & {name for name in settings if settings[name] is not None}
+    known = {"assistant_model", "synced_gpus", "tokenizer", "custom_generate"} & {
+        name for name in settings if settings[name] is not None
+    }
     return f"{', '.join(sorted({*extra, *known}))} needs another loop" if extra or known else None
+
+
+def _other_loop_for(model: Any, ids: Tensor, mask: Tensor | None, settings: dict[str, Any]) -> str | None:
+    """Return why the loop below cannot serve these prompts, or what surrounds the call, or None."""
+    config, kind = model.config.get_text_config(decoder=True), model.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        return "torch.autocast is on"
+    if mask is not None and not bool(mask[:, -1].all()):
+        return "there is padding on the right"
+    if getattr(config, "alibi", False):
+        return "its biases for positions have the length of the text"
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
+    if "longrope" in str(rope) and original is not None:
+        given = settings.get("generation_config") or model.generation_config
+        new = settings.get("max_new_tokens") or getattr(given, "max_new_tokens", None)
+        if ids.shape[1] <= original and (new is None or ids.shape[1] + new > original):
+            return f"its rotations change after {original} tokens"
+    return None
 
 
 class _Loop:
     """The loop that transformers calls. It has the streamer: transformers does not hand it to custom loops."""
 
-    def __init__(self, timing: Timing, streamer: Any) -> None:
-        self.timing, self.streamer, self.plain = timing, streamer, None
+    def __init__(self, timing: Timing, streamer: Any, steps: _Steps) -> None:
+        self.timing, self.streamer, self.steps, self.plain = timing, streamer, steps, None
 
     def run(
         self,
@@ -133,7 +161,7 @@ class _Loop:
         """Return the prompts with their continuations."""
         started = time.perf_counter()
         batch, length = input_ids.shape
-        step = _step_of(model, batch)
+        step = self.steps.of(model, batch)
         before = step.seconds
         ids = input_ids.new_empty(batch, generation_config.max_length)
         ids[:, :length] = input_ids
@@ -143,7 +171,9 @@ class _Loop:
         unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
         pad = _padding(generation_config)
         while True:
-            chosen = _chosen(logits_processor(ids[:, :length], logits), generation_config.do_sample)
+            if len(logits_processor):
+                logits = logits_processor(ids[:, :length], logits.clone())  # which may be written into
+            chosen = _chosen(logits, generation_config.do_sample)
             if pad is not None:
                 chosen = torch.where(unfinished, chosen, pad)
             ids[:, length] = chosen
@@ -183,35 +213,37 @@ def _padding(generation_config: Any) -> int | None:
     return int(first if generation_config.pad_token_id is None else generation_config.pad_token_id)
 
 
-class _Steps(dict[int, DecodeStep]):
-    """The steps of one model by number of sequences. Copies and pickles of the model begin without them."""
+class _Steps:
+    """What a model keeps: its steps by number of sequences. Copies and pickles of the model begin without them."""
 
-    def __init__(self, state: Any) -> None:
-        super().__init__()
-        self.state = state
+    def __init__(self) -> None:
+        self.free, self.state = Lock(), None
+        self.steps: dict[int, DecodeStep] = {}
 
     def __reduce__(self) -> Any:
-        return _Steps, (None,)
+        return _Steps, ()
 
     def __deepcopy__(self, _: Any) -> _Steps:
-        return _Steps(None)
+        return _Steps()
 
-
-def _step_of(model: Any, batch: int) -> DecodeStep:
-    """Return the step that a model keeps for a number of sequences; a new one if the model has changed."""
-    state, steps = _state_of(model), model.__dict__.get(_KEPT)
-    if steps is None or steps.state != state:
-        steps = model.__dict__[_KEPT] = _Steps(state)
-    if batch not in steps:
-        while len(steps) >= _KEPT_STEPS:
-            del steps[next(iter(steps))]
-        steps[batch] = DecodeStep(model, batch)
-    return steps[batch]
+    def of(self, model: Any, batch: int) -> DecodeStep:
+        """Return the step for a number of sequences; a new one if the model has changed."""
+        state = _state_of(model)
+        if self.state != state:
+            self.state, self.steps = state, {}
+        if batch not in self.steps:
+            while len(self.steps) >= _KEPT_STEPS:
+                del self.steps[next(iter(self.steps))]
+            self.steps[batch] = DecodeStep(model, batch)
+        return self.steps[batch]
 
 
 def _state_of(model: Any) -> tuple[Any, ...]:
-    """Return what changes when modules, hooks, tensors or their values do: a step is made for one state."""
-    modules = [(id(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    """Return what changes when modules, hooks, tensors or most of their values do: a step is made for one state."""
+    modules = [
+        (id(m), m.training, id(m.__dict__.get("forward")), *m._forward_hooks, None, *m._forward_pre_hooks)
+        for m in model.modules()
+    ]
     tensors = [
         (t.data_ptr(), t.dtype, None if t.is_inference() else t._version)
         for t in (*model.parameters(), *model.buffers())

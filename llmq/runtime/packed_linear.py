@@ -69,7 +69,10 @@ class PackedLinear(nn.Module):
         self.bias: Tensor | None
         self.counters: Tensor
         self._packed: PackedWeight | None = None
+        self._taken: list[tuple[str, Tensor | None]] = []
+        """The buffers that `_packed` was made of."""
         self._native: NativeMatmul | None = None
+        self._seen_bias: Tensor | None = None
         self._int4: cpu_int4.CpuInt4Weight | None = None
         self.exact = False
         """Whether float32 inputs are multiplied in float32 on a CPU without a C compiler too, though that is slower."""
@@ -110,21 +113,23 @@ class PackedLinear(nn.Module):
         self._forget()
 
     def _forget(self) -> None:
-        self._packed = self._native = self._int4 = None
+        self._packed = self._native = self._int4 = self._seen_bias = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out pointers, and the int4 copy, whose layout depends on this CPU."""
-        return self.__dict__ | {"_packed": None, "_native": None, "_int4": None}
+        return self.__dict__ | {"_packed": None, "_taken": [], "_native": None, "_int4": None, "_seen_bias": None}
 
     @property
     def packed(self) -> PackedWeight:
         """Return the buffers as the kernels take them."""
         packed, buffers = self._packed, self._buffers
         # accelerate puts other tensors into _buffers, one by one
-        if packed is None or packed.grid is not buffers["grid"] or packed.words[0] is not buffers["words0"]:
+        if packed is None or any(tensor is not buffers[name] for name, tensor in self._taken):
             words = tuple(self.get_buffer(f"words{i}") for i in range(self._arrays))
             kind = (self.bits, self.group_size, self.in_features, self.symmetric)
             packed = PackedWeight(words, self.grid, *kind, self.permutation)
+            names = [*(f"words{i}" for i in range(self._arrays)), "grid", "permutation"]
+            self._taken = [(name, buffers[name]) for name in names]
             self._forget()
             self._packed = packed
         return packed
@@ -160,11 +165,11 @@ class PackedLinear(nn.Module):
         x, weight, compiling = autocast(x), self.packed, torch.compiler.is_compiling()
         learning = x.requires_grad and torch.is_grad_enabled()
         # As one operator it has a gradient, and nothing that traces looks into it.
-        whole = compiling or learning or is_in_torch_dispatch_mode()
+        whole = compiling or learning or is_in_torch_dispatch_mode() or torch.jit.is_tracing()  # pyright: ignore
         native = not compiling and cpu_native.supports(x, weight)
         if native and not whole:
-            if self._native is None or self._native.bias is not self.bias:
-                self._native = NativeMatmul(weight, self.bias)
+            if self._native is None or self._seen_bias is not self.bias:
+                self._native, self._seen_bias = NativeMatmul(weight, self.bias), self.bias
             return self._native(x)
         if self.counters.device != x.device:  # accelerate moves buffers one by one and leaves these behind
             self.counters = new_counters(x.device)

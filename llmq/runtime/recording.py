@@ -59,6 +59,8 @@ class Call:
     single: bool
     reads: set[int]
     """The storages of its arguments."""
+    makes: set[int]
+    """The storages of its results."""
     quick: Callable[..., Any] | None = None
     """What is called in place of `func`."""
 
@@ -137,9 +139,10 @@ class _Recorder(TorchDispatchMode):
         if not single and not isinstance(out, (list, tuple)):  # a number, which Python asked for
             raise RecordingError(str(func))
         outs = [out] if single else list(out)
-        # An operator that writes into its argument returns that argument, which has its number already.
+        # What writes into its argument returns that argument, which has its number already.
         results = [self._numbered(tensor) if isinstance(tensor, Tensor) else None for tensor in outs]
-        call = Call(func, noted[0], noted[1], results, single, set(map(_storage, tensors)))
+        reads, makes = (set(map(_storage, each)) for each in (tensors, [t for t in outs if isinstance(t, Tensor)]))
+        call = Call(func, noted[0], noted[1], results, single, reads, makes)
         self.calls.append(call)
         if call.repeatable and all(number in self.constants or number in self.kept for number in call.inputs()):
             for number, tensor in zip(results, outs, strict=True):
@@ -179,7 +182,7 @@ def _simplified(recorder: _Recorder, inputs: int, result: int) -> Recording:
 
     for call in recorder.calls:
         call.args, call.kwargs = tree_map(now, (call.args, call.kwargs))
-        unchanged = call.reads.isdisjoint(recorder.written)
+        unchanged = (call.reads | call.makes).isdisjoint(recorder.written)
         numbers = [number for number in call.results if number is not None]
         kept = [recorder.kept.get(number) for number in numbers]
         if call.repeatable:
@@ -231,7 +234,7 @@ def compiled(recording: Recording) -> Callable[..., Tensor]:
         if dead:
             lines.append(" = ".join(dead) + " = None")
     # Constants are default arguments: a local name is found faster than a global one.
-    head = ", ".join([*(f"t{number}" for number in range(recording.inputs)), *(f"{name}={name}" for name in names)])
+    head = ", ".join([*(f"t{n}" for n in range(recording.inputs)), *(f"{name}={name}" for name in names)])
     source = f"def play({head}):\n    " + "\n    ".join([*lines, f"return t{recording.result}"])
     exec(compile(source, "<recorded step>", "exec"), names)
     return torch.inference_mode()(names["play"])

@@ -72,6 +72,28 @@ def test_leading_dimensions_strides_and_16_bit_inputs_are_taken():
 
 
 @needs_compiler
+@pytest.mark.parametrize("width", [95, 97, 192, 64])
+def test_inputs_of_another_size_are_refused_like_by_torch(width):
+    _, weight, bias = some_problem(CPU, 1, 12, 96)
+    for tokens in (1, 3, 40):
+        with pytest.raises(RuntimeError, match=rf"96 inputs cannot multiply x of shape \({tokens}, {width}\)"):
+            NativeMatmul(weight, bias)(torch.randn(tokens, width))
+
+
+@needs_compiler
+def test_tensors_that_get_other_memory_and_biases_that_change_are_followed():
+    x, weight, bias = some_problem(CPU, 2, 33, 96)
+    half = bias.half()
+    multiply = NativeMatmul(weight, half)
+    multiply(x)
+    _, other, _ = some_problem(CPU, 2, 33, 96, seed=5)
+    weight.words[0].data = other.words[0].clone()
+    weight.grid.set_(other.grid.clone())
+    half.mul_(2)
+    assert relative_error(multiply(x), x, other, half) < 1e-6
+
+
+@needs_compiler
 def test_groups_that_planes_straddle_and_float64_are_left_to_torch():
     for group, taken in ((112, False), (336, True), (16, True), (48, False)):
         x, weight, _ = some_problem(CPU, 2, 33, 336, group=group)

@@ -170,6 +170,24 @@ def test_a_call_that_has_no_kernel_is_told_once(dtype, group, arch, said, monkey
     assert torch.equal(y[0], matmul(x, weight, bias))
 
 
+def test_a_trace_holds_the_operator_and_not_the_numbers_of_one_call():
+    layer = PackedLinear.from_codes(random_weight(48, 96, 3))
+    traced = torch.jit.trace(layer, torch.randn(2, 96))
+    x = torch.randn(2, 96)
+    torch.testing.assert_close(traced(x), layer(x))
+
+
+@pytest.mark.parametrize("replaced", ["words1", "permutation"])
+def test_any_buffer_may_be_replaced_after_the_first_call(replaced):
+    layers = [
+        PackedLinear(some_weight(32, 96, 3, 3, group_of=shuffled_groups(96, 3, seed), seed=seed)[0]) for seed in (0, 1)
+    ]
+    x = torch.randn(2, 96)
+    layers[0](x)
+    layers[0]._buffers[replaced] = layers[1]._buffers[replaced]
+    torch.testing.assert_close(layers[0](x), x @ copy.deepcopy(layers[0]).dequantize().T, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("learning", [False, True])
 def test_autocast_is_followed_as_by_a_linear_of_torch(learning):
     layer, x = PackedLinear.from_codes(random_weight(48, 96, 3)), torch.randn(3, 96, requires_grad=learning)

@@ -88,3 +88,15 @@ def test_rows_may_be_chosen_by_number():
     table = torch.randn(9, 2)
     play = compiled(record(lambda i: table[i], (torch.tensor([1, 2]),))[1])
     assert torch.equal(play(torch.tensor([8, 0])), table[[8, 0]])
+
+
+def test_new_tensors_that_are_written_into_are_neither_shared_nor_kept():
+    def sums(x):
+        a = torch.zeros(3)
+        a += x
+        b = torch.zeros(3)
+        b -= x
+        return a + 2 * b
+
+    play = compiled(record(sums, (torch.ones(3),))[1])
+    assert [play(torch.ones(3)).tolist() for _ in range(3)] == [[-1, -1, -1]] * 3
