@@ -14,7 +14,7 @@ import llmq
 from llmq.runtime import decode_step, fast_generation
 from llmq.runtime.fast_generation import fast_generate
 
-GREEDY = {"do_sample": False, "max_new_tokens": 40}
+GREEDY = {"do_sample": False, "max_new_tokens": 26}
 
 
 @pytest.fixture(autouse=True)
@@ -74,14 +74,14 @@ def test_a_second_prompt_makes_nothing_ready_again(monkeypatch):
     monkeypatch.setattr(decode_step.DecodeStep, "_prepare", lambda self, key: made.append(key) or prepare(self, key))
     model = endless(tiny_model("llama-gqa"))
     first = fast_generate(model, prompts(), **GREEDY)
-    assert made == [(16, False), (32, False), (64, False)]
+    assert made == [(16, False), (32, False), (48, False)]  # the last one has all the room there is
     assert first.timing.capture_seconds > 0
     second = fast_generate(model, prompts(5, seed=1), **GREEDY)
     assert len(made) == 3
     assert second.timing.capture_seconds < first.timing.capture_seconds  # each is checked once
     assert second.timing.prefill_seconds > 0
     assert second.timing.decode_seconds > 0
-    assert (second.timing.prompt_tokens, second.timing.new_tokens) == (5, 40)
+    assert (second.timing.prompt_tokens, second.timing.new_tokens) == (5, 26)
 
 
 def test_samples_follow_the_seed_and_the_settings():
@@ -284,7 +284,7 @@ def test_autocast_and_padding_on_the_right_are_left_to_transformers():
     assert fast_generate(model, prompts(), mask, **GREEDY).plain == "there is padding on the right"
 
 
-@pytest.mark.parametrize(("length", "fast"), [(5, False), (40, True)])
+@pytest.mark.parametrize(("length", "fast"), [(10, False), (40, True)])
 def test_a_text_that_outgrows_the_first_rotations_of_longrope_is_left_to_transformers(length, fast):
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     rope |= {"factor": 16.0, "original_max_position_embeddings": 32}
