@@ -23,8 +23,8 @@ def timing_line(t: Timing) -> str:
     parts = [f"prompt: {t.prompt_tokens} tokens in {t.prefill_seconds:.2f} s"]
     if t.capture_seconds:
         parts.append(f"making the decode step ready: {t.capture_seconds:.2f} s")
-    parts.append(f"{t.new_tokens} tokens in {t.decode_seconds:.2f} s")
-    return "; ".join(parts) + (f", {t.decode_rate:.1f} tokens/s" if t.new_tokens > 1 else "")
+    rate = f", {t.decode_rate:.1f} tokens/s after that" if t.decode_rate else ""
+    return "; ".join([*parts, f"{t.new_tokens} new tokens{rate}"])
 
 
 main = partial(run, GenerateConfig, generate_command)

@@ -49,7 +49,7 @@ def plain(model: Any, ids: torch.Tensor, tokens: int) -> Run:
     def run() -> tuple[list[int], Timing]:
         _, prompt = seconds(1)
         text, all_of_it = seconds(tokens)
-        return text, Timing(ids.shape[1], tokens, prompt, 0.0, all_of_it - prompt)
+        return text, Timing(ids.shape[1], tokens, prompt, decode_seconds=all_of_it - prompt)
 
     return run
 

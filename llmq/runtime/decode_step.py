@@ -36,7 +36,9 @@ class DecodeStep:
         self.plain: str | None = None
         """Why steps run through the model itself, if they do."""
         self.seconds = 0.0
-        """Time spent on making steps ready and checking them."""
+        """Time spent on steps that made others ready or checked them."""
+        self.steps = 0
+        """How many those were."""
         self._ready: dict[tuple[int, bool], Callable[[], Tensor]] = {}
         self._unchecked: set[tuple[int, bool]] = set()
         self._proven: set[tuple[int, bool]] = set()
@@ -121,7 +123,7 @@ class DecodeStep:
             return self._through_model(*self._inputs())
         started = time.perf_counter()
         logits = self._check(key) if key in self._ready else self._prepare(key)
-        self.seconds += time.perf_counter() - started
+        self.seconds, self.steps = self.seconds + time.perf_counter() - started, self.steps + 1
         return logits
 
     def _prepare(self, key: tuple[int, bool]) -> Tensor:

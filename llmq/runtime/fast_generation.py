@@ -29,6 +29,7 @@ _OTHER_LOOPS: dict[str, Callable[[Any], bool]] = {
     ),
     **dict.fromkeys(("return_dict_in_generate", "token_healing", "dola_layers", "penalty_alpha"), bool),
 }
+_OTHER_ARGUMENTS = ("assistant_model", "custom_generate", "synced_gpus", "tokenizer")
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -42,13 +43,17 @@ class Timing:
     """Of one sequence. The first one comes with the prompt, the others from decode steps."""
     prefill_seconds: float = 0.0
     capture_seconds: float = 0.0
-    """Making steps ready: only when a model generates for the first time, or longer texts than before."""
+    """Steps that made others ready, when a model first generates or its text grows; and those that check them."""
+    capture_steps: int = 0
+    """How many those were. Each gave a token too."""
     decode_seconds: float = 0.0
+    """All other steps."""
 
     @property
     def decode_rate(self) -> float:
-        """Tokens a second of one sequence, without the prompt and the preparation."""
-        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
+        """Tokens a second of one sequence, of the steps in `decode_seconds`."""
+        tokens = self.new_tokens - 1 - self.capture_steps
+        return tokens / self.decode_seconds if tokens > 0 and self.decode_seconds > 0 else 0.0
 
 
 @dataclass
@@ -118,10 +123,8 @@ def _other_loop(model: Any, settings: dict[str, Any]) -> str | None:
         if elsewhere(value):
             return f"{name}={value} needs another loop"
     extra = [name for name, value in settings.items() if isinstance(value, Tensor) or name == "past_key_values"]
-    known = {"assistant_model", "synced_gpus", "tokenizer", "custom_generate"} & {
-        name for name in settings if settings[name] is not None
-    }
-    return f"{', '.join(sorted({*extra, *known}))} needs another loop" if extra or known else None
+    extra += [name for name in _OTHER_ARGUMENTS if settings.get(name) is not None]
+    return f"{', '.join(extra)} needs another loop" if extra else None
 
 
 def _other_loop_for(model: Any, ids: Tensor, mask: Tensor | None, settings: dict[str, Any]) -> str | None:
@@ -150,19 +153,14 @@ class _Loop:
         self.timing, self.streamer, self.steps, self.plain = timing, streamer, steps, None
 
     def run(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
+        self, model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
         **inputs: Any,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Return the prompts with their continuations."""
         started = time.perf_counter()
         batch, length = input_ids.shape
         step = self.steps.of(model, batch)
-        before = step.seconds
+        before, spent = step.seconds, step.steps
         ids = input_ids.new_empty(batch, generation_config.max_length)
         ids[:, :length] = input_ids
         mask = inputs.get("attention_mask")
@@ -190,7 +188,7 @@ class _Loop:
             logits = step.logits(chosen)
         if self.streamer is not None:
             self.streamer.end()
-        self.timing.capture_seconds = step.seconds - before
+        self.timing.capture_seconds, self.timing.capture_steps = step.seconds - before, step.steps - spent
         self.timing.decode_seconds = time.perf_counter() - started - self.timing.capture_seconds
         self.timing.new_tokens = length - input_ids.shape[1]
         self.plain = step.plain
@@ -214,7 +212,7 @@ def _padding(generation_config: Any) -> int | None:
 
 
 class _Steps:
-    """What a model keeps: its steps by number of sequences. Copies and pickles of the model begin without them."""
+    """What a model keeps: steps by number of sequences. Copies and pickles of it begin without them."""
 
     def __init__(self) -> None:
         self.free, self.state = Lock(), None

@@ -81,6 +81,8 @@ def test_a_second_prompt_makes_nothing_ready_again(monkeypatch):
     assert second.timing.capture_seconds < first.timing.capture_seconds  # each is checked once
     assert second.timing.prefill_seconds > 0
     assert second.timing.decode_seconds > 0
+    assert (first.timing.capture_steps, second.timing.capture_steps) == (6, 2)  # made and checked; checked
+    assert first.timing.decode_rate == (25 - 6) / first.timing.decode_seconds
     assert (second.timing.prompt_tokens, second.timing.new_tokens) == (5, 26)
 
 
