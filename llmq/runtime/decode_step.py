@@ -45,6 +45,7 @@ class DecodeStep:
         self._dense: dict[int, Any] = {}  # copies of dense weights in 16 bits
         self._token, self._place = (torch.zeros(batch, 1, dtype=torch.long, device=self.device) for _ in range(2))
         self._filled, self._padded = 0, False
+        self._parameters = inspect.signature(model.forward).parameters
         self._pool: Any = None
         self._make_room(_SHORTEST)
 
@@ -104,8 +105,7 @@ class DecodeStep:
     def _forward(self, ids: Tensor, places: Tensor, mask: Tensor | None) -> Tensor:
         """Return the model's logits [b, vocabulary] for the last of these tokens."""
         given = {"attention_mask": mask, "position_ids": places, "logits_to_keep": 1}
-        taken = inspect.signature(self.model.forward).parameters
-        given = {name: value for name, value in given.items() if name in taken}
+        given = {name: value for name, value in given.items() if name in self._parameters}
         return self.model(ids, past_key_values=self._cache, use_cache=True, **given).logits[:, -1]
 
     def _through_model(self, token: Tensor, place: Tensor, position: Tensor, mask: Tensor) -> Tensor:

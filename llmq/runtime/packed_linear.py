@@ -70,9 +70,8 @@ class PackedLinear(nn.Module):
         self.counters: Tensor
         self._packed: PackedWeight | None = None
         self._taken: list[tuple[str, Tensor | None]] = []
-        """The buffers that `_packed` was made of."""
+        """The buffers that `_packed`, `_native` and `_int4` were made of."""
         self._native: NativeMatmul | None = None
-        self._seen_bias: Tensor | None = None
         self._int4: cpu_int4.CpuInt4Weight | None = None
         self.exact = False
         """Whether float32 inputs are multiplied in float32 on a CPU without a C compiler too, though that is slower."""
@@ -113,23 +112,23 @@ class PackedLinear(nn.Module):
         self._forget()
 
     def _forget(self) -> None:
-        self._packed = self._native = self._int4 = self._seen_bias = None
+        self._packed = self._native = self._int4 = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out pointers, and the int4 copy, whose layout depends on this CPU."""
-        return self.__dict__ | {"_packed": None, "_taken": [], "_native": None, "_int4": None, "_seen_bias": None}
+        return self.__dict__ | {"_packed": None, "_taken": [], "_native": None, "_int4": None}
 
     @property
     def packed(self) -> PackedWeight:
         """Return the buffers as the kernels take them."""
         packed, buffers = self._packed, self._buffers
         # accelerate puts other tensors into _buffers, one by one
-        if packed is None or any(tensor is not buffers[name] for name, tensor in self._taken):
+        if packed is None or any(tensor is not buffers.get(name) for name, tensor in self._taken):
             words = tuple(self.get_buffer(f"words{i}") for i in range(self._arrays))
             kind = (self.bits, self.group_size, self.in_features, self.symmetric)
             packed = PackedWeight(words, self.grid, *kind, self.permutation)
-            names = [*(f"words{i}" for i in range(self._arrays)), "grid", "permutation"]
-            self._taken = [(name, buffers[name]) for name in names]
+            names = [*(f"words{i}" for i in range(self._arrays)), "grid", "permutation", "bias"]
+            self._taken = [(name, buffers.get(name)) for name in names]
             self._forget()
             self._packed = packed
         return packed
@@ -168,8 +167,8 @@ class PackedLinear(nn.Module):
         whole = compiling or learning or is_in_torch_dispatch_mode() or torch.jit.is_tracing()  # pyright: ignore
         native = not compiling and cpu_native.supports(x, weight)
         if native and not whole:
-            if self._native is None or self._seen_bias is not self.bias:
-                self._native, self._seen_bias = NativeMatmul(weight, self.bias), self.bias
+            if self._native is None:
+                self._native = NativeMatmul(weight, self.bias)
             return self._native(x)
         if self.counters.device != x.device:  # accelerate moves buffers one by one and leaves these behind
             self.counters = new_counters(x.device)
