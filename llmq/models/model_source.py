@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llmq.core.errors import CheckpointError, RequestError, WorkError, first_line
+from llmq.models.decoder_blocks import find_blocks, refuse_without_linears
 from llmq.models.gguf_file import GgufFile, open_gguf, set_rope
 from llmq.models.locate import locate
 from llmq.models.safetensors_files import SafetensorsDirectory, TensorFiles
@@ -22,8 +23,8 @@ _GENERATION = "generation_config.json"
 class ModelSource:
     """A causal language model. Its weights stay on disk until a block asks for them. `spec`: see `locate`.
 
-    Raises RequestError for what llmq does not quantize (pickle weights, quantized weights, fused 3-D experts,
-    models without one list of decoder blocks), CheckpointError for missing or corrupt files.
+    Raises RequestError for what llmq does not quantize (pickle weights, quantized weights, models without one list of
+    decoder blocks), CheckpointError for missing or corrupt files.
     """
 
     def __init__(self, spec: str, trust_remote_code: bool = False) -> None:
@@ -43,8 +44,7 @@ class ModelSource:
         if self.is_untied:
             self.skeleton = build_skeleton(self.config, trust_remote_code)
         self.block_names = find_blocks(self.skeleton)
-        for block in self.blocks:  # all of them: some mixtures begin with a few dense blocks
-            _refuse_other_layers(block)
+        refuse_without_linears(self.blocks)
         _refuse_missing(self.tensor_names, self.files, path)
         _refuse_float8(self.tensor_names, self.files, path)
         self.carried_names = _carried(self.skeleton, self.files, path)
@@ -143,23 +143,6 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def find_blocks(model: Any) -> list[str]:
-    """Return the names of the decoder blocks in order. They are the only ModuleList with `num_hidden_layers` entries.
-
-    Raises RequestError if there is no such list, or more than one.
-    """
-    decoder = model.get_decoder()
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
-    lists = [name for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if len(lists) != 1 or depth == 0:
-        raise RequestError(
-            f"{type(model).__name__} does not expose one list of {depth} decoder blocks (found {len(lists)}); "
-            "llmq quantizes decoder-only models such as Llama, Mistral, Qwen, Gemma and Phi"
-        )
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    return [".".join(filter(None, (prefix, lists[0], str(i)))) for i in range(depth)]
-
-
 def read_generation_config(model: Any, directory: Path) -> None:
     """Give the model the end tokens and sampling defaults that its directory holds, if it holds any."""
     if (directory / _GENERATION).exists():
@@ -189,18 +172,6 @@ def _refuse_quantized(config: Any, path: Path) -> None:
     if quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
         raise RequestError(f"{path} is quantized already ({method}); start from the original weights")
-
-
-def _refuse_other_layers(block: nn.Module) -> None:
-    for name, parameter in block.named_parameters():
-        if parameter.ndim > 2:
-            kind = "fused {}-D expert parameter" if "expert" in name else "{}-D parameter"
-            raise RequestError(
-                f"{name} is a {kind.format(parameter.ndim)}; llmq quantizes nn.Linear weights only, "
-                "so models of this kind are not supported yet"
-            )
-    if not any(isinstance(module, nn.Linear) for module in block.modules()):
-        raise RequestError(f"{type(block).__name__} holds no nn.Linear: there is nothing llmq can quantize")
 
 
 def _refuse_missing(wanted: list[str], files: TensorFiles, path: Path) -> None:

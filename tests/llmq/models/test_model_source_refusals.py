@@ -137,14 +137,6 @@ def test_a_broken_model_is_refused_when_opened_in_a_line_or_two(damage, error, s
     assert len(message.splitlines()) <= 2
 
 
-@pytest.mark.parametrize(
-    ("model_type", "shape"), [("mixtral", {}), ("qwen3_moe", {}), ("qwen3_moe", {"mlp_only_layers": [0]})]
-)
-def test_fused_experts_in_any_block_are_refused_as_such(model_type, shape, tmp_path):
-    with pytest.raises(RequestError, match=r"experts\.\w+ is a fused 3-D expert parameter"):
-        ModelSource(str(build(tmp_path, model_type, **MOE | shape)))
-
-
 def test_blocks_without_a_linear_are_refused(tmp_path):
     with pytest.raises(RequestError, match=r"GPT2Block holds no nn\.Linear"):
         ModelSource(str(build(tmp_path, "gpt2", vocab_size=384, n_embd=32, n_layer=2, n_head=2)))
