@@ -3,15 +3,13 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from llmq.checkpoint.reader import CPU, Checkpoint
 from llmq.core.quantized_weight import QuantizedWeight
-
-_Value = TypeVar("_Value", Tensor, QuantizedWeight)
+from llmq.models.safetensors_files import SafetensorsDirectory
 
 
 def digest(value: Tensor | QuantizedWeight) -> str:
@@ -40,22 +38,32 @@ def digests_of(checkpoint: Checkpoint, tensors: Mapping[str, Tensor] | None = No
 class DigestingCheckpoint(Checkpoint):
     """A checkpoint that computes the digest of each packed linear and other tensor when it is first read.
 
-    `digests` holds them by name. So a check that reads every tensor once also has every digest.
+    `digests` holds them by their names in the files. So a check that reads every tensor once also has every digest.
     """
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self.digests: dict[str, str] = {}
+        self.files = _DigestingFiles(directory, self.digests)
 
     def weight(
         self, name: str, instead: Mapping[str, Tensor] | None = None, device: torch.device = CPU
     ) -> QuantizedWeight:
-        return self._added(name, super().weight(name, instead, device))
+        weight, stored = super().weight(name, instead, device), self.stored_linear(name)
+        if stored not in self.digests:
+            self.digests[stored] = digest(weight)
+        return weight
+
+
+class _DigestingFiles(SafetensorsDirectory):
+    """Files that compute the digest of each tensor when it is first read alone."""
+
+    def __init__(self, directory: Path, digests: dict[str, str]) -> None:
+        super().__init__(directory)
+        self._digests = digests
 
     def read(self, name: str) -> Tensor:
-        return self._added(name, super().read(name))
-
-    def _added(self, name: str, value: _Value) -> _Value:
-        if name not in self.digests:  # tied embeddings are read twice
-            self.digests[name] = digest(value)
-        return value
+        tensor = super().read(name)
+        if name not in self._digests:  # tied embeddings are read twice
+            self._digests[name] = digest(tensor)
+        return tensor

@@ -1,6 +1,9 @@
 """Read a quantized checkpoint of any tool: which linears are packed, in which scheme, and all other tensors."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from torch import Tensor
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.formats import format_of, schemes_of
+from llmq.models.model_files import ModelFiles
 from llmq.models.safetensors_files import SafetensorsDirectory
 from llmq.models.untrusted_files import read_json, refuse_odd_files
 
@@ -24,6 +28,8 @@ _LEGACY_METHODS = ("gptq", "awq")
 class Checkpoint:
     """A quantized checkpoint. Its tensors stay on disk; `weight` reads and decodes one linear at a time.
 
+    Names are those in the files. `for_model` gives the same checkpoint with the names that a model uses.
+
     Raises CheckpointError if the directory holds none, or one that llmq cannot read.
     """
 
@@ -33,12 +39,22 @@ class Checkpoint:
         self.config = read_json(directory, CONFIG)
         self.quantization = _quantization(directory, self.config)
         self.format = format_of(self.quantization)
-        self.files = SafetensorsDirectory(directory)
+        self.files: SafetensorsDirectory | ModelFiles = SafetensorsDirectory(directory)
         suffix = f".{self.format.TENSOR_SUFFIXES[0]}"
         self.linears = sorted(name.removesuffix(suffix) for name in self.files.names() if name.endswith(suffix))
         if not self.linears:
             raise CheckpointError(f"{directory} holds no layer packed as {self.format.METHOD}, although it says so")
         self.schemes = schemes_of(self.quantization, self.linears)
+
+    def for_model(self, model: Any) -> Checkpoint:
+        """Return this checkpoint with the names that its tensors and linears have in a model."""
+        view = copy(self)
+        view.files = files = ModelFiles(self.files, model, (self.linears, self.format.TENSOR_SUFFIXES))
+        view.linears = sorted(files.linears)
+        view.schemes = {name: self.schemes[files.linears[name]] for name in view.linears}
+        for cached in ("packed_names", "other_names"):
+            view.__dict__.pop(cached, None)
+        return view
 
     def weight(
         self, name: str, instead: Mapping[str, Tensor] | None = None, device: torch.device = CPU
@@ -51,6 +67,16 @@ class Checkpoint:
         if instead is None or not names <= instead.keys():
             instead = {n: tensor.to(device) for n, tensor in self.files.read_all(names).items()}
         return self.format.decode(name, instead, self.schemes[name])
+
+    @property
+    def model_files(self) -> ModelFiles:
+        """The files of a checkpoint that has the names of a model."""
+        assert isinstance(self.files, ModelFiles)
+        return self.files
+
+    def stored_linear(self, name: str) -> str:
+        """Return the name that a packed linear has in the files."""
+        return self.files.linears[name] if isinstance(self.files, ModelFiles) else name
 
     def read(self, name: str) -> Tensor:
         """Return a tensor as it is stored. Raises CheckpointError if it cannot be read."""

@@ -1,5 +1,6 @@
 """The model to quantize: a skeleton on the meta device, and tensors that are read block by block."""
 
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from llmq.core.errors import CheckpointError, RequestError, WorkError, first_line
 from llmq.models.decoder_blocks import find_blocks, refuse_without_linears
 from llmq.models.gguf_file import GgufFile, open_gguf, set_rope
 from llmq.models.locate import locate
+from llmq.models.model_class import model_class
+from llmq.models.model_files import ModelFiles, by_conversion
 from llmq.models.safetensors_files import SafetensorsDirectory, TensorFiles
 from llmq.models.stored_names import has_no_place, is_computed, tied_aliases, untie_own
 from llmq.models.untrusted_files import read_json
@@ -38,7 +41,9 @@ class ModelSource:
             set_rope(self.config, reader)
         _refuse_quantized(self.config, path)
         self.skeleton = build_skeleton(self.config, trust_remote_code)
-        self.files: TensorFiles = GgufFile(path, reader, self.skeleton) if reader else SafetensorsDirectory(path)
+        files: TensorFiles = GgufFile(path, reader, self.skeleton) if reader else SafetensorsDirectory(path)
+        self.files = ModelFiles(files, self.skeleton, renamed=not reader)
+        """The tensors under the names that they have in the model."""
         self.is_untied = untie_own(self.skeleton, self.files)
         """Whether config.json ties tensors that the files hold apart. The files count."""
         if self.is_untied:
@@ -70,9 +75,9 @@ class ModelSource:
     @cached_property
     def dtype(self) -> torch.dtype:
         """Return the dtype in which the linears are stored. The quantized checkpoint keeps it."""
-        block = self.skeleton.get_submodule(self.block_names[0])
-        linear = next(name for name, module in block.named_modules() if isinstance(module, nn.Linear))
-        return self.files.dtype(f"{self.block_names[0]}.{linear}.weight")
+        within = ((name, self.skeleton.get_submodule(name).named_modules()) for name in self.block_names)
+        linears = (f"{name}.{inner}" for name, inside in within for inner, m in inside if isinstance(m, nn.Linear))
+        return self.files.dtype(f"{next(linears)}.weight")
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -90,11 +95,26 @@ class ModelSource:
         return [name for name in self.tensor_names if name.startswith(block + ".")]
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor as stored, on the CPU. Raises WorkError if it holds NaN or infinity."""
-        tensor = self.files.read(name)
-        if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
-            raise WorkError(f"tensor {name} holds NaN or infinite values; this model cannot be quantized")
-        return tensor
+        """Return one tensor of the model in its stored dtype, on the CPU. Raises WorkError if it is not finite."""
+        return _finite(name, self.files.read(name))
+
+    def as_stored(self, names: Iterable[str], instead: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return these tensors of the model as the files hold them, under the names there.
+
+        `instead`: new values by name. What is made of the same stored tensors as one of them, or as a tensor that is
+        not asked for, comes under the model's names.
+        """
+        tensors, instead = dict[str, Tensor](), instead or {}
+        for together in by_conversion(self.files, names):
+            stored = self.files.stored_names(together[0])
+            is_whole = set(self.files.made_with(together[0])) == set(together)
+            if is_whole and instead.keys().isdisjoint(together):
+                tensors |= {name: _finite(name, self.files.stored.read(name)) for name in stored}
+            else:
+                for name in together:
+                    new = instead[name] if name in instead else self.read(name)
+                    tensors[stored[0] if self.files.is_renamed(name) else name] = new.to(self.files.dtype(name))
+        return tensors
 
     def load(self, names: list[str], device: torch.device, dtype: torch.dtype) -> None:
         """Put these tensors into the skeleton, floats cast to `dtype`."""
@@ -134,7 +154,8 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     try:
         with init_empty_weights(include_buffers=False):
             # float32: buffers are real, and must not be rounded to the dtype of the weights (Gemma's embedding scale).
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            auto = model_class(config)
+            model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise RequestError(f"not a causal language model: {first_line(error)}") from None
     except Exception as error:  # what modelling code does with a config it cannot build, any architecture its own way
@@ -162,9 +183,12 @@ def move_buffers(model: Any, device: torch.device) -> Any:
     return model
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Return whether all numbers are finite. NaN is both least and largest; checking each number is 30 times slower."""
-    return all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    # NaN is both least and largest; checking each number is 30 times slower.
+    is_number = tensor.is_floating_point() and tensor.numel() > 0
+    if is_number and not all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax()):
+        raise WorkError(f"tensor {name} holds NaN or infinite values; this model cannot be quantized")
+    return tensor
 
 
 def _refuse_quantized(config: Any, path: Path) -> None:

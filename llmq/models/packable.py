@@ -1,13 +1,16 @@
 """Which linears can be packed, in groups of which size, and which ones stay in float."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
+from typing import TypeVar
 
 from torch import nn
 
 from llmq.core.errors import RequestError
 from llmq.models.block_structure import SIBLINGS, Group, linear_of
+from llmq.models.model_files import ModelFiles
 
 _FUSED = (*SIBLINGS, ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"))  # the last two of linear attention
+_Scheme = TypeVar("_Scheme")
 # Packed formats and the engines' kernels want both sides of a weight in multiples of this.
 _MULTIPLE = 32
 
@@ -59,6 +62,20 @@ def left_in_float(model: nn.Module, packed: Container[str], carried: Iterable[st
     """
     others = [name.removesuffix(".weight") for name in carried if name.endswith(".weight")]
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in packed] + others
+
+
+def with_stored_names(
+    files: ModelFiles | None, schemes: Mapping[str, _Scheme], in_float: list[str]
+) -> tuple[dict[str, _Scheme], list[str]]:
+    """Return schemes of packed linears and names of linears in float, also under the names in the files.
+
+    transformers looks for a linear under its name in the model, engines under that in the files.
+    """
+    if files is None:
+        return dict(schemes), in_float
+    packed = {files.stored_linear(name): scheme for name, scheme in schemes.items()}
+    stored = [files.stored_module(name) for name in in_float]
+    return {**schemes, **packed}, [*dict.fromkeys([*in_float, *stored])]
 
 
 def fit_group_size(requested: int, in_features: set[int]) -> int:

@@ -12,7 +12,7 @@ from llmq.models.safetensors_files import TensorFiles
 
 def tied_aliases(model: Any) -> set[str]:
     """Return the names that repeat another tensor (lm_head of a model with tied embeddings)."""
-    return set(model._tied_weights_keys or ()) if model.config.get_text_config().tie_word_embeddings else set()
+    return set(getattr(model, "all_tied_weights_keys", ()))
 
 
 def untie_own(model: Any, files: TensorFiles) -> bool:
@@ -21,8 +21,7 @@ def untie_own(model: Any, files: TensorFiles) -> bool:
     transformers and vLLM use such a tensor, although config.json says that there is none. The caller must build the
     model anew.
     """
-    aliases, sources = tied_aliases(model), getattr(model, "all_tied_weights_keys", {})
-    tied = {name: source for name, source in sources.items() if name in aliases}
+    tied = dict(getattr(model, "all_tied_weights_keys", {}))
     both = [pair for pair in tied.items() if files.names().issuperset(pair)]
     if not any(_differ(*map(files.read, pair)) for pair in both):
         return False

@@ -73,7 +73,7 @@ def _quantize_chosen(request: Request, run: Run, progress: Progress, states_dir:
 def _unchanged(run: Run, names: Iterable[str], unit: Callable[[str], str]) -> Iterator[dict[str, Tensor]]:
     """Yield tensors as they are stored, in the process that writes. Those with the same `unit` come together."""
     for _, together in groupby(names if run.ranks.is_first else (), unit):
-        yield run.unchanged({name: run.source.read(name) for name in together})
+        yield run.stored(together)
 
 
 def finish(request: Request, run: Run, writer: Writer | None) -> None:

@@ -6,7 +6,7 @@
 A group is a set of linears that read the same input. They are rounded together, as one stacked matrix.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from llmq.formats import FORMATS
 from llmq.formats.scheme import Scheme
 from llmq.models.block_structure import Group, find_groups
 from llmq.models.model_source import ModelSource
-from llmq.models.packable import left_in_float, split_packable
+from llmq.models.packable import left_in_float, split_packable, with_stored_names
 from llmq.run.journal import Line
 from llmq.run.layer_bits import bits_of_linears, fitted_grid
 from llmq.run.layer_problem import errors_of, make_problem, matched_problem, solve_in_first, solve_rows, weights_of
@@ -70,7 +70,7 @@ class Run:
         self.bits = bits_of_linears(config, source)
         self.schemes: dict[str, Scheme] = {}  # how each linear was packed, by its name in the model
         self.digests: dict[str, str] = {}
-        """A hash of each packed linear and each other tensor, by name, to check the files with."""
+        """A hash of each packed linear and each other tensor, by its name in the files, to check them with."""
         if config.stored_as == "compressed-tensors" and not config.symmetric:
             note = "asymmetric compressed-tensors: transformers opens it only with dequantize=True"
             notes.append(f"{note}, and not with --layer-bits (vLLM and llmq do)")
@@ -98,7 +98,7 @@ class Run:
         if not self.schemes:
             raise WorkError("no linear of this model could be packed: " + self.report.notes[-1]["note"])
         in_float = left_in_float(self.source.skeleton, self.schemes, self.source.carried_names)
-        return self.format.hf_config(self.schemes, in_float)
+        return self.format.hf_config(*with_stored_names(self.source.files, self.schemes, in_float))
 
     def packed_share(self) -> float:
         """Return the share of the weights of the chosen blocks that are packed."""
@@ -224,24 +224,23 @@ class Run:
         for each in solved:
             for inner, weight in weights_of(block, each.group, each.solution, self._bits_of(block, each.group)).items():
                 name = f"{block.name}.{inner}"
-                self.digests[name] = digest(weight)
-                self.schemes[name] = Scheme(weight.bits, self.grid.group_size, self.grid.symmetric)
-                packed |= self.format.encode(name, weight, self.schemes[name])
+                stored = self.source.files.stored_linear(name)
+                self.digests[stored] = digest(weight)
+                self.schemes[name] = scheme = Scheme(weight.bits, self.grid.group_size, self.grid.symmetric)
+                packed |= self.format.encode(stored, weight, scheme)
         return packed
 
     def _other_tensors(self, block: Block, groups: list[Group], changed: set[str]) -> dict[str, Tensor]:
         """Return all tensors of the block but the packed weights: as stored, unless the transform changed them."""
-        packed = {f"{name}.weight" for group in groups for name in group.linears}
+        if not self.ranks.is_first:
+            return {}
+        packed = {f"{block.name}.{name}.weight" for group in groups for name in group.linears}
+        others = [name for name in self.source.block_tensor_names(block.name) if name not in packed]
         current = block.module.state_dict()
-        others: dict[str, Tensor] = {}
-        for name in self.source.block_tensor_names(block.name) if self.ranks.is_first else ():
-            inner = name.removeprefix(block.name + ".")
-            if inner not in packed:
-                stored = self.source.read(name)
-                others[name] = current[inner].to(stored.dtype) if inner in changed else stored
-        return self.unchanged(others)
+        return self.stored(others, {f"{block.name}.{inner}": current[inner] for inner in changed & current.keys()})
 
-    def unchanged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Note the digests of tensors that are stored without packing; return these tensors."""
+    def stored(self, names: Iterable[str], changed: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return tensors that are stored without packing, under their names in the files, and note their digests."""
+        tensors = self.source.as_stored(names, changed)
         self.digests.update({name: digest(tensor) for name, tensor in tensors.items()})
         return tensors

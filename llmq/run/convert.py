@@ -20,7 +20,7 @@ from llmq.core.errors import RequestError
 from llmq.formats import FORMATS
 from llmq.formats.scheme import Scheme
 from llmq.models.model_source import build_skeleton
-from llmq.models.packable import left_in_float
+from llmq.models.packable import left_in_float, with_stored_names
 from llmq.models.stored_names import has_no_place
 from llmq.runtime.model_config import model_config
 from llmq.verification.check import DIGESTS, check
@@ -60,9 +60,13 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
     before = str(checkpoint.quantization.get("checkpoint_format") or checkpoint.quantization.get("quant_method"))
     schemes = _schemes(checkpoint)
     model = build_skeleton(model_config(checkpoint, config.trust_remote_code), config.trust_remote_code)
-    kept = [name for name in checkpoint.other_names if not is_harmless(checkpoint, model, name)]
-    carried = [name for name in kept if has_no_place(model, name)]
-    quantization = target.hf_config(schemes, left_in_float(model, schemes, carried))
+    view = checkpoint.for_model(model)
+    in_model = [name for name in view.other_names if not is_harmless(view, model, name)]
+    carried = [name for name in in_model if has_no_place(model, name)]
+    kept = sorted({stored for name in in_model for stored in view.model_files.stored_names(name)})
+    schemes_in_model = {name: schemes[view.stored_linear(name)] for name in view.linears}
+    in_float = left_in_float(model, schemes_in_model, carried)
+    quantization = target.hf_config(*with_stored_names(view.model_files, schemes_in_model, in_float))
     computed = {name: value for name, value in digests_of(checkpoint).items() if name in schemes or name in kept}
     with Writer(config.output, config.overwrite) as writer:
         for _, names in groupby(kept, key=lambda name: name.rpartition(".")[0]):

@@ -70,7 +70,6 @@ class Student:
     """
 
     def __init__(self, directory: Path, original: Any, compute: Compute, trust_remote_code: bool = False) -> None:
-        self.checkpoint = Checkpoint(directory)
         self.latents: dict[str, Latent] = {}
 
         def learning(name: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
@@ -79,9 +78,12 @@ class Student:
 
         model = load(directory, str(compute.device), torch.float32, trust_remote_code, make_linear=learning)
         self.model = model.requires_grad_(False)
-        self.vectors = {name: vector for name, vector in self.model.named_parameters() if vector.ndim == 1}
+        self.checkpoint = Checkpoint(directory).for_model(original)
+        self._files = files = self.checkpoint.model_files
+        vectors = ((name, vector) for name, vector in self.model.named_parameters() if vector.ndim == 1)
+        self.vectors = {name: vector for name, vector in vectors if files.is_renamed(name)}
         """Norms and biases."""
-        self._stored = {name: self.checkpoint.files.read(name).dtype for name in self.vectors}
+        self._stored = {name: files.dtype(name) for name in self.vectors}
 
     @contextmanager
     def as_stored(self) -> Generator[None]:
@@ -96,10 +98,12 @@ class Student:
                 vector.data = exact[name]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that would be stored now, by their names in the checkpoint."""
-        stored = {name: vector.detach().to(self._stored[name]) for name, vector in self.vectors.items()}
+        """Return the tensors that would be stored now, by their names in the files."""
+        stored_name = self._files.stored_names
+        stored = {stored_name(name)[0]: vec.detach().to(self._stored[name]) for name, vec in self.vectors.items()}
         for name, latent in self.latents.items():
-            stored |= self.checkpoint.format.encode(name, latent.rounded(), self.checkpoint.schemes[name])
+            scheme = self.checkpoint.schemes[name]
+            stored |= self.checkpoint.format.encode(self._files.stored_linear(name), latent.rounded(), scheme)
         return {name: tensor.cpu() for name, tensor in stored.items()}
 
 

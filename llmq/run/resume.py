@@ -100,7 +100,7 @@ class Progress:
             name=name,
             parts=0 if writer is None else writer.parts,
             digests=digests,
-            schemes={linear: run.schemes[linear] for linear in digests if linear in run.schemes},
+            schemes={name: scheme for name, scheme in run.schemes.items() if self._stored(name) in digests},
             notes=report.notes[self._told_notes :],
             drift=report.drifts.get(name),
             refined=report.refined.get(name),
@@ -121,16 +121,21 @@ class Progress:
         """Give a finished block the weights that an earlier process computed."""
         run, prefix = self._run, block.name + "."
         tensors = run.ranks.first(lambda: self._tensors_of(block.name))
+        files = run.source.files
         for name, parameter in block.module.named_parameters():
-            if prefix + name in tensors:
-                parameter.data = tensors[prefix + name].to(parameter.device, parameter.dtype)
+            stored = files.stored_names(prefix + name)[0]
+            if files.is_renamed(prefix + name) and stored in tensors:
+                parameter.data = tensors[stored].to(parameter.device, parameter.dtype)
         schemes = {name: scheme for name, scheme in run.schemes.items() if name.startswith(prefix)}
         if schemes:
             # As a reader of the file sees them: a format may store other zero points than the scheme asked for.
             schemes = run.format.schemes_of(run.format.hf_config(schemes, []), schemes)
         for name, scheme in schemes.items():
-            weight = run.format.decode(name, tensors, scheme)
+            weight = run.format.decode(self._stored(name), tensors, scheme)
             block.replace_weight(name.removeprefix(prefix), weight.dequantize().to(block.compute.device))
+
+    def _stored(self, linear: str) -> str:
+        return self._run.source.files.stored_linear(linear)
 
     def _tensors_of(self, name: str) -> dict[str, Tensor]:
         assert self._writer is not None

@@ -55,6 +55,7 @@ def load(
     config, runs = checked_config(checkpoint, trust_remote_code)
     exact, dtype = dtype is not None, _dtype_for(dtype, target, config, packed=True)
     model = build_skeleton(config, trust_remote_code)
+    checkpoint = checkpoint.for_model(model)
     wanted = check_fit(model, checkpoint)
     replace_linears(model, checkpoint, lambda *parts: make_linear(*parts).to(target), lambda _: target)
     placed = {f"{name}.bias" for name in checkpoint.linears}

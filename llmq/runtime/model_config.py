@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_hooks
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from llmq.checkpoint.reader import CONFIG, Checkpoint
 from llmq.core.errors import CheckpointError, first_line
+from llmq.models.model_class import model_class
+from llmq.models.model_files import ModelFiles
 from llmq.models.stored_names import untie_own
 
 # Largest values of counts, by what their names contain. Config classes make lists of such lengths (kinds of layers,
@@ -57,14 +59,14 @@ def checked_config(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any
         config._attn_implementation = config._experts_implementation = None  # pyright: ignore[reportPrivateUsage]
         # A weight takes two bits at least: a byte holds four.
         with torch.device("meta"), _bounded(len(files.names()), 4 * stored):
-            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model: Any = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # config classes raise what they like
         raise CheckpointError(
             f"{directory}: {CONFIG} describes no model that can be built: {first_line(error)}"
         ) from None
-    if untie_own(model, files):
+    if untie_own(model, ModelFiles(files, model)):
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     if buffers > 4 * stored + _SPARE:
         raise CheckpointError(f"{directory}: {CONFIG} describes {buffers} bytes of buffers; all files have {stored}")

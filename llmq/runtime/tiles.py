@@ -44,6 +44,7 @@ def problems_of(model: str, grid: Grid, trust_remote_code: bool = False) -> list
 def packed_problems(checkpoint: Checkpoint, trust_remote_code: bool = False) -> list[Problem]:
     """Return the one-token problems of a packed checkpoint's layers, each once. Reads no weights."""
     model = build_skeleton(model_config(checkpoint, trust_remote_code), trust_remote_code)
+    checkpoint = checkpoint.for_model(model)
     dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
     problems = set()
     for name in checkpoint.linears:

@@ -32,7 +32,8 @@ from llmq.core.errors import CheckpointError, RequestError
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.formats import format_of
 from llmq.formats.scheme import Scheme
-from llmq.models.packable import left_in_float
+from llmq.models.model_files import ModelFiles
+from llmq.models.packable import left_in_float, with_stored_names
 from llmq.runtime.packed_linear import PackedLinear
 
 METHOD = "llmq"
@@ -72,12 +73,14 @@ class LlmqQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.quantization_config: LlmqConfig
         self._schemes: dict[str, Scheme] = {}
+        self._files: ModelFiles | None = None
         # While a model is being opened: its files, the tensors to take from them, and a setting to restore.
         self._opened: tuple[Checkpoint, set[str], Any] | None = None
 
     def remember(self, checkpoint: Checkpoint) -> None:
         """Keep what saving needs besides the model."""
         self._schemes, self.quantization_config.stored = checkpoint.schemes, checkpoint.quantization
+        self._files = checkpoint.model_files
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         """Raise RequestError if weights would be offloaded to a disk or a CPU. "auto" is checked after loading."""
@@ -103,7 +106,7 @@ class LlmqQuantizer(HfQuantizer):
         """
         if not checkpoint_files:
             raise RequestError("from_pretrained got a state_dict, but llmq opens packed checkpoints only from files")
-        checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
+        checkpoint = Checkpoint(Path(checkpoint_files[0]).parent).for_model(model)
         wanted = check_fit(model, checkpoint)
         for name in checkpoint.linears:
             linear = model.get_submodule(name)
@@ -143,7 +146,8 @@ class LlmqQuantizer(HfQuantizer):
         stored, linears = self.quantization_config.stored, _packed_linears(model, self._schemes)
         assert stored is not None
         form = format_of(stored)
-        self.quantization_config.stored = form.hf_config(self._schemes, left_in_float(model, self._schemes))
+        in_float = left_in_float(model, self._schemes)
+        self.quantization_config.stored = form.hf_config(*with_stored_names(self._files, self._schemes, in_float))
         model.config.quantization_config = self.quantization_config
         inside = {f"{name}.{key}" for name, linear in linears.items() for key in linear.state_dict() if key != "bias"}
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in inside}

@@ -8,6 +8,7 @@ import torch
 
 from llmq.checkpoint.digests import DigestingCheckpoint
 from llmq.checkpoint.module_matching import check_fit, read_linear
+from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import CheckpointError
 from llmq.models.model_source import build_skeleton, read_generation_config
 from llmq.models.stored_names import has_no_place, is_computed
@@ -35,15 +36,16 @@ def check(directory: Path, digests: Mapping[str, str] | None, trust_remote_code:
         names = [*checkpoint.linears, *checkpoint.other_names]
         compare(dict.fromkeys(names, ""), dict.fromkeys(digests, ""))
     model = build_skeleton(model_config(checkpoint, trust_remote_code), trust_remote_code)
-    check_fit(model, checkpoint)
+    view = checkpoint.for_model(model)
+    check_fit(model, view)
     read_generation_config(model, directory)
-    finite = _is_finite(model, checkpoint, trust_remote_code)
-    _read_others(model, checkpoint)
+    finite = _is_finite(model, view, trust_remote_code)
+    _read_others(model, checkpoint, view)
     if digests is not None:
         compare(checkpoint.digests, digests)
     if not finite:
         raise CheckpointError(f"{directory}: the model computes NaN or infinity")
-    return [name for name in checkpoint.other_names if has_no_place(model, name) and not is_computed(model, name)]
+    return [name for name in view.other_names if has_no_place(model, name) and not is_computed(model, name)]
 
 
 def tokenizer_fault(directory: Path, trust_remote_code: bool = False) -> str | None:
@@ -68,7 +70,7 @@ def compare(stored: Mapping[str, str], computed: Mapping[str, str]) -> None:
         raise CheckpointError(f"the checkpoint on disk is damaged: {name} {fault}{more}; quantize again")
 
 
-def _is_finite(model: Any, checkpoint: DigestingCheckpoint, trust_remote_code: bool) -> bool:
+def _is_finite(model: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> bool:
     """Return whether the logits of a few tokens are finite."""
 
     def run(model: Any) -> bool:
@@ -84,11 +86,11 @@ def _is_finite(model: Any, checkpoint: DigestingCheckpoint, trust_remote_code: b
         return run(load(checkpoint.directory, "cpu", torch.float32, trust_remote_code))
 
 
-def _read_others(model: Any, checkpoint: DigestingCheckpoint) -> None:
+def _read_others(model: Any, checkpoint: DigestingCheckpoint, view: Checkpoint) -> None:
     """Read the tensors that the run did not need: experts without tokens, linears that never run, biases of zeros."""
-    for name in checkpoint.linears:
-        if name not in checkpoint.digests:
-            read_linear(model, checkpoint, name)
+    for name in view.linears:
+        if view.stored_linear(name) not in checkpoint.digests:
+            read_linear(model, view, name)
     for name in checkpoint.other_names:
         if name not in checkpoint.digests:
             checkpoint.read(name)

@@ -83,6 +83,8 @@ def relative_errors(checkpoint: Checkpoint, reference: str, trust_remote_code: b
     path = locate(reference, trust_remote_code)
     packed = Checkpoint(path) if is_packed(path) else None
     source = None if packed is not None else ModelSource(reference, trust_remote_code)
+    if source is not None:
+        checkpoint = checkpoint.for_model(source.skeleton)
     errors: dict[str, float] = {}
     for name in checkpoint.linears:
         ours = checkpoint.weight(name).dequantize()

@@ -132,5 +132,5 @@ def test_matrices_keep_their_dtype(stored, kept, tmp_path):
 def test_a_large_number_of_a_bfloat16_file_stays_finite(tmp_path, monkeypatch):
     source = ModelSource(str(write_gguf(tmp_path / "m.gguf", {}, None)))
     monkeypatch.setattr("gguf.dequantize", lambda *_: np.full((64, 64), 1e30, np.float32))
-    assert isinstance(source.files, GgufFile)
+    assert isinstance(source.files.stored, GgufFile)
     assert bool(torch.isfinite(source.files.read("model.embed_tokens.weight")).all())
