@@ -61,7 +61,7 @@ def dequantized_model(source: Path | str, directory: Path, dtype: torch.dtype = 
 @torch.no_grad()
 def put_dequantized(model: Any, directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Overwrite the linears of a dense model that the checkpoint packs; returns the model."""
-    checkpoint = Checkpoint(directory)
+    checkpoint = Checkpoint(directory).for_model(model)
     assert checkpoint.linears
     for name in checkpoint.linears:
         model.get_submodule(name).weight.copy_(checkpoint.weight(name).dequantize(dtype))

@@ -21,6 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from llmq.core.errors import CheckpointError, first_line
+from llmq.models.conv1d import stored_transposed
 from llmq.models.safetensors_files import TensorFiles
 
 
@@ -64,6 +65,7 @@ class ModelFiles:
         renamed: bool = True,
     ) -> None:
         self.stored, self._model, self._state = files, model, model.state_dict()
+        self._transposed = stored_transposed(model)
         transforms = get_model_conversion_mapping(model) if renamed else []
         self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
@@ -131,6 +133,10 @@ class ModelFiles:
         """Return whether a tensor is one of the stored ones, and was not made by an operation."""
         return name in self._renamed_from
 
+    def turned(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor as it lies in the files, given how the model has it; or the other way round."""
+        return tensor.T.contiguous() if name in self._transposed else tensor
+
     def made_with(self, name: str) -> list[str]:
         """Return the names of all tensors that are made of the same stored ones."""
         conversion = self._conversions.get(name)
@@ -164,7 +170,8 @@ class ModelFiles:
         """Return the shape, from the headers alone."""
         files: Any = self.stored
         if name in self._renamed_from:
-            return files.shape(self._renamed_from[name])
+            shape = files.shape(self._renamed_from[name])
+            return shape[::-1] if name in self._transposed else shape
         return tuple(self._convert(name, lambda stored: torch.empty(files.shape(stored), device="meta")).shape)
 
     def is_float(self, name: str) -> bool:
@@ -176,7 +183,7 @@ class ModelFiles:
         """Return a tensor on the CPU in its stored dtype. Raises CheckpointError if it cannot be read or made."""
         if name in self._conversions:
             return self._convert(name, self.stored.read)
-        return self.stored.read(self._renamed_from.get(name, name))
+        return self.turned(name, self.stored.read(self._renamed_from.get(name, name)))
 
     def read_all(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return these tensors of packed linears as `read` does. A file is opened once."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from llmq.core.errors import CheckpointError, RequestError, WorkError, first_line
+from llmq.models.conv1d import linears_for_conv1d
 from llmq.models.decoder_blocks import find_blocks, refuse_without_linears
 from llmq.models.gguf_file import GgufFile, open_gguf, set_rope
 from llmq.models.locate import locate
@@ -113,7 +114,8 @@ class ModelSource:
             else:
                 for name in together:
                     new = instead[name] if name in instead else self.read(name)
-                    tensors[stored[0] if self.files.is_renamed(name) else name] = new.to(self.files.dtype(name))
+                    place = stored[0] if self.files.is_renamed(name) else name
+                    tensors[place] = self.files.turned(name, new).to(self.files.dtype(name))
         return tensors
 
     def load(self, names: list[str], device: torch.device, dtype: torch.dtype) -> None:
@@ -161,6 +163,7 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     except Exception as error:  # what modelling code does with a config it cannot build, any architecture its own way
         what = f"{type(error).__name__}: {first_line(error)}"
         raise RequestError(f"config.json describes no {config.model_type} model that can be built ({what})") from None
+    linears_for_conv1d(model)
     return model.requires_grad_(False).eval()
 
 

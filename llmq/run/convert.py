@@ -19,6 +19,7 @@ from llmq.core.config import VERSION
 from llmq.core.errors import RequestError
 from llmq.formats import FORMATS
 from llmq.formats.scheme import Scheme
+from llmq.models.conv1d import CONV1D, stored_transposed
 from llmq.models.model_source import build_skeleton
 from llmq.models.packable import left_in_float, with_stored_names
 from llmq.models.stored_names import has_no_place
@@ -60,6 +61,8 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
     before = str(checkpoint.quantization.get("checkpoint_format") or checkpoint.quantization.get("quant_method"))
     schemes = _schemes(checkpoint)
     model = build_skeleton(model_config(checkpoint, config.trust_remote_code), config.trust_remote_code)
+    if config.format == "compressed-tensors" and stored_transposed(model):
+        raise RequestError(CONV1D)
     view = checkpoint.for_model(model)
     in_model = [name for name in view.other_names if not is_harmless(view, model, name)]
     carried = [name for name in in_model if has_no_place(model, name)]

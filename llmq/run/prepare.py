@@ -22,6 +22,7 @@ from llmq.core.errors import CheckpointError, RequestError
 from llmq.core.memory import release_memory
 from llmq.core.settings import Calibration
 from llmq.core.timing import Clock
+from llmq.models.conv1d import CONV1D, stored_transposed
 from llmq.models.model_source import ModelSource
 from llmq.models.untrusted_files import read_json
 from llmq.run.fingerprint import differences, fingerprint
@@ -72,10 +73,20 @@ def open_request(config: QuantizeConfig, device: torch.device, ranks: Ranks, pro
         if source.directory.resolve() == config.output.resolve():
             raise RequestError("the output directory is the model's own; choose another")
         compute = compute_for(source, device)
+    config = _with_format(config, source)
     tokens, training = ranks.first(lambda: _Text(config, source, compute, clock, progress).tokens())
     identity = fingerprint(config, source, tokens, training, compute)
     steps, is_met = ranks.first(lambda: _earlier(config, identity) if config.resume else ([], False))
     return Request(config, source, compute, ranks, clock, progress, tokens, training, identity, steps, is_met)
+
+
+def _with_format(config: QuantizeConfig, source: ModelSource) -> QuantizeConfig:
+    """Choose a format that serves GPT-2. Raises RequestError if the request chose another."""
+    if config.stored_as == "compressed-tensors" and stored_transposed(source.skeleton):
+        if config.format != "auto":
+            raise RequestError(CONV1D)
+        return replace(config, format="gptq")
+    return config
 
 
 def _check_offload(directory: Path) -> None:

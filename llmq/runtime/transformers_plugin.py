@@ -32,6 +32,7 @@ from llmq.core.errors import CheckpointError, RequestError
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.formats import format_of
 from llmq.formats.scheme import Scheme
+from llmq.models.conv1d import linears_for_conv1d, stored_transposed
 from llmq.models.model_files import ModelFiles
 from llmq.models.packable import left_in_float, with_stored_names
 from llmq.runtime.packed_linear import PackedLinear
@@ -107,6 +108,7 @@ class LlmqQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise RequestError("from_pretrained got a state_dict, but llmq opens packed checkpoints only from files")
         checkpoint = Checkpoint(Path(checkpoint_files[0]).parent).for_model(model)
+        linears_for_conv1d(model, checkpoint.linears)
         wanted = check_fit(model, checkpoint)
         for name in checkpoint.linears:
             linear = model.get_submodule(name)
@@ -151,6 +153,8 @@ class LlmqQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config
         inside = {f"{name}.{key}" for name, linear in linears.items() for key in linear.state_dict() if key != "bias"}
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in inside}
+        for name in stored_transposed(model) & state.keys():
+            state[name] = state[name].T.contiguous()
         for name, linear in linears.items():
             tensors = form.encode(name, _codes(name, linear), self._schemes[name])
             state.update({key: tensor.cpu() for key, tensor in tensors.items()})

@@ -71,6 +71,14 @@ def test_it_reads_our_awq_checkpoints(source, tmp_path, symmetric):
     assert_same_weights(opened(directory), directory)
 
 
+def test_it_reads_our_gpt2(tmp_path):
+    """Its Conv1D layers are packed as linears are."""
+    source = save_tiny(tmp_path / "model", "gpt2", torch.float16)
+    directory = pack(source, tmp_path / "gptq", format="auto")
+    expected = logits(dequantized_model(source, directory, torch.float16).half(), IDS)
+    torch.testing.assert_close(logits(opened(directory), IDS), expected, rtol=0, atol=4e-3)
+
+
 THEIRS = {
     "v1": ({"bits": 4, "desc_act": False}, Scheme(4, 32, True, zero_offset=1)),
     "v1, act order": ({"bits": 4, "desc_act": True}, Scheme(4, 32, True, act_order=True, zero_offset=1)),
