@@ -84,6 +84,8 @@ COMMON: dict[str, Any] = {
     "type_vocab_size": 2,
 }
 
+# With 64 inputs, dt_proj, which no model calls as a linear, would be a tenth of a Mamba block; here as there it is 1/32.
+_MAMBA = {"hidden_size": 512}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _PER_LAYER = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCABULARY}
 _GEMMA4 = {"global_head_dim": 32, **_PER_LAYER}
@@ -101,6 +103,8 @@ _ONE_OF_EACH = ["linear_attention", "full_attention"]
 
 # More for one model type, or other values. What follows an @ names a variant.
 BY_TYPE: dict[str, dict[str, Any]] = {
+    "falcon_mamba": _MAMBA,
+    "mamba": _MAMBA,
     "bamba": {"attn_layer_indices": [1]},
     "bigbird_pegasus": {"attention_type": "original_full"},
     "big_bird": {"attention_type": "original_full"},

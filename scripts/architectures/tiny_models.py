@@ -105,3 +105,8 @@ def save_tiny(name: str, directory: Path) -> Any:
     model.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return model
+
+
+def has_experts(model: Any) -> bool:
+    """Return whether a model routes tokens to some of several experts."""
+    return any("expert" in name or "Expert" in type(module).__name__ for name, module in model.named_modules())
