@@ -124,8 +124,8 @@ def _check_method(made: Made, method: str, row: Row) -> None:
 
 def _check_llmq(made: Made, dense: Any, expected: Tensor, output: Path) -> None:
     """Raise FailedError unless llmq loads its checkpoint, with the right logits, and generates the right tokens."""
-    prompt, settings = made.ids[:, :8], {"max_new_tokens": _NEW_TOKENS, "min_new_tokens": _NEW_TOKENS}
-    settings |= {"do_sample": False, "pad_token_id": 0}
+    prompt = made.ids[:, :8]
+    settings: Row = {"max_new_tokens": _NEW_TOKENS, "min_new_tokens": _NEW_TOKENS, "do_sample": False}
     step = "llmq.load"
     try:
         packed = llmq.load(output, "cpu", torch.float32)
@@ -147,7 +147,7 @@ def _check_llmq(made: Made, dense: Any, expected: Tensor, output: Path) -> None:
         raise FailedError(f"crash: {step}: {_words(error)}") from None
 
 
-def _generated(dense: Any, prompt: Tensor, settings: dict[str, Any]) -> Tensor | None:
+def _generated(dense: Any, prompt: Tensor, settings: Row) -> Tensor | None:
     """Return what the dense model writes, None if transformers cannot generate with this class at all."""
     try:
         return dense.generate(prompt, **settings)
