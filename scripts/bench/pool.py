@@ -11,13 +11,22 @@ from multiprocessing.connection import wait
 from typing import Any
 from unittest import mock
 
+_PRELOADED = ("bench.cold", "bench.correctness")
 
-def run(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int, seconds: float) -> Iterator[tuple[Any, Any]]:
+
+def run(
+    function: Callable[[Any], Any],
+    jobs: Sequence[Any],
+    workers: int,
+    seconds: float,
+    preloaded: Sequence[str] = _PRELOADED,
+) -> Iterator[tuple[Any, Any]]:
     """Yield (job, its result or its exception) as jobs end. Without workers they run one by one in this process.
 
     Args:
         function: must be importable by name. Its argument is a job, which must be picklable.
         seconds: a job that is not done after this time has a TimeoutError as its result.
+        preloaded: modules to import once, for all jobs. The first call decides.
     """
     deadline = time.perf_counter() + seconds
     if workers == 0:
@@ -31,7 +40,7 @@ def run(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int, secon
     try:
         while (waiting or running) and time.perf_counter() < deadline:
             while waiting and len(running) < workers:
-                pipe, process = _started(function, waiting[0])
+                pipe, process = _started(function, waiting[0], preloaded)
                 running[pipe] = waiting.pop(0)
                 processes.append(process)
             for pipe in wait(list(running), max(0.0, deadline - time.perf_counter())):
@@ -45,10 +54,10 @@ def run(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int, secon
         yield job, TimeoutError("not done in time")
 
 
-def _started(function: Callable[[Any], Any], job: Any) -> tuple[Any, Any]:
+def _started(function: Callable[[Any], Any], job: Any, preloaded: Sequence[str]) -> tuple[Any, Any]:
     """Start a job. Returns (the pipe that will deliver the outcome, the process)."""
     context = multiprocessing.get_context("forkserver")  # imports only once; CUDA does not survive a plain fork
-    context.set_forkserver_preload(["bench.cold", "bench.correctness"])
+    context.set_forkserver_preload(list(preloaded))
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(function, job, theirs), daemon=True)
     # Some versions of Python do not tell the fork server sys.path. It would then fail to import, without a message.

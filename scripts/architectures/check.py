@@ -1,0 +1,214 @@
+"""What must hold for one tiny model, and whether it does.
+
+source --llmq--> packed --llmq.load--> logits --+
+  |                 +-----transformers----> logits --+-- all three must agree
+  +-- its files with the dequantized weights --> logits --+
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+import llmq
+from architectures.sizes import NOT_BUILT
+from architectures.tiny_models import has_experts, model_class, save_tiny
+from llmq.checkpoint.output_dir import REPORT
+from llmq.checkpoint.reader import Checkpoint
+from llmq.core.errors import LlmqError, first_line
+
+Row = dict[str, Any]
+
+METHODS = ("rtn", "gptq")
+LARGEST_RATIO = 1.3  # of gptq's error to rtn's; with 8 short texts and random weights it may be a little above 1
+_TOLERANCE = 1e-5  # relative difference of logits. Sums in another order: 3e-7 with GPT-BigCode; otherwise 0
+_NEW_TOKENS = 4
+
+
+class FailedError(Exception):
+    """A check that did not hold, in the words of the results."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tiny model in memory and on disk, and the tokens to compare on."""
+
+    name: str
+    room: Path
+    model: Any
+    ids: Tensor
+
+    def load(self, directory: Path) -> Any:
+        """Load a directory with transformers, in the model's own class."""
+        return model_class(self.name).from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def checked(name: str, room: Path, methods: tuple[str, ...] = METHODS) -> Row:
+    """Return what was found for a model type: `result`, and numbers as far as there are some."""
+    row: Row = {"name": name, "class": "", "experts": None, "share": None, "remark": ""}
+    started = time.process_time()
+    try:
+        made = _make(name, room, row)
+        for method in methods:
+            _check_method(made, method, row)
+        row["result"] = "ok"
+        if stock := row.pop("stock", ""):
+            row["result"] = f"ok in llmq, stock transformers fails: {stock}"
+    except FailedError as failure:
+        row["result"] = str(failure)
+    row.pop("stock", "")
+    return row | {"seconds": round(time.process_time() - started, 1)}
+
+
+def _make(name: str, room: Path, row: Row) -> Made:
+    """Build and save the model. Raises FailedError if it is none, or if transformers does not load what it saved."""
+    if name in NOT_BUILT:
+        raise FailedError(f"not built: {NOT_BUILT[name]}")
+    try:
+        model = save_tiny(name, room / "source")
+        row |= {"class": type(model).__name__, "experts": has_experts(model)}
+        made = Made(name, room, model, _tokens(room / "source"))
+        difference = relative(logits(made.load(room / "source"), made.ids), logits(model, made.ids))
+    except Exception as error:
+        raise FailedError(f"not built: {_words(error)}") from None
+    if not difference <= _TOLERANCE:
+        raise FailedError(f"not built: transformers loads what it saved with other logits ({difference:.0e})")
+    (room / "text.txt").write_text(text(0))
+    return made
+
+
+def _check_method(made: Made, method: str, row: Row) -> None:
+    """Quantize by one method, and compare every way to run the result with the dense model of the same weights."""
+    output = made.room / method
+    try:
+        llmq.quantize(
+            llmq.QuantizeConfig(
+                model=str(made.room / "source"),
+                output=output,
+                method=method,
+                group_size=32,
+                calibration=str(made.room / "text.txt"),
+                samples=8,
+                sequence_length=48,
+                device="cpu",
+            )
+        )
+    except LlmqError as error:
+        raise FailedError(f"refused: {_words(error)}") from None
+    except Exception as error:
+        raise FailedError(f"crash: {method}: {_words(error)}") from None
+    report = json.loads((output / REPORT).read_text())
+    row |= {"share": report["packed_share"], "remark": _remark(report["notes"])}
+    dense = dequantized(made, output)
+    expected = logits(dense, made.ids)
+    row[f"{method}_error"] = relative(expected, logits(made.model, made.ids))
+    _check_llmq(made, dense, expected, output)
+    try:
+        difference = relative(logits(made.load(output), made.ids), expected)
+    except Exception as error:  # transformers fails in its own ways
+        row["stock"] = _words(error)
+        return
+    if not difference <= _TOLERANCE:
+        raise FailedError(f"wrong numbers: {method}: in stock transformers logits differ by {difference:.0e}")
+
+
+def _check_llmq(made: Made, dense: Any, expected: Tensor, output: Path) -> None:
+    """Raise FailedError unless llmq loads its checkpoint, with the right logits, and generates the right tokens."""
+    prompt = made.ids[:, :8]
+    settings: Row = {"max_new_tokens": _NEW_TOKENS, "min_new_tokens": _NEW_TOKENS, "do_sample": False}
+    step = "llmq.load"
+    try:
+        packed = llmq.load(output, "cpu", torch.float32)
+        step = "forward"
+        difference = relative(logits(packed, made.ids), expected)
+        if not difference <= _TOLERANCE:
+            raise FailedError(f"wrong numbers: logits differ by {difference:.0e}")
+        tokens = _generated(dense, prompt, settings)
+        if tokens is not None:
+            step = "generate"
+            mine = packed.generate(prompt, **settings)
+            step = "fast_generate"
+            fast = llmq.fast_generate(packed, prompt, **settings).sequences
+            if not (torch.equal(mine, tokens) and torch.equal(fast, tokens)):
+                raise FailedError("wrong numbers: it generates other tokens than the dense model")
+    except FailedError:
+        raise
+    except Exception as error:
+        raise FailedError(f"crash: {step}: {_words(error)}") from None
+
+
+def _generated(dense: Any, prompt: Tensor, settings: Row) -> Tensor | None:
+    """Return what the dense model writes, None if transformers cannot generate with this class at all."""
+    try:
+        return dense.generate(prompt, **settings)
+    except Exception:
+        return None
+
+
+def dequantized(made: Made, output: Path) -> Any:
+    """Return the source model with the weights that the checkpoint stands for.
+
+    They are put into the source's files, under their names there, so that transformers maps names as it always does.
+    """
+    checkpoint = Checkpoint(output)
+    weights = {f"{name}.weight": checkpoint.weight(name).dequantize(torch.float32) for name in checkpoint.linears}
+    directory = made.room / "dense"
+    shutil.rmtree(directory, ignore_errors=True)
+    shutil.copytree(made.room / "source", directory)
+    tensors = load_file(directory / "model.safetensors")
+    stored = {name: weight for name, weight in weights.items() if name in tensors}
+    save_file(tensors | stored, directory / "model.safetensors", metadata={"format": "pt"})
+    model = made.load(directory)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if name not in stored:
+                model.get_parameter(name).copy_(weight)
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor) -> Tensor:
+    """Return the logits of a forward pass without a cache."""
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    """Return how far two tensors are apart, as a share; NaN if one holds NaN."""
+    return float((one - other).norm() / other.norm())
+
+
+def text(seed: int) -> str:
+    """Return random words, enough for the calibration."""
+    letters = torch.randint(97, 123, (400, 5), generator=torch.Generator().manual_seed(seed)).tolist()
+    return " ".join("".join(map(chr, word)) for word in letters)
+
+
+def _tokens(source: Path) -> Tensor:
+    """Return two texts of 80 tokens that are not in the calibration text.
+
+    With more than 64 tokens, linears multiply in float32 whatever the machine.
+    """
+    ids = AutoTokenizer.from_pretrained(source)(text(1), return_tensors="pt")["input_ids"]
+    return ids[0, :160].view(2, 80)
+
+
+def _words(error: Exception) -> str:
+    """Return an error as one short line, without the names of temporary directories."""
+    kind = "" if isinstance(error, LlmqError) else f"{type(error).__name__}: "
+    return re.sub(r"\S*/(source|dense|rtn|gptq)\b", r"\1", f"{kind}{first_line(error)}".replace("|", "/"))[:220]
+
+
+def _remark(notes: list[dict[str, str]]) -> str:
+    """Return the notes of a run, those of equal words once: blocks differ only by their numbers."""
+    lines = dict.fromkeys(re.sub(r"\.\d+\b", ".N", f"{note['where']}: {note['note']}") for note in notes)
+    return "; ".join(lines).replace("|", "/")[:300]
