@@ -23,8 +23,8 @@ def linears_for_conv1d(model: Any, names: Container[str] | None = None) -> None:
         if type(module) is Conv1D and (names is None or name in names):
             inputs, outputs = module.weight.shape
             with init_empty_weights():
-                linear = nn.Linear(inputs, outputs, dtype=torch.float32)
-            linear.is_stored_transposed = True  # pyright: ignore[reportAttributeAccessIssue]
+                linear: Any = nn.Linear(inputs, outputs, dtype=torch.float32)
+            linear.is_stored_transposed = True
             model.set_submodule(name, linear.requires_grad_(False))
 
 

@@ -1,0 +1,127 @@
+"""Tensors under the names of a model: as transformers loads them, and written back as the files had them."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from architectures.tiny_models import save_tiny
+from safetensors.torch import load_file, save_file
+
+from llmq.core.errors import CheckpointError
+from llmq.models.model_class import model_class
+from llmq.models.model_source import ModelSource
+
+CPU = torch.device("cpu")
+# Names and layouts on disk that differ from those in memory: prefixes, one name, experts one by one, fused experts
+# under another name, convolutions that are stored in three parts, transposed weights.
+RENAMED = [
+    "gemma3",
+    "mistral3",
+    "gpt_neox",
+    "mixtral",
+    "qwen3_moe@mixed",
+    "granitemoe",
+    "nemotron_h",
+    "olmo_hybrid",
+    "gpt2",
+]
+
+
+@pytest.fixture(scope="module", params=RENAMED)
+def saved(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param)
+    save_tiny(request.param, directory)
+    return directory
+
+
+def test_the_weights_are_those_that_transformers_loads(saved):
+    source = ModelSource(str(saved))
+    theirs = model_class(source.config).from_pretrained(saved, dtype=torch.float32).eval()
+    ours = source.load_all(CPU, torch.float32)
+    turned = {name for name in ours.state_dict() if source.files.turned(name, torch.empty(1, 2)).shape == (2, 1)}
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor.T if name in turned else tensor), name
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_what_stays_in_float_is_written_as_it_was(saved):
+    source, files = ModelSource(str(saved)), load_file(saved / "model.safetensors")
+    written = source.as_stored(source.tensor_names)
+    assert written.keys() == files.keys()
+    assert all(torch.equal(written[name], files[name]) for name in files)
+
+
+def test_shapes_and_sizes_are_known_from_the_headers(saved, monkeypatch):
+    source = ModelSource(str(saved))
+    state = source.load_all(CPU, torch.float32).state_dict()
+    monkeypatch.setattr(type(source.files.stored), "read", lambda *_: pytest.fail("a tensor was read"))
+    for name in source.tensor_names:
+        assert source.files.shape(name) == tuple(state[name].shape)
+        assert source.files.nbytes(name) == state[name].nbytes
+        assert source.files.dtype(name) == torch.float32
+
+
+def test_a_directory_with_fused_experts_gives_the_same_model(tmp_path):
+    """Some tools save experts as they are in memory."""
+    model = save_tiny("qwen3_moe", tmp_path)
+    fused = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    by_expert = ModelSource(str(tmp_path)).load_all(CPU, torch.float32).state_dict()
+    save_file(fused, tmp_path / "model.safetensors", {"format": "pt"})
+    source = ModelSource(str(tmp_path))
+    assert all(
+        torch.equal(by_expert[name], tensor)
+        for name, tensor in source.load_all(CPU, torch.float32).state_dict().items()
+    )
+    assert source.as_stored(source.tensor_names).keys() == fused.keys()
+
+
+def test_a_new_value_is_written_under_the_name_in_the_files(tmp_path):
+    save_tiny("gemma3", tmp_path)
+    source = ModelSource(str(tmp_path))
+    norm = "model.language_model.layers.0.input_layernorm.weight"
+    written = source.as_stored([norm], {norm: torch.full((64,), 7.0, dtype=torch.float64)})
+    assert written.keys() == {"language_model.model.layers.0.input_layernorm.weight"}
+    assert torch.equal(*written.values(), torch.full((64,), 7.0))
+
+
+def test_an_experts_tensor_that_is_missing_or_of_another_shape_is_named(tmp_path):
+    model = tmp_path / "model"
+    save_tiny("qwen3_moe", model)
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.0.mlp.experts.2.up_proj.weight"
+    for damage in (lambda: tensors.pop(name), lambda: tensors.update({name: torch.zeros(3, 64)})):
+        damaged = tmp_path / "damaged"
+        shutil.copytree(model, damaged, dirs_exist_ok=True)
+        damage()
+        save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+        source = ModelSource(str(damaged))
+        with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.experts") as caught:
+            source.load_all(CPU, torch.float32)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_two_tensors_for_one_place_are_refused(tmp_path):
+    save_tiny("gpt_neox", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "embed_out.weight" in tensors
+    tensors["lm_head.weight"] = tensors["embed_out.weight"] + 1
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"embed_out\.weight and lm_head\.weight are both stored for lm_head\.weight"
+    ):
+        ModelSource(str(tmp_path))
+
+
+def test_the_class_named_in_the_config_is_built(tmp_path):
+    """Qwen3.5's config also describes its text model alone."""
+    save_tiny("qwen3_5@image", tmp_path)
+    assert any(name.startswith("model.visual.") for name in ModelSource(str(tmp_path)).tensor_names)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen3_5ForCausalLM"]}))
+    source = ModelSource(str(tmp_path))
+    assert type(source.skeleton).__name__ == "Qwen3_5ForCausalLM"
+    assert any(name.startswith("model.visual.") for name in source.carried_names)
