@@ -101,13 +101,17 @@ def evaluate_on_text(config: EvalConfig) -> tuple[Evaluation, int]:
     if config.reference is not None:
         original, its_tokenizer = load_any(config.reference, config.device, config.trust_remote_code, exact=True)
         first = evaluation_chunks(its_tokenizer, text, config.sequence_length, 1, config.bos)
-        if not torch.equal(first, chunks[:1]) or original.config.vocab_size != model.config.vocab_size:
+        if not torch.equal(first, chunks[:1]) or _vocabulary(original) != _vocabulary(model):
             raise RequestError(
                 f"{config.reference} and {config.model} have different vocabularies, so there is no KL divergence "
                 "between them; choose the original of the model as --reference"
             )
         reference = logits_of(original)
     return evaluate(model, chunks, reference, progress=True), len(chunks)
+
+
+def _vocabulary(model: Any) -> int:
+    return model.config.get_text_config().vocab_size
 
 
 def evaluate(model: Any, chunks: Chunks, reference: Logits | None = None, progress: bool = False) -> Evaluation:

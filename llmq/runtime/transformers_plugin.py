@@ -113,7 +113,11 @@ class LlmqQuantizer(HfQuantizer):
         for name in checkpoint.linears:
             linear = model.get_submodule(name)
             size = linear.weight.numel() * checkpoint.schemes[name].bits // 8
-            linear.weight = None
+            del linear.weight
+            # For code that sets the weights of its submodules before they are loaded: GPT-2, Mamba.
+            nothing: Any = torch.empty(0)
+            nothing._is_hf_initialized = True
+            linear.weight = nothing
             # As large as the packed weight, which will go to its device: so device_map="auto" counts the bytes.
             linear.register_buffer(_RESERVED, torch.empty(size, dtype=torch.uint8, device="meta"), persistent=False)
             linear._is_hf_initialized = True
