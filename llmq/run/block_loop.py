@@ -18,8 +18,6 @@ from llmq.run.prepare import FINGERPRINT, Request
 from llmq.run.resume import OUTSIDE, Progress
 from llmq.verification.check import DIGESTS, check, tokenizer_fault
 
-_FEW = 0.9  # a smaller share of packed weights is worth a warning
-
 
 def quantize_blocks(request: Request, run: Run, progress: Progress, states_dir: Path | None, states_size: int) -> None:
     """Save all tensors of the model, first those outside the blocks, then block by block. Finished steps are left out.
@@ -83,9 +81,7 @@ def finish(request: Request, run: Run, writer: Writer | None) -> None:
     """
     if writer is None:
         return
-    run.report.packed_share = share = run.packed_share()
-    if share < _FEW:
-        run.report.note("model", [f"only {share:.1%} of the weights of the blocks are packed: others are no linears"])
+    run.report.packed = run.packed_share(run.schemes)
 
     def read_back(directory: Path) -> None:
         with run.clock("check"):

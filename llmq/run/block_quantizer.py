@@ -6,7 +6,7 @@
 A group is a set of linears that read the same input. They are rounded together, as one stacked matrix.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,9 +29,18 @@ from llmq.formats.scheme import Scheme
 from llmq.models.block_structure import Group, find_groups
 from llmq.models.model_source import ModelSource
 from llmq.models.packable import left_in_float, split_packable
+from llmq.models.packed_share import PackedShare, packed_share
 from llmq.run.journal import Line
 from llmq.run.layer_bits import bits_of_linears, fitted_grid
-from llmq.run.layer_problem import errors_of, make_problem, matched_problem, solve_in_first, solve_rows, weights_of
+from llmq.run.layer_problem import (
+    errors_of,
+    make_problem,
+    matched_problem,
+    padded,
+    solve_in_first,
+    solve_rows,
+    weights_of,
+)
 from llmq.run.report import Report
 
 
@@ -66,8 +75,9 @@ class Run:
         self.report = Report(config, clock, tell)
         self.chosen = [source.block_names[i] for i in config.chosen_blocks(len(source.blocks))]
         """Names of the blocks to quantize."""
-        self.grid, notes = fitted_grid(config, source, self.chosen)
         self.bits = bits_of_linears(config, source)
+        chosen_bits = {f"{name}.{inner}": bits for name in self.chosen for inner, bits in self.bits_in(name).items()}
+        self.grid, notes = fitted_grid(config, source, chosen_bits)
         self.schemes: dict[str, Scheme] = {}  # how each linear was packed, by its name in the model
         self.digests: dict[str, str] = {}
         """A hash of each packed linear and each other tensor, by name, to check the files with."""
@@ -93,6 +103,11 @@ class Run:
         as_stored = self.algorithm.transform is None and self.source.dtype == compute.factors
         return compute.factors if as_stored else compute.dtype
 
+    def bits_in(self, block: str) -> dict[str, int]:
+        """Return the bits of the linears of a block, by their name inside it."""
+        inside = f"{block}."
+        return {name.removeprefix(inside): bits for name, bits in self.bits.items() if name.startswith(inside)}
+
     def hf_config(self) -> dict[str, Any]:
         """Return the quantization_config. It lists every linear that stays in float."""
         if not self.schemes:
@@ -100,11 +115,9 @@ class Run:
         in_float = left_in_float(self.source.skeleton, self.schemes, self.source.carried_names)
         return self.format.hf_config(self.schemes, in_float)
 
-    def packed_share(self) -> float:
-        """Return the share of the weights of the chosen blocks that are packed."""
-        state, inside = self.source.skeleton.state_dict(), tuple(f"{name}." for name in self.chosen)
-        packed = sum(state[f"{name}.weight"].numel() for name in self.schemes)
-        return packed / sum(tensor.numel() for name, tensor in state.items() if name.startswith(inside))
+    def packed_share(self, packed: Container[str]) -> PackedShare:
+        """Return how much of the chosen blocks is packed, given the names of the packed linears."""
+        return packed_share({name: self.source.skeleton.get_submodule(name) for name in self.chosen}, packed)
 
     def quantize_block(self, block: Block, show: Callable[[str], None]) -> dict[str, Tensor]:
         """Replace the weights of a block by quantized ones; return all its tensors, packed or as they are.
@@ -115,7 +128,8 @@ class Run:
             collect_statistics(block, [], self.clock)  # only moves the original model's hidden states on
             return self._other_tensors(block, [], set())
         assert block.sample is not None
-        groups, skipped = split_packable(block.module, find_groups(block.module, block.run, block.sample))
+        found = find_groups(block.module, block.run, block.sample)
+        groups, skipped = split_packable(block.module, found, self.bits_in(block.name))
         self.report.note(block.name, [f"{name} left in float: {reason}" for name, reason in skipped.items()])
         if (drift := block.drift) is not None:
             self.report.drifts[block.name] = drift
@@ -183,6 +197,7 @@ class Run:
     def _solve(self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]) -> _Solved:
         """Round the linears of one group. From here on the block computes with their quantized weights."""
         with self.clock("solve"):
+            rows, problem = len(problem.W), padded(problem)
             match = choose(problem, self.ranks)
             if self.algorithm.rows_apart(self.config):
                 slices = self.ranks.rows(len(problem.W), ROW_MULTIPLE)
@@ -191,7 +206,7 @@ class Run:
             else:
                 problem = matched_problem(problem, match, slice(0, len(problem.W)))
                 solution, errors = solve_in_first(problem, self.algorithm, self.config, self.ranks)
-            solution = replace(solution, matched=match.alpha)
+            problem, solution = problem.rows(0, rows), replace(solution.rows(0, rows), matched=match.alpha)
             if problem.statistics is not None:  # otherwise nobody runs the block
                 self._put_back(block, group, solution)
             entry = self.report.group(block.name, group.linears, errors, solution, problem.statistics)

@@ -13,9 +13,9 @@ from llmq.models.model_source import ModelSource
 from llmq.models.packable import fit_group_size, packable_widths
 
 
-def fitted_grid(config: QuantizeConfig, source: ModelSource, blocks: list[str]) -> tuple[Grid, list[str]]:
-    """Return the requested grid with a group size that divides every layer of these blocks, and notes on changes."""
-    widths = packable_widths([source.skeleton.get_submodule(name) for name in blocks])
+def fitted_grid(config: QuantizeConfig, source: ModelSource, bits: dict[str, int]) -> tuple[Grid, list[str]]:
+    """Return the requested grid with a group size that divides every layer of `bits`, and notes on changes."""
+    widths = packable_widths(source.skeleton, bits)
     if not widths:
         raise RequestError("no linear of this model can be packed: none has both sides in multiples of 32")
     requested = config.grid_settings

@@ -59,9 +59,9 @@ def test_a_block_without_groups_still_takes_the_original_model_along(method, tmp
 def skipping_the_first(split):
     calls = []
 
-    def skip(block, groups):
+    def skip(block, *rest):
         calls.append(block)
-        return split(block, groups) if len(calls) > 1 else ([], {})
+        return split(block, *rest) if len(calls) > 1 else ([], {})
 
     return skip
 

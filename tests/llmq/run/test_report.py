@@ -87,14 +87,18 @@ def test_an_entry_notes_rows_that_were_dropped_and_is_told_once_it_is_final(tmp_
 def test_the_share_of_packed_weights_is_told_and_a_small_one_is_noted(llama, tmp_path, capsys):
     """Weights that are no linears of a packable size stay in float: those of the MLP here."""
     whole = read_json(pack(llama, tmp_path / "whole"), REPORT)
-    assert 0.98 < whole["packed_share"] < 1
-    assert not any("of the weights" in entry["note"] for entry in whole["notes"])
+    assert (whole["packed_share"], whole["in_float"]) == (1, {})
+    assert "100.0% of the blocks' matmul weights are packed\n" in capsys.readouterr().err
     odd = save_tiny(tmp_path / "odd", intermediate_size=104)
     report = read_json(pack(odd, tmp_path / "some"), REPORT)
     block = tiny_model("llama-gqa", intermediate_size=104).model.layers[0]
-    packed = sum(p.numel() for n, p in block.named_parameters() if "self_attn" in n)
-    assert report["packed_share"] == pytest.approx(packed / sum(p.numel() for p in block.parameters()))
-    assert any("only 37.9% of the weights of the blocks are packed" in entry["note"] for entry in report["notes"])
+    sizes = {name: p.numel() for name, p in block.named_parameters() if p.ndim == 2}
+    packed = sum(size for name, size in sizes.items() if "self_attn" in name)
+    assert report["packed_share"] == pytest.approx(packed / sum(sizes.values()))
+    kinds = "mlp.gate_proj 21%, mlp.up_proj 21%, mlp.down_proj 21%"
+    warning = f"warning: only 38.1% of the blocks' matmul weights are packed; in float: {kinds}"
+    assert report["packed"] == warning
+    assert warning + "\n" in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_does_not_open_in_the_result_is_noted(tmp_path):
