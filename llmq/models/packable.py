@@ -36,10 +36,10 @@ def _row_multiple(linear: nn.Linear, bits: int) -> int:
     return _MULTIPLE if linear.out_features < _FEW_ROWS else max(8, _MULTIPLE // math.gcd(bits, _MULTIPLE))
 
 
-def packable_widths(model: nn.Module, bits: Mapping[str, int]) -> set[int]:
-    """Return the input sizes of those linears that can be packed. `bits`: of each linear, by its name in the model."""
-    linears = {name: linear_of(model, name) for name in bits}
-    return {linear.in_features for name, linear in linears.items() if can_pack(linear, bits[name])}
+def packable_widths(blocks: Mapping[str, nn.Module], bits: Mapping[str, int]) -> set[int]:
+    """Return the input sizes of all linears in these blocks that can be packed. `bits`: by the name in the model."""
+    modules = {f"{block}.{name}": m for block, module in blocks.items() for name, m in module.named_modules()}
+    return {m.in_features for name, m in modules.items() if isinstance(m, nn.Linear) and can_pack(m, bits[name])}
 
 
 def split_packable(
@@ -86,7 +86,9 @@ def _why_idle(module: nn.Module) -> str:
     if not isinstance(module, nn.Linear):
         return ""
     if type(module) is nn.Linear:
-        return "it was not called on the first calibration sequence: an idle expert, or the model reads its weight itself"
+        return (
+            "it was not called on the first calibration sequence: an idle expert, or the model reads its weight itself"
+        )
     return f"it is a {type(module).__name__}, and did not compute what an nn.Linear does"
 
 

@@ -1,7 +1,7 @@
 """How much of what the matmuls of decoder blocks read is packed, and which kinds of weights stay in float."""
 
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -29,10 +29,11 @@ class PackedShare:
         return f"warning: only {self.share:.1%} of the blocks' matmul weights are packed; in float: {kinds}"
 
 
-def packed_share(blocks: Mapping[str, nn.Module], packed: Container[str]) -> PackedShare:
+def packed_share(model: nn.Module, blocks: Iterable[str], packed: Container[str]) -> PackedShare:
     """Return the share of the matmul weights of these blocks. `packed`: the names of packed linears in the model."""
     total, left, has_experts = 0, Counter[str](), False
-    for block, module in blocks.items():
+    for block in blocks:
+        module = model.get_submodule(block)
         for name, count in matmul_weights(module).items():
             total += count
             linear = name.removesuffix(".weight")

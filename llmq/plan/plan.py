@@ -12,7 +12,7 @@ from llmq.calibration.work_split import micro_batches
 from llmq.core.distributed import processes_here
 from llmq.core.memory import free_memory, resident_now
 from llmq.core.timing import Clock
-from llmq.models.packed_share import PackedShare
+from llmq.models.packed_share import PackedShare, packed_share
 from llmq.models.stored_names import tied_aliases
 from llmq.plan.block_shapes import Layout, block_ranges, layout_of, layouts, random_blocks
 from llmq.plan.disk import Disk, disks, output_bytes, packed_shapes
@@ -83,7 +83,7 @@ def plan_of(request: Request, run: Run, timed: bool = False) -> Plan:
         layouts=seen,
         bits=run.bits,
         in_float=list(_in_float(run, seen)),
-        share=run.packed_share(shapes),
+        share=packed_share(source.skeleton, run.chosen, shapes),
         stored_as=_format_of(run),
         packed=(sum(map(math.prod, shapes.values())), packed),
         output=packed + plain,

@@ -13,6 +13,7 @@ from llmq.calibration.block_stream import StreamSettings, stream
 from llmq.calibration.hidden_states import remove_states
 from llmq.checkpoint.model_files import companions_of
 from llmq.checkpoint.writer import Writer
+from llmq.models.packed_share import packed_share
 from llmq.run.block_quantizer import Run
 from llmq.run.prepare import FINGERPRINT, Request
 from llmq.run.resume import OUTSIDE, Progress
@@ -81,7 +82,7 @@ def finish(request: Request, run: Run, writer: Writer | None) -> None:
     """
     if writer is None:
         return
-    run.report.packed = run.packed_share(run.schemes)
+    run.report.packed = packed_share(run.source.skeleton, run.chosen, run.schemes)
 
     def read_back(directory: Path) -> None:
         with run.clock("check"):

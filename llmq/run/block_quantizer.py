@@ -6,7 +6,7 @@
 A group is a set of linears that read the same input. They are rounded together, as one stacked matrix.
 """
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,18 +29,9 @@ from llmq.formats.scheme import Scheme
 from llmq.models.block_structure import Group, find_groups
 from llmq.models.model_source import ModelSource
 from llmq.models.packable import left_in_float, split_packable
-from llmq.models.packed_share import PackedShare, packed_share
 from llmq.run.journal import Line
-from llmq.run.layer_bits import bits_of_linears, fitted_grid
-from llmq.run.layer_problem import (
-    errors_of,
-    make_problem,
-    matched_problem,
-    padded,
-    solve_in_first,
-    solve_rows,
-    weights_of,
-)
+from llmq.run.layer_bits import bits_in, bits_of_linears, fitted_grid
+from llmq.run.layer_problem import errors_of, make_problem, matched_problem, pad, solve_in_first, solve_rows, weights_of
 from llmq.run.report import Report
 
 
@@ -76,8 +67,7 @@ class Run:
         self.chosen = [source.block_names[i] for i in config.chosen_blocks(len(source.blocks))]
         """Names of the blocks to quantize."""
         self.bits = bits_of_linears(config, source)
-        chosen_bits = {f"{name}.{inner}": bits for name in self.chosen for inner, bits in self.bits_in(name).items()}
-        self.grid, notes = fitted_grid(config, source, chosen_bits)
+        self.grid, notes = fitted_grid(config, source, self.chosen, self.bits)
         self.schemes: dict[str, Scheme] = {}  # how each linear was packed, by its name in the model
         self.digests: dict[str, str] = {}
         """A hash of each packed linear and each other tensor, by name, to check the files with."""
@@ -103,21 +93,12 @@ class Run:
         as_stored = self.algorithm.transform is None and self.source.dtype == compute.factors
         return compute.factors if as_stored else compute.dtype
 
-    def bits_in(self, block: str) -> dict[str, int]:
-        """Return the bits of the linears of a block, by their name inside it."""
-        inside = f"{block}."
-        return {name.removeprefix(inside): bits for name, bits in self.bits.items() if name.startswith(inside)}
-
     def hf_config(self) -> dict[str, Any]:
         """Return the quantization_config. It lists every linear that stays in float."""
         if not self.schemes:
             raise WorkError("no linear of this model could be packed: " + self.report.notes[-1]["note"])
         in_float = left_in_float(self.source.skeleton, self.schemes, self.source.carried_names)
         return self.format.hf_config(self.schemes, in_float)
-
-    def packed_share(self, packed: Container[str]) -> PackedShare:
-        """Return how much of the chosen blocks is packed, given the names of the packed linears."""
-        return packed_share({name: self.source.skeleton.get_submodule(name) for name in self.chosen}, packed)
 
     def quantize_block(self, block: Block, show: Callable[[str], None]) -> dict[str, Tensor]:
         """Replace the weights of a block by quantized ones; return all its tensors, packed or as they are.
@@ -129,7 +110,7 @@ class Run:
             return self._other_tensors(block, [], set())
         assert block.sample is not None
         found = find_groups(block.module, block.run, block.sample)
-        groups, skipped = split_packable(block.module, found, self.bits_in(block.name))
+        groups, skipped = split_packable(block.module, found, bits_in(block.name, self.bits))
         self.report.note(block.name, [f"{name} left in float: {reason}" for name, reason in skipped.items()])
         if (drift := block.drift) is not None:
             self.report.drifts[block.name] = drift
@@ -197,7 +178,7 @@ class Run:
     def _solve(self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]) -> _Solved:
         """Round the linears of one group. From here on the block computes with their quantized weights."""
         with self.clock("solve"):
-            rows, problem = len(problem.W), padded(problem)
+            rows, problem = len(problem.W), pad(problem)
             match = choose(problem, self.ranks)
             if self.algorithm.rows_apart(self.config):
                 slices = self.ranks.rows(len(problem.W), ROW_MULTIPLE)

@@ -37,7 +37,7 @@ def make_problem(
     return Problem(W, statistics, grid.on(W.shape[1]), scale_dtype, torch.cat(clippable))
 
 
-def padded(problem: Problem) -> Problem:
+def pad(problem: Problem) -> Problem:
     """Return the problem with rows of zeros added up to a multiple of ROW_MULTIPLE. They cost nothing in any loss."""
     more = -len(problem.W) % ROW_MULTIPLE
     if not more:

@@ -7,6 +7,7 @@ from llmq.core.errors import RequestError
 from llmq.models.block_structure import Group, Submodule, find_groups
 from llmq.models.packable import fit_group_size, split_packable
 
+
 def split(block, groups, bits=4):
     """Split the groups of a block whose linears all have so many bits."""
     names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]

@@ -34,9 +34,16 @@ def test_rows_fill_whole_words_of_zero_points(bits):
 
 
 @pytest.mark.parametrize(
-    "fused", [("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("in_proj_qkv", "in_proj_z")]
-    + [("in_proj_b", "in_proj_a"), ("gate_proj", "up_proj"), ("w1", "w3")],
-)  # fmt: skip
+    "fused",
+    [
+        ("q_proj", "k_proj", "v_proj"),
+        ("gate_proj", "up_proj"),
+        ("q_a_proj", "kv_a_proj_with_mqa"),
+        ("in_proj_qkv", "in_proj_z"),
+        ("in_proj_b", "in_proj_a"),
+        ("w1", "w3"),
+    ],
+)
 def test_an_odd_size_keeps_those_in_float_that_engines_fuse_with_it_and_no_others(fused):
     block = nn.ModuleDict({name: nn.Linear(64, 32) for name in fused} | {"g_proj": nn.Linear(64, 32)})
     block[fused[-1]] = nn.Linear(64, 40)

@@ -43,7 +43,7 @@ def test_only_weights_of_matmuls_are_counted():
 
 
 def test_kinds_are_summed_over_blocks_and_experts_are_named():
-    share = packed_share({"layers.0": block(), "layers.1": block()}, {"layers.0.o_proj", "layers.1.o_proj"})
+    share = packed_share(nn.ModuleList([block(), block()]), "01", {"0.o_proj", "1.o_proj"})
     total = sum(matmul_weights(block()).values())
     assert share.share == pytest.approx(64 * 64 / total)
     assert list(share.in_float) == ["experts.gate_up_proj", "experts.w1", "c_proj", "mixer.stack"]
@@ -56,8 +56,8 @@ def test_kinds_are_summed_over_blocks_and_experts_are_named():
 
 def test_experts_that_are_linears_are_one_kind_and_no_reason_for_a_promise():
     experts = nn.ModuleDict({"experts": nn.ModuleList(nn.ModuleDict({"w1": nn.Linear(64, 64)}) for _ in range(3))})
-    share = packed_share({"layers.0": experts}, {"layers.0.experts.1.w1"})
-    assert share == PackedShare(pytest.approx(1 / 3), {"experts.w1": pytest.approx(2 / 3)})
+    share = packed_share(nn.ModuleList([experts]), "0", {"0.experts.1.w1"})
+    assert (share.share, share.in_float) == (pytest.approx(1 / 3), {"experts.w1": pytest.approx(2 / 3)})
     assert str(share).endswith("in float: experts.w1 67%")
 
 
@@ -69,5 +69,4 @@ def test_a_share_below_nine_tenths_is_a_warning(share, warns):
 def test_parallel_experts_without_the_word_in_their_name_are_known_by_their_class():
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_local_experts": 4}
     config = AutoConfig.for_model("granitemoe", **sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=99)
-    layer = AutoModelForCausalLM.from_config(config).model.layers[0]
-    assert packed_share({"0": layer}, set()).has_experts
+    assert packed_share(AutoModelForCausalLM.from_config(config), ["model.layers.0"], set()).has_experts
