@@ -8,7 +8,6 @@ from typing import Annotated
 
 from llmq.checkpoint.describe import describe
 from llmq.cli import Positional, run
-from llmq.verification.stated_share import SHARE, stated_share
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,8 @@ class InspectConfig:
 
 def inspect_command(config: InspectConfig) -> None:
     """Print the layers as a table, or as JSON."""
+    from llmq.verification.stated_share import SHARE, stated_share  # imports transformers, which --help can do without
+
     checkpoint, share = describe(config.directory), stated_share(config.directory)
     if config.json:
         print(json.dumps(checkpoint | {SHARE: share}))
