@@ -22,9 +22,11 @@ class InspectConfig:
 
 def inspect_command(config: InspectConfig) -> None:
     """Print the layers as a table, or as JSON."""
-    checkpoint = describe(config.directory)
+    from llmq.verification.stated_share import SHARE, stated_share  # imports transformers, which --help can do without
+
+    checkpoint, share = describe(config.directory), stated_share(config.directory)
     if config.json:
-        print(json.dumps(checkpoint))
+        print(json.dumps(checkpoint | {SHARE: share}))
         return
     bits, symmetry = ", ".join(map(str, checkpoint["bits"])), "symmetric" if checkpoint["symmetric"] else "asymmetric"
     print(f"{checkpoint['quant_method']}, {bits} bit, {symmetry}")
@@ -38,6 +40,8 @@ def inspect_command(config: InspectConfig) -> None:
     packed, other = checkpoint["packed_bytes"] / 1e6, checkpoint["other_bytes"] / 1e6
     weights = f"{len(checkpoint['layers'])} packed layers: {checkpoint['packed_weights']:,} weights in {packed:.1f} MB"
     print(f"{weights}, {checkpoint['bits_per_packed_weight']:.2f} bits per weight; {other:.1f} MB unquantized")
+    if share:
+        print(share)
 
 
 main = partial(run, InspectConfig, inspect_command)

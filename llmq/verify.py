@@ -5,6 +5,7 @@ from functools import partial
 
 from llmq.cli import run
 from llmq.verification.compare import VerifyConfig, verify
+from llmq.verification.stated_share import SHARE
 
 
 def verify_command(config: VerifyConfig) -> None:
@@ -18,6 +19,8 @@ def verify_command(config: VerifyConfig) -> None:
     compared = "are what was computed" if result["compared_with_report"] else "can be decoded (there is no report)"
     print(f"sound: {result['packed_layers']} packed layers and {result['other_tensors']} other tensors {compared};")
     print("the model runs with them, and its logits are finite")
+    if share := result[SHARE]:
+        print(share)
     if unused := result["without_place"]:
         print(f"it has no place for {len(unused)} of the tensors, such as {unused[0]}")
     if "kl" in result:

@@ -194,7 +194,7 @@ def narrowed(W: Tensor) -> Tensor | None:
     for dtype in (torch.bfloat16, torch.float16):
         rows = (part.to(dtype).to(torch.float32).equal(part) for part in W.split(1024))  # most end at the first rows
         if all(rows):
-            return W.to(dtype)
+            return W.to(dtype).contiguous()
     return None
 
 

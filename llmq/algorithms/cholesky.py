@@ -9,7 +9,7 @@
 
 LAPACK orders its sums by the number of threads: at n = 1536 its factor has other bits on two threads than on one. Here
 it gets only small blocks and one thread. The rest is matrix products with a block as the inner side. They add up in one
-order if all sides are multiples of 16 (torch 2.13 with MKL, 1 to 64 threads). The sides of packable linears are.
+order if all sides are multiples of 16 (torch 2.13 with MKL, 1 to 64 threads). The inputs of packable linears are.
 Otherwise a thread sums its last few rows in another way. Long inner sides in float64 have the same problem.
 
 Factor and inverse take 0.8 of LAPACK's time at n = 576, half of it at 1536 and 4096 (one AVX-512 core, 2026-11-25).

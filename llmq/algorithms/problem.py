@@ -15,7 +15,7 @@ from llmq.core import grid
 from llmq.core.settings import Grid
 
 # In multiples of this many rows, a matrix product gives each row the same bits for any other rows beside it and any
-# number of threads (cholesky.py). Linears that can be packed have a multiple of 32 rows.
+# number of threads (cholesky.py). A group with other numbers of rows gets rows of zeros (run/layer_problem.py).
 ROW_MULTIPLE = 16
 
 

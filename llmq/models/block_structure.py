@@ -19,8 +19,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmq.core.errors import RequestError
-
 # (producer, consumer, a linear beside them): if that is there, output channel c of the producer's last rows only ever
 # reaches input channel c of the consumer, and linearly. Without a gate, an activation lies between up and down.
 _DECLARED_FOLDS = (
@@ -61,13 +59,11 @@ def find_groups(
     """Run the block once and group its linears by the identity of their input tensor.
 
     `run` calls the block with the arguments that the model gives it. The values of `hidden`, its input, do not matter.
+    A linear that runs several times is in as many groups.
     """
     seen = Observation(hidden.to(next(block.parameters()).device))
     with _hooked(block, seen.record):
         end = run(hidden)
-    names = [name for linears in seen.linears_of_input.values() for name in linears]
-    if len(names) != len(set(names)):
-        raise RequestError("a linear of this model runs on several inputs in one forward; llmq cannot quantize that")
     groups = []
     for tensor, linears in seen.linears_of_input.items():
         norm = seen.norm_of_output.get(tensor)
@@ -94,12 +90,14 @@ class Observation:
 
     def record(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note the call of one module."""
-        if isinstance(module, nn.Linear) and args and isinstance(output, Tensor):
+        # An expert without tokens has seen nothing, and all empty tensors look like one.
+        takes = bool(args) and isinstance(args[0], Tensor) and args[0].numel() > 0
+        if takes and isinstance(module, nn.Linear) and _is_plain(module, args[0], output):
             self.linears_of_input.setdefault(_identity(args[0]), []).append(name)
             self._alive.append(args[0])
             self._output_of[name] = output
             self._linear_of_output[_identity(output)] = name
-        elif isinstance(output, Tensor) and _is_norm(module):
+        elif takes and isinstance(output, Tensor) and _is_norm(module) and len(args) == 1:  # two: it has a gate
             self.norm_of_output[_identity(output)] = name
             self._alive.append(output)
             self._residuals[name] = args[0]
@@ -152,6 +150,16 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor._version
+
+
+def _is_plain(linear: nn.Linear, x: Tensor, output: Any) -> bool:
+    """Return whether a linear returned x Wᵀ + b. A subclass may route tokens, or multiply by parts of its weight."""
+    if type(linear) is nn.Linear:
+        return True
+    expected = nn.functional.linear(x, linear.weight, linear.bias)
+    if not isinstance(output, Tensor) or output.shape != expected.shape:
+        return False
+    return bool((output - expected).norm() <= 0.01 * expected.norm())  # bfloat16 rounds; no other sum is as close
 
 
 def _is_norm(module: nn.Module) -> bool:

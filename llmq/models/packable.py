@@ -1,5 +1,7 @@
 """Which linears can be packed, in groups of which size, and which ones stay in float."""
 
+import math
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from typing import TypeVar
 
@@ -9,44 +11,85 @@ from llmq.core.errors import RequestError
 from llmq.models.block_structure import SIBLINGS, Group, linear_of
 from llmq.models.model_files import ModelFiles
 
-_FUSED = (*SIBLINGS, ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"))  # the last two of linear attention
 _Scheme = TypeVar("_Scheme")
-# Packed formats and the engines' kernels want both sides of a weight in multiples of this.
-_MULTIPLE = 32
+# Linears that engines run as one matrix: also those of latent attention, of linear attention (Qwen3.5) and of LFM2.
+_FUSED = (
+    *SIBLINGS,
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+    ("w1", "w3"),
+)
+_MULTIPLE = 32  # groups want inputs in such multiples; outputs in such multiples fill whole words at any width
+_FEW_ROWS = 256  # with fewer outputs other multiples gain nothing: gates with a row for each head
+_ROUTERS = {"gate", "router", "router_gate"}
 
 
-def packable_widths(blocks: list[nn.Module]) -> set[int]:
-    """Return the input sizes of all linears in these blocks that can be packed."""
-    linears = [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
-    return {linear.in_features for linear in linears if _packable(linear)}
+def can_pack(linear: nn.Linear, bits: int) -> bool:
+    """Return whether a linear has a size that can be packed with so many bits.
+
+    Formats pack zero points (AWQ: codes, too) along the outputs. Readers want whole words of them: of eight 4-bit ones,
+    or sixteen 2-bit ones.
+    """
+    return linear.in_features % _MULTIPLE == 0 and linear.out_features % _row_multiple(linear, bits) == 0
 
 
-def _packable(linear: nn.Linear) -> bool:
-    return linear.in_features % _MULTIPLE == 0 and linear.out_features % _MULTIPLE == 0
+def _row_multiple(linear: nn.Linear, bits: int) -> int:
+    return _MULTIPLE if linear.out_features < _FEW_ROWS else max(8, _MULTIPLE // math.gcd(bits, _MULTIPLE))
 
 
-def split_packable(block: nn.Module, groups: list[Group]) -> tuple[list[Group], dict[str, str]]:
+def packable_widths(blocks: Mapping[str, nn.Module], bits: Mapping[str, int]) -> set[int]:
+    """Return the input sizes of all linears in these blocks that can be packed. `bits`: by the name in the model."""
+    modules = {f"{block}.{name}": m for block, module in blocks.items() for name, m in module.named_modules()}
+    return {m.in_features for name, m in modules.items() if isinstance(m, nn.Linear) and can_pack(m, bits[name])}
+
+
+def split_packable(
+    block: nn.Module, groups: list[Group], bits: Mapping[str, int]
+) -> tuple[list[Group], dict[str, str]]:
     """Return the groups that can be packed, and the reason for each linear that stays in float.
 
-    A linear of an odd size keeps those in float that engines run as one with it: they need one scheme for all of them.
+    A linear that cannot be packed keeps those in float that engines run as one with it: they need one scheme for all.
+    `bits`: of each linear, by its name in the block.
     """
     kept, skipped = list[Group](), dict[str, str]()
+    calls = Counter(name for group in groups for name in group.linears)
     for group in groups:
         for odd in group.linears:
-            if not _packable(linear_of(block, odd)):
-                rows, columns = linear_of(block, odd).weight.shape
-                reason = f"{odd} is {rows}x{columns}; packed weights need multiples of {_MULTIPLE}"
+            if reason := _unfit(odd, linear_of(block, odd), bits[odd], calls[odd]):
                 with_it = dict.fromkeys((odd, *(name for name in group.linears if _are_fused(odd, name))), reason)
                 skipped = with_it | skipped
+    for group in groups:
         left = tuple(name for name in group.linears if name not in skipped)
         if left == group.linears:
             kept.append(group)
         elif left:  # nothing is folded into a norm that also feeds weights in float
             kept.append(Group(left))
-    seen = {name for group in groups for name in group.linears}
-    idle = [name for name, module in block.named_modules() if isinstance(module, nn.Linear) and name not in seen]
-    skipped.update(dict.fromkeys(idle, "it did not run on the first calibration sequence"))
-    return kept, skipped
+    idle = {name: _why_idle(module) for name, module in block.named_modules() if name not in calls}
+    return kept, skipped | {name: reason for name, reason in idle.items() if reason}
+
+
+def _unfit(name: str, linear: nn.Linear, bits: int, calls: int) -> str:
+    """Return why a linear that ran stays in float, or nothing."""
+    if calls > 1:
+        return f"{name} runs {calls} times in one forward"
+    if _ROUTERS.intersection(name.split(".")) and linear.out_features < linear.in_features:
+        return f"{name} is a router: it is small, and chooses the experts"
+    if not can_pack(linear, bits):
+        size, multiples = f"{linear.out_features}x{linear.in_features}", f"{_row_multiple(linear, bits)}x{_MULTIPLE}"
+        return f"{name} is {size}; packed weights need multiples of {multiples}"
+    return ""
+
+
+def _why_idle(module: nn.Module) -> str:
+    """Return why a module whose call was not seen stays in float; nothing if it is no kind of linear."""
+    if not isinstance(module, nn.Linear):
+        return ""
+    if type(module) is nn.Linear:
+        return (
+            "it was not called on the first calibration sequence: an idle expert, or the model reads its weight itself"
+        )
+    return f"it is a {type(module).__name__}, and did not compute what an nn.Linear does"
 
 
 def _are_fused(one: str, other: str) -> bool:

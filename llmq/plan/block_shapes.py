@@ -14,6 +14,7 @@ from llmq.models.block_structure import Group, find_groups
 from llmq.models.model_source import ModelSource
 from llmq.models.packable import split_packable
 from llmq.run.block_quantizer import Run
+from llmq.run.layer_bits import bits_in
 from llmq.run.prepare import Request
 
 _RANDOM_NUMBERS = 1 << 20  # drawn once; a larger tensor repeats them
@@ -100,13 +101,14 @@ def random_blocks(request: Request, run: Run, ids: Tensor) -> Iterator[tuple[tup
 def layouts(request: Request, run: Run) -> Iterator[Layout]:
     """Yield the layout of each structure among the blocks to quantize."""
     for names, block in random_blocks(request, run, request.tokens.train[:1, :_TOKENS]):
-        yield layout_of(names, block)
+        yield layout_of(names, block, run)
 
 
-def layout_of(names: tuple[str, ...], block: Block) -> Layout:
+def layout_of(names: tuple[str, ...], block: Block, run: Run) -> Layout:
     """Run the block once and return its layout."""
     assert block.sample is not None
-    groups, skipped = split_packable(block.module, find_groups(block.module, block.run, block.sample))
+    found = find_groups(block.module, block.run, block.sample)
+    groups, skipped = split_packable(block.module, found, bits_in(block.name, run.bits))
     linears = {name: m.weight for name, m in block.module.named_modules() if isinstance(m, nn.Linear)}
     shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in linears.items()}
     count = sum(parameter.numel() for parameter in block.module.parameters())

@@ -12,6 +12,7 @@ from llmq.calibration.work_split import micro_batches
 from llmq.core.distributed import processes_here
 from llmq.core.memory import free_memory, resident_now
 from llmq.core.timing import Clock
+from llmq.models.packed_share import PackedShare, packed_share
 from llmq.models.stored_names import tied_aliases
 from llmq.plan.block_shapes import Layout, block_ranges, layout_of, layouts, random_blocks
 from llmq.plan.disk import Disk, disks, output_bytes, packed_shapes
@@ -35,6 +36,7 @@ class Plan:
     layouts: list[Layout]
     bits: dict[str, int]  # bits of every linear of the blocks, by its name in the model
     in_float: list[str]  # tensors that stay in float, with the reason
+    share: PackedShare  # of the blocks to quantize
     stored_as: str
     packed: tuple[int, int]  # weights that are packed, and the bytes they take
     output: int  # bytes of all tensors of the checkpoint
@@ -81,6 +83,7 @@ def plan_of(request: Request, run: Run, timed: bool = False) -> Plan:
         layouts=seen,
         bits=run.bits,
         in_float=list(_in_float(run, seen)),
+        share=packed_share(source.skeleton, run.chosen, shapes),
         stored_as=_format_of(run),
         packed=(sum(map(math.prod, shapes.values())), packed),
         output=packed + plain,
@@ -108,7 +111,7 @@ def _timed(request: Request, run: Run) -> tuple[list[Layout], Timed]:
     train, most = micro_batches(request.tokens.train)[0], max(_FEWEST, int(_PRODUCTS / weights))
     train = train[:1, :most] if train.numel() > most else train
     for names, block in random_blocks(request, run, train):
-        seen.append(layout_of(names, block))
+        seen.append(layout_of(names, block, run))
         tokens.append(token_seconds(block))
     widest = max((columns for layout in seen for _, columns in layout.shapes.values()), default=0)
     return seen, Timed(speeds_of(run, widest), tokens)

@@ -22,6 +22,7 @@ def lines(plan: Plan) -> Iterator[str]:
             yield f"            {' + '.join(shapes)}, {bits} bit"
     for i, line in enumerate(plan.in_float):
         yield f"{'' if i else 'in float':<10}{line}"
+    yield f"share     {plan.share}"
     yield f"format    {plan.stored_as}"
     whole = 8 * plan.output / plan.weight_count
     yield f"bits      {8 * nbytes / max(1, packed):.2f} for each packed weight, {whole:.2f} over the whole model"

@@ -13,12 +13,11 @@ from llmq.calibration.block_stream import StreamSettings, stream
 from llmq.calibration.hidden_states import remove_states
 from llmq.checkpoint.model_files import companions_of
 from llmq.checkpoint.writer import Writer
+from llmq.models.packed_share import packed_share
 from llmq.run.block_quantizer import Run
 from llmq.run.prepare import FINGERPRINT, Request
 from llmq.run.resume import OUTSIDE, Progress
 from llmq.verification.check import DIGESTS, check, tokenizer_fault
-
-_FEW = 0.9  # a smaller share of packed weights is worth a warning
 
 
 def quantize_blocks(request: Request, run: Run, progress: Progress, states_dir: Path | None, states_size: int) -> None:
@@ -83,9 +82,7 @@ def finish(request: Request, run: Run, writer: Writer | None) -> None:
     """
     if writer is None:
         return
-    run.report.packed_share = share = run.packed_share()
-    if share < _FEW:
-        run.report.note("model", [f"only {share:.1%} of the weights of the blocks are packed: others are no linears"])
+    run.report.packed = packed_share(run.source.skeleton, run.chosen, run.schemes)
 
     def read_back(directory: Path) -> None:
         with run.clock("check"):

@@ -30,8 +30,8 @@ from llmq.models.block_structure import Group, find_groups
 from llmq.models.model_source import ModelSource
 from llmq.models.packable import left_in_float, split_packable, with_stored_names
 from llmq.run.journal import Line
-from llmq.run.layer_bits import bits_of_linears, fitted_grid
-from llmq.run.layer_problem import errors_of, make_problem, matched_problem, solve_in_first, solve_rows, weights_of
+from llmq.run.layer_bits import bits_in, bits_of_linears, fitted_grid
+from llmq.run.layer_problem import errors_of, make_problem, matched_problem, pad, solve_in_first, solve_rows, weights_of
 from llmq.run.report import Report
 
 
@@ -66,8 +66,8 @@ class Run:
         self.report = Report(config, clock, tell)
         self.chosen = [source.block_names[i] for i in config.chosen_blocks(len(source.blocks))]
         """Names of the blocks to quantize."""
-        self.grid, notes = fitted_grid(config, source, self.chosen)
         self.bits = bits_of_linears(config, source)
+        self.grid, notes = fitted_grid(config, source, self.chosen, self.bits)
         self.schemes: dict[str, Scheme] = {}  # how each linear was packed, by its name in the model
         self.digests: dict[str, str] = {}
         """A hash of each packed linear and each other tensor, by its name in the files, to check them with."""
@@ -100,12 +100,6 @@ class Run:
         in_float = left_in_float(self.source.skeleton, self.schemes, self.source.carried_names)
         return self.format.hf_config(*with_stored_names(self.source.files, self.schemes, in_float))
 
-    def packed_share(self) -> float:
-        """Return the share of the weights of the chosen blocks that are packed."""
-        state, inside = self.source.skeleton.state_dict(), tuple(f"{name}." for name in self.chosen)
-        packed = sum(state[f"{name}.weight"].numel() for name in self.schemes)
-        return packed / sum(tensor.numel() for name, tensor in state.items() if name.startswith(inside))
-
     def quantize_block(self, block: Block, show: Callable[[str], None]) -> dict[str, Tensor]:
         """Replace the weights of a block by quantized ones; return all its tensors, packed or as they are.
 
@@ -115,7 +109,8 @@ class Run:
             collect_statistics(block, [], self.clock)  # only moves the original model's hidden states on
             return self._other_tensors(block, [], set())
         assert block.sample is not None
-        groups, skipped = split_packable(block.module, find_groups(block.module, block.run, block.sample))
+        found = find_groups(block.module, block.run, block.sample)
+        groups, skipped = split_packable(block.module, found, bits_in(block.name, self.bits))
         self.report.note(block.name, [f"{name} left in float: {reason}" for name, reason in skipped.items()])
         if (drift := block.drift) is not None:
             self.report.drifts[block.name] = drift
@@ -183,6 +178,7 @@ class Run:
     def _solve(self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]) -> _Solved:
         """Round the linears of one group. From here on the block computes with their quantized weights."""
         with self.clock("solve"):
+            rows, problem = len(problem.W), pad(problem)
             match = choose(problem, self.ranks)
             if self.algorithm.rows_apart(self.config):
                 slices = self.ranks.rows(len(problem.W), ROW_MULTIPLE)
@@ -191,7 +187,7 @@ class Run:
             else:
                 problem = matched_problem(problem, match, slice(0, len(problem.W)))
                 solution, errors = solve_in_first(problem, self.algorithm, self.config, self.ranks)
-            solution = replace(solution, matched=match.alpha)
+            problem, solution = problem.rows(0, rows), replace(solution.rows(0, rows), matched=match.alpha)
             if problem.statistics is not None:  # otherwise nobody runs the block
                 self._put_back(block, group, solution)
             entry = self.report.group(block.name, group.linears, errors, solution, problem.statistics)

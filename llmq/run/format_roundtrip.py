@@ -9,7 +9,7 @@ from llmq.algorithms.problem import Problem, round_to_nearest
 from llmq.core.errors import CheckpointError, WorkError
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.formats.scheme import Scheme
-from llmq.models.packable import packable_widths
+from llmq.models.packable import can_pack
 from llmq.run.block_quantizer import Run
 
 _ROWS = 1024  # taken through the format at once
@@ -23,7 +23,7 @@ def prove(run: Run) -> None:
     block, proved = run.chosen[0], set[tuple[torch.Size, int]]()
     for inner, module in run.source.skeleton.get_submodule(block).named_modules():
         name = f"{block}.{inner}"
-        if not isinstance(module, nn.Linear) or not packable_widths([module]):
+        if not isinstance(module, nn.Linear) or not can_pack(module, run.bits[name]):
             continue
         if (module.weight.shape, run.bits[name]) not in proved:
             proved.add((module.weight.shape, run.bits[name]))

@@ -13,9 +13,11 @@ from llmq.models.model_source import ModelSource
 from llmq.models.packable import fit_group_size, packable_widths
 
 
-def fitted_grid(config: QuantizeConfig, source: ModelSource, blocks: list[str]) -> tuple[Grid, list[str]]:
+def fitted_grid(
+    config: QuantizeConfig, source: ModelSource, blocks: list[str], bits: dict[str, int]
+) -> tuple[Grid, list[str]]:
     """Return the requested grid with a group size that divides every layer of these blocks, and notes on changes."""
-    widths = packable_widths([source.skeleton.get_submodule(name) for name in blocks])
+    widths = packable_widths({name: source.skeleton.get_submodule(name) for name in blocks}, bits)
     if not widths:
         raise RequestError("no linear of this model can be packed: none has both sides in multiples of 32")
     requested = config.grid_settings
@@ -44,6 +46,11 @@ def bits_of_linears(config: QuantizeConfig, source: ModelSource) -> dict[str, in
         raise RequestError(f"layer bits: no linear of this model is called {unused[0]!r} (first: {next(iter(bits))})")
     _check_fused(bits)
     return bits
+
+
+def bits_in(block: str, bits: dict[str, int]) -> dict[str, int]:
+    """Return the bits of the linears of a block, by their name inside it."""
+    return {name.removeprefix(block + "."): b for name, b in bits.items() if name.startswith(block + ".")}
 
 
 def _check_fused(bits: dict[str, int]) -> None:

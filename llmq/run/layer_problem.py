@@ -4,10 +4,11 @@ from dataclasses import replace
 from math import fsum
 
 import torch
+from torch import Tensor
 
 from llmq.algorithms import Algorithm
 from llmq.algorithms.output_matching import Match, matched
-from llmq.algorithms.problem import Problem, Solution, round_to_nearest
+from llmq.algorithms.problem import ROW_MULTIPLE, Problem, Solution, round_to_nearest
 from llmq.algorithms.stable_sums import energy, lost_energy
 from llmq.calibration.block_runner import Block
 from llmq.calibration.input_statistics import InputStatistics
@@ -34,6 +35,22 @@ def make_problem(
         for name, linear in zip(group.linears, linears, strict=True)
     ]
     return Problem(W, statistics, grid.on(W.shape[1]), scale_dtype, torch.cat(clippable))
+
+
+def pad(problem: Problem) -> Problem:
+    """Return the problem with rows of zeros added up to a multiple of ROW_MULTIPLE. They cost nothing in any loss."""
+    more = -len(problem.W) % ROW_MULTIPLE
+    if not more:
+        return problem
+
+    def longer(rows: Tensor) -> Tensor:
+        return torch.cat([rows, rows.new_zeros(more, *rows.shape[1:])])
+
+    stats = problem.statistics
+    if stats is not None and stats.target_moment is not None:
+        moment_val = None if stats.target_moment_val is None else longer(stats.target_moment_val)
+        stats = replace(stats, target_moment=longer(stats.target_moment), target_moment_val=moment_val)
+    return replace(problem, W=longer(problem.W), statistics=stats, clippable=longer(problem.clippable))
 
 
 def matched_problem(problem: Problem, match: Match, rows: slice) -> Problem:

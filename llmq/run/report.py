@@ -14,7 +14,9 @@ from llmq.core.command_line import command_line
 from llmq.core.config import VERSION, QuantizeConfig
 from llmq.core.memory import PeakMemory
 from llmq.core.timing import Clock
+from llmq.models.packed_share import PackedShare
 from llmq.run.journal import Line, Pair
+from llmq.verification.stated_share import SHARE
 
 _WORST = 5  # layers and notes that are shown
 
@@ -38,7 +40,7 @@ class Report:
         """By block: the objective of `--method tuned` on held-out tokens, before and after its training."""
         self.distilled: Pair | None = None
         """KL to the original model on held-out tokens, before and after training from end to end."""
-        self.packed_share = 1.0  # of the weights of the chosen blocks, those that are packed
+        self.packed = PackedShare()  # of the chosen blocks
         self.resumed: list[str] = []  # the last finished step of each process that was interrupted
 
     def note(self, where: str, notes: list[str]) -> None:
@@ -85,7 +87,9 @@ class Report:
             "machine": {"system": platform.platform(), "python": platform.python_version()},
             "seconds": {"total": self.clock.total, **self.clock.seconds},
             "peak_memory_bytes": self.peak_memory,
-            "packed_share": self.packed_share,
+            "packed_share": self.packed.share,
+            "in_float": self.packed.in_float,
+            SHARE: str(self.packed),
             "resumed": self.resumed,
             "notes": self.notes,
             "drifts": self.drifts,
@@ -109,7 +113,7 @@ class Report:
             say(f"… and {len(self.notes) - _WORST} more notes in the report")
         if self.distilled is not None:
             say("KL to the original on held-out text {:.4f}, after training {:.4f}".format(*self.distilled))
-        say(f"packed {self.packed_share:.1%} of the weights of the blocks")
+        say(self.packed)
         phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.clock.seconds.items())
         say(f"{self.clock.total:.1f} s ({phases}); peak memory {self.peak_memory / 1e9:.2f} GB")
         say(f"wrote {output}")

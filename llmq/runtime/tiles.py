@@ -17,7 +17,7 @@ from llmq.core.errors import RequestError, WorkError
 from llmq.core.settings import Grid
 from llmq.models.locate import locate
 from llmq.models.model_source import ModelSource, build_skeleton
-from llmq.models.packable import fit_group_size, packable_widths
+from llmq.models.packable import can_pack, fit_group_size
 from llmq.runtime.model_config import model_config
 
 # One number of tokens for each bucket of a table up to 256. The bucket up to 8 is tuned at 1: it is mostly decoding.
@@ -56,11 +56,10 @@ def packed_problems(checkpoint: Checkpoint, trust_remote_code: bool = False) -> 
 
 def original_problems(source: ModelSource, grid: Grid) -> list[Problem]:
     """Return the one-token problems that an original model will have once it is packed, each once."""
-    widths = packable_widths(source.blocks)
-    size = fit_group_size(grid.group_size, widths)
-    dtype = str(source.dtype).removeprefix("torch.")
     linears = [m for block in source.blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
-    shapes = {(linear.out_features, linear.in_features) for linear in linears if linear.in_features in widths}
+    shapes = {(m.out_features, m.in_features) for m in linears if can_pack(m, grid.bits)}
+    size = fit_group_size(grid.group_size, {columns for _, columns in shapes})
+    dtype = str(source.dtype).removeprefix("torch.")
     problems = [Problem(grid.bits, K if size == -1 else size, grid.symmetric, dtype, 1, N, K) for N, K in shapes]
     return sorted(problems, key=lambda problem: (problem.N * problem.K, problem.N))
 

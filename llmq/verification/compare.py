@@ -15,6 +15,7 @@ from llmq.models.model_source import ModelSource
 from llmq.models.untrusted_files import read_json
 from llmq.runtime.evaluation import EvalConfig, evaluate_on_text
 from llmq.verification.check import DIGESTS, check
+from llmq.verification.stated_share import SHARE, stated_share
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         "other_tensors": len(checkpoint.other_names),
         "without_place": without_place,
         "compared_with_report": digests is not None,
+        SHARE: stated_share(config.directory),
     }
     if config.reference is None:
         return facts

@@ -108,6 +108,9 @@ def test_a_matrix_that_16_bits_hold_is_multiplied_in_float32(dtype):
     native = NativeLinear.of(W, bias)
     assert native is not None
     torch.testing.assert_close(native(x), torch.nn.functional.linear(x, W, bias), rtol=1e-5, atol=1e-5)
+    sideways = NativeLinear.of(W.T.contiguous().T, bias)  # a view, as where the weight of a Conv1D is turned around
+    assert sideways is not None
+    assert torch.equal(sideways(x.T.contiguous().T), native(x))
 
 
 def test_a_matrix_that_16_bits_would_change_is_left_alone():

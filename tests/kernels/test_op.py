@@ -7,7 +7,7 @@ import itertools
 import jaxtyping
 import pytest
 import torch
-from llmq_kernels import matmul, new_counters, op, packed_linear
+from llmq_kernels import matmul, new_counters, op, packed_linear, reference
 from llmq_kernels.choose import Device
 from llmq_kernels.layout import PackedWeight
 from oracle import ONE_ROUNDING, TWO_ROUNDINGS, WHERE, expected, relative_error, some_problem
@@ -55,6 +55,18 @@ def test_inputs_need_not_be_contiguous():
     strided = x.repeat_interleave(2, dim=1)[:, ::2]
     assert not strided.is_contiguous()
     assert torch.equal(linear(strided, weight, bias), linear(x, weight, bias))
+
+
+def test_kernels_for_gpus_get_contiguous_tokens_of_any_input(monkeypatch):
+    x, weight, _ = some_problem(("cpu", torch.float16), 6, 40, 96)
+    seen = []
+    monkeypatch.setattr(op, "describe", lambda _: Device("some GPU", 90, 1, 1 << 17))
+    monkeypatch.setattr(op, "_on_gpu", lambda rows, weight, *_: seen.append(rows) or reference.matmul(rows, weight))
+    for strided in (x.view(2, 3, 96).transpose(0, 1), x.T.contiguous().T, x.repeat_interleave(2, dim=1)[:, ::2]):
+        assert not strided.is_contiguous()
+        y = op.launched(strided, weight, None, new_counters("cpu"))
+        assert seen.pop().is_contiguous()
+        assert torch.equal(y, reference.matmul(strided.contiguous(), weight))
 
 
 @pytest.mark.parametrize("biased", [True, False])

@@ -23,7 +23,10 @@ def test_layers_of_odd_sides_stay_in_float_and_structures_are_said_once(tmp_path
     options = {"layer_bits": ("layers.1.*=8",), "dry_run": True}
     request, run = open_run(model, text_file, tmp_path / "out", **options)
     said = "\n".join(lines(plan_of(request, run)))
-    assert "mlp.gate_proj of blocks 0,2: mlp.gate_proj is 104x64; packed weights need multiples of 32" in said
+    assert "mlp.gate_proj of blocks 0,2: mlp.gate_proj is 104x64; packed weights need multiples of 32x32" in said
+    assert (
+        "\nshare     warning: only 38.1% of the blocks' matmul weights are packed; in float: mlp.gate_proj 21%" in said
+    )
     assert "each of 0,2:" in said
     assert "each of 1:" in said
     assert said.count("self_attn.o_proj 64x64, 8 bit") == said.count("self_attn.o_proj 64x64, 4 bit") == 1

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from packed import dequantized_model, logits, some_tokens
 from small_runs import run
 from tiny import save_tiny
 
@@ -59,9 +60,9 @@ def test_a_block_without_groups_still_takes_the_original_model_along(method, tmp
 def skipping_the_first(split):
     calls = []
 
-    def skip(block, groups):
+    def skip(block, *rest):
         calls.append(block)
-        return split(block, groups) if len(calls) > 1 else ([], {})
+        return split(block, *rest) if len(calls) > 1 else ([], {})
 
     return skip
 
@@ -75,6 +76,21 @@ def test_linears_that_cannot_be_packed_stay_in_float_and_are_listed(tmp_path, te
     notes = json.loads((output / REPORT).read_text())["notes"]
     assert any("80x64" in entry["note"] for entry in notes)
     assert load(output, device="cpu").model.layers[0].mlp.up_proj.weight.shape == (80, 64)
+
+
+@pytest.mark.parametrize(
+    ("stored_as", "bits", "symmetric"),
+    [("compressed-tensors", 4, True), ("compressed-tensors", 8, False), ("gptq", 4, False), ("awq", 4, False)],
+)
+def test_rows_that_are_multiples_of_eight_are_packed_and_run(stored_as, bits, symmetric, tmp_path, text_file):
+    """As in_proj of Falcon-H1-0.5B, which has 3352."""
+    source = save_tiny(tmp_path / "source", intermediate_size=264)
+    output = run(source, text_file, tmp_path / "out", format=stored_as, bits=bits, symmetric=symmetric)
+    model = load(output, device="cpu")
+    assert model.model.layers[0].mlp.up_proj.extra_repr() == f"in=64, out=264, bits={bits}, group=32"
+    assert isinstance(model.model.layers[0].mlp.down_proj, torch.nn.Linear)  # its inputs fill no groups of 32
+    expected, ids = dequantized_model(source, output), some_tokens()
+    torch.testing.assert_close(logits(model, ids), logits(expected, ids), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("method", "effort"), [("gptq", "normal"), ("awq", "fast")])

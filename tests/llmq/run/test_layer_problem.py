@@ -14,7 +14,7 @@ from llmq.core.config import QuantizeConfig
 from llmq.core.distributed import ALONE
 from llmq.core.settings import Grid
 from llmq.models.block_structure import Group
-from llmq.run.layer_problem import errors_of, matched_problem, solve_in_first, solve_rows, weights_of
+from llmq.run.layer_problem import errors_of, matched_problem, pad, solve_in_first, solve_rows, weights_of
 from llmq.run.layer_problem import make_problem as problem_of
 
 GROUP = Group(("attn.q_proj", "attn.k_proj", "attn.v_proj"))
@@ -72,6 +72,25 @@ def test_rows_solved_apart_are_those_of_the_whole_and_so_are_their_errors(method
     rows, errors_of_rows = solve_rows(problem, [slice(0, 32)], algorithm, config, ALONE)
     assert all(torch.equal(getattr(whole, name), getattr(rows, name)) for name in ("q", "scale", "zero"))
     assert errors == errors_of_rows == errors_of(problem, whole, algorithm.is_nearest(config), ALONE)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("method", ["gptq", "rtn", "awq"])
+def test_rows_of_zeros_change_neither_codes_nor_errors(method, symmetric):
+    """3352 rows have no whole number of 16: products would sum the last ones in another way on some threads."""
+    config, algorithm = QuantizeConfig(model="m", output=Path("out"), method=method), ALGORITHMS[method]
+    problem = make_problem(correlated_inputs(dtype=torch.float32), rows=40, symmetric=symmetric)
+    moment = 0.1 * problem.W @ problem.statistics.H
+    problem.statistics.target_moment, problem.statistics.target_moment_val = moment, moment.clone()
+    longer = pad(problem)
+    assert [len(part) for part in (longer.W, longer.clippable, longer.statistics.target_moment)] == [48] * 3
+    assert pad(longer) is longer
+    match = choose(longer)
+    assert match == choose(problem)
+    solved, errors = solve_in_first(matched_problem(longer, match, slice(0, 48)), algorithm, config, ALONE)
+    exact, errors_without = solve_in_first(matched_problem(problem, match, slice(0, 40)), algorithm, config, ALONE)
+    assert all(torch.equal(getattr(solved, name)[:40], getattr(exact, name)) for name in ("q", "scale", "zero"))
+    assert errors == pytest.approx(errors_without, rel=1e-6)
 
 
 def test_weights_that_have_nowhere_to_go_stay():

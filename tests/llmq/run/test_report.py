@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from commands import run_here
 from packed import pack
 from problems import correlated_inputs, make_problem
 from small_runs import run
@@ -13,6 +14,7 @@ from llmq.algorithms import rtn
 from llmq.checkpoint.output_dir import REPORT
 from llmq.core.config import QuantizeConfig
 from llmq.core.timing import Clock
+from llmq.models.packed_share import PackedShare
 from llmq.models.untrusted_files import read_json
 from llmq.run.report import Report
 
@@ -51,7 +53,7 @@ def test_the_summary_names_the_five_worst_layers_and_the_first_notes(report, cap
     for i, error in enumerate((0.1, 0.7, 0.3, 0.5, 0.2, 0.6)):
         report.add(entry(f"model.layers.{i}", error) | {"tokens": 9})
     report.note("model", [f"note {i}" for i in range(7)])
-    report.distilled = (1.25, 0.5)
+    report.distilled, report.packed = (1.25, 0.5), PackedShare(0.25, {"o_proj": 0.75})
     report.show(tmp_path / "out")
     said = capsys.readouterr().err
     layers = [line.split()[:4] for line in said.splitlines() if line.startswith("  model")]
@@ -63,6 +65,7 @@ def test_the_summary_names_the_five_worst_layers_and_the_first_notes(report, cap
     ]
     assert "… and 2 more notes in the report" in said
     assert "KL to the original on held-out text 1.2500, after training 0.5000" in said
+    assert "\nwarning: only 25.0% of the blocks' matmul weights are packed; in float: o_proj 75%\n" in said
     assert said.endswith(f"wrote {tmp_path / 'out'}\n")
 
 
@@ -84,17 +87,22 @@ def test_an_entry_notes_rows_that_were_dropped_and_is_told_once_it_is_final(tmp_
     assert json.loads(json.dumps(report.to_json()))["groups"] == told
 
 
-def test_the_share_of_packed_weights_is_told_and_a_small_one_is_noted(llama, tmp_path, capsys):
+def test_the_share_of_packed_weights_is_told_and_a_small_one_is_a_warning(llama, tmp_path):
     """Weights that are no linears of a packable size stay in float: those of the MLP here."""
     whole = read_json(pack(llama, tmp_path / "whole"), REPORT)
-    assert 0.98 < whole["packed_share"] < 1
-    assert not any("of the weights" in entry["note"] for entry in whole["notes"])
+    assert (whole["packed_share"], whole["in_float"]) == (1, {})
+    assert whole["packed"] == "100.0% of the blocks' matmul weights are packed"
     odd = save_tiny(tmp_path / "odd", intermediate_size=104)
     report = read_json(pack(odd, tmp_path / "some"), REPORT)
     block = tiny_model("llama-gqa", intermediate_size=104).model.layers[0]
-    packed = sum(p.numel() for n, p in block.named_parameters() if "self_attn" in n)
-    assert report["packed_share"] == pytest.approx(packed / sum(p.numel() for p in block.parameters()))
-    assert any("only 37.9% of the weights of the blocks are packed" in entry["note"] for entry in report["notes"])
+    sizes = {name: p.numel() for name, p in block.named_parameters() if p.ndim == 2}
+    packed = sum(size for name, size in sizes.items() if "self_attn" in name)
+    assert report["packed_share"] == pytest.approx(packed / sum(sizes.values()))
+    kinds = "mlp.gate_proj 21%, mlp.up_proj 21%, mlp.down_proj 21%"
+    warning = f"warning: only 38.1% of the blocks' matmul weights are packed; in float: {kinds}"
+    assert report["packed"] == warning
+    for command in ("llmq.inspect", "llmq.verify"):
+        assert warning + "\n" in run_here(command, tmp_path / "some").stdout
 
 
 def test_a_tokenizer_that_does_not_open_in_the_result_is_noted(tmp_path):

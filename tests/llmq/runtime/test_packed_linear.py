@@ -94,3 +94,34 @@ def test_a_copy_is_independent_of_its_original():
     linear.words0.zero_()
     assert torch.equal(twin(x), expected)
     assert torch.equal(twin(torch.cat([x] * 40))[:2], twin(torch.cat([x] * 40))[2:4])
+
+
+STRIDED = {
+    "transposed": lambda: torch.randn(2, 96, 5).transpose(1, 2),  # as state spaces and recurrent layers give them
+    "sliced": lambda: torch.randn(2, 5, 200)[..., 7:103],
+    "every second": lambda: torch.randn(2, 5, 192)[..., ::2],
+    "expanded": lambda: torch.randn(1, 1, 96).expand(2, 5, 96),
+    "sequence last": lambda: torch.randn(5, 2, 96).transpose(0, 1),
+    "flat": lambda: torch.randn(96, 5).T,
+}
+
+
+@pytest.mark.parametrize("kind", STRIDED)
+@pytest.mark.parametrize("repeats", [1, 20], ids=["few", "many"])
+@pytest.mark.parametrize("path", ["native", "int4", "plain", "learning"])
+@torch.no_grad()
+def test_inputs_may_lie_in_memory_in_any_way(path, repeats, kind, monkeypatch):
+    """`plain` has 3 bits and no compiler; `learning` goes through the operator that has a gradient."""
+    if path in ("int4", "plain"):
+        monkeypatch.setattr("llmq_kernels.cpu_native.library", lambda: None)
+    linear = PackedLinear.from_codes(random_weight(40, 96, 3, 3 if path == "plain" else 4), torch.randn(40))
+    x = torch.cat([STRIDED[kind]()] * repeats)
+    x = x if repeats > 1 else STRIDED[kind]()
+    with torch.set_grad_enabled(path == "learning"):
+        x = x.requires_grad_(path == "learning")
+        y = linear(x)
+    assert (linear._int4 is not None) == (path == "int4" and repeats == 1)
+    assert (linear._native is not None) == (path == "native")
+    assert torch.equal(y, linear(x.contiguous()))
+    expected = torch.nn.functional.linear(x, linear.dequantize(), linear.bias)
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.05)
