@@ -30,9 +30,10 @@ def find_blocks(model: Any) -> list[str]:
             f"{type(model).__name__} does not expose one list of {(depths or [0])[0]} decoder blocks "
             f"(found {len(largest)}); llmq quantizes decoder-only models such as Llama, Mistral, Qwen, Gemma and Phi"
         )
-    _refuse_shared_weights(type(model).__name__, list(outer[largest[0]]))
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    return [".".join(filter(None, (prefix, largest[0], str(i)))) for i in range(len(outer[largest[0]]))]
+    names = [".".join(filter(None, (prefix, largest[0], str(i)))) for i in range(len(outer[largest[0]]))]
+    _refuse_shared_weights(model, names)
+    return names
 
 
 def _of_length(lists: dict[str, nn.ModuleList], length: int) -> dict[str, int]:
@@ -40,13 +41,12 @@ def _of_length(lists: dict[str, nn.ModuleList], length: int) -> dict[str, int]:
     return {name: sum(p.numel() for p in m.parameters()) for name, m in lists.items() if len(m) == length}
 
 
-def _refuse_shared_weights(model: str, blocks: list[nn.Module]) -> None:
-    owners: dict[int, int] = {}
-    for i, block in enumerate(blocks):
-        for name, parameter in block.named_parameters():
-            if owners.setdefault(id(parameter), i) != i:
-                owner = owners[id(parameter)]
-                raise RequestError(f"blocks {owner} and {i} of {model} share {name}; llmq quantizes each block alone")
+def _refuse_shared_weights(model: Any, blocks: list[str]) -> None:
+    """Raise RequestError if a weight belongs to two blocks (Zamba): it would be quantized for one of them only."""
+    for name, other in getattr(model, "all_tied_weights_keys", {}).items():
+        one, two = (next((block for block in blocks if key.startswith(f"{block}.")), None) for key in (name, other))
+        if one is not None and two is not None and one != two:
+            raise RequestError(f"{two} and {one} share {other.removeprefix(two + '.')}; llmq quantizes each block alone")
 
 
 def refuse_without_linears(blocks: list[nn.Module]) -> None:
