@@ -46,7 +46,8 @@ class _Call:
     hidden: Tensor  # that enter it
     returned: Tensor
     leaves: list[Any]  # of its other arguments
-    spec: TreeSpec
+    spec: TreeSpec  # which makes a tuple of them
+    names: list[str]  # of the last arguments
 
 
 _Form = Callable[[int, Tensor], Any]  # what a block returns, given its index and its hidden states
@@ -78,12 +79,14 @@ class Recording:
         first, two = self._calls(one), self._calls(torch.cat([one, one.flip(1)]))
         self.sample = first[0].hidden
         """Hidden states of the sequence as they enter the first block, on the device."""
-        sizes = zip(self.sample.shape, two[0].hidden.shape, strict=True)
-        self.batch_dim = next(dim for dim, (of_one, of_two) in enumerate(sizes) if of_one != of_two)
+        grown = _growing(self.sample, two[0].hidden)
+        if not isinstance(grown, PerSequence) or self.sample.shape[grown.dim] != 1:
+            raise self._refusal("gives its blocks hidden states of an unknown layout")
+        self.batch_dim = grown.dim
         """The dimension of hidden states that counts sequences; 0 in most models."""
-        self._containers: list[Any] = []
-        self._per_batch: dict[int, tuple[PerBatch, int, int]] = {}
-        """By id of the tensor in `first`: the argument, and a block and a position in which it comes."""
+        self._containers = 0
+        self._per_batch: list[tuple[PerBatch, int, int]] = []  # each with a block and a position where it comes
+        self._known: dict[tuple[int, ...], Any] = {}  # by the ids of what the forwards gave: most blocks get the same
         calls = zip(first, moved, self._calls(other), two, strict=True)
         self.arguments = [self._arguments_of(*of_block) for of_block in calls]
         """Those of each block."""
@@ -102,7 +105,7 @@ class Recording:
     @property
     def argument_bytes(self) -> int:
         """Count the bytes that `keep` keeps for one sequence."""
-        tensors = (argument.of_sample for argument, _, _ in self._per_batch.values())
+        tensors = (argument.of_sample for argument, _, _ in self._per_batch)
         return sum((x.of_one if isinstance(x, PerSequence) else x).nbytes for x in tensors)
 
     def shape_for(self, count: int) -> torch.Size:
@@ -114,7 +117,7 @@ class Recording:
     def keep(self, i: int, ids: Int64[Tensor, "batch length"]) -> Tensor:
         """Keep the arguments of micro-batch i that depend on its tokens; return the first block's hidden states."""
         calls = self._calls(ids)
-        for argument, block, position in self._per_batch.values():
+        for argument, block, position in self._per_batch:
             argument.values[i] = calls[block].leaves[position]
         return calls[0].hidden.cpu()
 
@@ -124,9 +127,9 @@ class Recording:
 
         def record(block: int, *args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs.pop("hidden_states")
-            leaves, spec = tree_flatten((args[1:], kwargs), is_leaf=is_container)
+            leaves, spec = tree_flatten((*args[1:], *kwargs.values()), is_leaf=is_container)
             returned = hidden + move if move else hidden
-            calls.append(_Call(block, hidden, returned, leaves, spec))
+            calls.append(_Call(block, hidden, returned, leaves, spec, list(kwargs)))
             return form(block, returned)
 
         for i, block in enumerate(self._blocks):
@@ -162,19 +165,28 @@ class Recording:
 
     def _arguments_of(self, first: _Call, moved: _Call, other: _Call, two: _Call) -> Arguments:
         """Return the arguments of one block, with marks for those that change from run to run."""
-        if any(call.spec != first.spec for call in (moved, other, two)):
+        if any((call.spec, call.names) != (first.spec, first.names) for call in (moved, other, two)):
             raise self._refusal("gives its blocks other arguments for other tokens")
-        each = enumerate(zip(first.leaves, moved.leaves, other.leaves, two.leaves, strict=True))
-        return tree_unflatten([self._argument(first.block, i, *values) for i, values in each], first.spec)
+        leaves = list[Any]()
+        for position, values in enumerate(zip(first.leaves, moved.leaves, other.leaves, two.leaves, strict=True)):
+            extra, ids = values[0], tuple(map(id, values))
+            if isinstance(extra, _Extra) and extra.block == first.block - 1:
+                leaves.append(Carried(extra.index))
+                continue
+            if ids not in self._known:
+                self._known[ids] = self._argument(*values)
+                if isinstance(self._known[ids], PerBatch):
+                    self._per_batch.append((self._known[ids], first.block, position))
+            leaves.append(self._known[ids])
+        values = tree_unflatten(leaves, first.spec)
+        positional = len(values) - len(first.names)
+        return values[:positional], dict(zip(first.names, values[positional:], strict=True))
 
-    def _argument(self, block: int, position: int, first: Any, moved: Any, other: Any, two: Any) -> Any:
-        """Return one argument of a block, or a mark for it."""
+    def _argument(self, first: Any, moved: Any, other: Any, two: Any) -> Any:
+        """Return an argument, or a mark for it."""
         if is_container(first):
-            index = next((i for i, seen in enumerate(self._containers) if seen is first), len(self._containers))
-            self._containers[index:] = [first]
-            return Shared(index, type(first))
-        if isinstance(first, _Extra) and first.block == block - 1:
-            return Carried(first.index)
+            self._containers += 1
+            return Shared(self._containers, type(first))
         if not _same(first, moved):
             raise self._refusal("gives its blocks arguments that depend on what earlier blocks compute")
         if not isinstance(first, Tensor):
@@ -182,14 +194,12 @@ class Recording:
                 raise self._refusal(f"gives its blocks a {type(first).__name__} that depends on the tokens")
             return first
         value = _growing(first, two)
-        if _same(first, other):
-            if value is None or not _same(value.of(2) if isinstance(value, PerSequence) else value, two):
-                raise self._refusal("gives its blocks arguments that depend on the number of sequences")
-            return value
-        if id(first) not in self._per_batch:
-            values = BatchValues(self._hidden_dir, f"argument{len(self._per_batch)}")
-            self._per_batch[id(first)] = PerBatch(first if value is None else value, values), block, position
-        return self._per_batch[id(first)][0]
+        if not _same(first, other):
+            of_sample = first if value is None else value
+            return PerBatch(of_sample, BatchValues(self._hidden_dir, f"argument{len(self._per_batch)}"))
+        if value is None or not _same(value.of(2) if isinstance(value, PerSequence) else value, two):
+            raise self._refusal("gives its blocks arguments that depend on the number of sequences")
+        return value
 
 
 def _growing(of_one: Tensor, of_two: Any) -> Tensor | PerSequence | None:
@@ -206,7 +216,10 @@ def _same(a: Any, b: Any) -> bool:
     """Return whether two values are equal."""
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.shape == b.shape and bool((a == b).all())
-    return a is b or bool(a == b)
+    try:
+        return a is b or bool(a == b)
+    except Exception:  # of any class that a model passes
+        return False
 
 
 @contextmanager

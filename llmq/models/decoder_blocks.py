@@ -46,7 +46,9 @@ def _refuse_shared_weights(model: Any, blocks: list[str]) -> None:
     for name, other in getattr(model, "all_tied_weights_keys", {}).items():
         one, two = (next((block for block in blocks if key.startswith(f"{block}.")), None) for key in (name, other))
         if one is not None and two is not None and one != two:
-            raise RequestError(f"{two} and {one} share {other.removeprefix(two + '.')}; llmq quantizes each block alone")
+            raise RequestError(
+                f"{two} and {one} share {other.removeprefix(two + '.')}; llmq quantizes each block alone"
+            )
 
 
 def refuse_without_linears(blocks: list[nn.Module]) -> None:

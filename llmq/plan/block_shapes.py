@@ -111,6 +111,26 @@ def random_blocks(request: Request, run: Run, ids: Tensor) -> Iterator[tuple[tup
         release_memory()
 
 
+@dataclass(frozen=True)
+class TokenBytes:
+    """Bytes that wait for the next block, for each token and each model."""
+
+    hidden: float  # hidden states
+    arguments: float  # other arguments of blocks that depend on the tokens; the same in both models
+    shared: float  # what else blocks leave for later ones
+
+
+def token_bytes(request: Request, run: Run) -> TokenBytes:
+    """Count what waits for the next block. Only a model whose blocks share more than hidden states runs them."""
+    ids, shared = request.tokens.train[:1, :_TOKENS], 0
+    with recorded(_RandomWeights(request.source), ids, request.compute) as recording:
+        hidden, arguments = recording.sample.nbytes, recording.argument_bytes
+    if recording.shares_state:
+        for _, block in random_blocks(request, run, ids):
+            shared = 0 if block.shared is None else block.shared.sample_bytes
+    return TokenBytes(hidden / ids.numel(), arguments / ids.numel(), shared / ids.numel())
+
+
 def layouts(request: Request, run: Run) -> Iterator[Layout]:
     """Yield the layout of each structure among the blocks to quantize."""
     for names, block in random_blocks(request, run, request.tokens.train[:1, :_TOKENS]):
