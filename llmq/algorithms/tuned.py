@@ -71,8 +71,8 @@ def _error(block: Block, groups: list[Group], weights: list[Tensor], batch: list
         rows = [linear_of(block.module, name).out_features for name in group.linears]
         of_linears = zip(group.linears, torch.split(W, rows), strict=True)
         named |= {f"{name}.weight": weight.to(block.compute.dtype) for name, weight in of_linears}
-    wanted = torch.cat([block.original[i] for i in batch]).to(block.compute.device).float()
-    output = block.run_with(named, torch.cat([block.hidden[i] for i in batch]))
+    wanted = torch.cat([block.original[i] for i in batch], block.batch_dim).to(block.compute.device).float()
+    output = block.run_together(named, batch)
     E = (output.float() - wanted).square().sum(-1)
     # No gradient flows through the denominator: it would make training give up tokens with a large error.
     return (E / (wanted.square().sum(-1) + E.detach()).clamp(min=torch.finfo(E.dtype).tiny)).mean()

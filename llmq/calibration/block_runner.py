@@ -7,17 +7,27 @@ from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from math import fsum
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from llmq.calibration.block_arguments import (
+    Arguments,
+    Carried,
+    ModelBatch,
+    PerBatch,
+    Resolver,
+    Shared,
+    SharedStates,
+    as_float32,
+)
 from llmq.calibration.hidden_states import HiddenStates
 from llmq.calibration.kept_inputs import KeptInputs
 from llmq.calibration.work_split import Share, shares_of
 from llmq.core.distributed import ALONE, Ranks
+from llmq.core.errors import LlmqError, RequestError, first_line
 from llmq.models.block_structure import Group, linear_of
 
 
@@ -35,19 +45,6 @@ class Compute:
         return self.precision if self.dtype == torch.float32 else self.dtype
 
 
-@dataclass(frozen=True)
-class PerSequence:
-    """An argument of a block that grows with the number of sequences: a mask, a bias of every head (BLOOM)."""
-
-    of_one: Tensor  # what one sequence gets
-
-    def of(self, count: int) -> Tensor:
-        """Return what so many sequences get."""
-        if len(self.of_one) == 1:
-            return self.of_one.expand(count, *self.of_one.shape[1:])
-        return self.of_one.repeat(count, *[1] * (self.of_one.ndim - 1))
-
-
 @dataclass
 class Block:
     """One decoder block with its weights loaded, and the hidden states that enter it."""
@@ -56,7 +53,7 @@ class Block:
     module: nn.Module
     hidden: HiddenStates  # micro-batches of this process as they enter the block; the held-out ones come last
     held_out_from: int  # index of the first held-out micro-batch in `hidden`
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]  # what else the model passes: mask, rotary embedding, …
+    arguments: Arguments  # what else the model passes: mask, rotary embedding, …
     compute: Compute
     original: HiddenStates | None = None
     """The same micro-batches as they enter the block in the original model; None if they are not needed. The last run
@@ -66,7 +63,10 @@ class Block:
     sample: Tensor | None = None  # hidden states of one sequence, the same in all processes
     folds: dict[str, Tensor] = field(default_factory=dict)
     """By the first linear of a group: what a method divided its input by, channel by channel (not the original's)."""
+    batch_dim: int = 0  # the dimension of hidden states that counts sequences
+    shared: SharedStates | None = None  # what blocks leave for later ones; None if that is hidden states alone
     kept_inputs: KeptInputs = field(init=False, repr=False)
+    _writes: bool = False  # whether the block is known to change a container that it shares with later ones
     _replaced: dict[str, Tensor] = field(default_factory=dict)  # the original's parameters that were changed, by name
 
     def __post_init__(self) -> None:
@@ -94,39 +94,75 @@ class Block:
         return _other_data(weights, [weight.data.to(self.compute.factors) for weight in weights])
 
     @torch.no_grad()
-    def run(self, hidden: Float[Tensor, "batch tokens features"]) -> Float[Tensor, "batch tokens features"]:
-        """Return the block's output for one micro-batch, on the block's device."""
-        return self.run_with({}, hidden)
+    def run(
+        self, hidden: Float[Tensor, "*batch tokens features"], leave: bool = False
+    ) -> Float[Tensor, "*batch tokens features"]:
+        """Return the block's output for the sample, or for other sequences as long, on the block's device.
+
+        Raises RequestError if the block's own code fails.
+        """
+        try:
+            return self.run_with({}, hidden, leave=leave)
+        except (LlmqError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of any modelling code
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise RequestError(f"{self.name} does not run outside its model ({what}); llmq cannot stream it") from error
 
     def run_with(
-        self, weights: dict[str, Tensor], hidden: Float[Tensor, "batch tokens features"]
-    ) -> Float[Tensor, "batch tokens features"]:
-        """Return the output with `weights` in place of the block's own. Computes gradients if they are enabled."""
-        args, kwargs = tree_map(lambda x: x.of(len(hidden)) if isinstance(x, PerSequence) else x, self.arguments)
+        self,
+        weights: dict[str, Tensor],
+        hidden: Float[Tensor, "*batch tokens features"],
+        batch: ModelBatch | None = None,
+        leave: bool = False,
+    ) -> Float[Tensor, "*batch tokens features"]:
+        """Return the output with `weights` in place of the block's own. Computes gradients if they are enabled.
+
+        Args:
+            batch: the micro-batch that `hidden` is, and the model; None for the sample.
+            leave: keep what the block leaves for later ones: it does not run again on this micro-batch in this model.
+        """
         device, factors = self.compute.device, self.compute.factors
+        left = None if self.shared is None else self.shared.entering(batch, device)
+        values = Resolver(hidden.shape[self.batch_dim], None if batch is None else batch[0], left, device)
+        args, kwargs = tree_map(values, self.arguments)
         with torch.autocast(device.type, factors, enabled=factors != self.compute.dtype):
             output = torch.func.functional_call(self.module, weights, (hidden.to(device), *args), kwargs)
+        if leave and self.shared is not None:
+            self.shared.leave(batch, values.left_by(output))
+            self._writes |= values.was_written()
         return output[0] if isinstance(output, tuple) else output
 
+    def run_together(self, weights: dict[str, Tensor], batches: list[int]) -> Float[Tensor, "*batch tokens features"]:
+        """Return the outputs of `run_with` for these micro-batches, side by side in dimension `batch_dim`."""
+        alone = any(isinstance(leaf, PerBatch | Shared | Carried) for leaf in tree_leaves(self.arguments))
+        if not alone:
+            return self.run_with(weights, torch.cat([self.hidden[i] for i in batches], self.batch_dim))
+        outputs = [self.run_with(weights, self.hidden[i], (i, False)) for i in batches]
+        return torch.cat(outputs, self.batch_dim)
+
     @torch.no_grad()
-    def run_exact(self, hidden: Float[Tensor, "batch tokens features"]) -> Float[Tensor, "batch tokens features"]:
-        """Return the block's output with weights and products in float32, whatever the block computes in."""
+    def run_exact(self, hidden: Float[Tensor, "*batch tokens features"]) -> Float[Tensor, "*batch tokens features"]:
+        """Return the block's output for the sample, with weights and products in float32, whatever it computes in."""
         weights = {name: parameter.float() for name, parameter in self.module.named_parameters()}
         exact = replace(self, original=None, compute=Compute(self.compute.device))
-        exact.arguments = tree_map(_as_float32, self.arguments)
+        exact.arguments = tree_map(as_float32, self.arguments)
+        exact.shared = None if self.shared is None else self.shared.as_float32()
         return exact.run_with(weights, hidden.float())
 
-    def run_batch(self, i: int, original: bool = False) -> Float[Tensor, "batch tokens features"]:
-        """Return the block's output for micro-batch i. `original`: that of the original model."""
+    def run_batch(self, i: int, original: bool = False, leave: bool = False) -> Float[Tensor, "*batch tokens features"]:
+        """Return the block's output for micro-batch i. `original`: that of the original model. `leave`: see above."""
+        original = original and self.original is not None
         hidden = self.original if original and self.original is not None else self.hidden
         replaced = self._replaced if original else {}
         parameters = [self.module.get_parameter(name) for name in replaced]
-        with _other_data(parameters, list(replaced.values())), self.kept_inputs.used(i, original):
-            return self.run(hidden[i])
+        with torch.no_grad(), _other_data(parameters, list(replaced.values())), self.kept_inputs.used(i, original):
+            return self.run_with({}, hidden[i], (i, original), leave)
 
     def expect(self, groups: list[Group]) -> None:
         """Announce the groups that will be replaced, in order (see `KeptInputs`)."""
-        self.kept_inputs.expect(groups)
+        if not self._writes:  # a submodule that is skipped would write nothing for later blocks
+            self.kept_inputs.expect(groups)
 
     def replace_weight(self, name: str, W: Float[Tensor, "out in"]) -> None:
         """Set the weight of a linear. The original model keeps the old one."""
@@ -146,12 +182,6 @@ class Block:
     def forget_original(self) -> None:
         """Free the original model's parameters: it does not run through this block again."""
         self._replaced.clear()
-
-
-def _as_float32(value: Any) -> Any:
-    if isinstance(value, PerSequence):
-        return PerSequence(_as_float32(value.of_one))
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 @contextmanager

@@ -7,27 +7,22 @@
 (Frantar et al. 2022, arXiv 2210.17323, section 4.)
 """
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import nn
 
-from llmq.calibration.block_runner import Block, Compute, PerSequence
+from llmq.calibration.block_arguments import SharedStates
+from llmq.calibration.block_recorder import Recording, recorded
+from llmq.calibration.block_runner import Block, Compute
 from llmq.calibration.hidden_states import HiddenDir, HiddenStates, StoredStates
 from llmq.calibration.texts import Tokens
 from llmq.calibration.work_split import portion_of
 from llmq.core.distributed import ALONE, Ranks
-from llmq.core.errors import RequestError
 from llmq.core.memory import release_memory
 from llmq.core.timing import Clock
-from llmq.models.model_source import ModelSource, move_buffers
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block besides hidden states
-_Call = tuple[Tensor, Arguments]  # the hidden states that enter a block, and its other arguments
+from llmq.models.model_source import ModelSource
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,8 @@ def stream(
     states, names = _StreamedStates(source, tokens, compute, clock, settings), source.block_names[: settings.stop]
     try:
         for index, name in enumerate(names):
-            if index < settings.finished and (settings.states_unused or settings.has_states):
+            # The sample passes all blocks of a model in which they share more than hidden states.
+            if index < settings.finished and (settings.states_unused or settings.has_states) and states.shared is None:
                 continue
             block = states.enter(index, name)
             if index >= settings.finished:
@@ -70,6 +66,8 @@ def stream(
             if not settings.states_unused and name != names[-1]:
                 with clock("forward"):
                     _pass_through(block)
+            if states.shared is not None:
+                states.shared.next_block()
             settings.passed()
             source.free(source.block_tensor_names(name))
             block.kept_inputs.forget()
@@ -84,7 +82,7 @@ def _pass_through(block: Block, original: bool = False) -> None:
     if states is not None:
         with block.many_runs():
             for i in range(len(states)):
-                states[i] = block.run_batch(i, original).cpu()
+                states[i] = block.run_batch(i, original, leave=True).cpu()
 
 
 class _StreamedStates:
@@ -95,32 +93,45 @@ class _StreamedStates:
     ) -> None:
         self.source, self.compute, self.clock, self.settings = source, compute, clock, settings
         self.portion = portion_of(tokens, settings.ranks)
-        self.hidden = self._room_for("quantized")
-        self.original = self._room_for("original") if settings.keep_original and len(tokens.held_out) > 0 else None
-        with clock("forward"):
-            batches = [] if settings.has_states else self.portion.batches
-            sample, self.arguments = record_block_inputs(source, tokens.train[:1], compute, batches, self._set_first)
-            self.sample = settings.ranks.share(sample).cpu()
+        with clock("forward"), recorded(source, tokens.train[:1], compute, settings.hidden_dir) as recording:
+            self.arguments, self.batch_dim = recording.arguments, recording.batch_dim
+            self.shared = SharedStates(settings.hidden_dir) if recording.shares_state else None
+            self.hidden = self._room_for("quantized", recording)
+            has_original = settings.keep_original and len(tokens.held_out) > 0
+            self.original = self._room_for("original", recording) if has_original else None
+            self._record(recording)
+            self.sample = settings.ranks.share(recording.sample).cpu()
 
-    def _room_for(self, kind: str) -> HiddenStates:
+    def _room_for(self, kind: str, recording: Recording) -> HiddenStates:
         """Return a list, in memory or on disk, with room for the hidden states of each micro-batch."""
-        width, batches = self.source.config.get_text_config().hidden_size, self.portion.batches
+        batches = self.portion.batches
         if self.settings.hidden_dir is None:
             return [torch.empty(0)] * len(batches)
-        shapes = [torch.Size((*batch.shape, width)) for batch in batches]
+        shapes = [recording.shape_for(len(batch)) for batch in batches]
         return StoredStates(self.settings.hidden_dir, kind, shapes, self.compute.dtype)
 
-    def _set_first(self, i: int, hidden: Tensor) -> None:  # the first block's inputs are the same in both models
-        self.hidden[i] = hidden
-        if self.original is not None:
-            self.original[i] = hidden
+    def _record(self, recording: Recording) -> None:
+        """Set the first block's inputs, unless later ones are on disk, and keep the arguments that depend on tokens."""
+        for i, batch in enumerate(self.portion.batches):
+            if self.settings.has_states and not recording.depends_on_tokens:
+                break
+            hidden = recording.keep(i, batch)
+            if not self.settings.has_states:
+                self.hidden[i] = hidden
+                if self.original is not None:  # both models have the same embeddings
+                    self.original[i] = hidden
 
     def enter(self, index: int, name: str) -> Block:
         """Return a block with its weights loaded, and with the hidden states as they are now."""
         with self.clock("read"):
             module = load_block(self.source, name, self.compute, self.settings.linears)
         states = (self.hidden, self.portion.held_out_from, self.arguments[index], self.compute, self.original)
-        return Block(name, module, *states, self.settings.ranks, self.portion.shares, self.sample)
+        block = Block(name, module, *states, self.settings.ranks, self.portion.shares, self.sample)
+        block.batch_dim, block.shared = self.batch_dim, self.shared
+        if self.shared is not None:
+            with self.clock("forward"):
+                block.run(self.sample, leave=True)
+        return block
 
     def close(self) -> None:
         """Close the files of hidden states on disk."""
@@ -136,115 +147,3 @@ def load_block(source: ModelSource, name: str, compute: Compute, linears: torch.
     source.load([tensor for tensor in names if tensor in weights], compute.device, linears or compute.dtype)
     source.load([tensor for tensor in names if tensor not in weights], compute.device, compute.dtype)
     return module
-
-
-@torch.no_grad()
-def record_block_inputs(
-    source: ModelSource,
-    one: Int64[Tensor, "1 length"],
-    compute: Compute,
-    batches: Sequence[Tensor] = (),
-    keep: Callable[[int, Tensor], None] = lambda *_: None,
-) -> tuple[Float[Tensor, "1 length features"], list[Arguments]]:
-    """Return the hidden states that enter the first block, and the other arguments of every block.
-
-    Every block becomes a recorder that returns its input, so a forward runs embeddings and masks only, which is cheap.
-    All blocks record, because some models give them different masks (Gemma). The arguments of one sequence serve every
-    micro-batch (see `PerSequence`). Some models take a tuple from their blocks (Falcon): that is found out by trying.
-
-    The hidden states of the sequence `one` are returned, on the device. `keep` is called for each of `batches` with its
-    index and its hidden states, on the CPU. Raises RequestError if the model does not run its blocks in order, or gives
-    them arguments that depend on tokens.
-    """
-    decoder = source.skeleton.get_decoder()
-    with _outer_weights(source, decoder, compute):
-        returned = _returned_by_blocks(decoder, source.blocks, one.to(compute.device))
-
-        def calls_for(ids: Tensor) -> list[_Call]:
-            with _recorders(source.blocks, returned) as calls:
-                decoder(input_ids=ids.to(compute.device), use_cache=False)
-            return calls
-
-        first, two = calls_for(one), calls_for(torch.cat([one, one.flip(1)]))
-        _check_calls(type(decoder).__name__, len(source.blocks), first, calls_for(one.flip(1)))
-        for i, batch in enumerate(batches):
-            keep(i, calls_for(batch)[0][0].cpu())
-    pairs = zip(first, two, strict=True)
-    return first[0][0], [_per_sequence(of_one, of_two) for (_, of_one), (_, of_two) in pairs]
-
-
-def _per_sequence(of_one: Any, of_two: Any) -> Any:
-    """Mark the arguments of one sequence whose first dimension doubles for two sequences."""
-    if isinstance(of_one, Tensor):
-        doubles = of_one.ndim > 0 and of_two.shape == (2 * len(of_one), *of_one.shape[1:])
-        return PerSequence(of_one) if doubles else of_one
-    if isinstance(of_one, tuple | list):
-        return type(of_one)(map(_per_sequence, of_one, of_two))
-    if isinstance(of_one, dict):
-        return {key: _per_sequence(value, of_two[key]) for key, value in of_one.items()}
-    return of_one
-
-
-@contextmanager
-def _outer_weights(source: ModelSource, decoder: nn.Module, compute: Compute) -> Generator[None]:
-    """Load the weights of the decoder outside its blocks, such as embeddings, and free them at the end."""
-    inside = {id(tensor) for tensor in decoder.state_dict(keep_vars=True).values()}
-    outer = source.skeleton.state_dict(keep_vars=True)
-    names = [name for name in source.outer_names() if id(outer[name]) in inside]
-    source.load(names, compute.device, compute.dtype)
-    move_buffers(source.skeleton, compute.device)
-    yield
-    source.free(names)
-
-
-_Returned = Callable[[Tensor], Any]  # what a block returns, given its output
-_RETURNED: tuple[_Returned, ...] = (lambda x: x, lambda x: (x,), lambda x: (x, None))
-
-
-def _returned_by_blocks(decoder: nn.Module, blocks: list[nn.Module], one: Tensor) -> _Returned:
-    """Return what the decoder takes from its blocks: hidden states, or a tuple that begins with them."""
-    for returned in _RETURNED:
-        with suppress(Exception), _recorders(blocks, returned) as calls:  # of any modelling code
-            decoder(input_ids=one, use_cache=False)
-            shapes = {hidden.shape for hidden, _ in calls}
-            if len(calls) == len(blocks) and len(shapes) == 1:
-                return returned
-    return _RETURNED[0]  # whose failure says why
-
-
-@contextmanager
-def _recorders(blocks: list[nn.Module], returned: _Returned = _RETURNED[0]) -> Generator[list[_Call]]:
-    """Make every block return its input and record its call. Only `forward` changes: attributes stay readable."""
-    calls: list[_Call] = []
-
-    def record(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        calls.append((hidden, (args[1:], kwargs)))
-        return returned(hidden)
-
-    for block in blocks:
-        block.forward = record
-    try:
-        yield calls
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-def _check_calls(name: str, blocks: int, first: list[_Call], other: list[_Call]) -> None:
-    """Raise RequestError if arguments differ between two texts, or if blocks are not called one after the other."""
-    if not _same(*([(args, list(kwargs.items())) for _, (args, kwargs) in calls] for calls in (first, other))):
-        raise RequestError(f"the blocks of {name} take arguments that depend on the tokens; llmq cannot stream it")
-    if len(first) != blocks or first[-1][0].shape != first[0][0].shape:
-        raise RequestError(f"{name} does not run its blocks one after the other; llmq cannot stream it")
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Return whether two recordings agree. An empty dictionary never agrees: blocks share it to store state."""
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.shape == b.shape and bool((a == b).all())
-    if isinstance(a, list | tuple):
-        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict):
-        return bool(a) and isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return a is b or bool(a == b)

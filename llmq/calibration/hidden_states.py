@@ -8,6 +8,7 @@ run that is killed within block k still has all inputs of block k. Plain reads a
 the pages of a mapping would count as memory of this program.
 """
 
+import io
 import os
 import shutil
 from collections.abc import Generator, Sequence
@@ -19,8 +20,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from llmq.core.errors import WorkError
+
+BatchKey = int | tuple[int, bool]  # index of a micro-batch, and perhaps whether it runs in the original model
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,37 @@ class StoredStates:
 
 
 HiddenStates = list[Tensor] | StoredStates  # micro-batches [samples, tokens, features] on the CPU, in memory or on disk
+
+
+class BatchValues:
+    """Tensors, or trees of them, that belong to a micro-batch: on the CPU in memory, or each in a file of its own."""
+
+    def __init__(self, hidden_dir: HiddenDir | None, kind: str) -> None:
+        self._hidden_dir, self._kind = hidden_dir, kind
+        self._values: dict[BatchKey, Any] = {}  # in memory the value, else the path of its file
+
+    def __getitem__(self, key: BatchKey) -> Any:
+        value = self._values[key]
+        if self._hidden_dir is None:
+            return value
+        with _disk_errors(self._hidden_dir.directory):
+            return torch.load(io.BytesIO(value.read_bytes()), weights_only=True)
+
+    def __setitem__(self, key: BatchKey, value: Any) -> None:
+        # A copy: a view would keep all of the tensor that it is a part of.
+        value = tree_map(lambda x: x.to("cpu", copy=True) if isinstance(x, Tensor) else x, value)
+        if self._hidden_dir is not None:
+            written = io.BytesIO()
+            torch.save(value, written)
+            number = "-".join(map(str, key if isinstance(key, tuple) else (key,)))
+            value = self._hidden_dir.directory / f"{self._hidden_dir.name}-{self._kind}-{number}.states"
+            with _disk_errors(self._hidden_dir.directory):
+                value.write_bytes(written.getbuffer())
+        self._values[key] = value
+
+    def get(self, key: BatchKey, default: Any) -> Any:
+        """Return the value of a key, or `default` if it has none."""
+        return self[key] if key in self._values else default
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def _run(block: Block, i: int, names: set[str], clock: Clock, last: bool) -> tup
     if block.original is not None:
         originals[""] = block.original[i]
         with clock("forward"), _inputs(block, names, originals, stop=not last):
-            output = block.run_batch(i, original=True)
+            output = block.run_batch(i, original=True, leave=last)
             if last:
                 block.original[i] = output.cpu()
     inputs = {"": block.hidden[i]}

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llmq.calibration.block_arguments import SharedStates
+from llmq.calibration.block_recorder import recorded
 from llmq.calibration.block_runner import Block
-from llmq.calibration.block_stream import load_block, record_block_inputs
+from llmq.calibration.block_stream import load_block
 from llmq.core.memory import release_memory
 from llmq.models.block_structure import Group, find_groups
 from llmq.models.model_source import ModelSource
@@ -88,14 +90,46 @@ def random_blocks(request: Request, run: Run, ids: Tensor) -> Iterator[tuple[tup
         inner = tuple((child, type(m).__name__, run.bits.get(f"{name}.{child}")) for child, m in module.named_modules())
         same.setdefault((inner, tuple(p.shape for p in module.parameters())), []).append(name)
     source, compute = _RandomWeights(request.source), request.compute
-    hidden, arguments = record_block_inputs(source, ids[:1], compute)
+    with recorded(source, ids[:1], compute) as recording:
+        shared = SharedStates() if recording.shares_state else None
+    count = 1 if shared is not None else len(ids)  # what blocks leave for later ones is known of one sequence
     drawn = torch.Generator().manual_seed(0)
-    states = torch.randn(len(ids), *hidden.shape[1:], generator=drawn).to(hidden.dtype)
-    for names in same.values():
-        module = load_block(source, names[0], compute, run.linear_dtype(compute))
-        yield tuple(names), Block(names[0], module, [states], 1, arguments[source.block_names.index(names[0])], compute)
-        source.free(source.block_tensor_names(names[0]))
+    states = torch.randn(recording.shape_for(count), generator=drawn).to(recording.sample.dtype)
+    structures = {names[0]: tuple(names) for names in same.values()}
+    for name, arguments in zip(source.block_names, recording.arguments, strict=True):
+        if name not in structures and shared is None:
+            continue
+        module = load_block(source, name, compute, run.linear_dtype(compute))
+        block = Block(name, module, [states], 1, arguments, compute, sample=states.narrow(recording.batch_dim, 0, 1))
+        block.batch_dim, block.shared = recording.batch_dim, shared
+        if shared is not None:
+            block.run(states, leave=True)
+        if name in structures:
+            yield structures[name], block
+        if shared is not None:
+            shared.next_block()
+        source.free(source.block_tensor_names(name))
         release_memory()
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """Bytes that wait for the next block, for each token and each model."""
+
+    hidden: float  # hidden states
+    arguments: float  # other arguments of blocks that depend on the tokens; the same in both models
+    shared: float  # what else blocks leave for later ones
+
+
+def token_bytes(request: Request, run: Run) -> TokenBytes:
+    """Count what waits for the next block. Only a model whose blocks share more than hidden states runs them."""
+    ids, shared = request.tokens.train[:1, :_TOKENS], 0
+    with recorded(_RandomWeights(request.source), ids, request.compute) as recording:
+        hidden, arguments = recording.sample.nbytes, recording.argument_bytes
+    if recording.shares_state:
+        for _, block in random_blocks(request, run, ids):
+            shared = 0 if block.shared is None else block.shared.sample_bytes
+    return TokenBytes(hidden / ids.numel(), arguments / ids.numel(), shared / ids.numel())
 
 
 def layouts(request: Request, run: Run) -> Iterator[Layout]:

@@ -178,7 +178,8 @@ def other_moments(request: Request, run: Run, load: Workload) -> Iterator[Moment
     read = largest * (_READ_GGUF if source.is_gguf else 2 * stored)  # 2: as it is read, and as it waits to be written
     yield Moment("the reading of embeddings", inside * stored + read - largest * stored)
     yield Moment("the embeddings", inside * stored, inside * dtype * (dtype != stored))
-    yield Moment("the recording of hidden states", load.states // load.streams, inside * dtype)
+    first = (load.states - load.arguments) // load.streams + load.arguments  # both models begin with the same states
+    yield Moment("the recording of hidden states", first, inside * dtype)
     yield Moment("the writing of embeddings", read)
     last, sizes = source.block_names.index(run.chosen[-1]), set[tuple[int, bool, bool]]()
     for i, name in enumerate(source.block_names):

@@ -13,7 +13,7 @@ from llmq.checkpoint.output_dir import unfinished_work
 from llmq.core.distributed import Ranks, processes_here
 from llmq.core.memory import free_memory
 from llmq.models.block_structure import Group
-from llmq.plan.block_shapes import Layout
+from llmq.plan.block_shapes import Layout, token_bytes
 from llmq.run.block_quantizer import Run
 from llmq.run.prepare import Request
 
@@ -22,10 +22,11 @@ _MEMORY_SHARE = 0.25  # hidden states that need more than this share of the free
 
 @dataclass(frozen=True)
 class States:
-    """Size of the hidden states of this process, and where they wait for the next block."""
+    """Size of what waits for the next block in this process, mostly hidden states, and where it waits."""
 
     nbytes: int
     directory: Path | None  # None if they wait in memory
+    arguments: int = 0  # bytes of them that are no hidden states: arguments of blocks that depend on the tokens
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ class Workload:
     other_bytes: int  # bytes of any other parameter
     sequential: bool
     statistics: bool
-    states: int  # bytes of hidden states in memory
+    states: int  # bytes in memory of what waits for the next block, mostly hidden states
     rows_per_solve: int
     ranks: Ranks
+    arguments: int = 0  # bytes of `states` that are no hidden states: arguments of blocks that depend on the tokens
 
     def stages(self, layout: Layout) -> list[list[Group]]:
         """Return the groups in the order they are solved; a stage is solved between two runs of the block."""
@@ -76,6 +78,7 @@ def workload_of(request: Request, run: Run, states: States) -> Workload:
         states=0 if states.directory is not None else states.nbytes,
         rows_per_solve=rows_per_solve(compute.device),
         ranks=request.ranks,
+        arguments=0 if states.directory is not None else states.arguments,
     )
 
 
@@ -83,11 +86,12 @@ def states_of(request: Request, run: Run) -> States:
     """Return the size of this process's hidden states, and where they wait."""
     config, ranks = request.config, request.ranks
     tokens = request.tokens.train.numel() + request.tokens.held_out.numel()
-    size = tokens * request.source.config.get_text_config().hidden_size * request.compute.dtype.itemsize
-    size = size * (2 if run.matching else 1) // ranks.size
+    each = token_bytes(request, run)
+    arguments = int(tokens * each.arguments) // ranks.size
+    size = int(tokens * (each.hidden + each.shared)) * (2 if run.matching else 1) // ranks.size + arguments
     free = free_memory(torch.device("cpu"))
     if config.offload_dir is None and size * processes_here(ranks) <= _MEMORY_SHARE * free:
-        return States(size, None)
+        return States(size, None, arguments)
     key = hashlib.sha256(str(config.output.resolve()).encode()).hexdigest()[:12]
     parent = config.offload_dir or unfinished_work(config.output)
-    return States(size, parent / f"llmq-{key}-{ranks.rank}.partial")
+    return States(size, parent / f"llmq-{key}-{ranks.rank}.partial", arguments)

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmq
-from llmq.calibration.block_runner import Block, Compute, PerSequence
+from llmq.calibration.block_arguments import PerSequence
+from llmq.calibration.block_runner import Block, Compute
 from llmq.calibration.input_statistics import collect_statistics
 from llmq.core.timing import Clock
 from llmq.models.block_structure import find_groups
