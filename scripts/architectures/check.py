@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 import llmq
 from architectures.sizes import NOT_BUILT
-from architectures.tiny_models import has_experts, model_class, save_tiny
+from architectures.tiny_models import has_experts, save_tiny
 from llmq.checkpoint.output_dir import REPORT
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import LlmqError, first_line
@@ -50,7 +50,7 @@ class Made:
 
     def load(self, directory: Path) -> Any:
         """Load a directory with transformers, in the model's own class."""
-        return model_class(self.name).from_pretrained(directory, dtype=torch.float32).eval()
+        return type(self.model).from_pretrained(directory, dtype=torch.float32).eval()
 
 
 def checked(name: str, room: Path, methods: tuple[str, ...] = METHODS) -> Row:

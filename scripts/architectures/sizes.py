@@ -117,6 +117,7 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "dots3_note": {"text_config": _DOTS3, "vision_config": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN}}
     | {"audio_config": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN, "downsample_hidden_size": 16}},
     "dots3_note_text": _DOTS3,
+    "emu3@image": {"vq_config": {"base_channels": 32, "embed_dim": 32, "codebook_size": 64}},
     "falcon@40b": {"new_decoder_architecture": True},
     "falcon@rw": {"alibi": True, "num_kv_heads": HEADS, "multi_query": False, "parallel_attn": False, "bias": True},
     "gemma3n_text": _SHARED | _PER_LAYER | {"activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "laurel_rank": 32},
@@ -178,8 +179,13 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "zaya": {"layer_types": ["hybrid", "hybrid_sliding"], "num_experts_per_tok": 1, "router_hidden_size": 32},
 }
 
+# Decoders of encoder-decoders. Without the encoder their cross-attention, a fourth of a block, never runs.
+HALVES = {"bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"}
+HALVES |= {"prophetnet", "trocr", "whisper"}
+
 NOT_BUILT = {
     "blt": "works on bytes in patches that a model of its own finds; it has no list of decoder blocks over tokens",
+    "emu3": "transformers reads it only with the tower for pictures: see emu3@image",
     "gemma3n": "its vision tower needs the package timm; gemma3n_text is its language model",
     "gemma4_assistant": "drafts for Gemma 4: it reads that model's hidden states, not text alone",
     "gemma4_unified_assistant": "drafts for Gemma 4: it reads that model's hidden states, not text alone",
