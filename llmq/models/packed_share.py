@@ -5,7 +5,6 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 _ENOUGH = 0.9  # a smaller share is worth a warning
 _NAMED = 3  # kinds that a warning names
@@ -53,7 +52,7 @@ def matmul_weights(block: nn.Module) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name, parameter in block.named_parameters():
         module = block.get_submodule(name.rpartition(".")[0])
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, nn.Linear):
             counts = name.endswith("weight")
         elif isinstance(module, (*_CONVOLUTIONS, nn.Embedding)) or name.endswith("bias"):
             counts = False
@@ -69,4 +68,4 @@ def _is_expert(block: nn.Module, name: str) -> bool:
     """Return whether a parameter belongs to experts that are no linears."""
     parent = name.rpartition(".")[0]
     module = block.get_submodule(parent)
-    return not isinstance(module, nn.Linear | Conv1D) and "expert" in f"{parent} {type(module).__name__}".lower()
+    return not isinstance(module, nn.Linear) and "expert" in f"{parent} {type(module).__name__}".lower()

@@ -84,8 +84,10 @@ COMMON: dict[str, Any] = {
     "type_vocab_size": 2,
 }
 
-# dt_proj, which no model calls as a linear, is 2 % of a block of Mamba 2.8B. With 64 inputs it would be a tenth.
+# Some matrices that no nn.Linear multiplies with grow slower than the others. These models are wider, or they would say
+# the wrong thing of real ones: dt_proj is 2 % of a block of Mamba 2.8B, but a tenth of one with 64 inputs.
 _MAMBA = {"hidden_size": 512}
+_JAMBA = {"hidden_size": 256, "attn_layer_period": 2, "attn_layer_offset": 1}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _PER_LAYER = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCABULARY}
 _GEMMA4 = {"global_head_dim": 32, **_PER_LAYER}
@@ -103,8 +105,6 @@ _ONE_OF_EACH = ["linear_attention", "full_attention"]
 
 # More for one model type, or other values. What follows an @ names a variant.
 BY_TYPE: dict[str, dict[str, Any]] = {
-    "falcon_mamba": _MAMBA,
-    "mamba": _MAMBA,
     "bamba": {"attn_layer_indices": [1]},
     "bigbird_pegasus": {"attention_type": "original_full"},
     "big_bird": {"attention_type": "original_full"},
@@ -117,7 +117,10 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "dots3_note": {"text_config": _DOTS3, "vision_config": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN}}
     | {"audio_config": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN, "downsample_hidden_size": 16}},
     "dots3_note_text": _DOTS3,
+    "emu3@image": {"vq_config": {"base_channels": 32, "embed_dim": 32, "codebook_size": 64}}
+    | {"vocabulary_map": {"<image>": 383, "<|extra_200|>": 382, "<|visual token 000000|>": 381}},
     "falcon@40b": {"new_decoder_architecture": True},
+    "falcon_mamba": _MAMBA,
     "falcon@rw": {"alibi": True, "num_kv_heads": HEADS, "multi_query": False, "parallel_attn": False, "bias": True},
     "gemma3n_text": _SHARED | _PER_LAYER | {"activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "laurel_rank": 32},
     "gemma4": {"text_config": _GEMMA4, "vision_config": {"position_embedding_size": 64}, "audio_config": None},
@@ -133,8 +136,8 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": _ONE_OF_EACH},
     "granitemoehybrid@dense": {"layer_types": _ONE_OF_EACH, "num_local_experts": 0},
     "inkling_text": {"mlp_layer_types": ["dense", "sparse"]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "jamba@dense": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1},
+    "jamba": _JAMBA,
+    "jamba@dense": _JAMBA | {"num_experts": 1},
     "laguna": {"layer_types": ["full_attention", "sliding_attention"]},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 32},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -142,13 +145,14 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "llama4_text": {"interleave_moe_layer_step": 2},
     "llama4@image": {"text_config": {"interleave_moe_layer_step": 2}},
     "longcat_flash": {"num_layers": 1, "head_dim": 32, "zero_expert_num": 2},
+    "mamba": _MAMBA,
     "mamba2": {"num_heads": 32, "head_dim": 4},
     "mellum": {"layer_types": ["full_attention", "sliding_attention"]},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_block_size": 8}
     | {"mlp_layer_types": ["dense", "sparse"], "index_topk_blocks": 2, "index_n_heads": KV_HEADS},
     "ministral": {"layer_types": ["sliding_attention", "full_attention"]},
     "mistral3": {"text_config": {"model_type": "mistral"}},
-    "mllama": {"text_config": {"cross_attention_layers": [1]}},
+    "mllama@image": {"text_config": {"cross_attention_layers": [1]}},
     "nemotron_h@dense": {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]},
     "phi4_multimodal": {"vision_config": {"crop_size": 56}, "audio_config": {"num_blocks": 1, "nemo_conv_channels": 8}},
     "qwen2_5_vl": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}}}
@@ -158,7 +162,8 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"vision_config": {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
-    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "hidden_size": 128, "num_attention_heads": 8}
+    | {"lru_width": 128, "intermediate_size": 768},
     "reformer": {
         "axial_pos_shape": [16, 16],
         "axial_pos_embds_dim": [32, 32],
@@ -172,17 +177,23 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0]},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]}
-    | {"num_hidden_layers": 4},
+    | {"num_hidden_layers": 4, "hidden_size": 512},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3}
     | {"n_mamba_heads": 32, "adapter_rank": 32},
     "zaya": {"layer_types": ["hybrid", "hybrid_sliding"], "num_experts_per_tok": 1, "router_hidden_size": 32},
 }
 
+# Decoders of encoder-decoders. Without the encoder their cross-attention, a fourth of a block, never runs.
+HALVES = {"bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"}
+HALVES |= {"prophetnet", "trocr", "whisper"}
+
 NOT_BUILT = {
     "blt": "works on bytes in patches that a model of its own finds; it has no list of decoder blocks over tokens",
+    "emu3": "transformers reads it only with the tower for pictures: see emu3@image",
     "gemma3n": "its vision tower needs the package timm; gemma3n_text is its language model",
     "gemma4_assistant": "drafts for Gemma 4: it reads that model's hidden states, not text alone",
     "gemma4_unified_assistant": "drafts for Gemma 4: it reads that model's hidden states, not text alone",
+    "mllama": "transformers reads it only with the tower for pictures: see mllama@image",
     "musicgen": "its decoder writes the codes of music",
     "musicgen_melody": "its decoder writes the codes of music",
 }

@@ -73,10 +73,11 @@ def tiny_model(name: str, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     config = tiny_config(name)
     model = model_class(name).from_config(config, dtype=torch.float32).eval()
+    embedding = model.get_input_embeddings().weight
     with torch.no_grad():
         for module in model.modules():
             for parameter_name, parameter in module.named_parameters(recurse=False):
-                if _is_matrix(module, parameter):
+                if _is_matrix(module, parameter) and parameter is not embedding:
                     parameter.normal_(std=_STD)
                 elif parameter_name == "bias" or "norm" in type(module).__name__.lower():
                     parameter += 0.2 * torch.randn_like(parameter)
@@ -92,11 +93,8 @@ def _is_matrix(module: nn.Module, parameter: nn.Parameter) -> bool:
 
 def model_class(name: str) -> Any:
     """Return the class that makes this model from its config, and loads it."""
-    return (
-        AutoModelForCausalLM
-        if name.partition("@")[0] in CAUSAL and "image" not in name
-        else AutoModelForImageTextToText
-    )
+    model_type, _, variant = name.partition("@")
+    return AutoModelForCausalLM if model_type in CAUSAL and variant != "image" else AutoModelForImageTextToText
 
 
 def save_tiny(name: str, directory: Path) -> Any:

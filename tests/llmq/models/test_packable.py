@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
-from transformers.pytorch_utils import Conv1D
 
 from llmq.core.settings import BITS
 from llmq.models.block_structure import Group, find_groups
@@ -118,24 +117,6 @@ def test_experts_see_flat_tokens_or_none_and_are_no_group_by_that():
     kept, skipped = observed(block, forward)
     assert kept == [("expert0",), ("expert1",)]
     assert skipped.keys() == {"expert2", "expert3"}
-
-
-def test_conv1d_of_gpt2_stays_in_float_beside_linears():
-    block = nn.ModuleDict({"c_attn": Conv1D(64, 64), "out": nn.Linear(64, 64)})
-    kept, skipped = observed(block, lambda x: block["out"](block["c_attn"](x)))
-    assert kept == [("out",)]
-    assert "stores [in, out]" in skipped["c_attn"]
-
-
-class GatedNorm(nn.Module):
-    """Scales by a gate too, as in Mamba-2: it cannot run without one."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(64))
-
-    def forward(self, x, gate):
-        return self.weight * x * gate.sigmoid()
 
 
 def test_a_norm_with_a_gate_does_not_stop_the_observation():
