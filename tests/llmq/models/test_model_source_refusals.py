@@ -1,5 +1,6 @@
 """What llmq does not quantize is refused when it is opened, with a sentence that helps."""
 
+import copy
 import json
 import math
 import shutil
@@ -147,7 +148,7 @@ def test_two_lists_of_blocks_are_refused(llama, monkeypatch):
 
     def with_a_second_list(*args, **options):
         model = built(*args, **options)
-        model.model.adapters = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
+        model.model.adapters = copy.deepcopy(model.model.layers)
         return model
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", with_a_second_list)

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmq
-from llmq.calibration.block_arguments import PerSequence
 from llmq.calibration.block_runner import Block, Compute
 from llmq.calibration.input_statistics import collect_statistics
 from llmq.core.timing import Clock
@@ -46,14 +45,6 @@ def test_it_is_quantized_and_runs(name, text_file, tmp_path):
     ids = torch.randint(2, 300, (2, 32), generator=torch.Generator().manual_seed(0))
     expected = logits(model, ids)
     assert (logits(llmq.load(output, "cpu"), ids) - expected).norm() < 0.02 * expected.norm()
-
-
-@pytest.mark.parametrize(("shape", "of_three"), [((1, 1, 5, 5), (3, 1, 5, 5)), ((4, 1, 5), (12, 1, 5))])
-def test_an_argument_of_one_sequence_is_made_that_of_several(shape, of_three):
-    one = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    made = PerSequence(one).of(3)
-    assert made.shape == of_three
-    assert all(torch.equal(part, one) for part in made.chunk(3))
 
 
 class Routed(nn.Module):
