@@ -69,17 +69,26 @@ class Left:
     containers: dict[int, Any]  # by the index of `Shared`
     carried: tuple[Any, ...] = ()
 
+    @property
+    def values(self) -> list[Any]:
+        """Return all that is left and not None."""
+        return [value for value in tree_leaves((self.containers, self.carried)) if value is not None]
+
 
 class SharedStates:
     """What blocks leave for later blocks, for each micro-batch in both models, and for the sample (key None).
+
+    `carries`: blocks take what the block before returned.
 
     A block may run many times, each time with what entered it. `leave` is called after its last run. The sample runs
     first and is needed until the block is done: what it leaves is used after `next_block`.
     """
 
-    def __init__(self, hidden_dir: HiddenDir | None = None) -> None:
-        self._left = BatchValues(hidden_dir, "shared")
+    def __init__(self, hidden_dir: HiddenDir | None = None, carries: bool = False) -> None:
+        self._left, self._carries = BatchValues(hidden_dir, "shared"), carries
         self._sample = self._next_sample = Left({})
+        self.is_empty = True
+        """Whether no block has left anything: many models give all blocks a container that few of them use."""
 
     def entering(self, key: ModelBatch | None, device: torch.device) -> Left:
         """Return what enters a block. Its containers may be written to."""
@@ -88,6 +97,10 @@ class SharedStates:
 
     def leave(self, key: ModelBatch | None, left: Left) -> None:
         """Keep what leaves a block."""
+        left = Left(left.containers, left.carried if self._carries else ())
+        self.is_empty = self.is_empty and not left.values
+        if self.is_empty:
+            return
         if key is None:
             self._next_sample = left
         else:
@@ -107,8 +120,7 @@ class SharedStates:
     @property
     def sample_bytes(self) -> int:
         """Count the bytes that the sample has left."""
-        leaves = tree_leaves((self._next_sample.containers, self._next_sample.carried))
-        return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+        return sum(value.nbytes for value in self._next_sample.values if isinstance(value, Tensor))
 
 
 def is_container(value: Any) -> bool:
@@ -137,7 +149,7 @@ class Resolver:
                 content = self._left.containers.get(argument.index, ())
                 return self.containers.setdefault(argument.index, argument.kind(content))
             case Carried():
-                return self._left.carried[argument.index]
+                return self._left.carried[argument.index] if self._left.carried else None
             case _:
                 return argument
 

@@ -21,7 +21,15 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from llmq.calibration.block_arguments import Arguments, Carried, PerBatch, PerSequence, Shared, is_container
+from llmq.calibration.block_arguments import (
+    Arguments,
+    Carried,
+    PerBatch,
+    PerSequence,
+    Shared,
+    SharedStates,
+    is_container,
+)
 from llmq.calibration.block_runner import Compute
 from llmq.calibration.hidden_states import BatchValues, HiddenDir
 from llmq.core.errors import RequestError, first_line
@@ -96,11 +104,12 @@ class Recording:
         """Return whether an argument depends on the tokens, so that `keep` must record every micro-batch."""
         return bool(self._per_batch)
 
-    @property
-    def shares_state(self) -> bool:
-        """Return whether a block leaves more than hidden states to later ones."""
+    def shared_states(self) -> SharedStates | None:
+        """Return a place for what blocks leave for later ones; None if that is hidden states alone."""
         leaves = tree_leaves(self.arguments)
-        return any(isinstance(leaf, Shared | Carried) for leaf in leaves)
+        carries = any(isinstance(leaf, Carried) for leaf in leaves)
+        shares = carries or any(isinstance(leaf, Shared) for leaf in leaves)
+        return SharedStates(self._hidden_dir, carries) if shares else None
 
     @property
     def argument_bytes(self) -> int:

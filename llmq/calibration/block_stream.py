@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from llmq.calibration.block_arguments import SharedStates
 from llmq.calibration.block_recorder import Recording, recorded
 from llmq.calibration.block_runner import Block, Compute
 from llmq.calibration.hidden_states import HiddenDir, HiddenStates, StoredStates
@@ -53,8 +52,9 @@ def stream(
     states, names = _StreamedStates(source, tokens, compute, clock, settings), source.block_names[: settings.stop]
     try:
         for index, name in enumerate(names):
-            # The sample passes all blocks of a model in which they share more than hidden states.
-            if index < settings.finished and (settings.states_unused or settings.has_states) and states.shared is None:
+            # If blocks share more than hidden states, the sample passes all of them.
+            is_needless = settings.has_states or (settings.states_unused and states.shared is None)
+            if index < settings.finished and is_needless:
                 continue
             block = states.enter(index, name)
             if index >= settings.finished:
@@ -95,7 +95,7 @@ class _StreamedStates:
         self.portion = portion_of(tokens, settings.ranks)
         with clock("forward"), recorded(source, tokens.train[:1], compute, settings.hidden_dir) as recording:
             self.arguments, self.batch_dim = recording.arguments, recording.batch_dim
-            self.shared = SharedStates(settings.hidden_dir) if recording.shares_state else None
+            self.shared = recording.shared_states()
             self.hidden = self._room_for("quantized", recording)
             has_original = settings.keep_original and len(tokens.held_out) > 0
             self.original = self._room_for("original", recording) if has_original else None

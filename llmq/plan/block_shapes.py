@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmq.calibration.block_arguments import SharedStates
 from llmq.calibration.block_recorder import recorded
 from llmq.calibration.block_runner import Block
 from llmq.calibration.block_stream import load_block
@@ -63,7 +62,7 @@ class _RandomWeights(ModelSource):
         base = torch.rand(_RANDOM_NUMBERS, generator=drawn).sub_(0.5).mul_(0.1).to(device, dtype)
         inside = tuple(name + "." for name in self.block_names)
         floats = {name: state[name].shape for name in names if state[name].is_floating_point()}
-        # Outside the blocks all rows are one and the same memory: embeddings can be as large as ten blocks.
+        # Outside the blocks all rows are parts of the same memory: embeddings can be as large as ten blocks.
         shared = {name for name, shape in floats.items() if not name.startswith(inside) and len(shape) > 1}
         self._assign({n: _repeated(s, base) if n in shared else _filled(s, base) for n, s in floats.items()})
 
@@ -76,7 +75,10 @@ def _filled(shape: torch.Size, base: Tensor) -> Tensor:
 
 
 def _repeated(shape: torch.Size, base: Tensor) -> Tensor:
-    return base[: shape[1:].numel()].view(1, *shape[1:]).expand(shape)
+    """Return a tensor of this shape. Each row begins one number after the row before, so no two tokens look alike."""
+    columns = shape[1:].numel()
+    step = 1 if shape[0] + columns <= len(base) else 0
+    return base.as_strided((shape[0], columns), (step, 1)).unflatten(1, shape[1:])
 
 
 def random_blocks(request: Request, run: Run, ids: Tensor) -> Iterator[tuple[tuple[str, ...], Block]]:
@@ -91,7 +93,7 @@ def random_blocks(request: Request, run: Run, ids: Tensor) -> Iterator[tuple[tup
         same.setdefault((inner, tuple(p.shape for p in module.parameters())), []).append(name)
     source, compute = _RandomWeights(request.source), request.compute
     with recorded(source, ids[:1], compute) as recording:
-        shared = SharedStates() if recording.shares_state else None
+        shared = recording.shared_states()
     count = 1 if shared is not None else len(ids)  # what blocks leave for later ones is known of one sequence
     drawn = torch.Generator().manual_seed(0)
     states = torch.randn(recording.shape_for(count), generator=drawn).to(recording.sample.dtype)
@@ -126,7 +128,7 @@ def token_bytes(request: Request, run: Run) -> TokenBytes:
     ids, shared = request.tokens.train[:1, :_TOKENS], 0
     with recorded(_RandomWeights(request.source), ids, request.compute) as recording:
         hidden, arguments = recording.sample.nbytes, recording.argument_bytes
-    if recording.shares_state:
+    if recording.shared_states() is not None:
         for _, block in random_blocks(request, run, ids):
             shared = 0 if block.shared is None else block.shared.sample_bytes
     return TokenBytes(hidden / ids.numel(), arguments / ids.numel(), shared / ids.numel())

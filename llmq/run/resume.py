@@ -163,7 +163,7 @@ class Progress:
 def _states_of(block: Block) -> Line | None:
     """Return how a later process finds the hidden states that leave a block; None if they are in memory."""
     hidden = block.hidden
-    if block.shared is not None:  # what else blocks leave for later ones has no second copy: it is computed again
+    if block.shared is not None and not block.shared.is_empty:  # that has no second copy: it is computed again
         return None
     if not isinstance(hidden, StoredStates) or hidden.complete is None:
         return None

@@ -3,12 +3,10 @@
 import pytest
 import torch
 from tiny import save_tiny, tiny_model
-from torch import nn
 
 from llmq.calibration.block_runner import Compute
 from llmq.calibration.block_stream import stream
 from llmq.calibration.texts import Tokens
-from llmq.core.errors import RequestError
 from llmq.core.timing import Clock
 from llmq.models.model_source import ModelSource
 
@@ -74,44 +72,3 @@ def test_held_out_samples_are_micro_batches_of_their_own(llama):
     block = next(stream(source, many, CPU, Clock()))
     assert [len(h) for h in block.hidden] == [5, 5, 1, 3]
     assert block.held_out_from == 3
-
-
-def test_a_model_that_skips_blocks_is_refused(llama):
-    source = ModelSource(str(llama))
-
-    class Skips(nn.Module):
-        """Runs its last block only: what the loop assumes does not hold."""
-
-        def __init__(self, decoder):
-            super().__init__()
-            self.inner = decoder
-
-        def forward(self, input_ids, use_cache):
-            return self.inner.layers[-1](self.inner.embed_tokens(input_ids))
-
-    source.skeleton.get_decoder = lambda decoder=source.skeleton.model: Skips(decoder)
-    with pytest.raises(RequestError, match="does not run its blocks one after the other"):
-        next(stream(source, tokens(), CPU, Clock()))
-
-
-@pytest.mark.parametrize("argument", ["depends on the tokens", "shared between blocks"])
-def test_a_model_whose_blocks_take_other_arguments_for_other_tokens_is_refused(llama, argument):
-    source = ModelSource(str(llama))
-
-    class Peeks(nn.Module):
-        """Passes its blocks something that cannot be recorded once and replayed for every sample."""
-
-        def __init__(self, decoder):
-            super().__init__()
-            self.inner = decoder
-
-        def forward(self, input_ids, use_cache):
-            hidden = self.inner.embed_tokens(input_ids)
-            extra = hidden * 2 if argument == "depends on the tokens" else {}
-            for block in self.inner.layers:
-                hidden = block(hidden, extra=extra)
-            return hidden
-
-    source.skeleton.get_decoder = lambda decoder=source.skeleton.model: Peeks(decoder)
-    with pytest.raises(RequestError, match="arguments that depend on the tokens"):
-        next(stream(source, tokens(), CPU, Clock()))

@@ -5,6 +5,8 @@ from torch import nn
 
 from llmq.core.errors import RequestError
 from llmq.models.block_structure import Group, Submodule, find_groups
+from llmq.models.conv1d import linears_for_conv1d, stored_transposed
+from llmq.models.decoder_blocks import find_blocks
 from llmq.models.packable import fit_group_size, split_packable
 
 
@@ -54,15 +56,30 @@ EXPECTED = {
         Group(("mlp.gate_up_proj",), "post_attention_layernorm", 0.0),
         Group(("mlp.down_proj",), "mlp.gate_up_proj", residual="post_attention_layernorm", ends=MLP),
     ],
+    # Conv1D instead of linears, q, k and v in one.
+    "gpt2": [
+        Group(("attn.c_attn",), "ln_1", 0.0),
+        Group(("attn.c_proj",), residual="", ends=Submodule("attn", 2)),
+        Group(("mlp.c_fc",), "ln_2", 0.0),
+        Group(("mlp.c_proj",), residual="ln_2", ends=MLP),
+    ],
     # Norms come after attention and MLP: nothing produces the inputs of q, k, v alone.
     "olmo2": [Group(QKV), O_ALONE, Group(GATE_UP), DOWN_ALONE],
 }
 
 
+def with_linears(model):
+    linears_for_conv1d(model)
+    for name in stored_transposed(model):
+        linear = model.get_submodule(name.removesuffix(".weight")).to_empty(device="cpu")
+        torch.nn.init.normal_(linear.weight)
+    return model
+
+
 def groups_of(model):
     """Groups of every block, found in one forward of the real model."""
     found = []
-    for block in model.model.layers:
+    for block in map(model.get_submodule, find_blocks(model)):
         calls = []
         handle = block.register_forward_pre_hook(lambda _, a, k, to=calls: to.append((a, k)), with_kwargs=True)
         model(torch.arange(1, 25)[None], use_cache=False)
@@ -76,7 +93,7 @@ def groups_of(model):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_groups_and_producers_are_observed_in_every_block(name):
-    assert groups_of(tiny_model(name)) == [EXPECTED[name]] * 3
+    assert groups_of(with_linears(tiny_model(name))) == [EXPECTED[name]] * 3
 
 
 def test_a_group_with_one_odd_sized_linear_is_left_in_float_as_a_whole():

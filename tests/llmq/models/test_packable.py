@@ -119,6 +119,17 @@ def test_experts_see_flat_tokens_or_none_and_are_no_group_by_that():
     assert skipped.keys() == {"expert2", "expert3"}
 
 
+class GatedNorm(nn.Module):
+    """Scales by a gate too, as in Mamba-2: it cannot run without one."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64))
+
+    def forward(self, x, gate):
+        return self.weight * x * gate.sigmoid()
+
+
 def test_a_norm_with_a_gate_does_not_stop_the_observation():
     block = nn.ModuleDict({"norm": GatedNorm(), "out_proj": nn.Linear(64, 64)})
     groups = find_groups(block, lambda x: block["out_proj"](block["norm"](x, x)), torch.randn(1, 4, 64))

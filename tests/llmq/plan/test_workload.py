@@ -1,5 +1,7 @@
 """The work of one process: hidden states, and its share of the text."""
 
+import pytest
+from other_models import save_other
 from planned import open_run
 
 from llmq.core.distributed import ALONE, Ranks
@@ -39,3 +41,15 @@ def test_each_of_several_processes_has_its_share(llama, text_file, tmp_path):
     alone, two = (load(llama, text_file, tmp_path, ranks) for ranks in (ALONE, Halves(0, 2)))
     assert two.tokens + two.held_out < alone.tokens + alone.held_out
     assert two.states == alone.states // 2
+
+
+@pytest.mark.parametrize(("name", "shared"), [("gemma4", 0), ("gemma4-shared", 2 * 2 * (16 + 32))])
+def test_all_that_waits_for_the_next_block_is_counted(name, shared, text_file, tmp_path):
+    save_other(tmp_path / "model", name)
+    request, run = open_run(tmp_path / "model", text_file, tmp_path / "out")
+    states, tokens = states_of(request, run), 10 * 64
+    # 32 numbers for each token and each of four blocks; keys and values of two heads of 16 and of two of 32 numbers.
+    assert states.arguments == tokens * 4 * 32 * 4
+    assert states.nbytes == 2 * tokens * (64 + shared) * 4 + states.arguments
+    assert workload_of(request, run, states).arguments == states.arguments
+    plan_of(request, run)

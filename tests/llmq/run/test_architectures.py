@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import nn
 
-from llmq.calibration.block_arguments import PerSequence
 from llmq.calibration.block_runner import Block, Compute
 from llmq.calibration.input_statistics import collect_statistics
 from llmq.core.timing import Clock
 from llmq.models.block_structure import find_groups
-
-
-@pytest.mark.parametrize(("shape", "of_three"), [((1, 1, 5, 5), (3, 1, 5, 5)), ((4, 1, 5), (12, 1, 5))])
-def test_an_argument_of_one_sequence_is_made_that_of_several(shape, of_three):
-    one = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    made = PerSequence(one).of(3)
-    assert made.shape == of_three
-    assert all(torch.equal(part, one) for part in made.chunk(3))
 
 
 class Routed(nn.Module):

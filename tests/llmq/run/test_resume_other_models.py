@@ -1,0 +1,44 @@
+"""Blocks that take what depends on the tokens, or leave keys and values for later ones, resume to the same bytes."""
+
+from dataclasses import replace
+
+import pytest
+from killed import interrupted, result_of, small_run
+from other_models import save_other
+
+import llmq
+from llmq.calibration.block_stream import _StreamedStates
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Directories of the two models, by name."""
+    made = {name: tmp_path_factory.mktemp(name) for name in ("gemma4", "gemma4-shared")}
+    for name, directory in made.items():
+        save_other(directory, name)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "on_disk", "entered"),
+    [("gemma4", False, [0, 1, 2, 3]), ("gemma4", True, [2, 3]), ("gemma4-shared", True, [0, 1, 2, 3])],
+)
+def test_a_run_goes_on_to_the_same_bytes(name, on_disk, entered, saved, text_file, tmp_path, monkeypatch):
+    config = small_run(saved[name], text_file, tmp_path)
+    llmq.quantize(replace(config, output=tmp_path / "whole"))
+    config = replace(config, offload_dir=tmp_path / "states" if on_disk else None)
+    interrupted(config, monkeypatch)
+    seen, enter = [], _StreamedStates.enter
+    monkeypatch.setattr(_StreamedStates, "enter", lambda self, *which: seen.append(which[0]) or enter(self, *which))
+    llmq.quantize(replace(config, resume=True))
+    assert seen == entered
+    assert result_of(config.output) == result_of(tmp_path / "whole")
+    assert not list(tmp_path.rglob("*.states"))
+
+
+def test_the_sample_passes_all_blocks_although_no_text_does(saved, text_file, tmp_path, monkeypatch):
+    config = replace(small_run(saved["gemma4-shared"], text_file, tmp_path), method="rtn")
+    llmq.quantize(replace(config, output=tmp_path / "whole"))
+    interrupted(config, monkeypatch, blocks=3)
+    llmq.quantize(replace(config, resume=True))
+    assert result_of(config.output) == result_of(tmp_path / "whole")
