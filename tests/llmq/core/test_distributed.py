@@ -56,7 +56,9 @@ def test_together_they_write_the_bytes_of_one(of_one, changes, processes, config
 
 
 def test_rows_that_fill_no_multiple_are_the_same_too(of_one, config, tmp_path):
-    model = save_tiny(tmp_path / "model", "arcee", torch.bfloat16, intermediate_size=264)  # up_proj alone: 16.5 times 16
+    model = save_tiny(
+        tmp_path / "model", "arcee", torch.bfloat16, intermediate_size=264
+    )  # up_proj alone: 16.5 times 16
     config = replace(config, model=str(model))
     wanted = of_one(config)
     together = replace(config, output=tmp_path / "together")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packed import logits
+from packed import dequantized_model, logits, some_tokens
 from small_runs import run
 from tiny import tiny_tokenizer
 from torch import nn
@@ -15,6 +15,7 @@ from llmq.calibration.block_runner import Block, Compute, PerSequence
 from llmq.calibration.input_statistics import collect_statistics
 from llmq.core.timing import Clock
 from llmq.models.block_structure import find_groups
+from llmq.runtime.packed_linear import PackedLinear
 
 _TOKENS = {"vocab_size": 384, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 _GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 96}
@@ -22,6 +23,9 @@ ARCHITECTURES = {
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
     "codegen": _GPT | {"rotary_dim": 8, "n_ctx": 256},
     "falcon": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "falcon_h1": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "head_dim": 16, "mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16}
+    | {"mamba_n_groups": 1, "mamba_d_state": 16, "mamba_chunk_size": 16},
     "gpt_neo": {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
     | {"max_position_embeddings": 256},
     "gptj": _GPT | {"rotary_dim": 8},
@@ -45,6 +49,19 @@ def test_it_is_quantized_and_runs(name, text_file, tmp_path):
     ids = torch.randint(2, 300, (2, 32), generator=torch.Generator().manual_seed(0))
     expected = logits(model, ids)
     assert (logits(llmq.load(output, "cpu"), ids) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_mamba_reads_a_weight_without_a_call_and_runs(text_file, tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mamba", **_TOKENS, hidden_size=64, state_size=16, num_hidden_layers=2)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    output = run(tmp_path / "source", text_file, tmp_path / "packed")
+    model, ids = llmq.load(output, "cpu"), some_tokens()
+    mixer = model.backbone.layers[0].mixer
+    assert (type(mixer.in_proj), type(mixer.dt_proj)) == (PackedLinear, nn.Linear)
+    expected = logits(dequantized_model(tmp_path / "source", output), ids)
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("shape", "of_three"), [((1, 1, 5, 5), (3, 1, 5, 5)), ((4, 1, 5), (12, 1, 5))])
