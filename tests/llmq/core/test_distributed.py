@@ -55,6 +55,17 @@ def test_together_they_write_the_bytes_of_one(of_one, changes, processes, config
     assert result_of(together.output) == wanted
 
 
+def test_rows_that_fill_no_multiple_are_the_same_too(of_one, config, tmp_path):
+    model = save_tiny(
+        tmp_path / "model", "arcee", torch.bfloat16, intermediate_size=264
+    )  # up_proj alone: 16.5 times 16
+    config = replace(config, model=str(model))
+    wanted = of_one(config)
+    together = replace(config, output=tmp_path / "together")
+    assert quantize_together(together, 2) == [0, 0]
+    assert result_of(together.output) == wanted
+
+
 def test_more_processes_than_shares_of_the_text_help_with_the_rows(of_one, config, tmp_path):
     config = replace(config, samples=4, sequence_length=256)
     wanted = of_one(config)

@@ -72,7 +72,7 @@ def with_linears(model):
     linears_for_conv1d(model)
     for name in stored_transposed(model):
         linear = model.get_submodule(name.removesuffix(".weight")).to_empty(device="cpu")
-        torch.nn.init.normal_(linear.weight)
+        linear.reset_parameters()
     return model
 
 

@@ -33,7 +33,7 @@ KINDS = dict.fromkeys(
     ),
     0.95,
 ) | dict.fromkeys(("deepseek_v3", "gpt_oss", "llama4_text", "mixtral", "qwen3_moe@mixed"), 0.05)
-# transformers 5.23 looks for the weights of packed linears when it initializes some models, and for packed experts only.
+# transformers 5.23 reads the weights of packed linears when it initializes some models, and finds packed experts only.
 STOCK_FAILS = dict.fromkeys(("falcon", "mamba", "mamba2", "recurrent_gemma"), "AttributeError: 'Linear' object has no")
 STOCK_FAILS |= dict.fromkeys(("deepseek_v3", "mixtral", "qwen3_moe@mixed"), "RuntimeError: We encountered some issues")
 

@@ -83,8 +83,8 @@ def test_linears_that_cannot_be_packed_stay_in_float_and_are_listed(tmp_path, te
     [("compressed-tensors", 4, True), ("compressed-tensors", 8, False), ("gptq", 4, False), ("awq", 4, False)],
 )
 def test_rows_that_are_multiples_of_eight_are_packed_and_run(stored_as, bits, symmetric, tmp_path, text_file):
-    """As in_proj of Falcon-H1-0.5B, which has 3352."""
-    source = save_tiny(tmp_path / "source", intermediate_size=264)
+    """As in_proj of Falcon-H1-0.5B, which has 3352. Here up_proj is alone, so its group has no multiple of 16 rows."""
+    source = save_tiny(tmp_path / "source", "arcee", intermediate_size=264)
     output = run(source, text_file, tmp_path / "out", format=stored_as, bits=bits, symmetric=symmetric)
     model = load(output, device="cpu")
     assert model.model.layers[0].mlp.up_proj.extra_repr() == f"in=64, out=264, bits={bits}, group=32"
