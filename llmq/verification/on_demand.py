@@ -39,8 +39,18 @@ def read_when_called(model: Any, checkpoint: Checkpoint) -> None:
         if type(module) is nn.Linear:  # a subclass may compute something else
             module.forward = partial(_linear_forward, checkpoint, stored)  # pyright: ignore[reportAttributeAccessIssue]
         else:
-            module.register_forward_pre_hook(partial(_fill, checkpoint, stored))
+            _caller_of(model, unit).register_forward_pre_hook(partial(_fill, checkpoint, stored, module))
             module.register_forward_hook(partial(_empty, stored))
+
+
+def _caller_of(model: Any, unit: str) -> nn.Module:
+    """Return the module whose call begins the use of a unit.
+
+    For embeddings it is the module around them: Llama-4 asks their weight for its device before it calls them.
+    """
+    module, around = model.get_submodule(unit), model.get_submodule(unit.rpartition(".")[0])
+    is_called = not isinstance(around, nn.ModuleList | nn.ModuleDict)
+    return around if isinstance(module, nn.Embedding) and is_called else module
 
 
 def _units(model: Any, checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
@@ -67,7 +77,7 @@ def _unit_of(model: Any, name: str) -> str:
     return unit
 
 
-def _fill(checkpoint: Checkpoint, stored: dict[str, str], module: nn.Module, _: Any) -> None:
+def _fill(checkpoint: Checkpoint, stored: dict[str, str], module: nn.Module, _caller: nn.Module, _args: Any) -> None:
     tensors = {name: checkpoint.read(source) for name, source in stored.items()}
     if not isinstance(module, nn.Embedding):  # few of its rows are used: `_empty` converts those
         tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}

@@ -44,6 +44,21 @@ def test_a_model_run_from_its_files_computes_what_the_whole_one_does(name, tmp_p
     torch.testing.assert_close(logits(skeleton(directory), IDS), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_code_may_ask_the_embeddings_for_their_device(sound, monkeypatch):
+    """Llama-4 does."""
+    model = skeleton(sound)
+    forward, asked = model.model.forward, []
+
+    def asking(*args, **kwargs):
+        asked.append(model.model.embed_tokens.weight.device.type)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", asking)
+    logits(model, IDS)
+    assert asked == ["cpu"]
+    assert model.model.embed_tokens.weight.is_meta
+
+
 @pytest.mark.parametrize("options", [{"format": "gptq", "bits": 3}, {"format": "awq"}, {"bits": 8, "group_size": -1}])
 def test_every_format_runs_from_its_files(options, tmp_path, never_whole):
     source = save_tiny(tmp_path / "source", "qwen2", dtype=torch.bfloat16)  # with biases and tied embeddings
