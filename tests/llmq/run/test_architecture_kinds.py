@@ -33,14 +33,15 @@ KINDS = dict.fromkeys(
     ),
     0.95,
 ) | dict.fromkeys(("deepseek_v3", "gpt_oss", "llama4_text", "mixtral", "qwen3_moe@mixed"), 0.05)
-# transformers 5.23 looks for the weights of packed linears when it initializes these models.
-STOCK_FAILS = {"falcon", "mamba", "mamba2"}
+# transformers 5.23 looks for the weights of packed linears when it initializes these models, or (Llama 4) for experts
+# that are quantized, one by one.
+STOCK_FAILS = {"falcon", "llama4_text", "mamba", "mamba2", "recurrent_gemma"}
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_both_methods_give_exact_logits_in_llmq_and_in_transformers(name, tmp_path):
     row = checked(name, tmp_path)
-    stock_fails = name in STOCK_FAILS and row["result"].startswith("ok in llmq, stock transformers fails: Attribute")
+    stock_fails = name in STOCK_FAILS and row["result"].startswith("ok in llmq, stock transformers fails")
     assert row["result"] == "ok" or stock_fails
     assert row["share"] >= KINDS[name], row["remark"]
     assert row["rtn_error"] < 0.6
