@@ -234,5 +234,5 @@ def _words(error: Exception) -> str:
 
 def _remark(notes: list[dict[str, str]]) -> str:
     """Return the notes of a run, those of equal words once: blocks differ only by their numbers."""
-    lines = dict.fromkeys(re.sub(r"\.\d+\b", ".N", f"{note['where']}: {note['note']}") for note in notes)
+    lines = dict.fromkeys(re.sub(r"\.\d+(?=[.:])", ".N", f"{note['where']}: {note['note']}") for note in notes)
     return "; ".join(lines).replace("|", "/")[:300]
