@@ -85,7 +85,7 @@ def evaluation_chunks(
 def check_context(config: Any, sequence_length: int) -> None:
     """Raise RequestError if sequences are longer than the context of the model."""
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and sequence_length > longest:
+    if longest is not None and 0 < longest < sequence_length:  # XLNet, which has no limit, says -1
         raise RequestError(f"sequence length {sequence_length} exceeds the model's context of {longest} tokens")
 
 

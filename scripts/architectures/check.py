@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import time
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, CompressedTensorsConfig
+from transformers import AutoConfig, AutoTokenizer, CompressedTensorsConfig
+from transformers.pytorch_utils import Conv1D
 
 import llmq
 from architectures.sizes import NOT_BUILT
@@ -106,7 +108,8 @@ def _check_method(made: Made, method: str, row: Row) -> None:
             )
         )
     except LlmqError as error:
-        raise FailedError(f"refused: {_words(error)}") from None
+        is_ours = str(output) in str(error)  # it was at work on the output, and its own check failed
+        raise FailedError(f"{'crash' if is_ours else 'refused'}: {_words(error)}") from None
     except Exception as error:
         raise FailedError(f"crash: {method}: {_words(error)}") from None
     report = json.loads((output / REPORT).read_text())
@@ -115,13 +118,9 @@ def _check_method(made: Made, method: str, row: Row) -> None:
     expected = logits(dense, made.ids)
     row[f"{method}_error"] = relative(expected, logits(made.model, made.ids))
     _check_llmq(made, dense, expected, output)
-    try:
-        difference = relative(logits(made.load(output), made.ids), expected)
-    except Exception as error:  # transformers fails in its own ways
-        row["stock"] = _words(error) + _way_out(made, output, expected)
-        return
-    if not difference <= _TOLERANCE:
-        raise FailedError(f"wrong numbers: {method}: in stock transformers logits differ by {difference:.0e}")
+    row["stock"] = row.get("stock") or _stock_failure(made, output, expected)
+    if row["stock"]:
+        _check_plugin(made, expected, output)
 
 
 def _check_llmq(made: Made, dense: Any, expected: Tensor, output: Path) -> None:
@@ -157,9 +156,38 @@ def _generated(dense: Any, prompt: Tensor, settings: Row) -> Tensor | None:
         return None
 
 
+def _stock_failure(made: Made, output: Path, expected: Tensor) -> str:
+    """Return why stock transformers does not run the checkpoint; "" if it does. Raises FailedError for wrong logits."""
+    lost: list[str] = []
+    try:
+        model, notes = type(made.model).from_pretrained(output, dtype=torch.float32, output_loading_info=True)
+        lost = sorted(notes["missing_keys"])
+        difference = relative(logits(model.eval(), made.ids), expected)
+    except Exception as error:  # transformers fails in its own ways
+        return f"it finds no {lost[0]}" if lost else _words(error) + _way_out(made, output, expected)
+    if difference <= _TOLERANCE:
+        return ""
+    if lost:
+        return f"it finds no {lost[0]}"
+    raise FailedError(f"wrong numbers: in stock transformers logits differ by {difference:.0e}")
+
+
+def _check_plugin(made: Made, expected: Tensor, output: Path) -> None:
+    """Raise FailedError unless transformers opens the checkpoint with llmq as its quantization method."""
+    config = AutoConfig.from_pretrained(output)
+    config.quantization_config = {"quant_method": "llmq"}
+    try:
+        difference = relative(logits(made.load(output, config=config), made.ids), expected)
+    except Exception as error:
+        raise FailedError(f"crash: transformers with quant_method llmq: {_words(error)}") from None
+    if not difference <= _TOLERANCE:
+        raise FailedError(f"wrong numbers: transformers with quant_method llmq: logits differ by {difference:.0e}")
+
+
 def _way_out(made: Made, output: Path, expected: Tensor) -> str:
     """Return what to say if transformers can load the checkpoint once it unpacks the weights at once."""
-    with suppress(Exception):
+    with suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         model = made.load(output, quantization_config=CompressedTensorsConfig(dequantize=True))
         if relative(logits(model, made.ids), expected) <= _DEQUANTIZED:
             return " (CompressedTensorsConfig(dequantize=True) helps)"
@@ -177,6 +205,9 @@ def dequantized(made: Made, output: Path) -> Any:
     shutil.rmtree(directory, ignore_errors=True)
     shutil.copytree(made.room / "source", directory)
     tensors = load_file(directory / "model.safetensors")
+    for name in checkpoint.linears:
+        if type(made.model.get_submodule(name) if f"{name}.weight" in made.model.state_dict() else None) is Conv1D:
+            weights[f"{name}.weight"] = weights[f"{name}.weight"].T.contiguous()
     stored = {name: weight for name, weight in weights.items() if name in tensors}
     save_file(tensors | stored, directory / "model.safetensors", metadata={"format": "pt"})
     model = made.load(directory)
@@ -221,5 +252,5 @@ def _words(error: Exception) -> str:
 
 def _remark(notes: list[dict[str, str]]) -> str:
     """Return the notes of a run, those of equal words once: blocks differ only by their numbers."""
-    lines = dict.fromkeys(re.sub(r"\.\d+\b", ".N", f"{note['where']}: {note['note']}") for note in notes)
+    lines = dict.fromkeys(re.sub(r"\.\d+(?=[.:])", ".N", f"{note['where']}: {note['note']}") for note in notes)
     return "; ".join(lines).replace("|", "/")[:300]

@@ -13,6 +13,7 @@ Row = dict[str, Any]
 
 KINDS = ("ok", "ok in llmq, stock transformers fails", "refused", "crash", "wrong numbers", "not built")
 _WORKS = KINDS[:2]
+_BY_SEVERITY = ("not built", *KINDS[:-1])
 _SHARE = 0.95  # of the weights of the blocks that must be packed, in so many of the classes
 BEGIN, END = "<!-- architectures: begin -->", "<!-- architectures: end -->"
 
@@ -22,7 +23,8 @@ FAMILIES = {
     "Mistral, Ministral": "mistral",
     "Qwen2, Qwen2.5": "qwen2",
     "Qwen3": "qwen3",
-    "Qwen3.5, Qwen3-Next-like hybrids": "qwen3_5_text",
+    "Qwen3.5": "qwen3_5_text",
+    "Qwen3.5 with pictures": "qwen3_5@image",
     "Qwen2.5-VL": "qwen2_5_vl",
     "Qwen3-VL": "qwen3_vl",
     "Gemma 2": "gemma2",
@@ -72,7 +74,7 @@ def totals(rows: Sequence[Row]) -> Iterator[str]:
     built = [row for row in without if kind(row) != "not built"]
     good = sum(kind(row) in _WORKS and (row["share"] or 0) >= _SHARE for row in built)
     yield ""
-    packed = f"with at least {_SHARE:.0%} of their blocks packed"
+    packed = f"with at least {_SHARE:.0%} of their blocks packed: {good / max(len(built), 1):.1%}"
     yield f"- {good} of {len(built)} built decoder-only classes without experts work {packed}; bar: 95 %"
     for bad in ("crash", "wrong numbers"):
         yield f"- {bad}: {of_rows[bad]}; bar: 0"
@@ -83,7 +85,7 @@ def totals(rows: Sequence[Row]) -> Iterator[str]:
 def _by_class(rows: Iterable[Row]) -> list[Row]:
     """Return one row for each class: that of the worst result, then of the smallest share."""
     found: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda row: (-KINDS.index(kind(row)), row["share"] or 0)):
+    for row in sorted(rows, key=lambda row: (-_BY_SEVERITY.index(kind(row)), row["share"] or 0)):
         found.setdefault(row["class"] or row["name"], row)
     return list(found.values())
 
@@ -119,10 +121,10 @@ def page(rows: Sequence[Row]) -> str:
     first = rows[0] if rows else {"transformers": "–", "date": "–"}
     head = f"""# Which architectures llmq quantizes
 
-Every decoder of transformers {first["transformers"]} ({first["date"]}, on a CPU), as a tiny random model with each
-kind of its layers: hidden size 64, 4 experts, sides that are multiples of 32 where those of real models are. Quantized
-by rtn and gptq (4 bit, group 32, 8 texts of 48 tokens). Written by `python scripts/check_architectures.py`; what it
-checks is said there.
+Every decoder of transformers {first["transformers"]} ({first["date"]}, on a CPU), as a tiny random model
+with each kind of its layers: hidden size 64, 4 experts, sides that are multiples of 32 where those of real models are.
+Quantized by rtn and gptq (4 bit, group 32, 8 texts of 48 tokens). Written by `python scripts/check_architectures.py`;
+what it checks is said there.
 
 - *ok*: llmq and stock transformers load both results, and the logits are those of the dense model with the dequantized
   weights. llmq generates that model's tokens, too.
@@ -156,6 +158,6 @@ def families(rows: Sequence[Row]) -> Iterator[str]:
     yield "|---|---|---|"
     for family, name in FAMILIES.items():
         if row := by_name.get(name):
-            works = {"ok": "yes", _WORKS[1]: "in llmq; stock transformers fails"}.get(kind(row), row["result"])
+            works = {"ok": "yes", _WORKS[1]: "in llmq; stock transformers fails"}.get(kind(row), kind(row))
             experts = "; experts stay in float" if row["experts"] and (row["share"] or 1) < _SHARE else ""
             yield f"| {family} | {works} | {_percent(row)}{experts} |"
