@@ -59,14 +59,17 @@ def find_groups(
     """Run the block once and group its linears by the identity of their input tensor.
 
     `run` calls the block with the arguments that the model gives it. The values of `hidden`, its input, do not matter.
-    A linear that runs several times is in as many groups.
+    A linear that runs several times is in as many groups. One whose weight is also read without a call is in none.
     """
     seen = Observation(hidden.to(next(block.parameters()).device))
-    with _hooked(block, seen.record):
+    with weights_read(block) as read, _hooked(block, seen.record):
         end = run(hidden)
     groups = []
-    for tensor, linears in seen.linears_of_input.items():
-        norm = seen.norm_of_output.get(tensor)
+    for tensor, readers in seen.linears_of_input.items():
+        linears = [name for name in readers if name not in read]
+        if not linears:
+            continue
+        norm = seen.norm_of_output.get(tensor) if linears == readers else None
         offset = _norm_offset(block.get_submodule(norm), hidden) if norm is not None else None
         producer = norm if offset is not None else _declared_producer(block, linears)
         alone = len(linears) == 1
@@ -141,6 +144,43 @@ def _hooked(block: nn.Module, hook: Any) -> Generator[None]:
             handle.remove()
 
 
+@contextmanager
+def weights_read(block: nn.Module) -> Generator[set[str]]:
+    """Give the names of linears whose weight is read outside of their own call while inside.
+
+    A packed linear has none: Mamba multiplies by the weight of dt_proj itself, DeepSeek-V3.2 asks one for its dtype.
+    """
+    read, classes = set[str](), dict[nn.Module, type[nn.Module]]()
+    try:
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear):
+                classes[module] = type(module)
+                module.__class__ = _watched(type(module), name, read)
+        yield read
+    finally:
+        for module, own in classes.items():
+            module.__class__ = own
+
+
+def _watched(kind: type[nn.Linear], name: str, read: set[str]) -> type[nn.Linear]:
+    """Return a class of linears that notes in `read` when something else reads the weight."""
+
+    class Watched(kind):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            self.__dict__["_is_running"] = True
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                del self.__dict__["_is_running"]
+
+        def __getattr__(self, attribute: str) -> Any:
+            if attribute == "weight" and "_is_running" not in self.__dict__:
+                read.add(name)
+            return super().__getattr__(attribute)
+
+    return Watched
+
+
 def linear_of(block: nn.Module, name: str) -> nn.Linear:
     """Return the linear with this name inside the block."""
     module = block.get_submodule(name)
@@ -154,7 +194,7 @@ def _identity(tensor: Tensor) -> tuple[object, ...]:
 
 def _is_plain(linear: nn.Linear, x: Tensor, output: Any) -> bool:
     """Return whether a linear returned x Wᵀ + b. A subclass may route tokens, or multiply by parts of its weight."""
-    if type(linear) is nn.Linear:
+    if type(linear).forward is nn.Linear.forward:
         return True
     expected = nn.functional.linear(x, linear.weight, linear.bias)
     if not isinstance(output, Tensor) or output.shape != expected.shape:

@@ -134,3 +134,23 @@ def test_a_norm_with_a_gate_does_not_stop_the_observation():
     block = nn.ModuleDict({"norm": GatedNorm(), "out_proj": nn.Linear(64, 64)})
     groups = find_groups(block, lambda x: block["out_proj"](block["norm"](x, x)), torch.randn(1, 4, 64))
     assert groups == [Group(("out_proj",))]
+
+
+class Indexer(nn.Module):
+    """Casts to the dtype of a weight, as DeepSeek-V3.2 does, and multiplies by another one itself, as Mamba does."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked, self.used, self.plain = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x):
+        return self.asked(x.to(self.asked.weight.dtype)) + self.plain(x) + self.used(x) @ self.used.weight
+
+
+def test_a_linear_whose_weight_is_read_without_a_call_stays_in_float():
+    block = Indexer()
+    kept, skipped = observed(block, block)
+    assert kept == [("plain",)]
+    assert skipped.keys() == {"asked", "used"}
+    assert all("reads its weight itself" in reason for reason in skipped.values())
+    assert {type(module) for module in block.children()} == {nn.Linear}
