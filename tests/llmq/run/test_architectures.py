@@ -1,14 +1,13 @@
-"""Models whose blocks are called in other ways: tuples come back, masks and biases grow with the batch."""
+"""Models whose blocks are called in other ways than Llama's are quantized, and run."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from packed import logits
+from other_models import save_other
+from packed import logits, put_dequantized
 from small_runs import run
-from tiny import tiny_tokenizer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmq
 from llmq.calibration.block_runner import Block, Compute
@@ -16,35 +15,23 @@ from llmq.calibration.input_statistics import collect_statistics
 from llmq.core.timing import Clock
 from llmq.models.block_structure import find_groups
 
-_TOKENS = {"vocab_size": 384, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
-_GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 96}
-ARCHITECTURES = {
-    "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
-    "codegen": _GPT | {"rotary_dim": 8, "n_ctx": 256},
-    "falcon": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "gpt_neo": {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
-    | {"max_position_embeddings": 256},
-    "gptj": _GPT | {"rotary_dim": 8},
-    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "expansion_ratio": 2},
-    "xglm": {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 256},
-}
+IDS = torch.randint(2, 300, (2, 32), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["bloom", "codegen", "falcon-7b", "falcon-40b", "gpt_neo", "gptj", "mpt", "xglm"])
 def test_it_is_quantized_and_runs(name, text_file, tmp_path):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **(_TOKENS | ARCHITECTURES[name]))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.ndim == 2 and "embed" not in parameter_name:
-                parameter *= 3
-    model.save_pretrained(tmp_path / "source")
-    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    model = save_other(tmp_path / "source", name)
     output = run(tmp_path / "source", text_file, tmp_path / "packed", bits=8)
-    ids = torch.randint(2, 300, (2, 32), generator=torch.Generator().manual_seed(0))
-    expected = logits(model, ids)
-    assert (logits(llmq.load(output, "cpu"), ids) - expected).norm() < 0.02 * expected.norm()
+    expected = logits(model, IDS)
+    assert (logits(llmq.load(output, "cpu"), IDS) - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4-shared", "lfm2"])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_what_runs_is_what_was_computed(name, method, text_file, tmp_path):
+    model = save_other(tmp_path / "source", name)
+    output = run(tmp_path / "source", text_file, tmp_path / "packed", method=method, effort="fast")
+    assert torch.equal(logits(llmq.load(output, "cpu"), IDS), logits(put_dequantized(model, output), IDS))
 
 
 class Routed(nn.Module):
