@@ -157,7 +157,7 @@ class Resolver:
         """Return what a block that returned `output` leaves for later blocks."""
         # A container of any kind is stored as a plain one, which every tool for trees of tensors knows.
         plain = {index: dict(c) if isinstance(c, MutableMapping) else list(c) for index, c in self.containers.items()}
-        return Left(self._left.containers | plain, tuple(output[1:]) if isinstance(output, tuple) else ())
+        return Left(self._left.containers | plain, tuple(output[1:]) if isinstance(output, tuple | list) else ())
 
     def was_written(self) -> bool:
         """Return whether the block changed one of its containers."""

@@ -131,7 +131,7 @@ class Block:
         if leave and self.shared is not None:
             self.shared.leave(batch, values.left_by(output))
             self._writes |= values.was_written()
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple | list) else output
 
     def run_together(self, weights: dict[str, Tensor], batches: list[int]) -> Float[Tensor, "*batch tokens features"]:
         """Return the outputs of `run_with` for these micro-batches, side by side in dimension `batch_dim`."""

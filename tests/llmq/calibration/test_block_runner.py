@@ -9,6 +9,7 @@ from blocks import CPU, block_of, hidden_states, paired_block
 from llmq.calibration.block_runner import Block, Compute
 from llmq.calibration.input_statistics import collect_statistics
 from llmq.core.distributed import ALONE
+from llmq.core.errors import RequestError
 from llmq.core.timing import Clock
 from llmq.models.block_structure import find_groups
 
@@ -102,3 +103,15 @@ def test_a_block_alone_has_all_shares_and_the_first_sequence_as_its_sample():
         *((range(i, i + 1), True) for i in range(3, 5)),
     ]
     assert torch.equal(block.sample, hidden[0][:1])
+
+
+def test_a_block_whose_code_fails_is_named_in_a_line():
+    class Fails(torch.nn.Module):
+        def forward(self, hidden):
+            raise NotImplementedError("no kernel for this\nmachine")
+
+    block = Block("model.layers.7", Fails(), hidden_states(), 2, ((), {}), CPU)
+    with pytest.raises(
+        RequestError, match=r"model.layers.7 does not run .*\(NotImplementedError: no kernel for this\)"
+    ):
+        block.run(block.hidden[0])

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from killed import interrupted, result_of, small_run
+from killed import interrupted, quantize_together, result_of, small_run
 from other_models import save_other
 
 import llmq
@@ -41,4 +41,11 @@ def test_the_sample_passes_all_blocks_although_no_text_does(saved, text_file, tm
     llmq.quantize(replace(config, output=tmp_path / "whole"))
     interrupted(config, monkeypatch, blocks=3)
     llmq.quantize(replace(config, resume=True))
+    assert result_of(config.output) == result_of(tmp_path / "whole")
+
+
+def test_several_processes_write_the_same_bytes(saved, text_file, tmp_path):
+    config = small_run(saved["gemma4-shared"], text_file, tmp_path)
+    llmq.quantize(replace(config, output=tmp_path / "whole"))
+    assert quantize_together(config, 3) == [0, 0, 0]
     assert result_of(config.output) == result_of(tmp_path / "whole")
