@@ -33,6 +33,7 @@ from llmq.calibration.block_arguments import (
 from llmq.calibration.block_runner import Compute
 from llmq.calibration.hidden_states import BatchValues, HiddenDir
 from llmq.core.errors import RequestError, first_line
+from llmq.models.decoder_blocks import decoder_of
 from llmq.models.model_source import ModelSource, move_buffers
 
 _LONGEST = 4  # most values that a block returns
@@ -79,7 +80,7 @@ class Recording:
     def __init__(
         self, source: ModelSource, one: Int64[Tensor, "1 length"], compute: Compute, hidden_dir: HiddenDir | None
     ) -> None:
-        self._decoder, self._blocks, self._compute = source.skeleton.get_decoder(), source.blocks, compute
+        self._decoder, self._blocks, self._compute = decoder_of(source.skeleton), source.blocks, compute
         self._hidden_dir = hidden_dir
         self._form, moved = self._form_wanted(one)
         # Other tokens everywhere, even in a text that is the same when it is reversed.
@@ -239,9 +240,9 @@ def recorded(
 
     `hidden_dir`: where arguments that depend on tokens are kept; None for memory.
     """
-    inside = {id(tensor) for tensor in source.skeleton.get_decoder().state_dict(keep_vars=True).values()}
-    outer = source.skeleton.state_dict(keep_vars=True)
-    names = [name for name in source.outer_names() if id(outer[name]) in inside]
+    inside = {id(tensor) for tensor in decoder_of(source.skeleton).state_dict(keep_vars=True).values()}
+    state, blocks = source.skeleton.state_dict(keep_vars=True), tuple(f"{name}." for name in source.block_names)
+    names = [name for name in source.all_names if id(state[name]) in inside and not name.startswith(blocks)]
     source.load(names, compute.device, compute.dtype)
     move_buffers(source.skeleton, compute.device)
     with torch.no_grad():

@@ -69,7 +69,7 @@ def stream(
             if states.shared is not None:
                 states.shared.next_block()
             settings.passed()
-            source.free(source.block_tensor_names(name))
+            source.free(source.block_tensor_names(name, aliases=True))
             block.kept_inputs.forget()
             release_memory()
     finally:
@@ -142,7 +142,7 @@ class _StreamedStates:
 
 def load_block(source: ModelSource, name: str, compute: Compute, linears: torch.dtype | None) -> nn.Module:
     """Load the weights of a block. `linears`: dtype of its linears' weights, if it is not that of `compute`."""
-    module, names = source.skeleton.get_submodule(name), source.block_tensor_names(name)
+    module, names = source.skeleton.get_submodule(name), source.block_tensor_names(name, aliases=True)
     weights = {f"{name}.{inner}.weight" for inner, m in module.named_modules() if isinstance(m, nn.Linear)}
     source.load([tensor for tensor in names if tensor in weights], compute.device, linears or compute.dtype)
     source.load([tensor for tensor in names if tensor not in weights], compute.device, compute.dtype)

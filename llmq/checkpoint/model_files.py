@@ -43,7 +43,8 @@ def companions_of(source: ModelSource) -> Companions:
     """Return the companions of a model to quantize. Of a GGUF file, transformers writes the tokenizer."""
     if not source.is_gguf:
         companions = companions_in(source.directory)
-        return replace(companions, config=_untied(companions.config)) if source.is_untied else companions
+        config = companions.config | source.config_changes
+        return replace(companions, config=_untied(config) if source.is_untied else config)
     config = source.config.to_dict() | {"architectures": [type(source.skeleton).__name__]}
     config.pop("_name_or_path", None)
     return Companions(config, source.tokenizer.save_pretrained)

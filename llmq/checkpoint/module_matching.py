@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from llmq.checkpoint.reader import CONFIG, CPU, Checkpoint
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.models.stored_names import has_no_place, is_computed, tied_aliases
+from llmq.models.stored_names import has_no_place, is_computed, tied_names
 
 LinearMaker: TypeAlias = Callable[[str, QuantizedWeight, "Tensor | None"], nn.Module]
 """Takes the name of a packed linear, its weight and its bias; returns the module that replaces the linear."""
@@ -23,7 +23,7 @@ def check_fit(model: Any, checkpoint: Checkpoint) -> set[str]:
     """
     for name in checkpoint.linears:
         packed_target(model, checkpoint, name)
-    packed, aliases = {f"{name}.weight" for name in checkpoint.linears}, tied_aliases(model)
+    packed, aliases = {f"{name}.weight" for name in checkpoint.linears}, tied_names(model).keys()
     # Parameters, and the few buffers that are stored: Gemma 4 scales each block by one.
     state = model.state_dict()
     wanted, stored = state.keys() - aliases - packed, set(checkpoint.other_names)
@@ -51,7 +51,7 @@ def packed_target(model: Any, checkpoint: Checkpoint, name: str) -> nn.Linear:
         linear = None
     if not isinstance(linear, nn.Linear):
         raise CheckpointError(f"{checkpoint.directory}: {name} is packed, but the model has no such linear")
-    if f"{name}.weight" in tied_aliases(model):
+    if f"{name}.weight" in tied_names(model):
         raise CheckpointError(f"{checkpoint.directory}: {name} is packed, but the model ties it to its embeddings")
     return linear
 

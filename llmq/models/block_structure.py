@@ -43,6 +43,8 @@ class Group:
     """The output is added to the input of the module with this name ("" is the block itself), which is the residual
     stream at that point. None if the output is not added to it directly."""
     ends: Submodule | None = None  # the child of the block that returns the output of this group's only linear
+    is_read: bool = False  # the model also reads the weight of this group's only linear without a call
+    calls: int = 1  # in one forward; a group whose linear runs never or often has no other linear
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def find_groups(
     """Run the block once and group its linears by the identity of their input tensor.
 
     `run` calls the block with the arguments that the model gives it. The values of `hidden`, its input, do not matter.
-    A linear that runs several times is in as many groups. One whose weight is also read without a call is in none.
+    A linear that runs several times is in as many groups. One whose weight is also read without a call has its own.
     """
     seen = Observation(hidden.to(next(block.parameters()).device))
     with weights_read(block) as read, _hooked(block, seen.record):
@@ -76,7 +78,7 @@ def find_groups(
         residual = seen.residual_of(linears[0], end) if alone else None
         ends = seen.submodule_ended_by.get(linears[0]) if alone else None
         groups.append(Group(tuple(linears), producer, offset, residual, ends))
-    return groups
+    return groups + [Group((name,), is_read=True) for name in sorted(read)]
 
 
 class Observation:

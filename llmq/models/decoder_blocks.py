@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from llmq.core.errors import RequestError
 
@@ -17,10 +18,14 @@ def find_blocks(model: Any) -> list[str]:
     They are the ModuleList of the decoder whose length the configuration names, and the largest one if there are more
     (Gemma 3n has short lists of projections). Lists within a list, such as experts, do not count.
 
-    Raises RequestError if there is no such list, if two are the largest, or if blocks share weights.
+    Raises RequestError if there is no such list, or if two are the largest.
     """
-    decoder, config = model.get_decoder(), model.config.get_text_config()
+    decoder, config = decoder_of(model), model.config.get_text_config()
     lists = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
+    towers = [name for name, m in decoder.named_modules() if _is_tower(m, config)]
+    lists = {
+        name: m for name, m in lists.items() if not name.startswith(tuple(f"{tower}." for tower in towers if tower))
+    }
     outer = {name: m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
     depths = [depth for key in _DEPTHS if (depth := getattr(config, key, 0))]
     found = next((some for depth in depths if (some := _of_length(outer, depth))), {})
@@ -31,9 +36,19 @@ def find_blocks(model: Any) -> list[str]:
             f"(found {len(largest)}); llmq quantizes decoder-only models such as Llama, Mistral, Qwen, Gemma and Phi"
         )
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    names = [".".join(filter(None, (prefix, largest[0], str(i)))) for i in range(len(outer[largest[0]]))]
-    _refuse_shared_weights(model, names)
-    return names
+    return [".".join(filter(None, (prefix, largest[0], str(i)))) for i in range(len(outer[largest[0]]))]
+
+
+def _is_tower(module: nn.Module, config: Any) -> bool:
+    """Return whether a module is a model for pictures or sound."""
+    return isinstance(module, PreTrainedModel) and type(module.config) is not type(config)
+
+
+def decoder_of(model: Any) -> Any:
+    """Return the part of a model that turns tokens into hidden states."""
+    decoder = model.get_decoder()  # ModernBERT calls the last projection so
+    has_lists = any(isinstance(module, nn.ModuleList) for module in decoder.modules())
+    return decoder if has_lists else model.base_model
 
 
 def _of_length(lists: dict[str, nn.ModuleList], length: int) -> dict[str, int]:
@@ -41,14 +56,11 @@ def _of_length(lists: dict[str, nn.ModuleList], length: int) -> dict[str, int]:
     return {name: sum(p.numel() for p in m.parameters()) for name, m in lists.items() if len(m) == length}
 
 
-def _refuse_shared_weights(model: Any, blocks: list[str]) -> None:
-    """Raise RequestError if a weight belongs to two blocks (Zamba): it would be quantized for one of them only."""
-    for name, other in getattr(model, "all_tied_weights_keys", {}).items():
-        one, two = (next((block for block in blocks if key.startswith(f"{block}.")), None) for key in (name, other))
-        if one is not None and two is not None and one != two:
-            raise RequestError(
-                f"{two} and {one} share {other.removeprefix(two + '.')}; llmq quantizes each block alone"
-            )
+def shared_by_blocks(model: Any, blocks: list[str]) -> set[str]:
+    """Return the names of tensors that belong to several blocks (Zamba): under each of their names."""
+    prefixes = tuple(f"{block}." for block in blocks)
+    tied = getattr(model, "all_tied_weights_keys", {}).items()
+    return {name for pair in tied if all(each.startswith(prefixes) for each in pair) for name in pair}
 
 
 def refuse_without_linears(blocks: list[nn.Module]) -> None:

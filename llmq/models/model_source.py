@@ -12,13 +12,20 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from llmq.core.errors import CheckpointError, RequestError, WorkError, first_line
 from llmq.models.conv1d import linears_for_conv1d
-from llmq.models.decoder_blocks import find_blocks, refuse_without_linears
+from llmq.models.decoder_blocks import find_blocks, refuse_without_linears, shared_by_blocks
 from llmq.models.gguf_file import GgufFile, open_gguf, set_rope
 from llmq.models.locate import locate
 from llmq.models.model_class import model_class
 from llmq.models.model_files import ModelFiles, by_conversion
 from llmq.models.safetensors_files import SafetensorsDirectory, TensorFiles
-from llmq.models.stored_names import has_no_place, is_computed, tied_aliases, untie_own
+from llmq.models.source_checks import (
+    carried_names,
+    refuse_float8,
+    refuse_missing,
+    refuse_quantized,
+    without_rescaling,
+)
+from llmq.models.stored_names import tied_names, untie_own
 from llmq.models.untrusted_files import read_json
 
 _GENERATION = "generation_config.json"
@@ -37,10 +44,12 @@ class ModelSource:
         self.directory = path.parent if self.is_gguf else path
         self._hf_arguments = {"trust_remote_code": trust_remote_code, "gguf_file": path.name if self.is_gguf else None}
         self.config = self._read_config()
+        self.config_changes = without_rescaling(self.config)
+        """What config.json of the result says otherwise."""
         reader = open_gguf(path) if self.is_gguf else None
         if reader is not None:
             set_rope(self.config, reader)
-        _refuse_quantized(self.config, path)
+        refuse_quantized(self.config, path)
         self.skeleton = build_skeleton(self.config, trust_remote_code)
         files: TensorFiles = GgufFile(path, reader, self.skeleton) if reader else SafetensorsDirectory(path)
         self.files = ModelFiles(files, self.skeleton, renamed=not reader)
@@ -51,10 +60,12 @@ class ModelSource:
             self.skeleton = build_skeleton(self.config, trust_remote_code)
         self.block_names = find_blocks(self.skeleton)
         refuse_without_linears(self.blocks)
-        _refuse_missing(self.tensor_names, self.files, path)
-        _refuse_float8(self.tensor_names, self.files, path)
-        self.carried_names = _carried(self.skeleton, self.files, path)
+        refuse_missing(self.tensor_names, self.files, path)
+        refuse_float8(self.tensor_names, self.files, path)
+        self.carried_names = carried_names(self.skeleton, self.files, path)
         """The names of tensors without a place in the model. They are copied as they are."""
+        self.shared_names = shared_by_blocks(self.skeleton, self.block_names)
+        """The names of tensors that belong to several blocks."""
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -70,8 +81,17 @@ class ModelSource:
     @cached_property
     def tensor_names(self) -> list[str]:
         """Return the name of every tensor of the model, without aliases of tied weights."""
-        aliases = tied_aliases(self.skeleton)
-        return [name for name in self.skeleton.state_dict() if name not in aliases]
+        return [name for name in self.skeleton.state_dict() if name not in self._tied]
+
+    @cached_property
+    def _tied(self) -> dict[str, str]:
+        """Return the name of the tensor that each alias repeats."""
+        return tied_names(self.skeleton)
+
+    @cached_property
+    def all_names(self) -> list[str]:
+        """Return the name of every tensor, also of those that repeat another one. `read` knows them, too."""
+        return list(self.skeleton.state_dict())
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -92,12 +112,13 @@ class ModelSource:
         prefixes = tuple(name + "." for name in self.block_names)
         return [name for name in self.tensor_names if not name.startswith(prefixes)]
 
-    def block_tensor_names(self, block: str) -> list[str]:
-        return [name for name in self.tensor_names if name.startswith(block + ".")]
+    def block_tensor_names(self, block: str, aliases: bool = False) -> list[str]:
+        """Return the names of the tensors of a block. `aliases`: also of those that another block has, too."""
+        return [n for n in (self.all_names if aliases else self.tensor_names) if n.startswith(block + ".")]
 
     def read(self, name: str) -> Tensor:
         """Return one tensor of the model in its stored dtype, on the CPU. Raises WorkError if it is not finite."""
-        return _finite(name, self.files.read(name))
+        return _finite(name, self.files.read(self._tied.get(name, name)))
 
     def as_stored(self, names: Iterable[str], instead: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return these tensors of the model as the files hold them, under the names there.
@@ -192,41 +213,3 @@ def _finite(name: str, tensor: Tensor) -> Tensor:
     if is_number and not all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax()):
         raise WorkError(f"tensor {name} holds NaN or infinite values; this model cannot be quantized")
     return tensor
-
-
-def _refuse_quantized(config: Any, path: Path) -> None:
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
-        raise RequestError(f"{path} is quantized already ({method}); start from the original weights")
-
-
-def _refuse_missing(wanted: list[str], files: TensorFiles, path: Path) -> None:
-    missing = sorted(set(wanted) - files.names())
-    if missing:
-        raise CheckpointError(
-            f"{path} lacks {len(missing)} tensors the model needs, {missing[0]} among them; "
-            "it is incomplete, or stores them under other names"
-        )
-
-
-def _refuse_float8(names: list[str], files: TensorFiles, path: Path) -> None:
-    for name in names:
-        dtype = files.dtype(name)
-        if dtype.is_floating_point and dtype.itemsize == 1:
-            raise RequestError(
-                f"{path} is quantized already: it holds {name} in {str(dtype).removeprefix('torch.')}, although its "
-                "config.json does not say so; start from the original weights"
-            )
-
-
-def _carried(model: Any, files: TensorFiles, path: Path) -> list[str]:
-    """Return the names of stored tensors that the model has no place for. Raises CheckpointError for misplaced ones."""
-    others = [name for name in sorted(files.names() - model.state_dict().keys()) if not is_computed(model, name)]
-    misplaced = [name for name in others if not has_no_place(model, name)]
-    if misplaced:
-        raise CheckpointError(
-            f"{path} holds {misplaced[0]}, which the model that config.json describes does not use; "
-            "the result would compute something else. Correct config.json, or remove the tensor"
-        )
-    return others

@@ -44,52 +44,63 @@ def packable_widths(blocks: Mapping[str, nn.Module], bits: Mapping[str, int]) ->
     return {m.in_features for name, m in modules.items() if isinstance(m, nn.Linear) and can_pack(m, bits[name])}
 
 
+def inside(block: str, names: Iterable[str]) -> set[str]:
+    """Return the names inside a block of those that are in it."""
+    return {name.removeprefix(f"{block}.") for name in names if name.startswith(f"{block}.")}
+
+
 def split_packable(
-    block: nn.Module, groups: list[Group], bits: Mapping[str, int]
+    block: nn.Module, groups: list[Group], bits: Mapping[str, int], shared: Container[str] = ()
 ) -> tuple[list[Group], dict[str, str]]:
     """Return the groups that can be packed, and the reason for each linear that stays in float.
 
+    Linears that do not run once in a forward come last, each as a group of its own.
+
     A linear that cannot be packed keeps those in float that engines run as one with it: they need one scheme for all.
-    `bits`: of each linear, by its name in the block.
+    `bits`: of each linear, by its name in the block. `shared`: names of tensors that other blocks have, too.
     """
     kept, skipped = list[Group](), dict[str, str]()
     calls = Counter(name for group in groups for name in group.linears)
+    read = {name for group in groups if group.is_read for name in group.linears}
+
+    def reason_for(name: str, linear: nn.Linear) -> str:
+        if name in read:
+            return "the model reads its weight without a call, and a packed linear has none"
+        if f"{name}.weight" in shared:
+            return "another block has the same weight; llmq quantizes each block alone"
+        return _unfit(name, linear, bits[name], calls[name])
+
     for group in groups:
         for odd in group.linears:
-            if reason := _unfit(odd, linear_of(block, odd), bits[odd], calls[odd]):
+            if reason := reason_for(odd, linear_of(block, odd)):
                 with_it = dict.fromkeys((odd, *(name for name in group.linears if _are_fused(odd, name))), reason)
                 skipped = with_it | skipped
+    alone = {name: count for name, count in calls.items() if count > 1 and name not in skipped}
     for group in groups:
-        left = tuple(name for name in group.linears if name not in skipped)
-        if left == group.linears:
+        left = tuple(name for name in group.linears if name not in skipped and name not in alone)
+        if left == group.linears and f"{group.producer}.weight" not in shared:
             kept.append(group)
-        elif left:  # nothing is folded into a norm that also feeds weights in float
+        elif left:  # nothing is folded into a norm that also feeds weights in float, or belongs to other blocks
             kept.append(Group(left))
-    idle = {name: _why_idle(module) for name, module in block.named_modules() if name not in calls}
-    return kept, skipped | {name: reason for name, reason in idle.items() if reason}
+    for name, linear in block.named_modules():
+        if isinstance(linear, nn.Linear) and name not in calls:
+            if reason := reason_for(name, linear):
+                skipped[name] = reason
+            else:
+                alone[name] = 0
+    return kept + [Group((name,), calls=count) for name, count in alone.items()], skipped
 
 
 def _unfit(name: str, linear: nn.Linear, bits: int, calls: int) -> str:
-    """Return why a linear that ran stays in float, or nothing."""
-    if calls > 1:
-        return f"{name} runs {calls} times in one forward"
+    """Return why a linear stays in float, or nothing."""
+    if calls == 0 and type(linear) is not nn.Linear:
+        return f"it is a {type(linear).__name__}, and did not compute what an nn.Linear does"
     if _ROUTERS.intersection(name.split(".")) and linear.out_features < linear.in_features:
         return f"{name} is a router: it is small, and chooses the experts"
     if not can_pack(linear, bits):
         size, multiples = f"{linear.out_features}x{linear.in_features}", f"{_row_multiple(linear, bits)}x{_MULTIPLE}"
         return f"{name} is {size}; packed weights need multiples of {multiples}"
     return ""
-
-
-def _why_idle(module: nn.Module) -> str:
-    """Return why a module whose call was not seen stays in float; nothing if it is no kind of linear."""
-    if not isinstance(module, nn.Linear):
-        return ""
-    if type(module) is nn.Linear:
-        return (
-            "it was not called on the first calibration sequence: an idle expert, or the model reads its weight itself"
-        )
-    return f"it is a {type(module).__name__}, and did not compute what an nn.Linear does"
 
 
 def _are_fused(one: str, other: str) -> bool:

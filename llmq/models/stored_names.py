@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from llmq.models.safetensors_files import TensorFiles
 
 
-def tied_aliases(model: Any) -> set[str]:
-    """Return the names that repeat another tensor (lm_head of a model with tied embeddings)."""
-    return set(getattr(model, "all_tied_weights_keys", ()))
+def tied_names(model: Any) -> dict[str, str]:
+    """Return the name of the tensor that an alias repeats: lm_head repeats the embeddings in many models."""
+    return dict(getattr(model, "all_tied_weights_keys", {}))
 
 
 def untie_own(model: Any, files: TensorFiles) -> bool:
@@ -21,8 +21,7 @@ def untie_own(model: Any, files: TensorFiles) -> bool:
     transformers and vLLM use such a tensor, although config.json says that there is none. The caller must build the
     model anew.
     """
-    tied = dict(getattr(model, "all_tied_weights_keys", {}))
-    both = [pair for pair in tied.items() if files.names().issuperset(pair)]
+    both = [pair for pair in tied_names(model).items() if files.names().issuperset(pair)]
     if not any(_differ(*map(files.read, pair)) for pair in both):
         return False
     for config in (model.config, model.config.get_text_config()):

@@ -11,11 +11,10 @@ from llmq.calibration.block_recorder import recorded
 from llmq.calibration.block_runner import Block
 from llmq.calibration.block_stream import load_block
 from llmq.core.memory import release_memory
-from llmq.models.block_structure import Group, find_groups
+from llmq.models.block_structure import Group
 from llmq.models.model_source import ModelSource
-from llmq.models.packable import split_packable
 from llmq.run.block_quantizer import Run
-from llmq.run.layer_bits import bits_in
+from llmq.run.layer_problem import packable_groups
 from llmq.run.prepare import Request
 
 _RANDOM_NUMBERS = 1 << 20  # drawn once; a larger tensor repeats them
@@ -110,7 +109,7 @@ def random_blocks(request: Request, run: Run, ids: Tensor) -> Iterator[tuple[tup
             yield structures[name], block
         if shared is not None:
             shared.next_block()
-        source.free(source.block_tensor_names(name))
+        source.free(source.block_tensor_names(name, aliases=True))
         release_memory()
 
 
@@ -142,9 +141,7 @@ def layouts(request: Request, run: Run) -> Iterator[Layout]:
 
 def layout_of(names: tuple[str, ...], block: Block, run: Run) -> Layout:
     """Run the block once and return its layout."""
-    assert block.sample is not None
-    found = find_groups(block.module, block.run, block.sample)
-    groups, skipped = split_packable(block.module, found, bits_in(block.name, run.bits))
+    groups, skipped = packable_groups(block, run.source, run.bits)
     linears = {name: m.weight for name, m in block.module.named_modules() if isinstance(m, nn.Linear)}
     shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in linears.items()}
     count = sum(parameter.numel() for parameter in block.module.parameters())

@@ -35,6 +35,7 @@ from llmq.calibration.kept_inputs import MOST_KEPT
 from llmq.calibration.ordered_sums import shares_ahead
 from llmq.calibration.self_generated import SELF
 from llmq.models.block_structure import Group
+from llmq.models.decoder_blocks import decoder_of
 from llmq.plan.block_shapes import Layout
 from llmq.plan.workload import Workload
 from llmq.run.block_quantizer import Run
@@ -172,7 +173,7 @@ def other_moments(request: Request, run: Run, load: Workload) -> Iterator[Moment
     source, config = request.source, request.config
     state = source.skeleton.state_dict(keep_vars=True)
     outer = {name: state[name].numel() for name in source.outer_names()}
-    decoder = {id(tensor) for tensor in source.skeleton.get_decoder().state_dict(keep_vars=True).values()}
+    decoder = {id(tensor) for tensor in decoder_of(source.skeleton).state_dict(keep_vars=True).values()}
     inside = sum(count for name, count in outer.items() if id(state[name]) in decoder)
     stored, dtype, largest = source.dtype.itemsize, request.compute.dtype.itemsize, max(outer.values(), default=0)
     read = largest * (_READ_GGUF if source.is_gguf else 2 * stored)  # 2: as it is read, and as it waits to be written

@@ -13,7 +13,7 @@ from llmq.core.distributed import processes_here
 from llmq.core.memory import free_memory, resident_now
 from llmq.core.timing import Clock
 from llmq.models.packed_share import PackedShare, packed_share
-from llmq.models.stored_names import tied_aliases
+from llmq.models.stored_names import tied_names
 from llmq.plan.block_shapes import Layout, block_ranges, layout_of, layouts, random_blocks
 from llmq.plan.disk import Disk, disks, output_bytes, packed_shapes
 from llmq.plan.memory_model import Moment, block_moments, other_moments
@@ -123,7 +123,7 @@ def _in_float(run: Run, seen: Iterable[Layout]) -> Iterator[str]:
     for name in source.outer_names():
         if state[name].ndim > 1:
             yield f"{name} ({'x'.join(map(str, state[name].shape))}): only the linears of blocks are packed"
-    for name in sorted(tied_aliases(source.skeleton)):
+    for name in sorted(tied_names(source.skeleton)):
         yield f"{name}: it shares its weights with the embeddings"
     for layout in seen:
         for name, why in layout.skipped.items():

@@ -7,7 +7,7 @@ A group is a set of linears that read the same input. They are rounded together,
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,28 +21,29 @@ from llmq.calibration.input_statistics import collect_statistics
 from llmq.checkpoint.digests import digest
 from llmq.core.config import QuantizeConfig
 from llmq.core.distributed import ALONE, Ranks
-from llmq.core.errors import RequestError, WorkError
+from llmq.core.errors import WorkError
 from llmq.core.memory import release_memory
 from llmq.core.timing import Clock
 from llmq.formats import FORMATS
 from llmq.formats.scheme import Scheme
-from llmq.models.block_structure import Group, find_groups
+from llmq.models.block_structure import Group
 from llmq.models.model_source import ModelSource
-from llmq.models.packable import left_in_float, split_packable, with_stored_names
+from llmq.models.packable import left_in_float, with_stored_names
 from llmq.run.journal import Line
-from llmq.run.layer_bits import bits_in, bits_of_linears, fitted_grid
-from llmq.run.layer_problem import errors_of, make_problem, matched_problem, pad, solve_in_first, solve_rows, weights_of
+from llmq.run.layer_bits import bits_of_group, bits_of_linears, fitted_grid
+from llmq.run.layer_problem import (
+    Solved,
+    errors_of,
+    make_problem,
+    matched_problem,
+    packable_groups,
+    pad,
+    solve_alone,
+    solve_in_first,
+    solve_rows,
+    weights_of,
+)
 from llmq.run.report import Report
-
-
-@dataclass
-class _Solved:
-    """A group of linears with rounded weights."""
-
-    group: Group
-    solution: Solution
-    entry: Line  # of the report
-    problem: Problem | None  # kept only for a method that refines the solutions
 
 
 class Run:
@@ -71,9 +72,6 @@ class Run:
         self.schemes: dict[str, Scheme] = {}  # how each linear was packed, by its name in the model
         self.digests: dict[str, str] = {}
         """A hash of each packed linear and each other tensor, by its name in the files, to check them with."""
-        if config.stored_as == "compressed-tensors" and not config.symmetric:
-            note = "asymmetric compressed-tensors: transformers opens it only with dequantize=True"
-            notes.append(f"{note}, and not with --layer-bits (vLLM and llmq do)")
         # float32 scales would double the cost of a group; the codes have no use for the extra digits.
         self.scale_dtype = torch.float16 if source.dtype == torch.float32 else source.dtype
         self.matching = self.algorithm.includes("match", config)
@@ -108,16 +106,17 @@ class Run:
         if block.name not in self.chosen:
             collect_statistics(block, [], self.clock)  # only moves the original model's hidden states on
             return self._other_tensors(block, [], set())
-        assert block.sample is not None
-        found = find_groups(block.module, block.run, block.sample)
-        groups, skipped = split_packable(block.module, found, bits_in(block.name, self.bits))
+        groups, skipped = packable_groups(block, self.source, self.bits)
         self.report.note(block.name, [f"{name} left in float: {reason}" for name, reason in skipped.items()])
         if (drift := block.drift) is not None:
             self.report.drifts[block.name] = drift
-        changed, problems = self._transform(block, groups)
-        solved = self._solve_groups(block, groups, problems, show)
+        usual = [group for group in groups if group.calls == 1]
+        changed, problems = self._transform(block, usual)
+        others = [self._round(block, group) for group in groups if group.calls != 1]
+        solved = self._solve_groups(block, usual, problems, show)
         if self.refine is not None and solved:
             self._refine(block, solved)
+        solved += others
         with self.clock("write"):
             packed = self._encoded(block, solved) if self.ranks.is_first else {}
         return packed | self._other_tensors(block, groups, changed)
@@ -138,12 +137,7 @@ class Run:
         return changed, None if self.matching or self.sequential else problems
 
     def _bits_of(self, block: Block, group: Group) -> int:
-        """Return the bits that the linears of a group share. Raises RequestError if the request gives them others."""
-        bits = {self.bits[f"{block.name}.{name}"] for name in group.linears}
-        if len(bits) > 1:
-            names = ", ".join(group.linears)
-            raise RequestError(f"layer bits: {names} share an input and are rounded together; give all the same bits")
-        return bits.pop()
+        return bits_of_group(self.bits, block.name, group.linears)
 
     def _problems(self, block: Block, groups: list[Group], last: bool) -> list[Problem]:
         """Return one rounding problem per group, with the statistics that the method needs."""
@@ -156,7 +150,7 @@ class Run:
 
     def _solve_groups(
         self, block: Block, groups: list[Group], problems: list[Problem] | None, show: Callable[[str], None]
-    ) -> list[_Solved]:
+    ) -> list[Solved]:
         """Round the weights of all groups, stage by stage. The block runs over the text once before each stage.
 
         `problems`: those of all groups if they are known already; the list is emptied. None: made for each stage.
@@ -166,7 +160,7 @@ class Run:
             block.expect(groups)
             # A block without groups still needs one stage: it moves the original model's hidden states on.
             stages = [[group] for group in groups] or [[]]
-        solved: list[_Solved] = []
+        solved: list[Solved] = []
         for stage in stages:
             waiting = self._problems(block, stage, last=stage is stages[-1]) if problems is None else problems
             for group in stage:
@@ -175,7 +169,7 @@ class Run:
                 solved.append(self._solve(block, group, waiting.pop(0), show))
         return solved
 
-    def _solve(self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]) -> _Solved:
+    def _solve(self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]) -> Solved:
         """Round the linears of one group. From here on the block computes with their quantized weights."""
         with self.clock("solve"):
             rows, problem = len(problem.W), pad(problem)
@@ -195,13 +189,25 @@ class Run:
         show(f"{group.linears[-1]} loss {errors[0]:.2e}")
         if self.refine is None:
             self.report.add(entry)
-        return _Solved(group, solution, entry, None if self.refine is None else problem)
+        return Solved(group, solution, entry, None if self.refine is None else problem)
+
+    def _round(self, block: Block, group: Group) -> Solved:
+        """Round a linear that runs never or often: an expert that nobody chose, attention to a picture."""
+        grid = replace(self.grid, bits=self._bits_of(block, group))
+        solution, errors = solve_alone(block, group, grid, self.scale_dtype, self.ranks)
+        entry = self.report.group(block.name, group.linears, errors, solution, None)
+        if self.algorithm.needs_statistics(self.config):  # the next groups see what it computes now
+            self._put_back(block, group, solution)
+            runs = "did not run on the first calibration sequence" if group.calls == 0 else f"runs {group.calls} times"
+            self.report.note(f"{block.name}.{group.linears[0]}", [f"it {runs}: rounded to nearest"])
+        self.report.add(entry)
+        return Solved(group, solution, entry, None)
 
     def _put_back(self, block: Block, group: Group, solution: Solution) -> None:
         for name, weight in weights_of(block, group, solution, self._bits_of(block, group)).items():
             block.replace_weight(name, weight.dequantize())
 
-    def _refine(self, block: Block, solved: list[_Solved]) -> None:
+    def _refine(self, block: Block, solved: list[Solved]) -> None:
         """Let the method improve the solutions of all groups together."""
         groups, solutions = [each.group for each in solved], [each.solution for each in solved]
         problems = [each.problem for each in solved if each.problem is not None]
@@ -214,7 +220,7 @@ class Run:
             self.report.add(each.entry | {"error": errors_of(problem, solution, False, self.ranks)[0]})
             self._put_back(block, each.group, solution)
 
-    def _encoded(self, block: Block, solved: list[_Solved]) -> dict[str, Tensor]:
+    def _encoded(self, block: Block, solved: list[Solved]) -> dict[str, Tensor]:
         """Return the packed tensors of all groups. Notes how each linear was packed, and its digest."""
         packed: dict[str, Tensor] = {}
         for each in solved:

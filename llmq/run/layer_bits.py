@@ -16,7 +16,7 @@ from llmq.models.packable import fit_group_size, packable_widths
 def fitted_grid(
     config: QuantizeConfig, source: ModelSource, blocks: list[str], bits: dict[str, int]
 ) -> tuple[Grid, list[str]]:
-    """Return the requested grid with a group size that divides every layer of these blocks, and notes on changes."""
+    """Return the requested grid with a group size that divides every layer of these blocks, and notes on both."""
     widths = packable_widths({name: source.skeleton.get_submodule(name) for name in blocks}, bits)
     if not widths:
         raise RequestError("no linear of this model can be packed: none has both sides in multiples of 32")
@@ -24,6 +24,9 @@ def fitted_grid(
     fitted = fit_group_size(requested.group_size, widths)
     same = fitted == requested.group_size
     notes = [] if same else [f"group size {requested.group_size} does not divide every layer: using {fitted}"]
+    if config.stored_as == "compressed-tensors" and not config.symmetric:
+        note = "asymmetric compressed-tensors: transformers opens it only with dequantize=True"
+        notes.append(f"{note}, and not with --layer-bits (vLLM and llmq do)")
     return replace(requested, group_size=fitted), notes
 
 
@@ -51,6 +54,15 @@ def bits_of_linears(config: QuantizeConfig, source: ModelSource) -> dict[str, in
 def bits_in(block: str, bits: dict[str, int]) -> dict[str, int]:
     """Return the bits of the linears of a block, by their name inside it."""
     return {name.removeprefix(block + "."): b for name, b in bits.items() if name.startswith(block + ".")}
+
+
+def bits_of_group(bits: dict[str, int], block: str, linears: tuple[str, ...]) -> int:
+    """Return the bits that the linears of a group share. Raises RequestError if the request gives them others."""
+    found = {bits[f"{block}.{name}"] for name in linears}
+    if len(found) > 1:
+        names = ", ".join(linears)
+        raise RequestError(f"layer bits: {names} share an input and are rounded together; give all the same bits")
+    return found.pop()
 
 
 def _check_fused(bits: dict[str, int]) -> None:

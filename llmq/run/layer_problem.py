@@ -1,6 +1,6 @@
 """Builds the rounding problem of a group of linears, solves it with all processes, and measures the error."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import fsum
 
 import torch
@@ -16,10 +16,34 @@ from llmq.core.config import QuantizeConfig
 from llmq.core.distributed import Ranks
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.core.settings import Grid
-from llmq.models.block_structure import Group, linear_of
+from llmq.models.block_structure import Group, find_groups, linear_of
+from llmq.models.model_source import ModelSource
+from llmq.models.packable import inside, split_packable
+from llmq.run.journal import Line
+from llmq.run.layer_bits import bits_in
 
 # Queries and keys meet in a dot product, where a clipped outlier costs more than its own error says (as in AWQ).
 _NOT_CLIPPED = ("q_proj", "k_proj", "qkv_proj")
+
+
+@dataclass
+class Solved:
+    """A group of linears with rounded weights."""
+
+    group: Group
+    solution: Solution
+    entry: Line  # of the report
+    problem: Problem | None  # kept only for a method that refines the solutions
+
+
+def packable_groups(block: Block, source: ModelSource, bits: dict[str, int]) -> tuple[list[Group], dict[str, str]]:
+    """Run a block once. Return its groups of linears that can be packed, and why the other linears stay in float.
+
+    `bits`: of each linear, by its name in the model.
+    """
+    assert block.sample is not None
+    found = find_groups(block.module, block.run, block.sample)
+    return split_packable(block.module, found, bits_in(block.name, bits), inside(block.name, source.shared_names))
 
 
 def make_problem(
@@ -86,6 +110,15 @@ def solve_in_first(
     way = device if ranks.size == 1 else torch.device("cpu")
     solution = ranks.first(lambda: algorithm.solve(problem, config).to(way)).to(device)
     return solution, errors_of(problem, solution, algorithm.is_nearest(config), ranks)
+
+
+def solve_alone(
+    block: Block, group: Group, grid: Grid, scale_dtype: torch.dtype, ranks: Ranks
+) -> tuple[Solution, tuple[float, float]]:
+    """Round a group to nearest of which nothing but the weights is known; return the solution and its errors."""
+    problem = make_problem(block, group, None, replace(grid, search="mse"), scale_dtype)
+    solution = round_to_nearest(problem)
+    return solution, errors_of(problem, solution, True, ranks)
 
 
 def weights_of(block: Block, group: Group, solution: Solution, bits: int) -> dict[str, QuantizedWeight]:

@@ -1,11 +1,10 @@
 """Records the operators that a function runs, and plays them back without the Python around them.
 
 A decode step of a small model spends more time in Python (modules, masks, dispatch) than in arithmetic. Shapes are the
-same in every step. So the step is run once while its operators are noted, and from then on only these are run, as one
+same in every step. So the step is run once while its operators are noted; from then on only these are run, as one
 flat Python function. On a GPU a CUDA graph does the same work; see `decode_step.py`.
 
-What the function computes with Python numbers is fixed by the recording. The caller must check, with other inputs, that
-the recording still gives what the function gives.
+What the function computes with Python numbers is fixed. The caller must check that other inputs give the same results.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from llmq.checkpoint.module_matching import read_linear
 from llmq.checkpoint.reader import Checkpoint
-from llmq.models.stored_names import tied_aliases
+from llmq.models.stored_names import tied_names
 
 # Number of weights that are dequantized together: few enough to be still in the caches when they are multiplied (7B
 # block, 16 tokens, one core with AVX-512: 0.20 s; 0.31 s with a sixteenth, 1.35 s with whole linears; 2026-11-25).
@@ -55,11 +55,11 @@ def _caller_of(model: Any, unit: str) -> nn.Module:
 
 def _units(model: Any, checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
     """Return for each unit that is read at once: name of a tensor in the unit -> its name in the files."""
-    aliases, repeats = tied_aliases(model), getattr(model, "all_tied_weights_keys", {})
+    repeats = tied_names(model)
     with_codes = {f"{name}.{leaf}" for name in checkpoint.linears for leaf in ("weight", "bias")}
     units: dict[str, dict[str, str]] = defaultdict(dict)
     for name in sorted(model.state_dict().keys() - with_codes):
-        source = repeats.get(name, name) if name in aliases else name
+        source = repeats.get(name, name)
         if source in checkpoint.files.names():
             unit = _unit_of(model, name)
             units[unit][name[len(unit) + 1 if unit else 0 :]] = source

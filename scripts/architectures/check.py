@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, CompressedTensorsConfig
+from transformers import AutoConfig, CompressedTensorsConfig
 from transformers.pytorch_utils import Conv1D
 
 import llmq
 from architectures.sizes import NOT_BUILT
-from architectures.tiny_models import has_experts, save_tiny
+from architectures.tiny_models import has_experts, save_tiny, some_tokens, text
 from llmq.checkpoint.output_dir import REPORT
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import LlmqError, first_line
@@ -81,7 +81,7 @@ def _make(name: str, room: Path, row: Row) -> Made:
     try:
         model = save_tiny(name, room / "source")
         row |= {"class": type(model).__name__, "experts": has_experts(model)}
-        made = Made(name, room, model, _tokens(room / "source"))
+        made = Made(name, room, model, some_tokens(room / "source"))
         difference = relative(logits(made.load(room / "source"), made.ids), logits(model, made.ids))
     except Exception as error:
         raise FailedError(f"not built: {_words(error)}") from None
@@ -205,9 +205,8 @@ def dequantized(made: Made, output: Path) -> Any:
     shutil.rmtree(directory, ignore_errors=True)
     shutil.copytree(made.room / "source", directory)
     tensors = load_file(directory / "model.safetensors")
-    for name in checkpoint.linears:
-        if type(made.model.get_submodule(name) if f"{name}.weight" in made.model.state_dict() else None) is Conv1D:
-            weights[f"{name}.weight"] = weights[f"{name}.weight"].T.contiguous()
+    if any(type(module) is Conv1D for module in made.model.modules()):  # whose weights lie transposed
+        weights = {name: weight.T.contiguous() for name, weight in weights.items()}
     stored = {name: weight for name, weight in weights.items() if name in tensors}
     save_file(tensors | stored, directory / "model.safetensors", metadata={"format": "pt"})
     model = made.load(directory)
@@ -227,21 +226,6 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 def relative(one: Tensor, other: Tensor) -> float:
     """Return how far two tensors are apart, as a share; NaN if one holds NaN."""
     return float((one - other).norm() / other.norm())
-
-
-def text(seed: int) -> str:
-    """Return random words, enough for the calibration."""
-    letters = torch.randint(97, 123, (400, 5), generator=torch.Generator().manual_seed(seed)).tolist()
-    return " ".join("".join(map(chr, word)) for word in letters)
-
-
-def _tokens(source: Path) -> Tensor:
-    """Return two texts of 80 tokens that are not in the calibration text.
-
-    With more than 64 tokens, linears multiply in float32 whatever the machine.
-    """
-    ids = AutoTokenizer.from_pretrained(source)(text(1), return_tensors="pt")["input_ids"]
-    return ids[0, :160].view(2, 80)
 
 
 def _words(error: Exception) -> str:

@@ -9,8 +9,14 @@ from typing import Any
 
 import torch
 from make_model import byte_tokenizer
-from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.pytorch_utils import Conv1D
 
@@ -108,3 +114,18 @@ def save_tiny(name: str, directory: Path) -> Any:
 def has_experts(model: Any) -> bool:
     """Return whether a model routes tokens to some of several experts."""
     return any("expert" in name or "Expert" in type(module).__name__ for name, module in model.named_modules())
+
+
+def text(seed: int) -> str:
+    """Return random words, enough for the calibration."""
+    letters = torch.randint(97, 123, (400, 5), generator=torch.Generator().manual_seed(seed)).tolist()
+    return " ".join("".join(map(chr, word)) for word in letters)
+
+
+def some_tokens(source: Path) -> Tensor:
+    """Return two texts of 80 tokens that are not in the calibration text.
+
+    With more than 64 tokens, linears multiply in float32 whatever the machine.
+    """
+    ids = AutoTokenizer.from_pretrained(source)(text(1), return_tensors="pt")["input_ids"]
+    return ids[0, :160].view(2, 80)

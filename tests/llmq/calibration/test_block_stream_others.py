@@ -55,7 +55,7 @@ def quantize(block):
     if block.batch_dim:  # find_groups takes the usual hidden states only
         groups = [Group((name,)) for name, m in block.module.named_modules() if isinstance(m, nn.Linear)]
     else:
-        groups = find_groups(block.module, block.run, block.sample)
+        groups = [group for group in find_groups(block.module, block.run, block.sample) if not group.is_read]
     block.expect(groups)
     for group in groups:
         collect_statistics(block, [group], Clock(), last=group is groups[-1])

@@ -127,12 +127,11 @@ def test_group_size_that_divides_nothing_is_refused_with_the_widths():
         fit_group_size(48, {80, 112})
 
 
-def test_linears_that_did_not_run_are_left_in_float_with_the_reason():
+def test_a_linear_that_did_not_run_is_a_group_of_its_own():
     block = nn.ModuleDict({"used": nn.Linear(32, 32), "idle": nn.Linear(32, 32)})
     groups = find_groups(block, lambda hidden: block["used"](hidden), torch.ones(1, 2, 32))
     kept, skipped = split(block, groups)
-    assert [group.linears for group in kept] == [("used",)]
-    assert "not called on the first calibration sequence" in skipped["idle"]
+    assert (kept[1:], skipped) == ([Group(("idle",), calls=0)], {})
 
 
 class Halved(nn.Module):

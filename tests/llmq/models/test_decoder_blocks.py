@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from llmq.core.errors import RequestError
-from llmq.models.decoder_blocks import find_blocks
+from llmq.models.decoder_blocks import find_blocks, shared_by_blocks
 
 
 def linears(count, width=4):
@@ -51,9 +51,7 @@ def test_without_one_list_the_model_is_refused(parts, found):
         find_blocks(Model(parts, {"num_hidden_layers": 2}))
 
 
-def test_blocks_that_share_weights_are_refused():
+def test_weights_that_blocks_share_are_known_by_all_their_names():
     tied = {"model.layers.1.weight": "model.layers.0.weight", "lm_head.weight": "model.embed.weight"}
-    with pytest.raises(RequestError, match=r"model.layers.0 and model.layers.1 share weight"):
-        find_blocks(Model({"layers": linears(2)}, {"num_hidden_layers": 2}, tied))
-    inside = {"model.layers.1.weight": "model.layers.1.bias"}
-    assert len(find_blocks(Model({"layers": linears(2)}, {"num_hidden_layers": 2}, inside))) == 2
+    model = Model({"layers": linears(2)}, {"num_hidden_layers": 2}, tied)
+    assert shared_by_blocks(model, find_blocks(model)) == {"model.layers.0.weight", "model.layers.1.weight"}
