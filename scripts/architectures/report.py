@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from architectures.check import LARGEST_RATIO
-from architectures.sizes import HALVES
 
 Row = dict[str, Any]
 
@@ -65,8 +64,8 @@ def totals(rows: Sequence[Row]) -> Iterator[str]:
 
     A class counts once, with the worst result of its types and variants. Those that were not built do not count.
     """
-    without = _by_class(row for row in rows if not row["experts"] and row["name"] not in HALVES)
-    yield "| result | types and variants | classes | decoder-only classes without experts |"
+    without = _by_class(row for row in rows if not row["experts"])
+    yield "| result | types and variants | classes | classes without experts |"
     yield "|---|---|---|---|"
     of_rows, of_classes, of_plain = (Counter(map(kind, each)) for each in (rows, _by_class(rows), without))
     for each in KINDS:
@@ -75,7 +74,7 @@ def totals(rows: Sequence[Row]) -> Iterator[str]:
     good = sum(kind(row) in _WORKS and (row["share"] or 0) >= _SHARE for row in built)
     yield ""
     packed = f"with at least {_SHARE:.0%} of their blocks packed: {good / max(len(built), 1):.1%}"
-    yield f"- {good} of {len(built)} built decoder-only classes without experts work {packed}; bar: 95 %"
+    yield f"- {good} of {len(built)} built classes without experts work {packed}; bar: 95 %"
     for bad in ("crash", "wrong numbers"):
         yield f"- {bad}: {of_rows[bad]}; bar: 0"
     above = [row["name"] for row in rows if (ratio(row) or 0) > LARGEST_RATIO]
@@ -131,8 +130,8 @@ what it checks is said there.
 - *packed*: the share of the weights of the decoder blocks that is packed. The rest stays in float, and works.
 - *gptq / rtn*: the errors of the whole model's logits, divided. The texts are few and the weights random, so this only
   shows that gptq does no harm.
-- The decoders of encoder-decoders (BART, Whisper, …) are listed, but not counted as decoder-only: without the encoder a
-  fourth of their weights never runs, and stays in float.
+- Without the encoder, the cross-attention of the decoders of encoder-decoders (BART, Whisper, …) never runs. It is
+  rounded to nearest.
 
 ## Totals
 

@@ -183,10 +183,6 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "zaya": {"layer_types": ["hybrid", "hybrid_sliding"], "num_experts_per_tok": 1, "router_hidden_size": 32},
 }
 
-# Decoders of encoder-decoders. Without the encoder their cross-attention, a fourth of a block, never runs.
-HALVES = {"bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"}
-HALVES |= {"prophetnet", "trocr", "whisper"}
-
 NOT_BUILT = {
     "blt": "works on bytes in patches that a model of its own finds; it has no list of decoder blocks over tokens",
     "emu3": "transformers reads it only with the tower for pictures: see emu3@image",
