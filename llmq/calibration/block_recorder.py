@@ -1,12 +1,11 @@
 """Records what enters the first decoder block, and the other arguments of every block, without running a block.
 
-Every block becomes a recorder that returns its input, so a forward runs embeddings and masks only, which is cheap. All
-blocks record, because some models give them different masks (Gemma). A few forwards of one sequence show what the
-model does with its blocks:
+Every block becomes a recorder that returns its input, so only embeddings and masks are computed. A few forwards of one
+sequence show what the model does with its blocks:
 
     outputs moved a little     is what a block returns what the next one gets? does any argument change with it?
     other tokens               which arguments depend on the tokens?
-    two sequences              which arguments grow with the number of sequences?
+    two sequences              which of them grow with the number of sequences?
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -43,7 +42,7 @@ _LONGEST = 4  # most values that a block returns
 class _Extra:
     """Stands for what a block returns in addition to hidden states."""
 
-    block: int
+    call: int
     index: int
 
 
@@ -59,14 +58,14 @@ class _Call:
     names: list[str]  # of the last arguments
 
 
-_Form = Callable[[int, Tensor], Any]  # what a block returns, given its index and its hidden states
+_Form = Callable[[int, Tensor], Any]  # what a block returns, given the number of its call and its hidden states
 
 
 def _forms() -> Iterator[_Form]:
     """Yield what a model may want from a block: hidden states, or a tuple that begins with them."""
     yield lambda _, hidden: hidden
     for length in range(1, _LONGEST + 1):
-        yield lambda block, hidden, n=length: (hidden, *(_Extra(block, i) for i in range(n - 1)))
+        yield lambda call, hidden, n=length: (hidden, *(_Extra(call, i) for i in range(n - 1)))
     for length in range(2, _LONGEST + 1):  # for models that look at what they get
         yield lambda _, hidden, n=length: (hidden, *[None] * (n - 1))
 
@@ -83,7 +82,7 @@ class Recording:
         self._decoder, self._blocks, self._compute = decoder_of(source.skeleton), source.blocks, compute
         self._hidden_dir = hidden_dir
         self._form, moved = self._form_wanted(one)
-        # Other tokens everywhere, even in a text that is the same when it is reversed.
+        # Other tokens at every place, whatever the text.
         other = (one.flip(1) + 1) % source.config.get_text_config().vocab_size
         first, two = self._calls(one), self._calls(torch.cat([one, one.flip(1)]))
         self.sample = first[0].hidden
@@ -94,11 +93,12 @@ class Recording:
         self.batch_dim = grown.dim
         """The dimension of hidden states that counts sequences; 0 in most models."""
         self._containers = 0
-        self._per_batch: list[tuple[PerBatch, int, int]] = []  # each with a block and a position where it comes
+        self._per_batch: list[tuple[PerBatch, int, int]] = []  # each with a call and a position where it comes
         self._known: dict[tuple[int, ...], Any] = {}  # by the ids of what the forwards gave: most blocks get the same
-        calls = zip(first, moved, self._calls(other), two, strict=True)
-        self.arguments = [self._arguments_of(*of_block) for of_block in calls]
-        """Those of each block."""
+        self.arguments: list[Arguments | None] = [None] * len(self._blocks)
+        """Of each block; None for one that text does not run: cross-attention to a picture."""
+        for number, calls in enumerate(zip(first, moved, self._calls(other), two, strict=True)):
+            self.arguments[calls[0].block] = self._arguments_of(number, *calls)
 
     @property
     def depends_on_tokens(self) -> bool:
@@ -109,8 +109,7 @@ class Recording:
         """Return a place for what blocks leave for later ones; None if that is hidden states alone."""
         leaves = tree_leaves(self.arguments)
         carries = any(isinstance(leaf, Carried) for leaf in leaves)
-        shares = carries or any(isinstance(leaf, Shared) for leaf in leaves)
-        return SharedStates(self._hidden_dir, carries) if shares else None
+        return SharedStates(self._hidden_dir, carries) if carries or self._containers else None
 
     @property
     def argument_bytes(self) -> int:
@@ -127,8 +126,8 @@ class Recording:
     def keep(self, i: int, ids: Int64[Tensor, "batch length"]) -> Tensor:
         """Keep the arguments of micro-batch i that depend on its tokens; return the first block's hidden states."""
         calls = self._calls(ids)
-        for argument, block, position in self._per_batch:
-            argument.values[i] = calls[block].leaves[position]
+        for argument, call, position in self._per_batch:
+            argument.values[i] = calls[call].leaves[position]
         return calls[0].hidden.cpu()
 
     def _calls(self, ids: Tensor, form: _Form | None = None, move: float = 0.0) -> list[_Call]:
@@ -140,7 +139,7 @@ class Recording:
             leaves, spec = tree_flatten((*args[1:], *kwargs.values()), is_leaf=is_container)
             returned = hidden + move if move else hidden
             calls.append(_Call(block, hidden, returned, leaves, spec, list(kwargs)))
-            return form(block, returned)
+            return form(len(calls) - 1, returned)
 
         for i, block in enumerate(self._blocks):
             block.forward = partial(record, i)
@@ -162,7 +161,8 @@ class Recording:
             except Exception as error:  # of any modelling code
                 failures.append(f"does not run while its blocks are left out ({first_line(error)})")
                 continue
-            if [call.block for call in calls] != list(range(len(self._blocks))):
+            order = [call.block for call in calls]
+            if order[:1] != [0] or order != sorted(set(order)):
                 disorders.append("does not run its blocks one after the other, each once")
             elif not all(torch.equal(a.returned, b.hidden) for a, b in pairwise(calls)):
                 disorders.append("changes hidden states between its blocks")
@@ -173,20 +173,20 @@ class Recording:
     def _refusal(self, what: str) -> RequestError:
         return RequestError(f"{type(self._decoder).__name__} {what}; llmq cannot stream it")
 
-    def _arguments_of(self, first: _Call, moved: _Call, other: _Call, two: _Call) -> Arguments:
+    def _arguments_of(self, number: int, first: _Call, moved: _Call, other: _Call, two: _Call) -> Arguments:
         """Return the arguments of one block, with marks for those that change from run to run."""
         if any((call.spec, call.names) != (first.spec, first.names) for call in (moved, other, two)):
             raise self._refusal("gives its blocks other arguments for other tokens")
         leaves = list[Any]()
         for position, values in enumerate(zip(first.leaves, moved.leaves, other.leaves, two.leaves, strict=True)):
             extra, ids = values[0], tuple(map(id, values))
-            if isinstance(extra, _Extra) and extra.block == first.block - 1:
+            if isinstance(extra, _Extra) and extra.call == number - 1:
                 leaves.append(Carried(extra.index))
                 continue
             if ids not in self._known:
                 self._known[ids] = self._argument(*values)
                 if isinstance(self._known[ids], PerBatch):
-                    self._per_batch.append((self._known[ids], first.block, position))
+                    self._per_batch.append((self._known[ids], number, position))
             leaves.append(self._known[ids])
         values = tree_unflatten(leaves, first.spec)
         positional = len(values) - len(first.names)

@@ -53,7 +53,7 @@ class Block:
     module: nn.Module
     hidden: HiddenStates  # micro-batches of this process as they enter the block; the held-out ones come last
     held_out_from: int  # index of the first held-out micro-batch in `hidden`
-    arguments: Arguments  # what else the model passes: mask, rotary embedding, …
+    arguments: Arguments | None  # what else the model passes: a mask, …; None: it leaves the block out
     compute: Compute
     original: HiddenStates | None = None
     """The same micro-batches as they enter the block in the original model; None if they are not needed. The last run
@@ -123,6 +123,8 @@ class Block:
             leave: keep what the block leaves for later ones: it does not run again on this micro-batch in this model.
         """
         device, factors = self.compute.device, self.compute.factors
+        if self.arguments is None:
+            return hidden.to(device)
         left = None if self.shared is None else self.shared.entering(batch, device)
         values = Resolver(hidden.shape[self.batch_dim], None if batch is None else batch[0], left, device)
         args, kwargs = tree_map(values, self.arguments)

@@ -24,6 +24,7 @@ KINDS = dict.fromkeys(
         "llama",
         "mamba",
         "mamba2",
+        "mllama@image",  # blocks that only run with a picture
         "mpt",
         "nemotron_h@dense",
         "qwen3_5_text",  # linear attention and attention
