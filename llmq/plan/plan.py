@@ -2,6 +2,8 @@
 
 import math
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -120,11 +122,13 @@ def _timed(request: Request, run: Run) -> tuple[list[Layout], Timed]:
 def _in_float(run: Run, seen: Iterable[Layout]) -> Iterator[str]:
     """Yield a line for each tensor, or kind of tensor, that is not packed, with the reason."""
     source, state = run.source, run.source.skeleton.state_dict()
-    for name in source.outer_names():
-        if state[name].ndim > 1:
-            yield f"{name} ({'x'.join(map(str, state[name].shape))}): only the linears of blocks are packed"
-    for name in sorted(tied_names(source.skeleton)):
-        yield f"{name}: it shares its weights with the embeddings"
+    outer = [(name, "x".join(map(str, state[name].shape))) for name in source.outer_names() if state[name].ndim > 1]
+    # The layers of a tower for pictures have the same tensors.
+    for (name, shape), count in Counter((re.sub(r"\.\d+\.", ".*.", name), shape) for name, shape in outer).items():
+        yield f"{name} ({shape}{f', {count} of them' if count > 1 else ''}): only the linears of blocks are packed"
+    for name, other in sorted(tied_names(source.skeleton).items()):
+        if name not in source.shared_names:
+            yield f"{name}: it shares its weights with {other}"
     for layout in seen:
         for name, why in layout.skipped.items():
             yield f"{name} of blocks {block_ranges(source.block_names, layout.blocks)}: {why}"

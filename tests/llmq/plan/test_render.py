@@ -6,6 +6,7 @@ from collections import namedtuple
 from dataclasses import replace
 
 import pytest
+from architectures.tiny_models import save_tiny as save_other_shape
 from commands import error_of, run_here
 from planned import SMALL, open_run
 from tiny import save_tiny
@@ -31,6 +32,14 @@ def test_layers_of_odd_sides_stay_in_float_and_structures_are_said_once(tmp_path
     assert "each of 1:" in said
     assert said.count("self_attn.o_proj 64x64, 8 bit") == said.count("self_attn.o_proj 64x64, 4 bit") == 1
     assert "time " not in said  # nothing was timed
+
+
+def test_the_layers_of_a_tower_are_said_once(tmp_path, text_file):
+    save_other_shape("gemma3", tmp_path / "model")
+    request, run = open_run(tmp_path / "model", text_file, tmp_path / "out")
+    said = "\n".join(lines(plan_of(request, run)))
+    assert said.count("mlp.fc1.weight (128x64, 2 of them): only the linears of blocks are packed") == 1
+    assert "lm_head.weight: it shares its weights with model.language_model.embed_tokens.weight" in said
 
 
 def refused(arguments, tmp_path):
