@@ -211,7 +211,7 @@ class ModelFiles:
         """Return these tensors of packed linears as `read` does. A file is opened once."""
         files: Any = self.stored
         stored = {self._renamed_from.get(name, name): name for name in names}
-        return {stored[key]: tensor for key, tensor in files.read_all(stored).items()}
+        return {stored[key]: tensor for key, tensor in files.read_all(list(stored)).items()}
 
     def _convert(self, name: str, read: Any) -> Tensor:
         conversion = self._conversions[name]
