@@ -67,7 +67,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "zamba2": (
         "zamba2",
         _LLAMA
-        | {"layers_block_type": ["mamba", "hybrid"], "num_hidden_layers": 2, "num_key_value_heads": 4}
+        | {"layers_block_type": ["mamba", "hybrid", "hybrid", "mamba"], "num_key_value_heads": 4}
         | {"mamba_d_state": 16, "mamba_ngroups": 1, "n_mamba_heads": 8, "num_mem_blocks": 1},
     ),
     # The last two blocks read keys and values of the first two.

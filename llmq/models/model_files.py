@@ -72,8 +72,12 @@ class ModelFiles:
         self._renamed_from: dict[str, str] = {}  # of tensors that are only renamed, by their name in the model
         self._conversions: dict[str, _Conversion] = {}  # of the other tensors
         names, suffixes = files.names(), packed[1]
-        self.linears = {self._linear_in_model(stored): stored for stored in packed[0]}
+        self.linears: dict[str, str] = {}
         """The stored names of packed linears, by their name in the model."""
+        for stored in packed[0]:
+            linear = self._linear_in_model(stored)
+            self._refuse_two(linear, self.linears.get(linear), stored)
+            self.linears[linear] = stored
         for linear, stored in self.linears.items():
             for suffix in suffixes:
                 if f"{stored}.{suffix}" in names:
@@ -81,6 +85,8 @@ class ModelFiles:
         placed = set(self._renamed_from.values())
         for stored in sorted(names - placed, key=dot_natural_key):
             self._place(stored)
+        for made in self._conversions.keys() & self._renamed_from.keys():
+            self._refuse_two(made, self._renamed_from[made], next(iter(self._conversions[made].stored)))
 
     def _linear_in_model(self, stored: str) -> str:
         name, pattern = self._renamed(f"{stored}.weight")
@@ -111,11 +117,27 @@ class ModelFiles:
         self._conversions |= dict.fromkeys(targets, conversion)
 
     def _rename(self, stored: str, name: str) -> None:
-        if name in self._renamed_from and name in self._state:
-            raise CheckpointError(
-                f"{self._renamed_from[name]} and {stored} are both stored for {name}; remove one of them"
-            )
-        self._renamed_from[name if name not in self._renamed_from else stored] = stored
+        place = name
+        if name not in self._state and name.rpartition(".")[0] not in self.linears:
+            place = self._within_base(name)
+            place = place if place not in self._renamed_from else self._within_base(stored)
+        self._refuse_two(place, self._renamed_from.get(place), stored)
+        self._renamed_from[place] = stored
+
+    def _within_base(self, name: str) -> str:
+        """Return a name with the prefix of the base model if it only makes sense there.
+
+        transformers adds the prefix to what has a place. `h.9.attn.bias` of GPT-2 has none, but is no unknown tensor.
+        """
+        prefix, first = self._model.base_model_prefix, name.partition(".")[0]
+        inside = dict(getattr(self._model, prefix, self._model).named_children())
+        return f"{prefix}.{name}" if first in inside and not hasattr(self._model, first) else name
+
+    @staticmethod
+    def _refuse_two(name: str, one: str | None, other: str) -> None:
+        """Raise CheckpointError if there is `one` already."""
+        if one is not None:
+            raise CheckpointError(f"{one} and {other} are both stored for {name}; remove one of them")
 
     @property
     def paths(self) -> list[Path]:
@@ -189,7 +211,7 @@ class ModelFiles:
         """Return these tensors of packed linears as `read` does. A file is opened once."""
         files: Any = self.stored
         stored = {self._renamed_from.get(name, name): name for name in names}
-        return {stored[key]: tensor for key, tensor in files.read_all(stored).items()}
+        return {stored[key]: tensor for key, tensor in files.read_all(list(stored)).items()}
 
     def _convert(self, name: str, read: Any) -> Tensor:
         conversion = self._conversions[name]

@@ -64,8 +64,9 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
     if config.format == "compressed-tensors" and stored_transposed(model):
         raise RequestError(CONV1D)
     view = checkpoint.for_model(model)
+    state = model.state_dict()
     in_model = [name for name in view.other_names if not is_harmless(view, model, name)]
-    carried = [name for name in in_model if has_no_place(model, name)]
+    carried = [name for name in in_model if name not in state and has_no_place(model, name)]
     kept = sorted({stored for name in in_model for stored in view.model_files.stored_names(name)})
     schemes_in_model = {name: schemes[view.stored_linear(name)] for name in view.linears}
     in_float = left_in_float(model, schemes_in_model, carried)

@@ -27,7 +27,11 @@ def prove(run: Run) -> None:
             continue
         if (module.weight.shape, run.bits[name]) not in proved:
             proved.add((module.weight.shape, run.bits[name]))
-            for rows in run.source.read(f"{name}.weight").split(_ROWS):
+            weight = run.source.read(f"{name}.weight")
+            if weight.shape != module.weight.shape:
+                found, wanted = tuple(weight.shape), tuple(module.weight.shape)
+                raise CheckpointError(f"{name}.weight is {found}; the model that config.json describes wants {wanted}")
+            for rows in weight.split(_ROWS):
                 _prove(run, name, nearest(run, rows, run.bits[name]))
 
 

@@ -122,10 +122,11 @@ class Progress:
         run, prefix = self._run, block.name + "."
         tensors = run.ranks.first(lambda: self._tensors_of(block.name))
         files = run.source.files
-        for name, parameter in block.module.named_parameters():
-            stored = files.stored_names(prefix + name)[0]
-            if files.is_renamed(prefix + name) and stored in tensors:
-                parameter.data = tensors[stored].to(parameter.device, parameter.dtype)
+        for inner, parameter in block.module.named_parameters():
+            name = prefix + inner
+            place = files.stored_names(name)[0] if files.is_renamed(name) else name
+            if place in tensors:
+                parameter.data = files.turned(name, tensors[place]).to(parameter.device, parameter.dtype)
         schemes = {name: scheme for name, scheme in run.schemes.items() if name.startswith(prefix)}
         if schemes:
             # As a reader of the file sees them: a format may store other zero points than the scheme asked for.

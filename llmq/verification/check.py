@@ -45,7 +45,8 @@ def check(directory: Path, digests: Mapping[str, str] | None, trust_remote_code:
         compare(checkpoint.digests, digests)
     if not finite:
         raise CheckpointError(f"{directory}: the model computes NaN or infinity")
-    return [name for name in view.other_names if has_no_place(model, name) and not is_computed(model, name)]
+    others = sorted(set(view.other_names) - model.state_dict().keys())
+    return [name for name in others if has_no_place(model, name) and not is_computed(model, name)]
 
 
 def tokenizer_fault(directory: Path, trust_remote_code: bool = False) -> str | None:

@@ -11,9 +11,10 @@ from llmq.checkpoint.output_dir import REPORT
 from llmq.checkpoint.reader import Checkpoint, is_packed
 from llmq.core.errors import CheckpointError, RequestError
 from llmq.models.locate import locate
-from llmq.models.model_source import ModelSource
+from llmq.models.model_source import ModelSource, build_skeleton
 from llmq.models.untrusted_files import read_json
 from llmq.runtime.evaluation import EvalConfig, evaluate_on_text
+from llmq.runtime.model_config import model_config
 from llmq.verification.check import DIGESTS, check
 from llmq.verification.stated_share import SHARE, stated_share
 
@@ -85,6 +86,9 @@ def relative_errors(checkpoint: Checkpoint, reference: str, trust_remote_code: b
     path = locate(reference, trust_remote_code)
     packed = Checkpoint(path) if is_packed(path) else None
     source = None if packed is not None else ModelSource(reference, trust_remote_code)
+    if packed is not None:
+        model = build_skeleton(model_config(packed, trust_remote_code), trust_remote_code)
+        packed, checkpoint = packed.for_model(model), checkpoint.for_model(model)
     if source is not None:
         checkpoint = checkpoint.for_model(source.skeleton)
     errors: dict[str, float] = {}

@@ -125,9 +125,9 @@ def test_each_micro_batch_and_each_block_has_arguments_of_its_own(saved):
 @torch.no_grad()
 def test_an_argument_that_all_blocks_get_is_kept_once(saved):
     blocks = stream(ModelSource(str(saved("zamba2"))), tokens(), CPU, Clock())
-    first, second = ([a for a in block.arguments[0] if isinstance(a, PerBatch)] for block in blocks)
-    assert len(first) == 1
-    assert first[0] is second[0]
+    first, *others = ([a for a in block.arguments[0] if isinstance(a, PerBatch)] for block in blocks)
+    assert (len(first), len(others)) == (1, 3)
+    assert all(other[0] is first[0] for other in others)
 
 
 @torch.no_grad()

@@ -116,6 +116,34 @@ def test_two_tensors_for_one_place_are_refused(tmp_path):
         ModelSource(str(tmp_path))
 
 
+def test_experts_that_are_stored_one_by_one_and_together_are_refused(tmp_path):
+    save_tiny("qwen3_moe", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.mlp.experts.gate_up_proj"] = torch.zeros(4, 128, 64)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"are both stored for model\.layers\.0\.mlp\.experts\.gate_up_proj"):
+        ModelSource(str(tmp_path))
+
+
+def without_prefix(directory, more):
+    """Save a GPT-2 as the hub has it: names without the prefix `transformer.`, and some more tensors."""
+    save_tiny("gpt2", directory)
+    tensors = {n.removeprefix("transformer."): t for n, t in load_file(directory / "model.safetensors").items()}
+    save_file(tensors | more, directory / "model.safetensors", {"format": "pt"})
+    return str(directory)
+
+
+@pytest.mark.parametrize("name", ["h.0.attn.c_attn.scale", "h.2.ln_1.weight"])
+def test_a_tensor_without_prefix_that_the_model_ought_to_use_is_refused(name, tmp_path):
+    with pytest.raises(CheckpointError, match=rf"holds transformer\.{name}, which the model"):
+        ModelSource(without_prefix(tmp_path, {name: torch.ones(64)}))
+
+
+def test_masks_without_prefix_are_not_copied(tmp_path):
+    masks = {"h.0.attn.bias": torch.ones(1, 1, 256, 256).tril()}
+    assert ModelSource(without_prefix(tmp_path, masks)).carried_names == []
+
+
 def test_the_class_named_in_the_config_is_built(tmp_path):
     """Qwen3.5's config also describes its text model alone."""
     save_tiny("qwen3_5@image", tmp_path)

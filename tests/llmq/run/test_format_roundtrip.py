@@ -1,11 +1,15 @@
 """A block goes through the format before a run starts: what comes back must be what was given."""
 
+import shutil
+
 import pytest
+import torch
 from planned import open_run
+from safetensors.torch import load_file, save_file
 
 import llmq
 from llmq import formats
-from llmq.core.errors import WorkError
+from llmq.core.errors import CheckpointError, WorkError
 from llmq.run.format_roundtrip import prove
 
 
@@ -25,6 +29,16 @@ def test_a_checkpoint_is_only_begun_if_its_format_gives_back_what_it_is_given(ll
             with pytest.raises(WorkError, match=rf"layers.0.self_attn.q_proj does not survive .* format {stored_as}"):
                 llmq.quantize(request.config)
         assert list(tmp_path.iterdir()) == []
+        prove(run)
+
+
+def test_a_weight_that_is_no_matrix_is_refused(llama, text_file, tmp_path):
+    source = shutil.copytree(llama, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(5)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    _, run = open_run(source, text_file, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight is \(5,\); the model .* wants \(64, 64\)"):
         prove(run)
 
 

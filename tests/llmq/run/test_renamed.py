@@ -9,15 +9,17 @@ from architectures.tiny_models import save_tiny
 from killed import quantize_until, result_of
 from packed import dequantized_model, logits, pack, some_tokens
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import llmq
 from llmq.checkpoint.reader import Checkpoint
+from llmq.core.errors import CheckpointError
 from llmq.core.settings import Tuned
 from llmq.models.model_class import model_class
 from llmq.models.model_source import ModelSource
 from llmq.run.convert import ConvertConfig, convert
-from llmq.verification.compare import VerifyConfig, verify
+from llmq.verification.compare import VerifyConfig, relative_errors, verify
 
 # A wrapper with a prefix elsewhere, experts one by one, another name of a layer, transposed weights.
 RENAMED = ["gemma3", "qwen3_moe@mixed", "olmo_hybrid", "gpt2"]
@@ -57,6 +59,7 @@ def test_the_names_in_the_files_stay_and_every_way_to_open_them_gives_the_same(s
     assert bool(torch.isfinite(wanted).all())
     facts = verify(VerifyConfig(packed, reference=str(source), limit=1, sequence_length=32, text=str(text_file)))
     assert facts["layer_errors"].keys() == checkpoint.for_model(ModelSource(str(source)).skeleton).schemes.keys()
+    assert facts["without_place"] == []
     for form in ("gptq", "awq"):
         copy = convert(ConvertConfig(packed, tmp_path / form, form))
         assert torch.equal(opened(copy), wanted)
@@ -84,6 +87,26 @@ def test_names_of_the_model_and_of_the_files_are_both_ignored(tmp_path):
     packed = pack(tmp_path / "source", tmp_path / "packed", blocks="0")
     ignored = json.loads((packed / "config.json").read_text())["quantization_config"]["ignore"]
     assert {"model.language_model.layers.1.mlp.up_proj", "language_model.model.layers.1.mlp.up_proj"} <= set(ignored)
+
+
+@pytest.mark.parametrize("leaves", [("weight_packed", "weight_scale", "weight_shape"), ("weight_scale",)])
+def test_a_linear_that_is_packed_under_two_names_is_refused(leaves, tmp_path):
+    save_tiny("gemma3", tmp_path / "source")
+    packed = pack(tmp_path / "source", tmp_path / "packed")
+    tensors = load_file(packed / "model.safetensors")
+    stored, in_model = (f"{prefix}.layers.0.mlp.up_proj" for prefix in ("language_model.model", "model.language_model"))
+    tensors |= {f"{in_model}.{leaf}": tensors[f"{stored}.{leaf}"] + 1 for leaf in leaves}
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"are both stored for {in_model}"):
+        opened(packed)
+
+
+def test_a_packed_reference_has_the_names_and_layout_of_the_model(tmp_path):
+    save_tiny("gpt2", tmp_path / "source")
+    packed = pack(tmp_path / "source", tmp_path / "packed", format="gptq")
+    half = pack(tmp_path / "source", tmp_path / "half", format="gptq", blocks="1")
+    errors = relative_errors(Checkpoint(packed), str(half))
+    assert all((0 < error < 0.2) == name.startswith("transformer.h.0") for name, error in errors.items())
 
 
 @pytest.mark.parametrize("method", ["awq", "tuned"])

@@ -1,8 +1,12 @@
-"""Blocks that take what depends on the tokens, or leave keys and values for later ones, resume to the same bytes."""
+"""Models that are not like Llama resume to the same bytes.
+
+Their blocks take what depends on the tokens, leave keys and values for later ones, share weights, or lie transposed.
+"""
 
 from dataclasses import replace
 
 import pytest
+from architectures.tiny_models import save_tiny
 from killed import interrupted, quantize_together, result_of, small_run
 from other_models import save_other
 
@@ -40,6 +44,21 @@ def test_the_sample_passes_all_blocks_although_no_text_does(saved, text_file, tm
     config = replace(small_run(saved["gemma4-shared"], text_file, tmp_path), method="rtn")
     llmq.quantize(replace(config, output=tmp_path / "whole"))
     interrupted(config, monkeypatch, blocks=3)
+    llmq.quantize(replace(config, resume=True))
+    assert result_of(config.output) == result_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("save", "name", "chosen", "finished"), [(save_other, "zamba2", "", 3), (save_tiny, "gpt2", "1", 1)]
+)
+def test_finished_blocks_get_the_weights_that_stay_in_float(
+    save, name, chosen, finished, text_file, tmp_path, monkeypatch
+):
+    """Zamba's are stored once for several blocks; GPT-2's lie transposed, those of a block that is not chosen."""
+    save(directory=tmp_path / "model", name=name)
+    config = replace(small_run(tmp_path / "model", text_file, tmp_path), blocks=chosen)
+    llmq.quantize(replace(config, output=tmp_path / "whole"))
+    interrupted(config, monkeypatch, finished)
     llmq.quantize(replace(config, resume=True))
     assert result_of(config.output) == result_of(tmp_path / "whole")
 
