@@ -35,7 +35,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {"num_key_value_heads": 4}),
     "olmo2": ("olmo2", {}),
     "granite": ("granite", {}),
-    "gpt2": ("gpt2", {}),  # Conv1D instead of linears
+    "gpt2": ("gpt2", {"pad_token_id": None}),  # Conv1D instead of linears
     "arcee": ("arcee", {}),  # an MLP without a gate: down(act(up(x)))
 }
 

@@ -4,9 +4,7 @@ from collections.abc import Container
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 CONV1D = (
     "this model is made of Conv1D, and transformers opens compressed-tensors only for nn.Linear: it would put random "
@@ -19,6 +17,9 @@ def linears_for_conv1d(model: Any, names: Container[str] | None = None) -> None:
 
     vLLM transposes a `weight` of GPT-2, but not its packed tensors: these lie as those of any other linear.
     """
+    from accelerate import init_empty_weights  # here for the reason in model_files.py
+    from transformers.pytorch_utils import Conv1D
+
     for name, module in list(model.named_modules()):
         if type(module) is Conv1D and (names is None or name in names):
             inputs, outputs = module.weight.shape

@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from llmq.core.errors import CheckpointError, first_line
 from llmq.models.conv1d import stored_transposed
@@ -66,9 +64,13 @@ class ModelFiles:
     ) -> None:
         self.stored, self._model, self._state = files, model, model.state_dict()
         self._transposed = stored_transposed(model)
-        transforms = get_model_conversion_mapping(model) if renamed else []
-        self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        # Imported here: `llmq.inspect` needs this file, and not transformers, which takes a second.
+        from transformers import conversion_mapping, core_model_loading
+
+        self._rename_key = core_model_loading.rename_source_key
+        transforms = conversion_mapping.get_model_conversion_mapping(model) if renamed else []
+        self._renamings = [each for each in transforms if isinstance(each, core_model_loading.WeightRenaming)]
+        self._converters = [each for each in transforms if isinstance(each, core_model_loading.WeightConverter)]
         self._renamed_from: dict[str, str] = {}  # of tensors that are only renamed, by their name in the model
         self._conversions: dict[str, _Conversion] = {}  # of the other tensors
         names, suffixes = files.names(), packed[1]
@@ -83,7 +85,7 @@ class ModelFiles:
                 if f"{stored}.{suffix}" in names:
                     self._rename(f"{stored}.{suffix}", f"{linear}.{suffix}")
         placed = set(self._renamed_from.values())
-        for stored in sorted(names - placed, key=dot_natural_key):
+        for stored in sorted(names - placed, key=core_model_loading.dot_natural_key):
             self._place(stored)
         for made in self._conversions.keys() & self._renamed_from.keys():
             self._refuse_two(made, self._renamed_from[made], next(iter(self._conversions[made].stored)))
@@ -95,9 +97,9 @@ class ModelFiles:
     def _renamed(self, stored: str, state: dict[str, Any] | None = None) -> tuple[str, str | None]:
         """Return the name in the model, and the pattern of a converter if one has a part in it."""
         places, prefix = self._state if state is None else state, self._model.base_model_prefix
-        name, pattern = rename_source_key(stored, self._renamings, self._converters, prefix, places)
+        name, pattern = self._rename_key(stored, self._renamings, self._converters, prefix, places)
         if name not in places and stored in places:
-            return rename_source_key(stored, [], [], prefix, places)
+            return self._rename_key(stored, [], [], prefix, places)
         return name, pattern
 
     def _place(self, stored: str) -> None:

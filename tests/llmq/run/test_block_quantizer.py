@@ -13,9 +13,9 @@ from llmq.checkpoint.output_dir import REPORT
 from llmq.core.config import METHODS
 from llmq.core.errors import RequestError
 from llmq.core.settings import Tuned
-from llmq.models.packable import split_packable
 from llmq.run import block_quantizer
 from llmq.run.block_quantizer import Run
+from llmq.run.layer_problem import packable_groups
 from llmq.runtime.load import load
 
 
@@ -50,7 +50,7 @@ def test_the_checkpoint_holds_what_the_blocks_computed_with(name, method, tmp_pa
 @pytest.mark.parametrize("method", ["gptq", "tuned"])
 def test_a_block_without_groups_still_takes_the_original_model_along(method, tmp_path, llama, text_file, monkeypatch):
     """Or the next block would be held to what the original model has one block earlier."""
-    monkeypatch.setattr("llmq.run.layer_problem.split_packable", skipping_the_first(split_packable))
+    monkeypatch.setattr("llmq.run.block_quantizer.packable_groups", skipping_the_first(packable_groups))
     settings = Tuned(steps=3, end_steps=0)
     output = run(llama, text_file, tmp_path / "out", bits=8, method=method, tuned=settings)
     drifts = json.loads((output / REPORT).read_text())["drifts"]
