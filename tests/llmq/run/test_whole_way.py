@@ -40,9 +40,8 @@ def test_a_checkpoint_goes_the_whole_way(name, text_file, tmp_path):
     wanted = logits(model, IDS)
     ids = llmq.fast_generate(model, IDS[:1, :8], max_new_tokens=4, min_new_tokens=4, do_sample=False).sequences
     assert torch.equal(ids, model.generate(IDS[:1, :8], max_new_tokens=4, min_new_tokens=4, do_sample=False))
-    for form in ("gptq", "awq"):
-        copy = convert(ConvertConfig(packed, tmp_path / form, form))
-        assert torch.equal(logits(llmq.load(copy, "cpu", torch.float32), IDS), wanted)
-        assert json.loads((copy / "preprocessor_config.json").read_text()) == PICTURES
+    copy = convert(ConvertConfig(packed, tmp_path / "gptq", "gptq"))
+    assert torch.equal(logits(llmq.load(copy, "cpu", torch.float32), IDS), wanted)
+    assert json.loads((copy / "preprocessor_config.json").read_text()) == PICTURES
     back = convert(ConvertConfig(copy, tmp_path / "back", "compressed-tensors"))
     assert (back / "model.safetensors").read_bytes() == (packed / "model.safetensors").read_bytes()
