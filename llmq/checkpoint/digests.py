@@ -42,9 +42,11 @@ class DigestingCheckpoint(Checkpoint):
     """
 
     def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
         self.digests: dict[str, str] = {}
-        self.files = _DigestingFiles(directory, self.digests)
+        super().__init__(directory)
+
+    def _open_files(self) -> SafetensorsDirectory:
+        return _DigestingFiles(self.directory, self.digests)
 
     def weight(
         self, name: str, instead: Mapping[str, Tensor] | None = None, device: torch.device = CPU

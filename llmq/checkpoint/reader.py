@@ -39,12 +39,15 @@ class Checkpoint:
         self.config = read_json(directory, CONFIG)
         self.quantization = _quantization(directory, self.config)
         self.format = format_of(self.quantization)
-        self.files: SafetensorsDirectory | ModelFiles = SafetensorsDirectory(directory)
+        self.files: SafetensorsDirectory | ModelFiles = self._open_files()
         suffix = f".{self.format.TENSOR_SUFFIXES[0]}"
         self.linears = sorted(name.removesuffix(suffix) for name in self.files.names() if name.endswith(suffix))
         if not self.linears:
             raise CheckpointError(f"{directory} holds no layer packed as {self.format.METHOD}, although it says so")
         self.schemes = schemes_of(self.quantization, self.linears)
+
+    def _open_files(self) -> SafetensorsDirectory:
+        return SafetensorsDirectory(self.directory)
 
     def for_model(self, model: Any) -> Checkpoint:
         """Return this checkpoint with the names that its tensors and linears have in a model."""

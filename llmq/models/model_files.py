@@ -89,6 +89,8 @@ class ModelFiles:
             self._place(stored)
         for made in self._conversions.keys() & self._renamed_from.keys():
             self._refuse_two(made, self._renamed_from[made], next(iter(self._conversions[made].stored)))
+        made_of_others = (name for each in self._conversions.values() for name in each.targets)
+        self._names = {*self._renamed_from, *made_of_others}
 
     def _linear_in_model(self, stored: str) -> str:
         name, pattern = self._renamed(f"{stored}.weight")
@@ -146,7 +148,7 @@ class ModelFiles:
         return self.stored.paths
 
     def names(self) -> set[str]:
-        return {*self._renamed_from, *(name for each in self._conversions.values() for name in each.targets)}
+        return self._names
 
     def stored_names(self, name: str) -> list[str]:
         """Return the stored names of what a tensor is made of."""

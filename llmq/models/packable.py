@@ -109,24 +109,18 @@ def _are_fused(one: str, other: str) -> bool:
     return parent == other_parent and any(leaf in fused and other_leaf in fused for fused in _FUSED)
 
 
-def left_in_float(model: nn.Module, packed: Container[str], carried: Iterable[str] = ()) -> list[str]:
-    """Return the names of a model's linears that are not packed.
+def config_names(
+    model: nn.Module, files: ModelFiles, schemes: Mapping[str, _Scheme], carried: Iterable[str] = ()
+) -> tuple[dict[str, _Scheme], list[str]]:
+    """Return what config.json says of a model's linears: the schemes of packed ones, and the names of the others.
 
-    `carried`: names of stored tensors that this model has no place for, but another one may have (a classifier).
+    Both are under the names in the model, where transformers looks, and under those in the files, where engines do.
+    `schemes`: by the name in the model. `carried`: names of stored tensors that this model has no place for, but
+    another one may have (a classifier).
     """
     others = [name.removesuffix(".weight") for name in carried if name.endswith(".weight")]
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in packed] + others
-
-
-def with_stored_names(
-    files: ModelFiles | None, schemes: Mapping[str, _Scheme], in_float: list[str]
-) -> tuple[dict[str, _Scheme], list[str]]:
-    """Return schemes of packed linears and names of linears in float, also under the names in the files.
-
-    transformers looks for a linear under its name in the model, engines under that in the files.
-    """
-    if files is None:
-        return dict(schemes), in_float
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    in_float = [name for name in linears if name not in schemes] + others
     packed = {files.stored_linear(name): scheme for name, scheme in schemes.items()}
     stored = [files.stored_module(name) for name in in_float]
     return {**schemes, **packed}, [*dict.fromkeys([*in_float, *stored])]

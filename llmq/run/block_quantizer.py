@@ -28,7 +28,7 @@ from llmq.formats import FORMATS
 from llmq.formats.scheme import Scheme
 from llmq.models.block_structure import Group
 from llmq.models.model_source import ModelSource
-from llmq.models.packable import left_in_float, with_stored_names
+from llmq.models.packable import config_names
 from llmq.run.journal import Line
 from llmq.run.layer_bits import bits_of_group, bits_of_linears, fitted_grid
 from llmq.run.layer_problem import (
@@ -95,8 +95,8 @@ class Run:
         """Return the quantization_config. It lists every linear that stays in float."""
         if not self.schemes:
             raise WorkError("no linear of this model could be packed: " + self.report.notes[-1]["note"])
-        in_float = left_in_float(self.source.skeleton, self.schemes, self.source.carried_names)
-        return self.format.hf_config(*with_stored_names(self.source.files, self.schemes, in_float))
+        source = self.source
+        return self.format.hf_config(*config_names(source.skeleton, source.files, self.schemes, source.carried_names))
 
     def quantize_block(self, block: Block, show: Callable[[str], None]) -> dict[str, Tensor]:
         """Replace the weights of a block by quantized ones; return all its tensors, packed or as they are.

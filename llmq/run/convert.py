@@ -21,7 +21,7 @@ from llmq.formats import FORMATS
 from llmq.formats.scheme import Scheme
 from llmq.models.conv1d import CONV1D, stored_transposed
 from llmq.models.model_source import build_skeleton
-from llmq.models.packable import left_in_float, with_stored_names
+from llmq.models.packable import config_names
 from llmq.models.stored_names import has_no_place
 from llmq.runtime.model_config import model_config
 from llmq.verification.check import DIGESTS, check
@@ -69,8 +69,7 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
     carried = [name for name in in_model if name not in state and has_no_place(model, name)]
     kept = sorted({stored for name in in_model for stored in view.model_files.stored_names(name)})
     schemes_in_model = {name: schemes[view.stored_linear(name)] for name in view.linears}
-    in_float = left_in_float(model, schemes_in_model, carried)
-    quantization = target.hf_config(*with_stored_names(view.model_files, schemes_in_model, in_float))
+    quantization = target.hf_config(*config_names(model, view.model_files, schemes_in_model, carried))
     computed = {name: value for name, value in digests_of(checkpoint).items() if name in schemes or name in kept}
     with Writer(config.output, config.overwrite) as writer:
         for _, names in groupby(kept, key=lambda name: name.rpartition(".")[0]):

@@ -18,7 +18,7 @@ from llmq.checkpoint.reader import CONFIG, Checkpoint
 from llmq.core.errors import CheckpointError, first_line
 from llmq.models.model_class import model_class
 from llmq.models.model_files import ModelFiles
-from llmq.models.stored_names import untie_own
+from llmq.models.stored_names import tied_names, untie_own
 
 # Largest values of counts, by what their names contain. Config classes make lists of such lengths (kinds of layers,
 # names of labels) before anything is built.
@@ -64,7 +64,7 @@ def checked_config(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any
         raise CheckpointError(
             f"{directory}: {CONFIG} describes no model that can be built: {first_line(error)}"
         ) from None
-    if untie_own(model, ModelFiles(files, model)):
+    if tied_names(model) and untie_own(model, ModelFiles(files, model)):
         with torch.device("meta"):
             model = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
     buffers = sum(buffer.nbytes for buffer in model.buffers())

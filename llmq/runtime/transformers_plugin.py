@@ -34,7 +34,7 @@ from llmq.formats import format_of
 from llmq.formats.scheme import Scheme
 from llmq.models.conv1d import linears_for_conv1d, stored_transposed
 from llmq.models.model_files import ModelFiles
-from llmq.models.packable import left_in_float, with_stored_names
+from llmq.models.packable import config_names
 from llmq.runtime.packed_linear import PackedLinear
 
 METHOD = "llmq"
@@ -151,9 +151,9 @@ class LlmqQuantizer(HfQuantizer):
         """
         stored, linears = self.quantization_config.stored, _packed_linears(model, self._schemes)
         assert stored is not None
+        assert self._files is not None
         form = format_of(stored)
-        in_float = left_in_float(model, self._schemes)
-        self.quantization_config.stored = form.hf_config(*with_stored_names(self._files, self._schemes, in_float))
+        self.quantization_config.stored = form.hf_config(*config_names(model, self._files, self._schemes))
         model.config.quantization_config = self.quantization_config
         inside = {f"{name}.{key}" for name, linear in linears.items() for key in linear.state_dict() if key != "bias"}
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in inside}
