@@ -179,7 +179,7 @@ def _as_stored(state: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tens
         linears = ("gate_proj", "up_proj") if stacked == "gate_up_proj" else (stacked,)
         for e, expert in enumerate(tensor):
             for linear, weight in zip(linears, expert.chunk(len(linears)), strict=True):
-                # A view has the storage of all experts, by whose size shards would be cut.
+                # A view would count with the bytes of the whole stack when shards are filled.
                 yield f"{place}.{e}.{linear}.weight", torch.empty_like(weight)
 
 

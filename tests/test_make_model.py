@@ -1,6 +1,7 @@
 """Check that the synthetic models for benchmarks are ordinary models."""
 
 import json
+from itertools import pairwise
 
 import make_model
 import pytest
@@ -126,6 +127,14 @@ def test_a_mixture_has_the_tensors_that_transformers_writes_and_each_expert_its_
     logits = model(torch.arange(2, 66)[None]).logits.detach()
     assert logits.isfinite().all()
     assert 0.1 < float(logits.std()) < 10
+
+
+def test_experts_fill_the_shards(tmp_path):
+    ours = made(tmp_path / "ours", shape="qwen3-30b-a3b", blocks=2, shard_gb=0.0002, **TINY)
+    sizes = {path.name: sum(t.nbytes for t in load_file(path).values()) for path in ours.glob("*.safetensors")}
+    in_order = [sizes[name] for name in sorted(sizes)]
+    assert len(in_order) > 3
+    assert all(a + b > 200_000 for a, b in pairwise(in_order))  # or one file would hold both
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,10 @@ class Run:
             self._put_back(block, each.group, solution)
 
     def _encoded(self, block: Block, solved: list[Solved]) -> dict[str, Tensor]:
-        """Return the packed tensors of these groups, in the process that writes. Notes how each linear was packed, and its digest."""
+        """Return the packed tensors of these groups; note how each linear was packed, and its digest.
+
+        Does nothing in processes that do not write.
+        """
         packed: dict[str, Tensor] = {}
         with self.clock("write"):
             for each in solved if self.ranks.is_first else ():
