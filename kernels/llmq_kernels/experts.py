@@ -1,5 +1,6 @@
 """The packed weights of a layer's experts, stacked: one tensor for all, of which each expert's weight is a view.
 
+>>> from llmq_kernels.layout import pack
 >>> codes = torch.full((6, 64), 8, dtype=torch.uint8)                                # [out, in]
 >>> scale, zero = torch.ones(6, 1), torch.full((6, 1), 8, dtype=torch.uint8)
 >>> experts = stack_experts([pack(codes, scale, zero, bits=4), pack(codes, -scale, zero, bits=4)])

@@ -70,29 +70,31 @@ def _routed_linear(
     symmetric: bool,
 ) -> Tensor:
     weights = ExpertWeights(tuple(words), grid, bits, group_size, x.shape[1], symmetric)
-    if x.is_cuda and index.numel() > 0:
-        with torch.cuda.device(x.device):
-            tile = _tile(x, weights, index)
-            if tile is not None:
-                from llmq_kernels.packed_experts import packed_experts  # Triton is imported where it runs
+    if not x.is_cuda:
+        return reference.routed_matmul(x, weights, index, bias, scores, lambda x, w, b: run(x, w, b, counters))
+    with torch.cuda.device(x.device):
+        return launched(x, weights, index, bias, scores, counters)
 
-                bias, scores = (None if t is None else t.contiguous() for t in (bias, scores))
-                return packed_experts(x.contiguous(), weights, index.contiguous(), bias, scores, own(counters), tile)
-    return reference.routed_matmul(x, weights, index, bias, scores, lambda x, w, b: run(x, w, b, counters))
+
+def launched(
+    x: Tensor, weights: ExpertWeights, index: Tensor, bias: Tensor | None, scores: Tensor | None, counters: Tensor
+) -> Tensor:
+    """Multiply x on the current GPU, or in plain torch there."""
+    dtype, sizes = str(x.dtype).removeprefix("torch."), (weights.out_features, weights.in_features)
+    problem = Problem(weights.bits, weights.group_size, weights.symmetric, dtype, len(index), *sizes)
+    if index.numel() == 0 or not has_kernel(problem, x.device):
+        return reference.routed_matmul(x, weights, index, bias, scores)
+    from llmq_kernels.packed_experts import packed_experts  # Triton is imported where it runs, not before
+
+    tile = rule_for_experts(describe(x.device), problem, len(weights), index.shape[1])
+    x, index = x.contiguous(), index.contiguous()
+    bias, scores = (None if tensor is None else tensor.contiguous() for tensor in (bias, scores))
+    return packed_experts(x, weights, index, bias, scores, own(counters), tile)
 
 
 @_routed_linear.register_fake
 def _(x: Tensor, _words: list[Tensor], grid: Tensor, index: Tensor, *_: object) -> Tensor:
     return x.new_empty(*index.shape, grid.shape[2])
-
-
-def _tile(x: Tensor, weights: ExpertWeights, index: Tensor) -> Tile | None:
-    """Return the tile for x on its GPU, or None if there is no kernel for it."""
-    dtype, sizes = str(x.dtype).removeprefix("torch."), (weights.out_features, weights.in_features)
-    problem = Problem(weights.bits, weights.group_size, weights.symmetric, dtype, len(index), *sizes)
-    if not has_kernel(problem, x.device):
-        return None
-    return rule_for_experts(describe(x.device), problem, len(weights), index.shape[1])
 
 
 @lru_cache(maxsize=4096)
