@@ -94,7 +94,7 @@ def test_one_that_dies_ends_the_others_and_any_number_goes_on(of_one, config, tm
             enter = llmq.calibration.block_stream._StreamedStates.enter
 
             def dies(self, index, *arguments):
-                if index == 2:
+                if index == 1:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return enter(self, index, *arguments)
 

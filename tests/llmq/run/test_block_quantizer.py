@@ -48,7 +48,7 @@ def test_the_checkpoint_holds_what_the_blocks_computed_with(name, method, tmp_pa
         found = module.dequantize() if is_packed else state[tensor_name]
         # In bfloat16 where that is what matmuls take.
         assert torch.equal(found.to(expected.dtype), expected), tensor_name
-    assert len(computed) >= 18
+    assert len(computed) >= 12
 
 
 @pytest.mark.parametrize("method", ["gptq", "tuned"])
