@@ -26,6 +26,12 @@ SETTINGS = Tuned(steps=0, end_steps=50, end_samples=0, end_batch=4, end_rate=0.0
 
 
 @pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """Of three blocks, whose errors add up to what training can lower."""
+    return save_tiny(tmp_path_factory.mktemp("llama"), num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
 def packed(llama, text_file, tmp_path_factory):
     return run(llama, text_file, tmp_path_factory.mktemp("packed") / "out", bits=2)
 
