@@ -95,7 +95,7 @@ def test_asymmetric_weights_open_exactly_when_dequantized_on_loading(sources, tm
 
 def test_several_shards_open_exactly(sources, tmp_path, monkeypatch):
     whole = pack(sources("qwen2"), tmp_path / "whole")
-    monkeypatch.setattr("llmq.run.resume.Writer", functools.partial(Writer, shard_bytes=30_000))
+    monkeypatch.setattr("llmq.run.resume.Writer", functools.partial(Writer, shard_bytes=15_000))
     directory = pack(sources("qwen2"), tmp_path / "packed")
     shards = sorted(path.name for path in directory.glob("*.safetensors"))
     assert len(shards) > 3
