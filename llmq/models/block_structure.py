@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from llmq.models.experts import layout_of, layouts, linears_of
+
 # (producer, consumer, a linear beside them): if that is there, output channel c of the producer's last rows only ever
 # reaches input channel c of the consumer, and linearly. Without a gate, an activation lies between up and down.
 _DECLARED_FOLDS = (
@@ -45,6 +47,15 @@ class Group:
     ends: Submodule | None = None  # the child of the block that returns the output of this group's only linear
     is_read: bool = False  # the model also reads the weight of this group's only linear without a call
     calls: int = 1  # in one forward; a group whose linear runs never or often has no other linear
+    expert: Expert | None = None  # of which the linears are a part; each sees the tokens that are routed to it
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One of the experts of a block."""
+
+    module: str  # the name of the experts inside the block
+    number: int
 
 
 @dataclass(frozen=True)
@@ -62,13 +73,14 @@ def find_groups(
 
     `run` calls the block with the arguments that the model gives it. The values of `hidden`, its input, do not matter.
     A linear that runs several times is in as many groups. One whose weight is also read without a call has its own.
+    The groups of experts come last. They follow from the structure: a single run reaches only some experts.
     """
     seen = Observation(hidden.to(next(block.parameters()).device))
     with weights_read(block) as read, _hooked(block, seen.record):
         end = run(hidden)
     groups = []
     for tensor, readers in seen.linears_of_input.items():
-        linears = [name for name in readers if name not in read]
+        linears = [n for n in readers if n not in read and isinstance(block.get_submodule(n), nn.Linear)]
         if not linears:
             continue
         norm = seen.norm_of_output.get(tensor) if linears == readers else None
@@ -78,7 +90,19 @@ def find_groups(
         residual = seen.residual_of(linears[0], end) if alone else None
         ends = seen.submodule_ended_by.get(linears[0]) if alone else None
         groups.append(Group(tuple(linears), producer, offset, residual, ends))
-    return groups + [Group((name,), is_read=True) for name in sorted(read)]
+    return groups + [Group((name,), is_read=True) for name in sorted(read)] + _groups_of_experts(block)
+
+
+def _groups_of_experts(block: nn.Module) -> list[Group]:
+    """Return two groups for each expert: the linears before its activation, and the one after it."""
+    groups = list[Group]()
+    for module, layout in layouts(block).items():
+        *before, after = linears_of(layout)
+        for number in range(layout.experts):
+            expert = Expert(module, number)
+            groups.append(Group(tuple(f"{module}.{number}.{name}" for name in before), expert=expert))
+            groups.append(Group((f"{module}.{number}.{after}",), expert=expert))
+    return groups
 
 
 class Observation:
@@ -106,6 +130,10 @@ class Observation:
             self.norm_of_output[_identity(output)] = name
             self._alive.append(output)
             self._residuals[name] = args[0]
+        elif takes and layout_of(module) is not None:
+            # Experts read this tensor, too: a scale that is folded into its norm would reach them.
+            self.linears_of_input.setdefault(_identity(args[0]), []).append(name)
+            self._alive.append(args[0])
         elif "." not in name:
             self._record_child(name, output)
 
@@ -136,7 +164,7 @@ def _hooked(block: nn.Module, hook: Any) -> Generator[None]:
     """Call `hook(name, module, args, output)` after the forward of every submodule of `block`."""
     handles = [
         module.register_forward_hook(lambda m, args, output, name=name: hook(name, m, args, output))
-        for name, module in block.named_modules()
+        for name, module in _modules(block)
         if name
     ]
     try:
@@ -144,6 +172,12 @@ def _hooked(block: nn.Module, hook: Any) -> Generator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _modules(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules of a block and their names, without the linears of experts."""
+    inside = tuple(f"{name}." for name in layouts(block))
+    return [(name, module) for name, module in block.named_modules() if not name.startswith(inside)]
 
 
 @contextmanager
@@ -154,7 +188,7 @@ def weights_read(block: nn.Module) -> Generator[set[str]]:
     """
     read, classes = set[str](), dict[nn.Module, type[nn.Module]]()
     try:
-        for name, module in block.named_modules():
+        for name, module in _modules(block):
             if isinstance(module, nn.Linear):
                 classes[module] = type(module)
                 module.__class__ = _watched(type(module), name, read)

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from llmq.core.errors import CheckpointError, RequestError, WorkError, first_line
 from llmq.models.conv1d import linears_for_conv1d
 from llmq.models.decoder_blocks import find_blocks, refuse_without_linears, shared_by_blocks
+from llmq.models.experts import experts_to_linears
 from llmq.models.gguf_file import GgufFile, open_gguf, set_rope
 from llmq.models.locate import locate
 from llmq.models.model_class import model_class
@@ -141,8 +143,12 @@ class ModelSource:
 
     def load(self, names: list[str], device: torch.device, dtype: torch.dtype) -> None:
         """Put these tensors into the skeleton, floats cast to `dtype`."""
-        tensors = {name: self.read(name) for name in names}
-        self._assign({n: t.to(device, dtype if t.is_floating_point() else t.dtype) for n, t in tensors.items()})
+        tensors = dict[str, Tensor]()
+        for name in sorted(names, key=lambda name: self.files.stored_names(self._tied.get(name, name))[0]):
+            tensor = self.read(name)
+            tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        self.files.forget()
+        self._assign(tensors)
 
     def free(self, names: list[str]) -> None:
         """Send these tensors of the skeleton back to the meta device."""
@@ -175,7 +181,7 @@ class ModelSource:
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     """Return a model with parameters on the meta device and real buffers (rotary frequencies are computed)."""
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _StacksOnMeta():
             # float32: buffers are real, and must not be rounded to the dtype of the weights (Gemma's embedding scale).
             auto = model_class(config)
             model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -185,7 +191,19 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> Any:
         what = f"{type(error).__name__}: {first_line(error)}"
         raise RequestError(f"config.json describes no {config.model_type} model that can be built ({what})") from None
     linears_for_conv1d(model)
+    experts_to_linears(model)
     return model.requires_grad_(False).eval()
+
+
+class _StacksOnMeta(TorchFunctionMode):
+    """Make empty tensors of three dimensions on the meta device at once.
+
+    Other parameters go there one by one after they were made. The experts of a block may be too large to be made.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}) | {"device": "meta"}) if func in (torch.empty, torch.zeros) else None
+        return made if made is not None and made.ndim > 2 else func(*args, **(kwargs or {}))
 
 
 def read_generation_config(model: Any, directory: Path) -> None:

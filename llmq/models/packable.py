@@ -73,7 +73,7 @@ def split_packable(
     for group in groups:
         for odd in group.linears:
             if reason := reason_for(odd, linear_of(block, odd)):
-                with_it = dict.fromkeys((odd, *(name for name in group.linears if _are_fused(odd, name))), reason)
+                with_it = dict.fromkeys((odd, *_fused_with(odd, groups)), reason)
                 skipped = with_it | skipped
     alone = {name: count for name, count in calls.items() if count > 1 and name not in skipped}
     for group in groups:
@@ -103,6 +103,15 @@ def _unfit(name: str, linear: nn.Linear, bits: int, calls: int) -> str:
     return ""
 
 
+def _fused_with(odd: str, groups: list[Group]) -> list[str]:
+    """Return the linears that engines run as one with this one, or as one kind with it: all experts of a block."""
+    group = next(group for group in groups if odd in group.linears)
+    if group.expert is None:
+        return [name for name in group.linears if _are_fused(odd, name)]
+    alike = (other for other in groups if other.expert and other.expert.module == group.expert.module)
+    return [name for other in alike for name in other.linears]
+
+
 def _are_fused(one: str, other: str) -> bool:
     """Return whether engines run two linears of a block as one matrix."""
     (parent, _, leaf), (other_parent, _, other_leaf) = one.rpartition("."), other.rpartition(".")
@@ -119,11 +128,17 @@ def config_names(
     another one may have (a classifier).
     """
     others = [name.removesuffix(".weight") for name in carried if name.endswith(".weight")]
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or _is_router(module)]
     in_float = [name for name in linears if name not in schemes] + others
     packed = {files.stored_linear(name): scheme for name, scheme in schemes.items()}
     stored = [files.stored_module(name) for name in in_float]
     return {**schemes, **packed}, [*dict.fromkeys([*in_float, *stored])]
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Return whether a module is a router without being a linear. It is one in engines."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return weight is not None and weight.ndim == 2 and "router" in type(module).__name__.lower()
 
 
 def fit_group_size(requested: int, in_features: set[int]) -> int:

@@ -6,7 +6,7 @@
 A group is a set of linears that read the same input. They are rounded together, as one stacked matrix.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from llmq.algorithms import ALGORITHMS
 from llmq.algorithms.output_matching import choose
 from llmq.algorithms.problem import ROW_MULTIPLE, Problem, Solution
 from llmq.calibration.block_runner import Block, Compute
-from llmq.calibration.input_statistics import collect_statistics
+from llmq.calibration.input_statistics import InputStatistics, collect_statistics
 from llmq.checkpoint.digests import digest
 from llmq.core.config import QuantizeConfig
 from llmq.core.distributed import ALONE, Ranks
@@ -29,6 +29,7 @@ from llmq.formats.scheme import Scheme
 from llmq.models.block_structure import Group
 from llmq.models.model_source import ModelSource
 from llmq.models.packable import config_names
+from llmq.run.expert_groups import statistics_of_experts
 from llmq.run.journal import Line
 from llmq.run.layer_bits import bits_of_group, bits_of_linears, fitted_grid
 from llmq.run.layer_problem import (
@@ -41,6 +42,7 @@ from llmq.run.layer_problem import (
     solve_alone,
     solve_in_first,
     solve_rows,
+    stages_of,
     weights_of,
 )
 from llmq.run.report import Report
@@ -98,28 +100,31 @@ class Run:
         source = self.source
         return self.format.hf_config(*config_names(source.skeleton, source.files, self.schemes, source.carried_names))
 
-    def quantize_block(self, block: Block, show: Callable[[str], None]) -> dict[str, Tensor]:
-        """Replace the weights of a block by quantized ones; return all its tensors, packed or as they are.
+    def quantize_block(self, block: Block, show: Callable[[str], None]) -> Iterator[dict[str, Tensor]]:
+        """Replace the weights of a block by quantized ones; yield all its tensors, packed or as they are.
 
+        Those of an expert come as soon as it is solved, so that the codes of all experts are never in memory together.
         Processes that do not write get no tensors. `show` is called with a line about each group that was solved.
         """
         if block.name not in self.chosen:
             collect_statistics(block, [], self.clock)  # only moves the original model's hidden states on
-            return self._other_tensors(block, [], set())
+            yield self._other_tensors(block, [], set())
+            return
         groups, skipped = packable_groups(block, self.source, self.bits)
         self.report.note(block.name, [f"{name} left in float: {reason}" for name, reason in skipped.items()])
         if (drift := block.drift) is not None:
             self.report.drifts[block.name] = drift
         usual = [group for group in groups if group.calls == 1]
-        changed, problems = self._transform(block, usual)
-        others = [self._round(block, group) for group in groups if group.calls != 1]
-        solved = self._solve_groups(block, usual, problems, show)
-        if self.refine is not None and solved:
-            self._refine(block, solved)
-        solved += others
-        with self.clock("write"):
-            packed = self._encoded(block, solved) if self.ranks.is_first else {}
-        return packed | self._other_tensors(block, groups, changed)
+        changed, problems = self._transform(block, [group for group in usual if group.expert is None])
+        solved = [self._round(block, group) for group in groups if group.calls != 1]
+        for each in self._solve_groups(block, usual, problems, show):
+            if each.group.expert is None:
+                solved.append(each)
+            else:
+                yield self._encoded(block, [each])
+        if trained := [each for each in solved if each.problem is not None]:
+            self._refine(block, trained)
+        yield self._encoded(block, solved) | self._other_tensors(block, groups, changed)
 
     def _transform(self, block: Block, groups: list[Group]) -> tuple[set[str], list[Problem] | None]:
         """Let the method change the block before its weights are rounded.
@@ -143,31 +148,42 @@ class Run:
         """Return one rounding problem per group, with the statistics that the method needs."""
         needed = self.algorithm.needs_statistics(self.config)
         statistics = collect_statistics(block, groups, self.clock, last) if needed else [None] * len(groups)
-        return [
-            make_problem(block, group, stats, replace(self.grid, bits=self._bits_of(block, group)), self.scale_dtype)
-            for group, stats in zip(groups, statistics, strict=True)
-        ]
+        return [self._problem(block, group, stats) for group, stats in zip(groups, statistics, strict=True)]
+
+    def _problem(self, block: Block, group: Group, statistics: InputStatistics | None) -> Problem:
+        grid = replace(self.grid, bits=self._bits_of(block, group))
+        return make_problem(block, group, statistics, grid, self.scale_dtype)
 
     def _solve_groups(
         self, block: Block, groups: list[Group], problems: list[Problem] | None, show: Callable[[str], None]
-    ) -> list[Solved]:
+    ) -> Iterator[Solved]:
         """Round the weights of all groups, stage by stage. The block runs over the text once before each stage.
 
-        `problems`: those of all groups if they are known already; the list is emptied. None: made for each stage.
+        `problems`: those of all groups but the experts', if they are known already; the list is emptied. None: made for
+        each stage.
         """
-        stages = [groups]
+        stages = stages_of(groups, self.sequential)
         if self.sequential:
-            block.expect(groups)
-            # A block without groups still needs one stage: it moves the original model's hidden states on.
-            stages = [[group] for group in groups] or [[]]
-        solved: list[Solved] = []
+            block.expect(stages)
         for stage in stages:
-            waiting = self._problems(block, stage, last=stage is stages[-1]) if problems is None else problems
+            last = stage is stages[-1]
+            if stage and stage[0].expert is not None:
+                yield from self._solve_experts(block, stage, last, show)
+                continue
+            waiting = self._problems(block, stage, last) if problems is None else problems
             for group in stage:
                 # pop: nothing holds the problem after this call. Its large statistics must be freed before those of the
                 # next stage are summed.
-                solved.append(self._solve(block, group, waiting.pop(0), show))
-        return solved
+                yield self._solve(block, group, waiting.pop(0), show)
+
+    def _solve_experts(
+        self, block: Block, groups: list[Group], last: bool, show: Callable[[str], None]
+    ) -> Iterator[Solved]:
+        """Round the experts of a module, one after the other. The block runs over the text once for all of them."""
+        needed = self.algorithm.needs_statistics(self.config)
+        measured = statistics_of_experts(block, groups, self.config, self.clock, last) if needed else ()
+        for group, statistics in measured or ((group, None) for group in groups):
+            yield self._solve(block, group, self._problem(block, group, statistics), show)
 
     def _solve(self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]) -> Solved:
         """Round the linears of one group. From here on the block computes with their quantized weights."""
@@ -184,18 +200,19 @@ class Run:
             problem, solution = problem.rows(0, rows), replace(solution.rows(0, rows), matched=match.alpha)
             if problem.statistics is not None:  # otherwise nobody runs the block
                 self._put_back(block, group, solution)
-            entry = self.report.group(block.name, group.linears, errors, solution, problem.statistics)
+            entry = self.report.group(block.name, group, errors, solution, problem.statistics)
             release_memory()
         show(f"{group.linears[-1]} loss {errors[0]:.2e}")
-        if self.refine is None:
+        is_trained = self.refine is not None and group.expert is None
+        if not is_trained:
             self.report.add(entry)
-        return Solved(group, solution, entry, None if self.refine is None else problem)
+        return Solved(group, solution, entry, problem if is_trained else None)
 
     def _round(self, block: Block, group: Group) -> Solved:
         """Round a linear that runs never or often: an expert that nobody chose, attention to a picture."""
         grid = replace(self.grid, bits=self._bits_of(block, group))
         solution, errors = solve_alone(block, group, grid, self.scale_dtype, self.ranks)
-        entry = self.report.group(block.name, group.linears, errors, solution, None)
+        entry = self.report.group(block.name, group, errors, solution, None)
         if self.algorithm.needs_statistics(self.config):  # the next groups see what it computes now
             self._put_back(block, group, solution)
             runs = "did not run on the first calibration sequence" if group.calls == 0 else f"runs {group.calls} times"
@@ -221,15 +238,20 @@ class Run:
             self._put_back(block, each.group, solution)
 
     def _encoded(self, block: Block, solved: list[Solved]) -> dict[str, Tensor]:
-        """Return the packed tensors of all groups. Notes how each linear was packed, and its digest."""
+        """Return the packed tensors of these groups; note how each linear was packed, and its digest.
+
+        Does nothing in processes that do not write.
+        """
         packed: dict[str, Tensor] = {}
-        for each in solved:
-            for inner, weight in weights_of(block, each.group, each.solution, self._bits_of(block, each.group)).items():
-                name = f"{block.name}.{inner}"
-                stored = self.source.files.stored_linear(name)
-                self.digests[stored] = digest(weight)
-                self.schemes[name] = scheme = Scheme(weight.bits, self.grid.group_size, self.grid.symmetric)
-                packed |= self.format.encode(stored, weight, scheme)
+        with self.clock("write"):
+            for each in solved if self.ranks.is_first else ():
+                weights = weights_of(block, each.group, each.solution, self._bits_of(block, each.group))
+                for inner, weight in weights.items():
+                    name = f"{block.name}.{inner}"
+                    stored = self.source.files.stored_linear(name)
+                    self.digests[stored] = digest(weight)
+                    self.schemes[name] = scheme = Scheme(weight.bits, self.grid.group_size, self.grid.symmetric)
+                    packed |= self.format.encode(stored, weight, scheme)
         return packed
 
     def _other_tensors(self, block: Block, groups: list[Group], changed: set[str]) -> dict[str, Tensor]:

@@ -1,0 +1,254 @@
+"""Statistics of the experts of a block: of the tokens that the router sends to each one, and of all of them together.
+
+The router decides which tokens an expert gets, and it stays as it is. An expert's output is multiplied by its score s,
+so its moments are H_e = Σ s² x xᵀ / Σ s². `algorithms/shrinkage.py` helps those that see few tokens.
+
+    tokens ──► block, run once ──► what enters the experts, kept ──► expert 0: X ──► gate, up, rounded ──► X of down
+                                              │                      expert 1: …
+                                              └──► H of all experts, before their first linears and before the last
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import islice
+from math import fsum
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llmq.calibration.block_runner import Block
+from llmq.calibration.hidden_states import HiddenStates, StoredRows, StoredStates
+from llmq.calibration.input_statistics import GroupSums, InputStatistics, add_lower, mirrored, run_both
+from llmq.calibration.ordered_sums import ShareSums
+from llmq.core.timing import Clock
+from llmq.models.block_structure import Group, linear_of
+from llmq.models.experts import DOWN, Layout, Routed, activated, layout_of
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The tokens of one share of the text that an expert gets."""
+
+    X: Float[Tensor, "n in"]
+    X_o: Float[Tensor, "n in"] | None  # in the original model
+    weights: Float[Tensor, "n"]  # s²
+
+    @staticmethod
+    def together(parts: list[_Rows], width: int) -> _Rows:
+        if not parts:  # a share of another process
+            return _Rows(torch.empty(0, width), None, torch.empty(0))
+        X_o = [part.X_o for part in parts if part.X_o is not None]
+        X, weights = (torch.cat([getattr(part, name) for part in parts]) for name in ("X", "weights"))
+        return _Rows(X, torch.cat(X_o) if X_o else None, weights)
+
+    def to(self, device: torch.device) -> _Rows:
+        return _Rows(self.X.to(device), None if self.X_o is None else self.X_o.to(device), self.weights.to(device))
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What entered the experts for one micro-batch, where the hidden states are: in memory or on disk."""
+
+    X: Tensor | StoredRows  # [rows, in]
+    X_o: Tensor | StoredRows | None  # the same rows in the original model
+    rows: dict[int, Tensor]  # of each expert that has some
+    weights: dict[int, Tensor]  # s² of these rows
+
+    def rows_of(self, expert: int) -> _Rows:
+        rows = self.rows.get(expert, torch.empty(0, dtype=torch.long))
+        return _Rows(self.X[rows], None if self.X_o is None else self.X_o[rows], self.weights.get(expert, rows.float()))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What enters the experts for one micro-batch."""
+
+    X: Float[Tensor, "rows in"]
+    X_o: Float[Tensor, "rows in"] | None  # the same rows in the original model
+    rows: dict[int, Tensor]  # of each expert that has some
+    weights: dict[int, Tensor]  # s² of these rows
+
+    def kept(self, i: int, states: HiddenStates) -> _Kept:
+        """Keep the inputs of this micro-batch, the i-th, where the hidden states are."""
+
+        def keep(X: Tensor, kind: str) -> Tensor | StoredRows:
+            return StoredRows(states.hidden_dir, f"{kind}-{i}", X) if isinstance(states, StoredStates) else X.cpu()
+
+        rows, weights = ({e: t.cpu() for e, t in each.items()} for each in (self.rows, self.weights))
+        X_o = None if self.X_o is None else keep(self.X_o, "experts-original")
+        return _Kept(keep(self.X, "experts"), X_o, rows, weights)
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """What all experts of a block saw, at one place: before their first linears or before their last one."""
+
+    H: Float[Tensor, "in in"]
+    H_val: Float[Tensor, "in in"]  # over held-out tokens; equal to H if there are none
+
+
+class ExpertStatistics:
+    """The statistics of each expert of a block. Making it runs the block over the text once.
+
+    Args:
+        groups: those of the experts of one module.
+        last: the original model runs for the last time, and its hidden states become the block's outputs.
+        all_tokens: every expert gets every token, instead of those that are routed to it.
+    """
+
+    def __init__(
+        self, block: Block, groups: list[Group], clock: Clock, last: bool = True, all_tokens: bool = False
+    ) -> None:
+        assert groups[0].expert is not None
+        name = groups[0].expert.module
+        self._block, self._module, self._clock = block, block.module.get_submodule(name), clock
+        self._all_tokens = all_tokens
+        layout = layout_of(self._module)
+        assert layout is not None
+        self._layout: Layout = layout
+        self._text: list[_Kept] = []
+        sums = _LayerSums(block, name, layout)
+        with block.many_runs():
+            for share in block.shares:
+                for i in share.batches:
+                    batch = self._run(name, i, last)
+                    with clock("statistics"), block.autocast(), torch.no_grad():
+                        sums.add(batch, self._module, share.held_out)
+                    self._text.append(batch.kept(i, block.hidden))
+                with clock("statistics"):
+                    sums.sums.fold(share)
+        if last:
+            block.forget_original()
+        with clock("statistics"):
+            self._before, self._after, self._tokens = sums.finish()
+        self._rows: list[_Rows] = []  # of the expert whose turn it is
+        self._inner_o: list[Tensor | None] = []  # what entered its last linear in the original model
+
+    def _run(self, name: str, i: int, last: bool) -> _Batch:
+        """Return what enters the experts for micro-batch i."""
+        inputs, originals = run_both(self._block, i, {name}, self._clock, last)
+        entering: Routed = inputs[name]
+        X_o = _same_rows(entering, originals[name]) if name in originals else None
+        if self._all_tokens:
+            everyone = torch.arange(self._layout.experts, device=entering.X.device).expand(len(entering.X), -1)
+            entering = replace(entering, index=everyone, scores=None)
+        return _Batch(entering.X, X_o, *_places(entering, self._layout.experts))
+
+    @torch.no_grad()
+    def of(self, group: Group) -> InputStatistics:
+        """Return the statistics of a group over its expert's own tokens.
+
+        The first linears of an expert come before its last one, which sees what they compute now.
+        """
+        assert group.expert is not None
+        is_last = group.linears[0].endswith(DOWN)
+        if is_last:
+            with self._clock("forward"), self._block.autocast():
+                rows = [
+                    replace(rows, X=activated(self._module, group.expert.number, rows.X), X_o=X_o)
+                    for rows, X_o in zip(self._rows, self._inner_o, strict=True)
+                ]
+        else:
+            rows = self._enter(group.expert.number)
+        with self._clock("statistics"):
+            return self._summed(group, rows)
+
+    def layer(self, group: Group) -> LayerMoments:
+        """Return the moments of all experts, with the weights that they had at first, where this group reads."""
+        return self._after if group.linears[0].endswith(DOWN) else self._before
+
+    def tokens(self, held_out: bool) -> list[int]:
+        """Return how many tokens each expert has."""
+        return self._tokens[held_out]
+
+    def _enter(self, expert: int) -> list[_Rows]:
+        """Take the rows of an expert, and run it as it is in the original model."""
+        self._rows, texts = [], iter(self._text)
+        for share in self._block.shares:
+            of_share = [batch.rows_of(expert) for batch in islice(texts, len(share.batches))]
+            self._rows.append(_Rows.together(of_share, self._before.H.shape[0]).to(self._block.compute.device))
+        with self._clock("forward"), self._block.autocast():
+            self._inner_o = [None if r.X_o is None else activated(self._module, expert, r.X_o) for r in self._rows]
+        return self._rows
+
+    def _summed(self, group: Group, rows: list[_Rows]) -> InputStatistics:
+        sums = GroupSums(group, self._block)
+        for share, each in zip(self._block.shares, rows, strict=True):
+            if len(each.X):
+                differences = [] if each.X_o is None else [each.X_o - each.X]
+                sums.add_rows([each.X, *differences], share.held_out, each.weights)
+            sums.sums.fold(share)
+        return sums.finish()
+
+
+def _places(entering: Routed, experts: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Return the rows of each expert that has some, and the weights s² of these rows."""
+    rows, weights, k = dict[int, Tensor](), dict[int, Tensor](), entering.index.shape[1]
+    for expert, places in entering.by_expert(experts):
+        rows[expert] = places // k
+        s = None if entering.scores is None else entering.scores.flatten()[places].float()
+        weights[expert] = torch.ones(len(places), device=places.device) if s is None else s.square()
+    return rows, weights
+
+
+def _same_rows(entering: Routed, original: Routed) -> Tensor:
+    """Return the original model's inputs of the rows of `entering`; its own where the original has no such row."""
+    if entering.scores is not None:
+        return original.X
+
+    # Llama 4: the rows of an expert are those of its own tokens.
+    def keys(r: Routed) -> list[tuple[int, int]]:
+        return list(zip(r.index[:, 0].tolist(), r.token.tolist(), strict=True))
+
+    places = {key: i for i, key in enumerate(keys(original))}
+    X_o = entering.X.clone()
+    for row, key in enumerate(keys(entering)):
+        if key in places:
+            X_o[row] = original.X[places[key]]
+    return X_o
+
+
+class _LayerSums:
+    """Sums over all experts, at both places."""
+
+    def __init__(self, block: Block, name: str, layout: Layout) -> None:
+        self.ranks, self.layout, self.device = block.ranks, layout, block.compute.device
+        last = linear_of(block.module, f"{name}.0.{DOWN}")
+        self.shapes = {"before": (last.out_features,) * 2, "after": (last.in_features,) * 2}
+        self.sums = ShareSums(self.shapes, block.ranks, self.device)
+        self.tokens = {kind: [0] * layout.experts for kind in (False, True)}
+        self.weights: dict[bool, list[float]] = {False: [], True: []}
+
+    def add(self, batch: _Batch, module: torch.nn.Module, held_out: bool) -> None:
+        """Add a micro-batch."""
+        inner, of_row = list[Tensor](), torch.zeros(len(batch.X), device=self.device)
+        for expert, rows in batch.rows.items():
+            weight = batch.weights[expert]
+            self.tokens[held_out][expert] += len(rows)
+            self.weights[held_out].append(float(weight.sum(dtype=torch.float64)))
+            of_row.index_add_(0, rows, weight)
+            inner.append(activated(module, expert, batch.X[rows]).float() * weight.sqrt()[:, None])
+        add_lower(self.sums.growing("before"), batch.X.float() * of_row.sqrt()[:, None])
+        if inner:
+            add_lower(self.sums.growing("after"), torch.cat(inner))
+
+    def finish(self) -> tuple[LayerMoments, LayerMoments, dict[bool, list[int]]]:
+        """Return the moments before and after, and the tokens of each expert by whether held out, in every process."""
+        totals, parts = self.sums.finish(), self.ranks.each((self.tokens, self.weights))
+
+        def mean(name: str, held_out: bool) -> Tensor:
+            found = totals.pop((name, held_out), None)
+            found = torch.zeros(self.shapes[name], device=self.device) if found is None else found
+            weight = fsum(each for _, weights in parts for each in weights[held_out])
+            return mirrored(self.ranks.share(found)).div_(weight or 1.0)
+
+        tokens = {
+            kind: [sum(each) for each in zip(*(n[kind] for n, _ in parts), strict=True)] for kind in (False, True)
+        }
+        moments = list[LayerMoments]()
+        for name in self.shapes:
+            H = mean(name, False)
+            moments.append(LayerMoments(H, mean(name, True) if any(tokens[True]) else H))
+        return moments[0], moments[1], tokens
