@@ -10,7 +10,7 @@ them lies (Ledoit and Wolf 2004, doi 10.1016/S0047-259X(03)00096-4)
 which has the least expected distance to the expert's true moments: n_e tokens leave noise c / n_e in H_e, and
 |H_e - H|² holds that noise and the true distance. Held-out text gives c in closed form, because its moments V_e have
 noise of their own: E ⟨H_e - V_e, H_e - H⟩ = c r_e. What deviates from the paper: c is one number for all experts of a
-block, so that an expert without held-out tokens has one, too. Distances are taken over at most `_CHANNELS` channels,
+block, so that an expert without held-out tokens has one, too. Distances are taken over at most `CHANNELS` channels,
 each divided by its root mean square, so that no channel of large values decides alone.
 
 An expert that saw nothing has λ = 1. The target moment shrinks with 1 - λ_e, and the held-out one likewise: so outputs
@@ -36,7 +36,7 @@ from llmq.models.block_structure import Group, linear_of
 from llmq.models.experts import DOWN, Layout, Routed, activated, layout_of
 
 # Channels that distances are taken over. TODO measured
-_CHANNELS = 128
+CHANNELS = 128
 
 
 @dataclass(frozen=True)
@@ -326,4 +326,4 @@ def _borrowed(
 
 def _spread(width: int) -> Tensor:
     """Return channels that stand for all, evenly spread."""
-    return torch.linspace(0, width - 1, min(width, _CHANNELS)).round().long()
+    return torch.linspace(0, width - 1, min(width, CHANNELS)).round().long()
