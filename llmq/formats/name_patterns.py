@@ -35,7 +35,7 @@ def without_experts(names: Iterable[str], others: Iterable[str] = ()) -> tuple[l
 
 
 def pattern_of_experts(module: str) -> str:
-    """Return a pattern for the linears of all experts of a module: engines look for one of them, under several names."""
+    """Return a pattern for the linears of all experts of a module. Engines look for one of them, by several names."""
     return re.escape(module) + _OF_EXPERTS
 
 

@@ -62,7 +62,7 @@ def test_bits_that_no_engine_could_run_are_refused_before_any_work(llama, tmp_pa
 
 def test_all_experts_of_a_module_have_the_same_bits(tmp_path):
     save_tiny("mixtral", tmp_path / "source")
-    with pytest.raises(RequestError, match="run all experts of model.layers.0.mlp.experts in one scheme"):
+    with pytest.raises(RequestError, match=r"run all experts of model\.layers\.0\.mlp\.experts in one scheme"):
         pack(tmp_path / "source", tmp_path / "packed", layer_bits=("experts.1.*=8",))
     pack(tmp_path / "source", tmp_path / "packed", layer_bits=("experts.*=8",))
     schemes = Checkpoint(tmp_path / "packed").schemes
