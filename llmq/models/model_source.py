@@ -1,6 +1,6 @@
 """The model to quantize: a skeleton on the meta device, and tensors that are read block by block."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from llmq.core.errors import CheckpointError, RequestError, WorkError, first_line
@@ -30,6 +31,7 @@ from llmq.models.stored_names import tied_names, untie_own
 from llmq.models.untrusted_files import read_json
 
 _GENERATION = "generation_config.json"
+_LARGE = 1 << 24  # numbers
 
 
 class ModelSource:
@@ -180,7 +182,7 @@ class ModelSource:
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     """Return a model with parameters on the meta device and real buffers (rotary frequencies are computed)."""
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _LargeOnMeta():
             # float32: buffers are real, and must not be rounded to the dtype of the weights (Gemma's embedding scale).
             auto = model_class(config)
             model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -192,6 +194,20 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     linears_for_conv1d(model)
     experts_to_linears(model)
     return model.requires_grad_(False).eval()
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes large tensors without numbers on the meta device at once.
+
+    `init_empty_weights` moves a parameter there when it is there already, and all experts of a block of DeepSeek-V3 are
+    30 GB: more than many a machine gives.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        size = args[0] if args and isinstance(args[0], Sequence) else args
+        if func is torch.empty and torch.Size(size).numel() > _LARGE:
+            return func(*args, **{**(kwargs or {}), "device": "meta"})
+        return func(*args, **(kwargs or {}))
 
 
 def read_generation_config(model: Any, directory: Path) -> None:
