@@ -52,6 +52,18 @@ class Layout:
     interleaved: bool = False  # gate and up take turns in the input of `_apply_gate`
     scored: bool = False  # every expert gets all tokens, times their scores: 0 for most (Llama 4)
 
+    def merged(self, tensors: list[dict[str, Tensor]]) -> Tensor:
+        """Return the parameter that holds tensors of each expert, given by their names inside one."""
+        places = {inner: self.places[inner] for inner in tensors[0]}
+        place, first = next(iter(places.items()))[1], next(iter(tensors[0].values()))
+        shape = [sum(len(tensor) for tensor in tensors[0].values()), *first.shape[1:]][:: -1 if place.turned else 1]
+        flat = [self.experts * shape[0], *shape[1:]] if place.is_flat else [self.experts, *shape]
+        whole = first.new_empty(flat)
+        for expert, parts in enumerate(tensors):
+            for inner, tensor in parts.items():
+                places[inner].of(whole, expert, self.experts).copy_(tensor)
+        return whole
+
     def sharing(self, place: Place) -> list[str]:
         """Return the names inside one expert that lie in the same parameter."""
         return [name for name, other in self.places.items() if other.parameter == place.parameter]
@@ -94,6 +106,12 @@ def experts_to_linears(model: Any, names: Container[str] | None = None) -> None:
             continue
         if names is None or any(f"{name}.0.{inner.rpartition('.')[0]}" in names for inner in layout.places):
             _unpack(module, layout)
+
+
+def expert_linears(model: Any) -> int:
+    """Return how many linears `experts_to_linears` would make."""
+    found = filter(None, map(_layout_of, model.modules()))
+    return sum(layout.experts * len(linears_of(layout)) for layout in found)
 
 
 def layouts(model: nn.Module) -> dict[str, Layout]:

@@ -188,6 +188,10 @@ class RenamedFiles:
         """Return the stored name of a module, from that of its weight; its own name if the weight is made of others."""
         return self._renamed_from.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight")
 
+    def before_saving(self, stored: str) -> str:
+        """Return the name that transformers turns into a stored one when it saves a model."""
+        return self._rename_key(stored, self._renamings, [])[0]
+
     def dtype(self, name: str) -> torch.dtype:
         return self.stored.dtype(self.stored_names(name)[0])
 
