@@ -102,7 +102,7 @@ def experts_to_linears(model: Any, names: Container[str] | None = None) -> None:
     """
     for name, module in list(model.named_modules()):
         layout = _layout_of(module)
-        if layout is None:
+        if layout is None or layout.experts == 0:
             continue
         if names is None or any(f"{name}.0.{inner.rpartition('.')[0]}" in names for inner in layout.places):
             _unpack(module, layout)
@@ -166,14 +166,15 @@ def _unpack(module: Any, layout: Layout) -> None:
     tensors = {name: torch.empty(shape, dtype=torch.float32, device="meta") for name, shape in shapes.items()}
     for parameter in {place.parameter for place in layout.places.values()}:
         inside, _, leaf = parameter.rpartition(".")
-        delattr(module.get_submodule(inside), leaf)
+        holder: Any = module.get_submodule(inside)
+        delattr(holder, leaf)
+        holder._is_hf_initialized = True  # transformers would look for the parameters
     for expert in range(layout.experts):
         linears = Expert()
         for name in linears_of(layout):
             linears.add_module(name, _linear_on_meta(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")))
         module.add_module(str(expert), linears)
     module.__dict__[_LAYOUT] = layout
-    module._is_hf_initialized = True  # transformers would look for the parameters
     module.forward = partial(_forward, module)
 
 

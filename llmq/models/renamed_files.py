@@ -80,7 +80,7 @@ class RenamedFiles:
             self._refuse_two(linear, self.linears.get(linear), stored)
             self.linears[linear] = stored
         for linear, stored in self.linears.items():
-            for suffix in suffixes:
+            for suffix in (*suffixes, "bias"):  # AutoGPTQ writes zeros for linears without a bias
                 if f"{stored}.{suffix}" in names:
                     self._rename(f"{stored}.{suffix}", f"{linear}.{suffix}")
         placed = set(self._renamed_from.values())
