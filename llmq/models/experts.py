@@ -52,18 +52,6 @@ class Layout:
     interleaved: bool = False  # gate and up take turns in the input of `_apply_gate`
     scored: bool = False  # every expert gets all tokens, times their scores: 0 for most (Llama 4)
 
-    def merged(self, tensors: list[dict[str, Tensor]]) -> Tensor:
-        """Return the parameter that holds tensors of each expert, given by their names inside one."""
-        places = {inner: self.places[inner] for inner in tensors[0]}
-        place, first = next(iter(places.items()))[1], next(iter(tensors[0].values()))
-        shape = [sum(len(tensor) for tensor in tensors[0].values()), *first.shape[1:]][:: -1 if place.turned else 1]
-        flat = [self.experts * shape[0], *shape[1:]] if place.is_flat else [self.experts, *shape]
-        whole = first.new_empty(flat)
-        for expert, parts in enumerate(tensors):
-            for inner, tensor in parts.items():
-                places[inner].of(whole, expert, self.experts).copy_(tensor)
-        return whole
-
     def sharing(self, place: Place) -> list[str]:
         """Return the names inside one expert that lie in the same parameter."""
         return [name for name, other in self.places.items() if other.parameter == place.parameter]
@@ -175,7 +163,7 @@ def _unpack(module: Any, layout: Layout) -> None:
             linears.add_module(name, _linear_on_meta(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")))
         module.add_module(str(expert), linears)
     module.__dict__[_LAYOUT] = layout
-    module.forward = partial(_forward, module)
+    module.forward = partial(run_experts, module)
 
 
 def _linear_on_meta(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -228,7 +216,7 @@ def gated(module: Any, gate: Float[Tensor, "n inner"], up: Float[Tensor, "n inne
     return act(gate) * up
 
 
-def _forward(module: Any, *args: Any) -> Tensor:
+def run_experts(module: Any, *args: Any) -> Tensor:
     """Run each expert that has rows; the order of the sums is that of transformers' grouped_mm."""
     layout, entering = layout_of(module), routed(module, args)
     assert layout is not None
@@ -237,12 +225,17 @@ def _forward(module: Any, *args: Any) -> Tensor:
     for expert, places in entering.by_expert(layout.experts):
         inner = activated(module, expert, entering.X[places // k])
         outputs[places] = finished(module, expert_of(module, expert).down_proj(inner)).to(outputs.dtype)
+    outputs = outputs.view(rows, k, width)
+    return summed(layout, args, entering, outputs if entering.scores is None else outputs * entering.scores[..., None])
+
+
+def summed(layout: Layout, args: tuple[Any, ...], entering: Routed, outputs: Float[Tensor, "rows k out"]) -> Tensor:
+    """Return what the module returns, given the outputs of each row's experts, times the scores."""
     if layout.scored:
-        whole = args[0].new_zeros(layout.experts, len(args[0]) // layout.experts, width)
-        whole[entering.index[:, 0], entering.token] = outputs
+        whole = args[0].new_zeros(layout.experts, len(args[0]) // layout.experts, outputs.shape[-1])
+        whole[entering.index[:, 0], entering.token] = outputs[:, 0]
         return whole.view_as(args[0])
-    assert entering.scores is not None
-    return (outputs.view(rows, k, width) * entering.scores[..., None]).sum(1).to(args[0].dtype).view_as(args[0])
+    return outputs.sum(1).to(args[0].dtype).view_as(args[0])
 
 
 def finished(module: Any, output: Float[Tensor, "*n out"]) -> Float[Tensor, "*n out"]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint.reader import Checkpoint
-from llmq.models.experts import expert_of, layouts, linears_of
+from llmq.models.experts import Layout, expert_of, layouts, linears_of
 from llmq.models.model_files import ModelFiles
 
 _RESERVED = "llmq_reserved"
@@ -78,4 +78,17 @@ def merge_experts(model: nn.Module, state: dict[str, Tensor]) -> None:
             experts = [{inner: f"{name}.{expert}.{inner}" for inner in inside} for expert in range(layout.experts)]
             if all(part in state for parts in experts for part in parts.values()):
                 tensors = [{inner: state.pop(part) for inner, part in parts.items()} for parts in experts]
-                state[f"{name}.{parameter}"] = layout.merged(tensors)
+                state[f"{name}.{parameter}"] = _merged(layout, tensors)
+
+
+def _merged(layout: Layout, experts: list[dict[str, Tensor]]) -> Tensor:
+    """Return the tensor of all experts that holds tensors of each, which are given by their names inside one."""
+    places = [layout.places[inner] for inner in experts[0]]
+    outputs, inputs = sum(map(len, experts[0].values())), next(iter(experts[0].values())).shape[1:]
+    shape = [*inputs, outputs] if places[0].turned else [outputs, *inputs]
+    shape = [layout.experts * shape[0], *shape[1:]] if places[0].is_flat else [layout.experts, *shape]
+    whole = next(iter(experts[0].values())).new_empty(shape)
+    for expert, tensors in enumerate(experts):
+        for place, tensor in zip(places, tensors.values(), strict=True):
+            place.of(whole, expert, layout.experts).copy_(tensor)
+    return whole

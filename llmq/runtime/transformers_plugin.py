@@ -37,6 +37,7 @@ from llmq.models.experts import experts_to_linears, layouts
 from llmq.models.model_files import ModelFiles
 from llmq.models.packable import config_names
 from llmq.runtime.model_config import refuse_more_experts
+from llmq.runtime.packed_experts import group_experts
 from llmq.runtime.packed_linear import PackedLinear
 from llmq.runtime.plugin_experts import (
     expert_in,
@@ -163,6 +164,7 @@ class LlmqQuantizer(HfQuantizer):
             return devices.get(expert_in(f"{name}.weight")) or reserved_on(model.get_submodule(name))
 
         replace_linears(model, checkpoint, make, device_of)
+        group_experts(model)
         self.remember(checkpoint)
 
     @torch.no_grad()

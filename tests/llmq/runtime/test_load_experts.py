@@ -6,15 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_checkpoints import change_config, opened, regrouped
-from mixtures import Mixtures
-from packed import dequantized_model, logits, random_weight, rewrite, some_tokens
+from hf_checkpoints import change_config, opened
+from mixtures import Mixtures, become_act_order
+from packed import dequantized_model, logits, rewrite, some_tokens
 
 import llmq
-from llmq.checkpoint.output_dir import REPORT
 from llmq.core.errors import CheckpointError
-from llmq.formats import gptq
-from llmq.formats.scheme import Scheme
 from llmq.verification.check import check
 
 ROUTES = {"load": llmq.load, "transformers": opened, "check": lambda directory: check(directory, None)}
@@ -28,20 +25,7 @@ def mixtures(tmp_path_factory):
 
 @pytest.fixture
 def foreign(mixtures, tmp_path):
-    """GPTQ as AutoGPTQ writes it: groups of 32 inputs anywhere in a row, a bias of zeros for every linear."""
-    directory = Path(shutil.copytree(mixtures("mixtral", format="gptq"), tmp_path / "packed"))
-    (directory / REPORT).unlink()
-
-    def change(tensors):
-        for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
-            words, rows = tensors[f"{name}.qweight"].shape
-            weight = regrouped(random_weight(rows, 8 * words, words // 4), [32] * (words // 4))
-            tensors |= gptq.encode(name, weight, Scheme(4, 32, True, act_order=True))
-            tensors[f"{name}.bias"] = torch.zeros(rows)
-
-    rewrite(directory, change)
-    change_config(directory, lambda config: config["quantization_config"].update(desc_act=True))
-    return directory
+    return become_act_order(Path(shutil.copytree(mixtures("mixtral", format="gptq"), tmp_path / "packed")))
 
 
 @pytest.fixture
