@@ -125,6 +125,7 @@ def launch_of(case: Case) -> Launch:
 
 def _launch_of_experts(case: Case) -> Launch:
     problem, E = case.problem, case.experts
+    assert case.tile is not None
     x = torch.empty(problem.M, problem.K, dtype=getattr(torch, problem.dtype), device="meta")
     index = torch.empty(problem.M, TOP, dtype=torch.int64, device="meta")
     one = _weight(problem)

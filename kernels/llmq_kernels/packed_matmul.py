@@ -145,7 +145,7 @@ def packed_matmul_kernel(
     n, m = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
     row = tl.minimum(n, N - 1)  # rows past the end are computed from the last one and not stored
     if PDL:  # the previous kernel may still be running: x is not ready before this returns
-        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]
     acc = sum_of_products(
         x, words, tops, grid, m, m, row, M, N, K, word_stride, top_stride, split, blocks, blocks_per_split,
         BITS, GROUP, PLANE, SYMMETRIC, EVEN_K, BM, BN, CHUNK, STAGES, FOLD, ASM,

@@ -1,6 +1,6 @@
 """The model to quantize: a skeleton on the meta device, and tensors that are read block by block."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from llmq.models.stored_names import tied_names, untie_own
 from llmq.models.untrusted_files import read_json
 
 _GENERATION = "generation_config.json"
-_LARGE = 1 << 24  # numbers
 
 
 class ModelSource:
@@ -182,7 +181,7 @@ class ModelSource:
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     """Return a model with parameters on the meta device and real buffers (rotary frequencies are computed)."""
     try:
-        with init_empty_weights(include_buffers=False), _LargeOnMeta():
+        with init_empty_weights(include_buffers=False), _StacksOnMeta():
             # float32: buffers are real, and must not be rounded to the dtype of the weights (Gemma's embedding scale).
             auto = model_class(config)
             model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -196,18 +195,15 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     return model.requires_grad_(False).eval()
 
 
-class _LargeOnMeta(TorchFunctionMode):
-    """Makes large tensors without numbers on the meta device at once.
+class _StacksOnMeta(TorchFunctionMode):
+    """Make empty tensors of three dimensions on the meta device at once.
 
-    `init_empty_weights` moves a parameter there when it is there already, and all experts of a block of DeepSeek-V3 are
-    30 GB: more than many a machine gives.
+    Other parameters go there one by one after they were made. The experts of a block may be too large to be made.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        size = args[0] if args and isinstance(args[0], Sequence) else args
-        if func is torch.empty and torch.Size(size).numel() > _LARGE:
-            return func(*args, **{**(kwargs or {}), "device": "meta"})
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}) | {"device": "meta"}) if func in (torch.empty, torch.zeros) else None
+        return made if made is not None and made.ndim > 2 else func(*args, **(kwargs or {}))
 
 
 def read_generation_config(model: Any, directory: Path) -> None:

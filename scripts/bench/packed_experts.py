@@ -125,8 +125,8 @@ def _grouped(session: Session) -> Layer:
         num_experts_per_tok=sizes.top,
         hidden_size=sizes.hidden,
         moe_intermediate_size=sizes.intermediate,
+        experts_implementation="grouped_mm",  # pyright: ignore[reportCallIssue]
     )
-    config._experts_implementation = "grouped_mm"
     with torch.device("meta"):
         layer = Qwen3MoeExperts(config)
     for name, weights in zip(("gate_up_proj", "down_proj"), _experts(session), strict=True):
