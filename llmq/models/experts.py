@@ -10,7 +10,6 @@ meta device when this happens, so nothing is copied; `models/expert_files.py` re
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -157,16 +156,27 @@ def _unpack(module: Any, layout: Layout) -> None:
         holder: Any = module.get_submodule(inside)
         delattr(holder, leaf)
         holder._is_hf_initialized = True  # transformers would look for the parameters
-    linears = Expert()
-    for name in linears_of(layout):
-        outputs, inputs = shapes[f"{name}.weight"]
-        has_bias = f"{name}.bias" in layout.places
-        linear = nn.Linear(inputs, outputs, has_bias, device="meta", dtype=torch.float32)
-        linears.add_module(name, linear.requires_grad_(False))
-    for expert in range(layout.experts):  # a copy takes a tenth of the time: it draws no numbers, not even on meta
-        module.add_module(str(expert), deepcopy(linears))
+    tensors = {name: torch.empty(shape, dtype=torch.float32, device="meta") for name, shape in shapes.items()}
+    for expert in range(layout.experts):
+        linears = Expert()
+        for name in linears_of(layout):
+            linears.add_module(name, _linear_on_meta(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")))
+        module.add_module(str(expert), linears)
     module.__dict__[_LAYOUT] = layout
     module.forward = partial(run_experts, module)
+
+
+def _linear_on_meta(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a linear with parameters of these shapes, in half the time of `nn.Linear(…)` or a deep copy of one.
+
+    DeepSeek-V3's 45 000 take 3.3 s instead of 6.6 or 7.1 (experts_to_linears, 2-core AVX2 machine, 2026-11-28).
+    """
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+    return linear
 
 
 def expert_of(module: nn.Module, expert: int) -> Expert:
