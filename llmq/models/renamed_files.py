@@ -80,7 +80,7 @@ class RenamedFiles:
             self._refuse_two(linear, self.linears.get(linear), stored)
             self.linears[linear] = stored
         for linear, stored in self.linears.items():
-            for suffix in suffixes:
+            for suffix in (*suffixes, "bias"):  # AutoGPTQ writes zeros for linears without a bias
                 if f"{stored}.{suffix}" in names:
                     self._rename(f"{stored}.{suffix}", f"{linear}.{suffix}")
         placed = set(self._renamed_from.values())
@@ -187,6 +187,10 @@ class RenamedFiles:
     def stored_module(self, module: str) -> str:
         """Return the stored name of a module, from that of its weight; its own name if the weight is made of others."""
         return self._renamed_from.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight")
+
+    def before_saving(self, stored: str) -> str:
+        """Return the name that transformers turns into a stored one when it saves a model."""
+        return self._rename_key(stored, self._renamings, [])[0]
 
     def dtype(self, name: str) -> torch.dtype:
         return self.stored.dtype(self.stored_names(name)[0])

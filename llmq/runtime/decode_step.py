@@ -15,6 +15,7 @@ from torch import Tensor
 from llmq.core.errors import first_line
 from llmq.runtime.decode_cache import Window, window_cache
 from llmq.runtime.fusion import fused
+from llmq.runtime.packed_experts import waits_for_gpu
 from llmq.runtime.recording import RecordingError, compiled, record
 
 # Attention looks at this many places of the cache, and at twice as many whenever the text has filled them. So a short
@@ -33,7 +34,8 @@ class DecodeStep:
 
     def __init__(self, model: Any, batch: int) -> None:
         self.model, self.device = model, model.device
-        self.plain: str | None = None
+        waits = self.device.type == "cuda" and waits_for_gpu(model)
+        self.plain: str | None = "which of its experts run is only known on the GPU" if waits else None
         """Why steps run through the model itself, if they do."""
         self.seconds = 0.0
         """Time spent on steps that made others ready or checked them."""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from llmq.models.block_structure import SIBLINGS
+from llmq.models.experts import Expert
+from llmq.runtime.packed_experts import takes
 from llmq.runtime.packed_linear import PackedLinear
 
 
@@ -16,6 +18,8 @@ def merge_linears(model: nn.Module) -> int:
     """
     merged = 0
     for parent in list(model.modules()):
+        if isinstance(parent, Expert) and takes(next(parent.buffers(), torch.empty(0))):
+            continue  # all experts of a block run together there
         for names in SIBLINGS:
             linears = [getattr(parent, name, None) for name in names]
             if all(isinstance(linear, PackedLinear) for linear in linears):

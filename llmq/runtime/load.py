@@ -15,6 +15,7 @@ from llmq.models.locate import locate
 from llmq.models.model_source import ModelSource, build_skeleton, move_buffers, read_generation_config
 from llmq.runtime.fused_siblings import merge_linears
 from llmq.runtime.model_config import checked_config, failure
+from llmq.runtime.packed_experts import group_experts
 from llmq.runtime.packed_linear import PackedLinear
 from llmq.runtime.transformers_plugin import attach
 
@@ -64,6 +65,7 @@ def load(
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.exact = exact
+    group_experts(model)
     attach(model, checkpoint)
     read_generation_config(model, checkpoint.directory)
     if merge:

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from llmq.checkpoint.reader import CONFIG, Checkpoint
 from llmq.core.errors import CheckpointError, first_line
+from llmq.models.experts import expert_linears
 from llmq.models.model_class import model_class
 from llmq.models.model_files import ModelFiles
 from llmq.models.stored_names import tied_names, untie_own
@@ -28,6 +29,7 @@ _COUNTS = {
     re.compile(r"label|class"): 10_000,  # each label gets a name
 }
 _MODULES_PER_TENSOR = 20  # a block of Llama has 15 modules and 9 tensors or more; some models add dropouts
+_BYTES_OF_EXPERT = 256  # in float, of one linear. Tests have some with 4 kB
 _SPARE = 1 << 28  # bytes of buffers that no file holds: masks, rotary frequencies
 
 
@@ -67,10 +69,23 @@ def checked_config(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any
     if tied_names(model) and untie_own(model, ModelFiles(files, model)):
         with torch.device("meta"):
             model = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    refuse_more_experts(checkpoint, model)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     if buffers > 4 * stored + _SPARE:
         raise CheckpointError(f"{directory}: {CONFIG} describes {buffers} bytes of buffers; all files have {stored}")
     return config, failure(model.eval(), torch.device("meta")) is None
+
+
+def refuse_more_experts(checkpoint: Checkpoint, model: Any) -> None:
+    """Raise CheckpointError if a model has more linears in its experts than the files could hold.
+
+    A packed linear takes a tensor or more. Those in float may lie in one tensor, but take some bytes each.
+    """
+    files, linears = checkpoint.files, expert_linears(model)
+    stored = sum(files.nbytes(name) for name in files.names())
+    if linears > len(files.names()) + stored // _BYTES_OF_EXPERT:
+        fault = f"{linears} linears of experts; all files have {len(files.names())} tensors in {stored} bytes"
+        raise CheckpointError(f"{checkpoint.directory}: {CONFIG} describes {fault}")
 
 
 def failure(model: Any, device: torch.device) -> str | None:

@@ -1,8 +1,8 @@
-"""A linear layer that keeps its weight packed. It and three other files import the kernels: see pyproject.toml."""
+"""A linear layer that keeps its weight packed. It and four other files import the kernels: see pyproject.toml."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,8 @@ class PackedLinear(nn.Module):
         self.exact = False
         """Whether float32 inputs are multiplied in float32 on a CPU without a C compiler too, though that is slower."""
         self._origin = _Origin()
+        self.on_change: Callable[[], None] | None = None
+        """Is called after buffers were moved or loaded."""
 
     @classmethod
     def from_codes(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> PackedLinear:
@@ -104,19 +106,24 @@ class PackedLinear(nn.Module):
         """Make the buffers that belong to a device anew after a move."""
         super()._apply(fn, recurse)
         self.counters = new_counters(self.grid.device)
-        self._forget()
+        self._changed()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self._changed()
+
+    def _changed(self) -> None:
         self._forget()
+        if self.on_change is not None:
+            self.on_change()
 
     def _forget(self) -> None:
         self._packed = self._native = self._int4 = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out pointers, and the int4 copy, whose layout depends on this CPU."""
-        return self.__dict__ | {"_packed": None, "_taken": [], "_native": None, "_int4": None}
+        return self.__dict__ | {"_packed": None, "_taken": [], "_native": None, "_int4": None, "on_change": None}
 
     @property
     def packed(self) -> PackedWeight:

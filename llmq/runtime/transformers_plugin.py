@@ -33,12 +33,23 @@ from llmq.core.quantized_weight import QuantizedWeight
 from llmq.formats import format_of
 from llmq.formats.scheme import Scheme
 from llmq.models.conv1d import linears_for_conv1d, stored_transposed
+from llmq.models.experts import experts_to_linears, layouts
 from llmq.models.model_files import ModelFiles
 from llmq.models.packable import config_names
+from llmq.runtime.model_config import refuse_more_experts
+from llmq.runtime.packed_experts import group_experts
 from llmq.runtime.packed_linear import PackedLinear
+from llmq.runtime.plugin_experts import (
+    expert_in,
+    load_experts,
+    merge_experts,
+    reserve,
+    reserved_on,
+    return_experts,
+    take_experts,
+)
 
 METHOD = "llmq"
-_RESERVED = "llmq_reserved"
 _NOT_OFFLOADED = "packed weights are not offloaded; choose a device_map without disk, and with either cpu or GPUs"
 
 
@@ -75,8 +86,8 @@ class LlmqQuantizer(HfQuantizer):
         self.quantization_config: LlmqConfig
         self._schemes: dict[str, Scheme] = {}
         self._files: ModelFiles | None = None
-        # While a model is being opened: its files, the tensors to take from them, and a setting to restore.
-        self._opened: tuple[Checkpoint, set[str], Any] | None = None
+        # While a model is being opened: its files, the tensors to take from them, its experts, a setting to restore.
+        self._opened: tuple[Checkpoint, set[str], dict[str, nn.Module], Any] | None = None
 
     def remember(self, checkpoint: Checkpoint) -> None:
         """Keep what saving needs besides the model."""
@@ -107,10 +118,16 @@ class LlmqQuantizer(HfQuantizer):
         """
         if not checkpoint_files:
             raise RequestError("from_pretrained got a state_dict, but llmq opens packed checkpoints only from files")
-        checkpoint = Checkpoint(Path(checkpoint_files[0]).parent).for_model(model)
+        checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
+        refuse_more_experts(checkpoint, model)
+        experts_to_linears(model)
+        checkpoint = checkpoint.for_model(model)
         linears_for_conv1d(model, checkpoint.linears)
         wanted = check_fit(model, checkpoint)
+        experts = take_experts(model, checkpoint)
         for name in checkpoint.linears:
+            if expert_in(f"{name}.weight") in experts:
+                continue
             linear = model.get_submodule(name)
             size = linear.weight.numel() * checkpoint.schemes[name].bits // 8
             del linear.weight
@@ -118,29 +135,36 @@ class LlmqQuantizer(HfQuantizer):
             nothing: Any = torch.empty(0)
             nothing._is_hf_initialized = True
             linear.weight = nothing
-            # As large as the packed weight, which will go to its device: so device_map="auto" counts the bytes.
-            linear.register_buffer(_RESERVED, torch.empty(size, dtype=torch.uint8, device="meta"), persistent=False)
+            reserve(linear, size)
             linear._is_hf_initialized = True
-        self._opened = checkpoint, wanted, model._keys_to_ignore_on_load_unexpected
+        self._opened = checkpoint, wanted, experts, model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = {".*"}  # packed tensors; check_fit refused any other
 
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         """Check what transformers loaded, and put in the packed linears."""
         assert self._opened is not None
-        (checkpoint, wanted, model._keys_to_ignore_on_load_unexpected), self._opened = self._opened, None
+        (checkpoint, wanted, experts, model._keys_to_ignore_on_load_unexpected), self._opened = self._opened, None
         if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
             raise RequestError(_NOT_OFFLOADED)
         if getattr(model, "_tp_size", None) is not None:
             raise RequestError("packed weights cannot be split over devices; leave out tp_plan and distributed_config")
-        _check_loaded(model, checkpoint, wanted)
+        of_experts = {name for name in wanted if expert_in(name) in experts}
+        _check_loaded(model, checkpoint, wanted - of_experts)
+        devices = return_experts(model, experts)
+        placed = {f"{name}.bias" for name in checkpoint.linears}
+        load_experts(model, checkpoint.model_files, of_experts - placed, devices)
 
         def make(_: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
             linear = PackedLinear.from_codes(weight, bias)
             linear.exact = model.dtype == torch.float32  # which the caller asked for, or the files are in
             return linear
 
-        replace_linears(model, checkpoint, make, lambda name: model.get_submodule(name).get_buffer(_RESERVED).device)
+        def device_of(name: str) -> torch.device:
+            return devices.get(expert_in(f"{name}.weight")) or reserved_on(model.get_submodule(name))
+
+        replace_linears(model, checkpoint, make, device_of)
+        group_experts(model)
         self.remember(checkpoint)
 
     @torch.no_grad()
@@ -159,8 +183,12 @@ class LlmqQuantizer(HfQuantizer):
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in inside}
         for name in stored_transposed(model) & state.keys():
             state[name] = state[name].T.contiguous()
+        merge_experts(model, state)
+        experts = tuple(f"{name}." for name in layouts(model))
         for name, linear in linears.items():
-            tensors = form.encode(name, _codes(name, linear), self._schemes[name])
+            # transformers does not know the names of single experts in the model, only those in the files.
+            stored = self._files.before_saving(self._files.stored_linear(name)) if name.startswith(experts) else name
+            tensors = form.encode(stored, _codes(name, linear), self._schemes[name])
             state.update({key: tensor.cpu() for key, tensor in tensors.items()})
         return state, {}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import save_tiny, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from llmq.calibration.block_runner import Compute
 from llmq.calibration.block_stream import stream
@@ -14,7 +14,7 @@ from llmq.core.config import QuantizeConfig
 from llmq.core.errors import RequestError
 from llmq.core.timing import Clock
 from llmq.models.locate import locate
-from llmq.models.model_source import ModelSource
+from llmq.models.model_source import ModelSource, build_skeleton
 from llmq.models.safetensors_files import SafetensorsDirectory
 
 CPU = torch.device("cpu")
@@ -116,3 +116,13 @@ def test_a_revision_follows_the_name_of_a_hub_model(monkeypatch):
     assert asked["revision"] is None
     with pytest.raises(RequestError, match="no such model"):
         locate("org/name@")
+
+
+def test_a_skeleton_of_experts_that_no_machine_could_hold_is_built():
+    config = MixtralConfig(num_hidden_layers=1, intermediate_size=1 << 24)  # 6 TB
+    model = build_skeleton(config)
+    sizes = {name: tuple(p.shape) for name, p in model.named_parameters() if ".experts.7." in name}
+    assert sizes["model.layers.0.mlp.experts.7.down_proj.weight"] == (4096, 1 << 24)
+    assert len(sizes) == 3
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
