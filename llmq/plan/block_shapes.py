@@ -53,7 +53,7 @@ class Layout:
 
     def used(self, groups: Sequence[Group]) -> float:
         """Count the weights of these groups that a token meets, on average."""
-        return sum(self.share(group) * self.weights_of(group) for group in groups)
+        return sum((self.share(group) * self.weights_of(group) for group in groups), 0.0)
 
     def moment_size(self, group: Group) -> int:
         """Count the entries of H, the second moment of a group's input: columns x columns."""
@@ -68,7 +68,7 @@ class Layout:
     def used_count(self) -> float:
         """Count the weights of all linears that a token meets."""
         experts = [group for group in self.groups if group.expert is not None]
-        return max(1, self.weight_count - sum(map(self.weights_of, experts)) + self.used(experts))
+        return max(1.0, self.weight_count - sum(map(self.weights_of, experts)) + self.used(experts))
 
 
 class _RandomWeights(ModelSource):
