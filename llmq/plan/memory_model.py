@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from llmq.algorithms.awq import ROWS_PER_SEARCH
-from llmq.calibration.expert_statistics import CHANNELS
+from llmq.algorithms.shrinkage import JUDGES
 from llmq.calibration.ordered_sums import shares_ahead
 from llmq.calibration.self_generated import SELF
 from llmq.models.block_structure import Group
@@ -130,9 +130,8 @@ def _expert_moments(load: Workload, layout: Layout, run: Run, stage: list[Group]
     (_, width), (_, inner) = layout.shape(before), layout.shape(after)
     host, number, own = load.states + load.experts, len(stage) // 2, 0
     if load.statistics:
-        few = 4 * number * sum(min(side, CHANNELS) ** 2 for side in (width, inner))
-        late = shares_ahead({"H0": (width, width), "H1": (inner, inner), "few": (few // 4,)}, load.ranks)
-        sums = (load.sums + late) * (4 * (width**2 + inner**2) + few)
+        late = shares_ahead({"before": (width, width), "after": (inner, inner)}, load.ranks)
+        sums = (load.sums + late) * 4 * (width**2 + inner**2)
         # Their outputs, each times its score; then the inputs of their last linears, in a list and together.
         routed = load.batch * layout.share(before) * number * 4 * (2 * width + 2 * inner)
         original = sum(map(layout.weights_of, _usual(layout))) * load.factor_bytes * (load.streams == 2)
@@ -141,6 +140,9 @@ def _expert_moments(load: Workload, layout: Layout, run: Run, stage: list[Group]
         # H over all experts, twice. The rows of an expert in both models, their differences, and these weighted.
         rows = _BUSY * layout.share(before) * (load.tokens + load.held_out)
         own = 8 * (width**2 + inner**2) + int(4 * rows * (3 * width + 2 * inner))
+        # Both moments of each judge; a mixture, its factor, a product, and the held-out moments in another order.
+        judging = 8 * JUDGES * (width**2 + inner**2) + 16 * max(width, inner) ** 2
+        yield Moment("the choice of what experts borrow", host, weights + own + judging)
     for group in (before, after):
         if load.statistics:
             yield Moment(
