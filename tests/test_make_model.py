@@ -137,6 +137,19 @@ def test_experts_fill_the_shards(tmp_path):
     assert all(a + b > 200_000 for a, b in pairwise(in_order))  # or one file would hold both
 
 
+def test_hollow_files_have_the_same_headers_and_zeros(tmp_path):
+    options = {"shape": "deepseek-v3", "blocks": 4, "shard_gb": 0.0002, **TINY}
+    full, hollow = made(tmp_path / "full", **options), made(tmp_path / "hollow", hollow=True, **options)
+    assert contents(full).keys() == contents(hollow).keys()
+    for path in full.glob("*.safetensors"):
+        real, empty = load_file(path), load_file(hollow / path.name)
+        assert {n: (t.shape, t.dtype) for n, t in real.items()} == {n: (t.shape, t.dtype) for n, t in empty.items()}
+        assert not any(tensor.any() for tensor in empty.values())
+    assert {n: b for n, b in contents(full).items() if n.endswith("json")} == {
+        n: b for n, b in contents(hollow).items() if n.endswith("json")
+    }
+
+
 @pytest.mark.parametrize(
     ("shape", "billions", "active"), [("qwen3-30b-a3b", 30.5, 3.3), ("deepseek-v3", 671.0, 37.0), ("7b", 6.74, 6.74)]
 )

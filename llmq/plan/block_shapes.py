@@ -53,7 +53,7 @@ class Layout:
 
     def used(self, groups: Sequence[Group]) -> float:
         """Count the weights of these groups that a token meets, on average."""
-        return sum(self.share(group) * self.weights_of(group) for group in groups)
+        return sum((self.share(group) * self.weights_of(group) for group in groups), 0.0)
 
     def moment_size(self, group: Group) -> int:
         """Count the entries of H, the second moment of a group's input: columns x columns."""
@@ -68,7 +68,7 @@ class Layout:
     def used_count(self) -> float:
         """Count the weights of all linears that a token meets."""
         experts = [group for group in self.groups if group.expert is not None]
-        return max(1, self.weight_count - sum(map(self.weights_of, experts)) + self.used(experts))
+        return max(1.0, self.weight_count - sum(map(self.weights_of, experts)) + self.used(experts))
 
 
 class _RandomWeights(ModelSource):
@@ -87,9 +87,10 @@ class _RandomWeights(ModelSource):
         # Outside the blocks all rows are parts of the same memory: embeddings can be as large as ten blocks.
         shared = {name for name, shape in floats.items() if not name.startswith(inside) and len(shape) > 1}
         # All experts have the same weights: a block of DeepSeek-V3 takes 46 GB.
-        kinds = {shape: _filled(shape, base) for name, shape in floats.items() if name.startswith(self._experts)}
-        own = {name: shape for name, shape in floats.items() if not name.startswith(self._experts)}
-        tensors = {name: kinds[shape] for name, shape in floats.items() if name not in own}
+        experts = {name: shape for name, shape in floats.items() if name.startswith(self._experts)}
+        kinds = {shape: _filled(shape, base) for shape in set(experts.values())}
+        tensors = {name: kinds[shape] for name, shape in experts.items()}
+        own = {name: shape for name, shape in floats.items() if name not in experts}
         tensors |= {n: _repeated(s, base) if n in shared else _filled(s, base) for n, s in own.items()}
         self._assign(tensors)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmq.calibration.hidden_states import HiddenDir, StoredStates, new_hidden_dir
+from llmq.calibration.hidden_states import HiddenDir, StoredRows, StoredStates, new_hidden_dir
 from llmq.core.errors import WorkError
 
 
@@ -74,3 +74,16 @@ def test_states_of_another_shape_are_a_mistake(tmp_path):
     kept = stored(tmp_path, states())
     with pytest.raises(AssertionError):
         kept[0] = states()[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_read_as_those_of_a_tensor_are(dtype, tmp_path):
+    matrix = torch.randn(9, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    kept = StoredRows(HiddenDir(tmp_path, "run"), "experts-0", matrix)
+    for rows in ([], [3], [8, 0, 0, 5]):
+        found = kept[torch.tensor(rows, dtype=torch.long)]
+        assert found.dtype == dtype
+        assert torch.equal(found, matrix[rows])
+    StoredRows(HiddenDir(tmp_path, "run"), "experts-0", matrix[:5])
+    with pytest.raises(WorkError, match="shorter than it was written"):
+        kept[torch.tensor([8])]
