@@ -14,6 +14,7 @@ import time
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from architectures.tiny_models import has_experts, save_tiny, some_tokens, text
 from llmq.checkpoint.output_dir import REPORT
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import LlmqError, first_line
+from llmq.models.experts import layouts
+from llmq.models.model_source import build_skeleton
 
 Row = dict[str, Any]
 
@@ -198,6 +201,7 @@ def dequantized(made: Made, output: Path) -> Any:
     """Return the source model with the weights that the checkpoint stands for.
 
     They are put into the source's files, under their names there, so that transformers maps names as it always does.
+    Weights that these files hold in another way, such as all experts in one tensor, are put into the model.
     """
     checkpoint = Checkpoint(output)
     weights = {f"{name}.weight": checkpoint.weight(name).dequantize(torch.float32) for name in checkpoint.linears}
@@ -209,11 +213,18 @@ def dequantized(made: Made, output: Path) -> Any:
         weights = {name: weight.T.contiguous() for name, weight in weights.items()}
     stored = {name: weight for name, weight in weights.items() if name in tensors}
     save_file(tensors | stored, directory / "model.safetensors", metadata={"format": "pt"})
-    model = made.load(directory)
+    model, skeleton = made.load(directory), build_skeleton(made.model.config)
+    linears = checkpoint.for_model(skeleton).model_files.linears
+    parts = {
+        f"{module}.{expert}.{inner}": (f"{module}.{place.parameter}", partial(place.of, expert=expert, experts=layout.experts))
+        for module, layout in layouts(skeleton).items()
+        for expert in range(layout.experts)
+        for inner, place in layout.places.items()
+    }
     with torch.no_grad():
-        for name, weight in weights.items():
-            if name not in stored:
-                model.get_parameter(name).copy_(weight)
+        for name in [f"{linear}.weight" for linear, at in linears.items() if f"{at}.weight" not in stored]:
+            whole, part_of = parts.get(name, (name, lambda tensor: tensor))
+            part_of(model.get_parameter(whole)).copy_(weights[f"{linears[name.removesuffix('.weight')]}.weight"])
     return model
 
 
