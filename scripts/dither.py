@@ -11,10 +11,12 @@ is an ordinary model of about the same quality:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llmq.checkpoint.model_files import companions_of
 from llmq.checkpoint.writer import Writer
@@ -24,7 +26,7 @@ from llmq.models.model_source import ModelSource
 _GROUP = 32
 
 
-def dither(w: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def dither(w: Tensor, generator: torch.Generator) -> Tensor:
     """Return w [out, in] in float32, each weight moved by up to half a cell of its 16-level grid."""
     groups = w.float().unflatten(1, (-1, _GROUP))
     cell = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15
@@ -47,14 +49,20 @@ class DitherConfig:
 def write_dithered(config: DitherConfig) -> None:
     """Copy the model tensor by tensor, and dither the linear weights of its blocks."""
     source = ModelSource(config.model)
-    generator = torch.Generator().manual_seed(config.seed)
+    with Writer(config.output) as writer:
+        for name, tensor, _ in dithered(source, config.seed):
+            writer.put({name: tensor})
+        writer.finish(companions_of(source), torch.float32)
+
+
+def dithered(source: ModelSource, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield the name of each tensor, its values in the dithered model, and those in the source, in float32."""
+    generator = torch.Generator().manual_seed(seed)
     linears = {f"{n}.weight" for n, m in source.skeleton.named_modules() if isinstance(m, torch.nn.Linear)}
     blocks = tuple(f"{name}." for name in source.block_names)
-    with Writer(config.output) as writer:
-        for name in source.tensor_names:
-            tensor = source.read(name).float()
-            writer.put({name: dither(tensor, generator) if name in linears and name.startswith(blocks) else tensor})
-        writer.finish(companions_of(source), torch.float32)
+    for name in source.tensor_names:
+        tensor = source.read(name).float()
+        yield name, dither(tensor, generator) if name in linears and name.startswith(blocks) else tensor, tensor
 
 
 if __name__ == "__main__":

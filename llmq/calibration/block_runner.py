@@ -68,6 +68,7 @@ class Block:
     kept_inputs: KeptInputs = field(init=False, repr=False)
     _writes: bool = False  # whether the block is known to change a container that it shares with later ones
     _replaced: dict[str, Tensor] = field(default_factory=dict)  # the original's parameters that were changed, by name
+    _original_has_run: bool = False  # for the last time
 
     def __post_init__(self) -> None:
         self.kept_inputs = KeptInputs(self.module, self.compute.device)
@@ -122,18 +123,23 @@ class Block:
             batch: the micro-batch that `hidden` is, and the model; None for the sample.
             leave: keep what the block leaves for later ones: it does not run again on this micro-batch in this model.
         """
-        device, factors = self.compute.device, self.compute.factors
+        device = self.compute.device
         if self.arguments is None:
             return hidden.to(device)
         left = None if self.shared is None else self.shared.entering(batch, device)
         values = Resolver(hidden.shape[self.batch_dim], None if batch is None else batch[0], left, device)
         args, kwargs = tree_map(values, self.arguments)
-        with torch.autocast(device.type, factors, enabled=factors != self.compute.dtype):
+        with self.autocast():
             output = torch.func.functional_call(self.module, weights, (hidden.to(device), *args), kwargs)
         if leave and self.shared is not None:
             self.shared.leave(batch, values.left_by(output))
             self._writes |= values.was_written()
         return output[0] if isinstance(output, tuple | list) else output
+
+    def autocast(self) -> torch.autocast:
+        """Multiply in the precision of matmuls inside."""
+        factors = self.compute.factors
+        return torch.autocast(self.compute.device.type, factors, enabled=factors != self.compute.dtype)
 
     def run_together(self, weights: dict[str, Tensor], batches: list[int]) -> Float[Tensor, "*batch tokens features"]:
         """Return the outputs of `run_with` for these micro-batches, side by side in dimension `batch_dim`."""
@@ -161,15 +167,15 @@ class Block:
         with torch.no_grad(), _other_data(parameters, list(replaced.values())), self.kept_inputs.used(i, original):
             return self.run_with({}, hidden[i], (i, original), leave)
 
-    def expect(self, groups: list[Group]) -> None:
-        """Announce the groups that will be replaced, in order (see `KeptInputs`)."""
+    def expect(self, stages: list[list[Group]]) -> None:
+        """Announce the groups that will be replaced together, in order (see `KeptInputs`)."""
         if not self._writes:  # a submodule that is skipped would write nothing for later blocks
-            self.kept_inputs.expect(groups)
+            self.kept_inputs.expect(stages)
 
     def replace_weight(self, name: str, W: Float[Tensor, "out in"]) -> None:
-        """Set the weight of a linear. The original model keeps the old one."""
+        """Set the weight of a linear. The original model keeps the old one, if it runs again."""
         linear = linear_of(self.module, name)
-        if self.original is not None:
+        if self.original is not None and not self._original_has_run:
             self._replaced.setdefault(f"{name}.weight", linear.weight.data.to(self.compute.factors))
         linear.weight.data = W.to(linear.weight.dtype)
         self.kept_inputs.replaced(name)
@@ -184,6 +190,7 @@ class Block:
     def forget_original(self) -> None:
         """Free the original model's parameters: it does not run through this block again."""
         self._replaced.clear()
+        self._original_has_run = True
 
 
 @contextmanager

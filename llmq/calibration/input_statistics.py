@@ -3,6 +3,8 @@
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from math import fsum
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,12 +15,13 @@ from llmq.calibration.ordered_sums import ShareSums
 from llmq.core.memory import release_memory
 from llmq.core.timing import Clock
 from llmq.models.block_structure import Group, linear_of
+from llmq.models.experts import layout_of, routed
 
 # Only the lower triangle of XᵀX is computed, in strips of this many columns: a third less arithmetic at 1536 columns
 # and still wide enough for full matmul speed (2-core AVX2 machine, 2026-11: 256 and 512 alike, 128 a tenth slower).
 _STRIP = 256
 
-_Inputs = dict[str, Tensor]  # by the name of a linear, or "" for the block
+_Inputs = dict[str, Any]  # by the name of a linear, or "" for the block: a tensor; of experts: what is routed where
 
 
 @dataclass
@@ -37,6 +40,7 @@ class InputStatistics:
     dropped: int  # number of tokens that were left out because of NaN or infinity
     target_moment: Float[Tensor, "out in"] | None = None  # TᵀX / tokens; None if the original model does not run
     target_moment_val: Float[Tensor, "out in"] | None = None  # the same over held-out tokens
+    borrowed: float = 0.0  # the share of H that comes from all experts of the layer; see expert_statistics.py
 
 
 def collect_statistics(block: Block, groups: list[Group], clock: Clock, last: bool = True) -> list[InputStatistics]:
@@ -44,12 +48,12 @@ def collect_statistics(block: Block, groups: list[Group], clock: Clock, last: bo
 
     `last`: the original model runs for the last time, so its hidden states are replaced by the block's outputs.
     """
-    sums = [_GroupSums(group, block) for group in groups]
+    sums = [GroupSums(group, block) for group in groups]
     names = {name for group in groups for name in (group.linears[0], group.residual) if name}
     with block.many_runs():
         for share in block.shares:
             for i in share.batches:
-                inputs, originals = _run(block, i, names, clock, last)
+                inputs, originals = run_both(block, i, names, clock, last)
                 with clock("statistics"):
                     for group_sums in sums:
                         group_sums.add(inputs, originals, share.held_out)
@@ -63,16 +67,19 @@ def collect_statistics(block: Block, groups: list[Group], clock: Clock, last: bo
         return [group_sums.finish() for group_sums in sums]
 
 
-def _run(block: Block, i: int, names: set[str], clock: Clock, last: bool) -> tuple[_Inputs, _Inputs]:
-    """Return the inputs of these modules for micro-batch i, in this model and in the original one; "" is the block."""
-    originals: dict[str, Tensor] = {}
+def run_both(block: Block, i: int, names: set[str], clock: Clock, last: bool) -> tuple[_Inputs, _Inputs]:
+    """Return the inputs of these modules for micro-batch i, in this model and in the original one; "" is the block.
+
+    The input of a module of experts is a `Routed`.
+    """
+    originals: _Inputs = {}
     if block.original is not None:
         originals[""] = block.original[i]
         with clock("forward"), _inputs(block, names, originals, stop=not last):
             output = block.run_batch(i, original=True, leave=last)
             if last:
                 block.original[i] = output.cpu()
-    inputs = {"": block.hidden[i]}
+    inputs: _Inputs = {"": block.hidden[i]}
     if names:
         with clock("forward"), _inputs(block, names, inputs, stop=True):
             block.run_batch(i)
@@ -84,12 +91,12 @@ class _AllSeenError(Exception):
 
 
 @contextmanager
-def _inputs(block: Block, names: set[str], inputs: dict[str, Tensor], stop: bool) -> Generator[None]:
+def _inputs(block: Block, names: set[str], inputs: _Inputs, stop: bool) -> Generator[None]:
     """Store the inputs of these modules in `inputs`. `stop`: end the run after the last of them."""
     modules = {block.module.get_submodule(name): name for name in names}
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs[modules[module]] = args[0]
+        inputs[modules[module]] = args[0] if layout_of(module) is None else routed(module, args)
         if stop and names <= inputs.keys():
             raise _AllSeenError
 
@@ -99,12 +106,14 @@ def _inputs(block: Block, names: set[str], inputs: dict[str, Tensor], stop: bool
         yield
 
 
-class _GroupSums:
+class GroupSums:
     """Sums of H, |x| and the target moment over the tokens of one group. Of H, only the lower triangle is summed."""
 
     def __init__(self, group: Group, block: Block) -> None:
         self.linear, self.ranks, self.device = group.linears[0], block.ranks, block.compute.device
         self.tokens, self.dropped = {False: 0, True: 0}, 0  # tokens by whether they are held out
+        # Of each micro-batch. Their sum divides the sums; fsum is exact, so that no number of processes changes a bit.
+        self.weights: dict[bool, list[float]] = {False: [], True: []}
         self.target = None if block.original is None else _TargetMoment(group, block)
         width = linear_of(block.module, self.linear).in_features
         self.shapes: dict[str, tuple[int, ...]] = {"H": (width, width), "abs": (width,)}
@@ -112,21 +121,32 @@ class _GroupSums:
             self.shapes["target_moment"] = self.target.shape
         self.sums = ShareSums(self.shapes, block.ranks, self.device)
 
-    def add(self, inputs: dict[str, Tensor], originals: dict[str, Tensor], held_out: bool) -> None:
+    def add(self, inputs: _Inputs, originals: _Inputs, held_out: bool) -> None:
         """Add a micro-batch, given the inputs of modules by name, in this model and in the original one.
 
-        An expert that gets no token of it has no input, and nothing is added.
+        A linear that gets no token of it has no input, and nothing is added.
         """
-        if self.linear not in inputs:
-            return
-        rows = [inputs[self.linear].flatten(0, -2)]
-        if self.target is not None:
-            rows += self.target.differences(inputs, originals)
+        if self.linear in inputs:
+            differences = [] if self.target is None else self.target.differences(inputs, originals)
+            self.add_rows([inputs[self.linear].flatten(0, -2), *differences], held_out)
+
+    def add_rows(
+        self, rows: list[Float[Tensor, "n _"]], held_out: bool, weights: Float[Tensor, "n"] | None = None
+    ) -> None:
+        """Add X, X_o - X and R_o - R (the latter two if there is a target) of some tokens. `weights`: 1 if None."""
+        if weights is not None:
+            rows = [*rows, weights[:, None]]
         X, *differences = _finite_rows(rows)
         self.dropped += len(rows[0]) - len(X)
         self.tokens[held_out] += len(X)
+        if weights is None:
+            self.weights[held_out].append(len(X))
+        else:
+            weight = differences.pop()
+            self.weights[held_out].append(float(weight.sum(dtype=torch.float64)))
+            X, *differences = (tensor * weight.sqrt() for tensor in (X, *differences))
         X32 = X.float()
-        _add_lower(self.sums.growing("H"), X32)
+        add_lower(self.sums.growing("H"), X32)
         self.sums.growing("abs").add_(X32.abs().sum(0))
         if self.target is not None:
             self.target.add_to(self.sums.growing("target_moment"), X, *differences)
@@ -134,16 +154,17 @@ class _GroupSums:
     def finish(self) -> InputStatistics:
         """Return the statistics over the tokens of all processes, in every process."""
         totals = self.sums.finish()
-        counts = self.ranks.each((*self.tokens.values(), self.dropped))
-        tokens, tokens_val, dropped = (sum(column) for column in zip(*counts, strict=True))
+        parts = self.ranks.each((*self.tokens.values(), self.dropped, self.weights))
+        tokens, tokens_val, dropped = (sum(column) for column in list(zip(*parts, strict=True))[:3])
+        weight, weight_val = (fsum(w for *_, weights in parts for w in weights[kind]) for kind in (False, True))
 
         def mean(name: str, held_out: bool = False) -> Tensor:
             total = totals.pop((name, held_out), None)
             total = torch.zeros(self.shapes[name], device=self.device) if total is None else total
-            return self.ranks.share(total).div_(max(1, tokens_val if held_out else tokens))
+            return self.ranks.share(total).div_((weight_val if held_out else weight) or 1)
 
-        H, mean_abs = _mirrored(mean("H")), mean("abs")
-        statistics = InputStatistics(H, _mirrored(mean("H", True)) if tokens_val else H, mean_abs, tokens, dropped)
+        H, mean_abs = mirrored(mean("H")), mean("abs")
+        statistics = InputStatistics(H, mirrored(mean("H", True)) if tokens_val else H, mean_abs, tokens, dropped)
         if self.target is not None:
             statistics.target_moment = self.target.finished(mean("target_moment"))
             if tokens_val:
@@ -207,13 +228,14 @@ def _finite_rows(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor[finite] for tensor in tensors]
 
 
-def _add_lower(H: Tensor, X: Tensor) -> None:
+def add_lower(H: Float[Tensor, "n n"], X: Float[Tensor, "tokens n"]) -> None:
+    """Add the lower triangle of XᵀX to H."""
     for start in range(0, len(H), _STRIP):
         stop = min(start + _STRIP, len(H))
         H[start:stop, :stop].addmm_(X[:, start:stop].T, X[:, :stop])
 
 
-def _mirrored(H: Tensor) -> Tensor:
+def mirrored(H: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Copy the lower triangle of H to above the diagonal, in place, and return H."""
     for start in range(0, len(H), _STRIP):
         stop = min(start + _STRIP, len(H))

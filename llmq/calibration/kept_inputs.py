@@ -43,9 +43,10 @@ class KeptInputs:
         self._inputs: dict[_Key, Tensor] = {}
         self._outputs: dict[_Key, Tensor] = {}
 
-    def expect(self, groups: list[Group]) -> None:
-        """Announce the groups that will be replaced, in order."""
-        self._waiting = [set(group.linears) for group in groups]
+    def expect(self, stages: list[list[Group]]) -> None:
+        """Announce the groups that will be replaced, in order. The block runs once before each stage."""
+        groups = [group for stage in stages for group in stage]
+        self._waiting = [{name for group in stage for name in group.linears} for stage in stages]
         # Statistics need the inputs of these modules in every run, so a submodule that contains one is never skipped.
         residuals = {group.residual for group in groups if group.residual}
         for group in groups:

@@ -14,6 +14,7 @@ METHODS = ("gptq", "awq", "awq+gptq", "tuned", "rtn")
 EFFORTS = ("fast", "normal", "best")
 FORMATS = ("auto", "compressed-tensors", "gptq", "awq")
 EFFORT_STEPS = ("match", "sequential")
+EXPERT_STATISTICS = ("routed", "layer", "all-tokens")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class QuantizeConfig:
     """Steps of the effort to leave out, to measure how much they help. match: the weights move towards the outputs of
     the original model. sequential: a layer sees the outputs of the quantized layers before it in its block (match
     needs this)."""
+    expert_statistics: str = "routed"
+    """What counts for an expert in a mixture of experts. routed: the tokens that the router sends to it, and those of
+    all experts as far as these are few. layer: the tokens of all experts. all-tokens: every expert runs on every token,
+    which takes many times as long. The last two are for comparisons."""
     format: str = "auto"
     """Checkpoint format: compressed-tensors (read by transformers, vLLM and SGLang), gptq or awq (4 bit only). auto:
     compressed-tensors for symmetric weights; otherwise the format that engines serve: awq at 4 bit, else gptq."""
@@ -92,6 +97,7 @@ class QuantizeConfig:
         one_of("method", self.method, METHODS)
         one_of("format", self.format, FORMATS)
         one_of("effort", self.effort, EFFORTS)
+        one_of("expert statistics", self.expert_statistics, EXPERT_STATISTICS)
         if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", self.device):
             raise RequestError(f"device must be one of auto, cpu, cuda, cuda:N; got {self.device!r}")
         for step in self.without:

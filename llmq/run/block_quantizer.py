@@ -6,8 +6,9 @@
 A group is a set of linears that read the same input. They are rounded together, as one stacked matrix.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from llmq.algorithms import ALGORITHMS
 from llmq.algorithms.output_matching import choose
 from llmq.algorithms.problem import ROW_MULTIPLE, Problem, Solution
 from llmq.calibration.block_runner import Block, Compute
-from llmq.calibration.input_statistics import collect_statistics
+from llmq.calibration.expert_statistics import ExpertStatistics
+from llmq.calibration.input_statistics import InputStatistics, collect_statistics
 from llmq.checkpoint.digests import digest
 from llmq.core.config import QuantizeConfig
 from llmq.core.distributed import ALONE, Ranks
@@ -111,12 +113,11 @@ class Run:
         if (drift := block.drift) is not None:
             self.report.drifts[block.name] = drift
         usual = [group for group in groups if group.calls == 1]
-        changed, problems = self._transform(block, usual)
-        others = [self._round(block, group) for group in groups if group.calls != 1]
-        solved = self._solve_groups(block, usual, problems, show)
-        if self.refine is not None and solved:
-            self._refine(block, solved)
-        solved += others
+        changed, problems = self._transform(block, [group for group in usual if group.expert is None])
+        solved = [self._round(block, group) for group in groups if group.calls != 1]
+        solved += self._solve_groups(block, usual, problems, show)
+        if trained := [each for each in solved if each.problem is not None]:
+            self._refine(block, trained)
         with self.clock("write"):
             packed = self._encoded(block, solved) if self.ranks.is_first else {}
         return packed | self._other_tensors(block, groups, changed)
@@ -143,33 +144,57 @@ class Run:
         """Return one rounding problem per group, with the statistics that the method needs."""
         needed = self.algorithm.needs_statistics(self.config)
         statistics = collect_statistics(block, groups, self.clock, last) if needed else [None] * len(groups)
-        return [
-            make_problem(block, group, stats, replace(self.grid, bits=self._bits_of(block, group)), self.scale_dtype)
-            for group, stats in zip(groups, statistics, strict=True)
-        ]
+        return [self._problem(block, group, stats) for group, stats in zip(groups, statistics, strict=True)]
+
+    def _problem(self, block: Block, group: Group, statistics: InputStatistics | None) -> Problem:
+        grid = replace(self.grid, bits=self._bits_of(block, group))
+        return make_problem(block, group, statistics, grid, self.scale_dtype)
 
     def _solve_groups(
         self, block: Block, groups: list[Group], problems: list[Problem] | None, show: Callable[[str], None]
     ) -> list[Solved]:
         """Round the weights of all groups, stage by stage. The block runs over the text once before each stage.
 
-        `problems`: those of all groups if they are known already; the list is emptied. None: made for each stage.
+        `problems`: those of all groups but the experts', if they are known already; the list is emptied. None: made for
+        each stage.
         """
-        stages = [groups]
+        stages, solved = self._stages(groups), list[Solved]()
         if self.sequential:
-            block.expect(groups)
-            # A block without groups still needs one stage: it moves the original model's hidden states on.
-            stages = [[group] for group in groups] or [[]]
-        solved: list[Solved] = []
+            block.expect(stages)
         for stage in stages:
-            waiting = self._problems(block, stage, last=stage is stages[-1]) if problems is None else problems
+            last = stage is stages[-1]
+            if stage and stage[0].expert is not None:
+                solved += self._solve_experts(block, stage, last, show)
+                continue
+            waiting = self._problems(block, stage, last) if problems is None else problems
             for group in stage:
                 # pop: nothing holds the problem after this call. Its large statistics must be freed before those of the
                 # next stage are summed.
-                solved.append(self._solve(block, group, waiting.pop(0), show))
+                solved.append(self.solve(block, group, waiting.pop(0), show))
         return solved
 
-    def _solve(self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]) -> Solved:
+    def _stages(self, groups: list[Group]) -> list[list[Group]]:
+        """Return the groups that are rounded between two runs of the block: one or all; and all experts of a module."""
+        usual = [group for group in groups if group.expert is None]
+        # A block without groups still needs one stage: it moves the original model's hidden states on.
+        stages = [[group] for group in usual] if self.sequential else [usual] if usual else []
+        experts = (group for group in groups if group.expert is not None)
+        by_module = groupby(experts, lambda group: group.expert and group.expert.module)
+        return [*stages, *(list(experts) for _, experts in by_module)] or [[]]
+
+    def _solve_experts(
+        self, block: Block, groups: list[Group], last: bool, show: Callable[[str], None]
+    ) -> Iterator[Solved]:
+        """Round the experts of a module, one after the other. The block runs over the text once for all of them."""
+        statistics, needed = None, self.algorithm.needs_statistics(self.config)
+        if needed:
+            settings = self.config.expert_statistics
+            statistics = ExpertStatistics(block, groups, self.clock, last, settings)
+        for group in groups:
+            of_group = None if statistics is None else statistics.of(group)
+            yield self.solve(block, group, self._problem(block, group, of_group), show)
+
+    def solve(self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]) -> Solved:
         """Round the linears of one group. From here on the block computes with their quantized weights."""
         with self.clock("solve"):
             rows, problem = len(problem.W), pad(problem)
@@ -184,18 +209,19 @@ class Run:
             problem, solution = problem.rows(0, rows), replace(solution.rows(0, rows), matched=match.alpha)
             if problem.statistics is not None:  # otherwise nobody runs the block
                 self._put_back(block, group, solution)
-            entry = self.report.group(block.name, group.linears, errors, solution, problem.statistics)
+            entry = self.report.group(block.name, group, errors, solution, problem.statistics)
             release_memory()
         show(f"{group.linears[-1]} loss {errors[0]:.2e}")
-        if self.refine is None:
+        is_trained = self.refine is not None and group.expert is None
+        if not is_trained:
             self.report.add(entry)
-        return Solved(group, solution, entry, None if self.refine is None else problem)
+        return Solved(group, solution, entry, problem if is_trained else None)
 
     def _round(self, block: Block, group: Group) -> Solved:
         """Round a linear that runs never or often: an expert that nobody chose, attention to a picture."""
         grid = replace(self.grid, bits=self._bits_of(block, group))
         solution, errors = solve_alone(block, group, grid, self.scale_dtype, self.ranks)
-        entry = self.report.group(block.name, group.linears, errors, solution, None)
+        entry = self.report.group(block.name, group, errors, solution, None)
         if self.algorithm.needs_statistics(self.config):  # the next groups see what it computes now
             self._put_back(block, group, solution)
             runs = "did not run on the first calibration sequence" if group.calls == 0 else f"runs {group.calls} times"

@@ -14,6 +14,7 @@ from llmq.core.command_line import command_line
 from llmq.core.config import VERSION, QuantizeConfig
 from llmq.core.memory import PeakMemory
 from llmq.core.timing import Clock
+from llmq.models.block_structure import Group
 from llmq.models.packed_share import PackedShare
 from llmq.run.journal import Line, Pair
 from llmq.verification.stated_share import SHARE
@@ -48,17 +49,20 @@ class Report:
         self.notes += [{"where": where, "note": note} for note in notes]
 
     def group(
-        self, block: str, linears: tuple[str, ...], errors: Pair, solution: Solution, statistics: InputStatistics | None
+        self, block: str, group: Group, errors: Pair, solution: Solution, statistics: InputStatistics | None
     ) -> Line:
         """Return the entry of a group, and note its fallbacks.
 
         `errors`: relative output error of the method, and of plain rounding to nearest.
         """
+        linears = group.linears
         entry: Line = {"block": block, "linears": list(linears), "error": errors[0], "rtn_error": errors[1]}
         entry |= {"damping": solution.damping, "matched": solution.matched, "kept": solution.kept}
         fallbacks = list(solution.fallbacks)
         if statistics is not None:
             entry |= {"tokens": statistics.tokens, "dropped_rows": statistics.dropped}
+            if group.expert is not None:
+                entry["borrowed"] = statistics.borrowed
             if statistics.dropped:
                 fallbacks.append(f"{statistics.dropped} token rows with NaN or infinity left out")
         self.note(f"{block}.{'+'.join(name.rpartition('.')[2] for name in linears)}", fallbacks)
