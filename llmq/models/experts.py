@@ -10,7 +10,7 @@ meta device when this happens, so nothing is copied; `models/expert_files.py` re
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -51,6 +51,9 @@ class Layout:
     places: dict[str, Place]  # by the name inside one expert: gate_proj.weight, …
     interleaved: bool = False  # gate and up take turns in the input of `_apply_gate`
     scored: bool = False  # every expert gets all tokens, times their scores: 0 for most (Llama 4)
+    passes: bool = False  # an expert that does not exist returns its input (LongCat)
+    wholes: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    """The shapes of the parameters that held all experts."""
 
     def sharing(self, place: Place) -> list[str]:
         """Return the names inside one expert that lie in the same parameter."""
@@ -121,6 +124,8 @@ def _layout_of(module: Any) -> Layout | None:
     parameters: dict[str, Any] = dict(module.named_parameters(recurse=False))
     if kind == "Llama4TextExperts":
         turned, interleaved, gated = True, False, True
+    elif kind == "LongcatFlashExperts" and DOWN in parameters:
+        turned, interleaved, gated = False, False, True
     elif hasattr(module, "_apply_gate") and hasattr(module, "is_concatenated") and DOWN in parameters:
         turned, interleaved, gated = module.is_transposed, not module.is_concatenated, module.has_gate
     else:
@@ -136,7 +141,7 @@ def _layout_of(module: Any) -> Layout | None:
     if f"{first}_bias" in parameters:
         places |= {f"{name}.bias": Place(f"{first}_bias", part) for name, part in parts.items()}
         places[f"{DOWN}.bias"] = Place(f"{DOWN}_bias")
-    return Layout(experts, places, interleaved, scored=kind == "Llama4TextExperts")
+    return Layout(experts, places, interleaved, kind == "Llama4TextExperts", kind == "LongcatFlashExperts")
 
 
 def _unpack(module: Any, layout: Layout) -> None:
@@ -145,7 +150,9 @@ def _unpack(module: Any, layout: Layout) -> None:
         name: place.of(module.get_parameter(place.parameter).to("meta"), 0, layout.experts).shape
         for name, place in layout.places.items()
     }
-    for parameter in {place.parameter for place in layout.places.values()}:
+    parameters = dict.fromkeys(place.parameter for place in layout.places.values())
+    wholes = {parameter: tuple(module.get_parameter(parameter).shape) for parameter in parameters}
+    for parameter in parameters:
         inside, _, leaf = parameter.rpartition(".")
         delattr(module.get_submodule(inside), leaf)
     for expert in range(layout.experts):
@@ -156,7 +163,7 @@ def _unpack(module: Any, layout: Layout) -> None:
             linear = nn.Linear(inputs, outputs, has_bias, device="meta", dtype=torch.float32)
             linears.add_module(name, linear.requires_grad_(False))
         module.add_module(str(expert), linears)
-    module.__dict__[_LAYOUT] = layout
+    module.__dict__[_LAYOUT] = replace(layout, wholes=wholes)
     module._is_hf_initialized = True  # transformers would look for the parameters
     module.forward = partial(_forward, module)
 
@@ -207,6 +214,9 @@ def _forward(module: Any, *args: Any) -> Tensor:
     assert layout is not None
     (rows, k), width = entering.index.shape, entering.X.shape[-1]
     outputs = entering.X.new_zeros(rows * k, width)
+    if layout.passes:
+        none = torch.nonzero(entering.index.flatten() >= layout.experts).flatten()
+        outputs[none] = entering.X[none // k]
     for expert, places in entering.by_expert(layout.experts):
         inner = activated(module, expert, entering.X[places // k])
         outputs[places] = finished(module, expert_of(module, expert).down_proj(inner)).to(outputs.dtype)

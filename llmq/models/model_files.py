@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.core.errors import CheckpointError
 from llmq.models.experts import Layout, Place, layouts
 from llmq.models.renamed_files import RenamedFiles
 from llmq.models.safetensors_files import TensorFiles
@@ -94,9 +95,10 @@ class ModelFiles(RenamedFiles):
             return super()._linear_in_model(stored)
         layout = self._layouts[module]
         converter = next(each for each in self._converters if pattern in each.source_patterns)
+        operations = {type(operation).__name__ for operation in converter.operations}
         together = [inner for inner, place in layout.places.items() if place.parameter == parameter]
         number = re.search(r"\.([0-9]+)\.[^.]+$", stored)
-        if number is None or len(together) != len(converter.source_patterns):
+        if number is None or len(together) != len(converter.source_patterns) or not operations <= _MERGING:
             return stored
         return f"{module}.{number[1]}.{together[converter.source_patterns.index(pattern)]}".removesuffix(".weight")
 
@@ -146,6 +148,11 @@ class ModelFiles(RenamedFiles):
     def stored_module(self, module: str) -> str:
         return self.stored_linear(module) if f"{module}.weight" in self._parts else super().stored_module(module)
 
+    def is_merged(self, linear: str) -> bool:
+        """Return whether transformers makes a tensor of all experts out of this linear, under its name in the files."""
+        stored = self.stored_linear(linear)
+        return self._renamed(f"{stored}.weight")[1] is not None and self._linear_in_model(stored) == linear
+
     def shape(self, name: str) -> tuple[int, ...]:
         files: Any = self.stored
         if name in self._single:
@@ -153,6 +160,7 @@ class ModelFiles(RenamedFiles):
         if self._whole(name) == name:
             return super().shape(name)
         part = self._parts[name]
+        self._check_whole(part, super().shape(part.whole))
         return tuple(part.of(torch.empty(super().shape(part.whole), device="meta")).shape)
 
     def read(self, name: str) -> Tensor:
@@ -163,7 +171,14 @@ class ModelFiles(RenamedFiles):
         if self._last is None or self._last[0] != whole:
             self._last = None
             self._last = whole, super().read(whole)
+            self._check_whole(self._parts[name], tuple(self._last[1].shape))
         return self._parts[name].of(self._last[1]).contiguous()
+
+    def _check_whole(self, part: _Part, shape: tuple[int, ...]) -> None:
+        """Raise CheckpointError unless the tensor of all experts has the shape that transformers wants."""
+        wanted = part.layout.wholes[part.place.parameter]
+        if shape != wanted:
+            raise CheckpointError(f"{self.paths[0].parent}: {part.whole} is {shape}, the model wants {wanted}")
 
     def forget(self) -> None:
         """Free the tensor of all experts that was read last."""

@@ -19,7 +19,7 @@ from llmq.core.config import VERSION
 from llmq.core.errors import RequestError
 from llmq.formats import FORMATS
 from llmq.formats.scheme import Scheme
-from llmq.models.conv1d import CONV1D, stored_transposed
+from llmq.models.stock_loading import unreadable
 from llmq.models.model_source import build_skeleton
 from llmq.models.packable import config_names
 from llmq.models.stored_names import has_no_place
@@ -61,9 +61,11 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
     before = str(checkpoint.quantization.get("checkpoint_format") or checkpoint.quantization.get("quant_method"))
     schemes = _schemes(checkpoint)
     model = build_skeleton(model_config(checkpoint, config.trust_remote_code), config.trust_remote_code)
-    if config.format == "compressed-tensors" and stored_transposed(model):
-        raise RequestError(CONV1D)
     view = checkpoint.for_model(model)
+    symmetric = all(scheme.symmetric for scheme in schemes.values())
+    fault = unreadable(model, view.model_files, symmetric, set(view.linears))
+    if fault and config.format == "compressed-tensors":
+        raise RequestError(fault)
     state = model.state_dict()
     in_model = [name for name in view.other_names if not is_harmless(view, model, name)]
     carried = [name for name in in_model if name not in state and has_no_place(model, name)]

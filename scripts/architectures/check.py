@@ -121,7 +121,7 @@ def _check_method(made: Made, method: str, row: Row) -> None:
     expected = logits(dense, made.ids)
     row[f"{method}_error"] = relative(expected, logits(made.model, made.ids))
     _check_llmq(made, dense, expected, output)
-    row["stock"] = row.get("stock") or _stock_failure(made, output, expected)
+    row["stock"] = row.get("stock") or _stock_failure(made, output, expected, dense)
     if row["stock"]:
         _check_plugin(made, expected, output)
 
@@ -159,13 +159,18 @@ def _generated(dense: Any, prompt: Tensor, settings: Row) -> Tensor | None:
         return None
 
 
-def _stock_failure(made: Made, output: Path, expected: Tensor) -> str:
-    """Return why stock transformers does not run the checkpoint; "" if it does. Raises FailedError for wrong logits."""
+def _stock_failure(made: Made, output: Path, expected: Tensor, dense: Any) -> str:
+    """Return why stock transformers does not run the checkpoint; "" if it does. Raises FailedError for wrong logits.
+
+    `dense`: the model whose logits are expected; its experts may become float16.
+    """
     lost: list[str] = []
     try:
         model, notes = type(made.model).from_pretrained(output, dtype=torch.float32, output_loading_info=True)
         lost = sorted(notes["missing_keys"])
         difference = relative(logits(model.eval(), made.ids), expected)
+        if difference > _TOLERANCE and _round_experts(dense, model):
+            difference = relative(logits(model, made.ids), logits(dense, made.ids))
     except Exception as error:  # transformers fails in its own ways
         return f"it finds no {lost[0]}" if lost else _words(error) + _way_out(made, output, expected)
     if difference <= _TOLERANCE:
@@ -173,6 +178,17 @@ def _stock_failure(made: Made, output: Path, expected: Tensor) -> str:
     if lost:
         return f"it finds no {lost[0]}"
     raise FailedError(f"wrong numbers: in stock transformers logits differ by {difference:.0e}")
+
+
+def _round_experts(dense: Any, model: Any) -> bool:
+    """Round the experts of a dense model to float16, as transformers unpacks them; return whether it has such ones.
+
+    The logits change by 1e-4 to 1e-3, or by more where a router is almost undecided. With these they are equal again.
+    """
+    in_half = [name for name, parameter in model.named_parameters() if parameter.dtype == torch.float16]
+    for name in in_half:
+        dense.get_parameter(name).data = dense.get_parameter(name).half()
+    return bool(in_half)
 
 
 def _check_plugin(made: Made, expected: Tensor, output: Path) -> None:
