@@ -146,9 +146,10 @@ def _row(config: CompareConfig, key: Key, flags: str, chunks: torch.Tensor, refe
             raise WorkError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
         report = json.loads((output / REPORT).read_text())
         result = evaluate(llmq.load(output, device="cpu"), chunks, reference)
-        width = describe(output)["bits_per_packed_weight"]
+        packed = describe(output)
     row = {"settings": _common(config), "name": name, "flags": flags, "bits": bits, "group_size": size, "seed": seed}
-    row |= {"bits_per_weight": width, "perplexity": result.perplexity, "kl": result.kl}
+    row |= {"bits_per_weight": packed["bits_per_packed_weight"], "packed_weights": packed["packed_weights"]}
+    row |= {"perplexity": result.perplexity, "kl": result.kl}
     # The geometric mean: layers with a small error count as much as others.
     row |= {"layer_error": math.exp(mean(math.log(max(entry["error"], 1e-12)) for entry in report["groups"]))}
     return row | {"seconds": report["seconds"], "peak_memory_bytes": report["peak_memory_bytes"]}

@@ -1,14 +1,16 @@
-"""Write a model with the shape of a Llama and random weights, to measure speed and memory on a model of real size.
+"""Write a model with the shape of a known one and random weights, to measure speed and memory at real size.
 
 Each layer keeps the size of its input, so activations stay of ordinary size through all blocks:
 
-    w [out, in] = normal / sqrt(in)        norms = 1 + 0.1 * normal
+    w [out, in] = normal / sqrt(in)        norms and the biases of routers = 1 + 0.1 * normal
 
 Every tensor has its own random stream. So the shard size and the number of threads do not change the weights. Only one
-shard is in memory at a time. config.json is written last.
+shard is in memory at a time. config.json is written last. Every expert of a mixture has tensors of its own on disk, as
+in the files that transformers writes.
 
     python scripts/make_model.py --shape 7b --output model-7b
     python -m llmq.quantize --model model-7b --method rtn --output model-7b-4bit
+    python scripts/make_model.py --shape qwen3-30b-a3b --blocks 1 --output one-block
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -27,41 +30,57 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from llmq.cli import run
 from llmq.core.errors import RequestError, WorkError
 from llmq.models.safetensors_files import INDEX
 
-_NAMES = ("hidden", "intermediate", "blocks", "heads", "kv_heads", "vocabulary")
+_NAMES = ("hidden", "intermediate", "blocks", "heads", "kv_heads", "vocabulary", "experts")
 _SHAPES = {
-    "7b": (4096, 11008, 32, 32, 32, 32000),  # Llama 2 7B
-    "1b": (2048, 5632, 22, 32, 4, 32000),  # TinyLlama 1.1B
-    "tiny": (128, 256, 2, 4, 2, 384),
+    "7b": (4096, 11008, 32, 32, 32, 32000, 0),  # Llama 2 7B
+    "1b": (2048, 5632, 22, 32, 4, 32000, 0),  # TinyLlama 1.1B
+    "tiny": (128, 256, 2, 4, 2, 384, 0),
+    "qwen3-30b-a3b": (2048, 768, 48, 32, 4, 151936, 128),
+    "deepseek-v3": (7168, 2048, 61, 128, 128, 129280, 256),
+}
+_TOP = 8  # experts of a token, in both mixtures
+# What the numbers above do not say of an architecture: (model_type, fields of its config).
+_LLAMA = ("llama", {"max_position_embeddings": 4096})
+_MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-30b-a3b": ("qwen3_moe", {"head_dim": 128, "norm_topk_prob": True}),
+    "deepseek-v3": (
+        "deepseek_v3",
+        {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+        | {"n_shared_experts": 1, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "norm_topk_prob": True},
+    ),
 }
 _AT_ONCE = 1 << 22  # random numbers drawn in float32 before they are rounded to the model's dtype
 
 
 @dataclass(frozen=True)
 class MakeConfig:
-    """Write a model with the shape of a Llama, random weights, and a tokenizer with one token per byte."""
+    """Write a model with the shape of a known one, random weights, and a tokenizer with one token per byte."""
 
     output: Path
     """Directory to write to; it must be new or empty."""
-    shape: Literal["7b", "1b", "tiny"] = "7b"
-    """Llama 2 7B (13.5 GB), TinyLlama 1.1B (2.2 GB) or a model for tests (1 MB). The flags below change its numbers."""
+    shape: Literal["7b", "1b", "tiny", "qwen3-30b-a3b", "deepseek-v3"] = "7b"
+    """Llama 2 7B (13.5 GB), TinyLlama 1.1B (2.2 GB), a Llama for tests (1 MB), or a mixture of experts: Qwen3 30B-A3B
+    (61 GB, with --blocks 1 2.5 GB), DeepSeek-V3 (1342 GB). The flags below change its numbers."""
     hidden: int | None = None
     """Width of the residual stream; a multiple of 2 x heads."""
     intermediate: int | None = None
-    """Width inside the MLP."""
+    """Width inside the MLP; of a mixture: inside an expert."""
     blocks: int | None = None
-    """Number of decoder blocks."""
+    """Number of decoder blocks. The first 3 of deepseek-v3 have no experts."""
     heads: int | None = None
     """Number of attention heads."""
     kv_heads: int | None = None
     """Number of key and value heads; heads must be a multiple of it. Fewer than heads: grouped-query attention."""
     vocabulary: int | None = None
     """Rows of the embedding and of lm_head, which are not tied. The tokenizer uses the first 258."""
+    experts: int | None = None
+    """Number of experts of a mixture; a multiple of 8, at least 16."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Data type of all weights."""
     shard_gb: float = 0.5
@@ -76,8 +95,9 @@ def make_model(config: MakeConfig) -> None:
     Raises RequestError if the request is impossible; then nothing is written.
     """
     with torch.device("meta"):
-        model = LlamaForCausalLM(_llama(config)).to(getattr(torch, config.dtype))
-    state, output = model.state_dict(), config.output
+        model = AutoModelForCausalLM.from_config(_config(config)).to(getattr(torch, config.dtype))
+    model.config.architectures = [type(model).__name__]
+    state, output = dict(_as_stored(model.state_dict())), config.output
     plan = split_torch_state_dict_into_shards(state, max_shard_size=round(config.shard_gb * 1e9))
     total = sum(tensor.nbytes for tensor in state.values())
     _check_room(output, total)
@@ -128,15 +148,33 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def _llama(config: MakeConfig) -> LlamaConfig:
-    """Return the config of the model. Raises RequestError if no Llama can have this shape."""
+def _as_stored(state: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name and shape of each tensor on disk. In memory, the experts of a layer are stacked."""
+    for name, tensor in state.items():
+        if tensor.ndim < 3:
+            yield name, tensor
+            continue
+        place, _, stacked = name.rpartition(".")
+        linears = ("gate_proj", "up_proj") if stacked == "gate_up_proj" else (stacked,)
+        for e, expert in enumerate(tensor):
+            for linear, weight in zip(linears, expert.chunk(len(linears)), strict=True):
+                # A view would count with the bytes of the whole stack when shards are filled.
+                yield f"{place}.{e}.{linear}.weight", torch.empty_like(weight)
+
+
+def _config(config: MakeConfig) -> Any:
+    """Return the config of the model. Raises RequestError if no model can have this shape."""
     numbers = dict(zip(_NAMES, _SHAPES[config.shape], strict=True))
     numbers |= {name: value for name in _NAMES if (value := getattr(config, name)) is not None}
-    hidden, intermediate, blocks, heads, kv_heads, vocabulary = numbers.values()
+    hidden, intermediate, blocks, heads, kv_heads, vocabulary, experts = numbers.values()
+    is_mixture = config.shape in _MIXTURES
     for rule, holds in {
-        "every number must be positive": min(*numbers.values(), config.shard_gb) > 0,
+        "every number must be positive": min(*list(numbers.values())[:-1], config.shard_gb) > 0,
         "hidden must be a multiple of 2 x heads": hidden % max(2 * heads, 1) == 0,
         "heads must be a multiple of kv-heads": heads % max(kv_heads, 1) == 0,
+        "deepseek-v3 must have as many kv-heads as heads": config.shape != "deepseek-v3" or heads == kv_heads,
+        "experts must be a multiple of 8, at least 16": not is_mixture or (experts >= 16 and experts % 8 == 0),
+        "a Llama has no experts": is_mixture or experts == 0,
         "vocabulary must be at least 258, because the tokenizer has 258 tokens": vocabulary >= 258,
         "seed must be between 0 and 65535": 0 <= config.seed < 1 << 16,
     }.items():
@@ -145,9 +183,14 @@ def _llama(config: MakeConfig) -> LlamaConfig:
             raise RequestError(f"{rule}; got {got}, shard-gb {config.shard_gb}, seed {config.seed}")
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "vocab_size": vocabulary}
     sizes |= {"num_hidden_layers": blocks, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    tokens = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
-    options = {"architectures": ["LlamaForCausalLM"], "dtype": config.dtype, "tie_word_embeddings": False}
-    return LlamaConfig(**sizes, **tokens, **options, max_position_embeddings=4096)
+    model_type, fields = _MIXTURES.get(config.shape, _LLAMA)
+    if is_mixture:
+        sizes |= {"num_local_experts" if model_type == "deepseek_v3" else "num_experts": experts}
+        # In both mixtures a dense MLP is as wide as all experts of a token together.
+        width = intermediate * (_TOP + fields.get("n_shared_experts", 0))
+        sizes |= {"moe_intermediate_size": intermediate, "intermediate_size": width, "num_experts_per_tok": _TOP}
+    tokens = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0, "tie_word_embeddings": False}
+    return AutoConfig.for_model(model_type, **sizes, **fields, **tokens, dtype=config.dtype)
 
 
 def _check_room(output: Path, size: int) -> None:

@@ -1,6 +1,7 @@
 """Check that the synthetic models for benchmarks are ordinary models."""
 
 import json
+from itertools import pairwise
 
 import make_model
 import pytest
@@ -9,6 +10,7 @@ from commands import error_of, run_here
 from make_model import MakeConfig, byte_tokenizer, random_like
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 import llmq
 from llmq.core.config import QuantizeConfig
@@ -107,12 +109,58 @@ def test_its_tokenizer_is_that_of_the_tests():
     assert byte_tokenizer().backend_tokenizer.to_str() == tiny_tokenizer().backend_tokenizer.to_str()
 
 
+TINY = {"hidden": 64, "intermediate": 32, "heads": 4, "kv_heads": 4, "vocabulary": 384, "experts": 16}
+
+
+@pytest.mark.parametrize(("shape", "blocks", "mixtures"), [("qwen3-30b-a3b", 2, 2), ("deepseek-v3", 4, 1)])
+def test_a_mixture_has_the_tensors_that_transformers_writes_and_each_expert_its_own(shape, blocks, mixtures, tmp_path):
+    ours = made(tmp_path / "ours", shape=shape, blocks=blocks, dtype="float32", **TINY)
+    model, loading = AutoModelForCausalLM.from_pretrained(ours, output_loading_info=True)
+    assert not any(loading.values())
+    model.save_pretrained(tmp_path / "theirs")
+    first, again = (load_file(path / "model.safetensors") for path in (ours, tmp_path / "theirs"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    experts = {name: tensor for name, tensor in first.items() if ".mlp.experts." in name}
+    assert len(experts) == mixtures * 3 * 16
+    assert len({float(tensor[0, 0]) for tensor in experts.values()}) == len(experts)
+    logits = model(torch.arange(2, 66)[None]).logits.detach()
+    assert logits.isfinite().all()
+    assert 0.1 < float(logits.std()) < 10
+
+
+def test_experts_fill_the_shards(tmp_path):
+    ours = made(tmp_path / "ours", shape="qwen3-30b-a3b", blocks=2, shard_gb=0.0002, **TINY)
+    sizes = {path.name: sum(t.nbytes for t in load_file(path).values()) for path in ours.glob("*.safetensors")}
+    in_order = [sizes[name] for name in sorted(sizes)]
+    assert len(in_order) > 3
+    assert all(a + b > 200_000 for a, b in pairwise(in_order))  # or one file would hold both
+
+
+@pytest.mark.parametrize(
+    ("shape", "billions", "active"), [("qwen3-30b-a3b", 30.5, 3.3), ("deepseek-v3", 671.0, 37.0), ("7b", 6.74, 6.74)]
+)
+def test_a_shape_has_as_many_weights_as_its_model_card_says(shape, billions, active):
+    config = make_model._config(MakeConfig(make_model.Path("unused"), shape=shape))
+    with torch.device("meta"):
+        state = AutoModelForCausalLM.from_config(config).state_dict()
+    sizes = {name: tensor.numel() for name, tensor in make_model._as_stored(state)}
+    assert sum(sizes.values()) / 1e9 == pytest.approx(billions, rel=0.002)
+    of_experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    used = sum(sizes.values()) - of_experts * (1 - 8 / (getattr(config, "num_experts", None) or 256))
+    assert used / 1e9 == pytest.approx(active, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--heads", 3], "multiple of 2 x heads; got hidden 128"),
         (["--kv-heads", 3], "multiple of kv-heads"),
         (["--vocabulary", 257], "at least 258"),
+        (["--experts", 16], "a Llama has no experts"),
+        (["--shape", "qwen3-30b-a3b", "--experts", 20], "experts must be a multiple of 8, at least 16"),
+        (["--shape", "deepseek-v3", "--experts", 8], "experts must be a multiple of 8, at least 16"),
+        (["--shape", "deepseek-v3", "--kv-heads", 64], "as many kv-heads as heads"),
         (["--blocks", 0], "must be positive; got"),
         (["--shard-gb", 0], "must be positive; got"),
         (["--seed", 65536], "between 0 and 65535"),

@@ -5,11 +5,11 @@ H_e = Σ s² x xᵀ / Σ s² is a noisy estimate (s: the score that its output i
 by s²). The layer's H, over all tokens and experts, has little noise, but it is another expert's as much as e's. Between
 them lies (Ledoit and Wolf 2004, doi 10.1016/S0047-259X(03)00096-4)
 
-    (1 - λ_e) H_e + λ_e H,     λ_e = (c / n_e) / |H_e - H|²,     0 ≤ λ_e ≤ 1
+    (1 - λ_e) H_e + λ_e H,     λ_e = c r_e / |H_e - H|²,     r_e = 1 / n_e - 1 / Σ n,     0 ≤ λ_e ≤ 1
 
 which has the least expected distance to the expert's true moments: n_e tokens leave noise c / n_e in H_e, and
 |H_e - H|² holds that noise and the true distance. Held-out text gives c in closed form, because its moments V_e have
-noise of their own: E ⟨H_e - V_e, H_e - H⟩ = c / n_e. What deviates from the paper: c is one number for all experts of a
+noise of their own: E ⟨H_e - V_e, H_e - H⟩ = c r_e. What deviates from the paper: c is one number for all experts of a
 block, so that an expert without held-out tokens has one, too. Distances are taken over at most `_CHANNELS` channels,
 each divided by its root mean square, so that no channel of large values decides alone.
 
@@ -289,15 +289,20 @@ def _borrowed(
     by = torch.where(size > 0, 1 / size, 0.0)
     own, own_val, layer, layer_val = (M * by[:, None] * by for M in (own, own_val, layer, layer_val))
     away, away_val = own - layer, own_val - layer_val
-    both = (n > 0) & (v > 0)
-    if both.any():
-        c = float((n * ((own - own_val) * away).sum((1, 2)))[both].mean().clamp(min=0))
+
+    def part_of_noise(tokens: Tensor) -> Tensor:
+        """Return r: the expert's own tokens are among those of the layer."""
+        return 1 / tokens.clamp(min=1) - 1 / tokens.sum().clamp(min=1)
+
+    known = (v > 0) & (n > 0) & (n < n.sum())
+    if known.any():
+        c = float((((own - own_val) * away).sum((1, 2)) / part_of_noise(n))[known].mean().clamp(min=0))
     else:  # nothing is held out: the noise of independent normal tokens
         c = float(layer.square().sum() + layer.diagonal().sum() ** 2)
 
     def share(tokens: Tensor, distance: Tensor) -> list[float]:
-        noise = c / tokens.clamp(min=1)
-        return torch.where(tokens > 0, (noise / distance.clamp(min=1e-300)).clamp(0, 1), 1.0).tolist()
+        share = (c * part_of_noise(tokens) / distance.clamp(min=1e-300)).clamp(0, 1)
+        return torch.where(tokens > 0, share, 1.0).tolist()
 
     return share(n, away.square().sum((1, 2))), share(v, away_val.square().sum((1, 2)))
 

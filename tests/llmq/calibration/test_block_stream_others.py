@@ -56,7 +56,7 @@ def quantize(block):
         groups = [Group((name,)) for name, m in block.module.named_modules() if isinstance(m, nn.Linear)]
     else:
         groups = [group for group in find_groups(block.module, block.run, block.sample) if not group.is_read]
-    block.expect(groups)
+    block.expect([[group] for group in groups])
     for group in groups:
         collect_statistics(block, [group], Clock(), last=group is groups[-1])
         for name in group.linears:

@@ -48,7 +48,7 @@ def test_submodules_that_end_with_a_linear_run_once_and_everything_is_as_if_they
         original = [h + 0.1 * torch.randn_like(h) for h in hidden]
         block, groups = block_and_groups(hidden, original)
         if keeps:
-            block.expect(groups)
+            block.expect([[group] for group in groups])
         calls = []
         for submodule in (block.module.first, block.module.second):
             submodule.a.register_forward_hook(lambda *_, calls=calls: calls.append(1))
@@ -70,7 +70,7 @@ def test_an_input_is_kept_only_when_everything_before_it_is_replaced():
     hidden = hidden_states()
     block, groups = block_and_groups(hidden)
     groups = [group for group in groups if group.linears != ("second.a",)]
-    block.expect(groups)
+    block.expect([[group] for group in groups])
     collect_statistics(block, groups, Clock())  # of all groups at once
     for group in groups:
         block.replace_weight(group.linears[0], linear_of(block.module, group.linears[0]).weight.round(decimals=1))
@@ -83,7 +83,7 @@ def test_what_does_not_fit_is_computed_again(most, monkeypatch):
     monkeypatch.setattr("llmq.calibration.kept_inputs.MOST_KEPT", most)
     hidden = hidden_states()
     block, groups = block_and_groups(hidden, list(hidden))
-    block.expect(groups)
+    block.expect([[group] for group in groups])
     round_one_by_one(block, groups)
     assert all(torch.equal(block.run_batch(i), block.run(hidden[i])) for i in range(3))
 
@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_computed_again(most, monkeypatch):
 def test_a_weight_replaced_once_more_changes_what_the_block_gives(name):
     hidden = hidden_states()
     block, groups = block_and_groups(hidden, list(hidden))
-    block.expect(groups)
+    block.expect([[group] for group in groups])
     round_one_by_one(block, groups)
     block.replace_weight(name, -linear_of(block.module, name).weight)
     assert all(torch.equal(block.run_batch(i), block.run(hidden[i])) for i in range(3))
@@ -141,7 +141,7 @@ def expecting(returns=None, residual=None):
     module = OneSubmodule(returns)
     kept = KeptInputs(module, torch.device("cpu"))
     ends = Submodule("inner", returns)
-    kept.expect([Group(("inner.a",), residual=residual), Group(("inner.b",), ends=ends)])
+    kept.expect([[Group(("inner.a",), residual=residual)], [Group(("inner.b",), ends=ends)]])
     return kept, module
 
 
