@@ -1,4 +1,4 @@
-"""What stock transformers does with packed linears of compressed-tensors: whether it finds those of this model again."""
+"""Whether stock transformers finds the packed linears of a model again in compressed-tensors."""
 
 from collections.abc import Container
 from typing import Any
@@ -11,9 +11,7 @@ EXPERTS = (
     "transformers finds no packed experts of {} in compressed-tensors: it would put random weights there; choose "
     "--format gptq"
 )
-ZEROS = (
-    "transformers reads no zero points of packed experts in compressed-tensors; choose --format awq (4 bit) or gptq"
-)
+ZEROS = "transformers reads no zero points of packed experts in compressed-tensors; choose --format awq (4 bit) or gptq"
 
 
 def unreadable(model: Any, files: ModelFiles, symmetric: bool, linears: Container[str] | None = None) -> str | None:

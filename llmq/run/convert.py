@@ -19,9 +19,9 @@ from llmq.core.config import VERSION
 from llmq.core.errors import RequestError
 from llmq.formats import FORMATS
 from llmq.formats.scheme import Scheme
-from llmq.models.stock_loading import unreadable
 from llmq.models.model_source import build_skeleton
 from llmq.models.packable import config_names
+from llmq.models.stock_loading import unreadable
 from llmq.models.stored_names import has_no_place
 from llmq.runtime.model_config import model_config
 from llmq.verification.check import DIGESTS, check
@@ -62,10 +62,10 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
     schemes = _schemes(checkpoint)
     model = build_skeleton(model_config(checkpoint, config.trust_remote_code), config.trust_remote_code)
     view = checkpoint.for_model(model)
-    symmetric = all(scheme.symmetric for scheme in schemes.values())
-    fault = unreadable(model, view.model_files, symmetric, set(view.linears))
-    if fault and config.format == "compressed-tensors":
-        raise RequestError(fault)
+    if config.format == "compressed-tensors":
+        symmetric = all(scheme.symmetric for scheme in schemes.values())
+        if fault := unreadable(model, view.model_files, symmetric, set(view.linears)):
+            raise RequestError(fault)
     state = model.state_dict()
     in_model = [name for name in view.other_names if not is_harmless(view, model, name)]
     carried = [name for name in in_model if name not in state and has_no_place(model, name)]

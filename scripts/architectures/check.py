@@ -9,29 +9,23 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, CompressedTensorsConfig
-from transformers.pytorch_utils import Conv1D
 
 import llmq
+from architectures.dense import dequantized, round_experts
 from architectures.sizes import NOT_BUILT
 from architectures.tiny_models import has_experts, save_tiny, some_tokens, text
 from llmq.checkpoint.output_dir import REPORT
-from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import LlmqError, first_line
-from llmq.models.experts import layouts
-from llmq.models.model_source import build_skeleton
 
 Row = dict[str, Any]
 
@@ -117,7 +111,7 @@ def _check_method(made: Made, method: str, row: Row) -> None:
         raise FailedError(f"crash: {method}: {_words(error)}") from None
     report = json.loads((output / REPORT).read_text())
     row |= {"share": report["packed_share"], "remark": _remark(report["notes"])}
-    dense = dequantized(made, output)
+    dense = dequantized(made.model, made.room, output)
     expected = logits(dense, made.ids)
     row[f"{method}_error"] = relative(expected, logits(made.model, made.ids))
     _check_llmq(made, dense, expected, output)
@@ -169,7 +163,7 @@ def _stock_failure(made: Made, output: Path, expected: Tensor, dense: Any) -> st
         model, notes = type(made.model).from_pretrained(output, dtype=torch.float32, output_loading_info=True)
         lost = sorted(notes["missing_keys"])
         difference = relative(logits(model.eval(), made.ids), expected)
-        if difference > _TOLERANCE and _round_experts(dense, model):
+        if difference > _TOLERANCE and round_experts(dense, model):
             difference = relative(logits(model, made.ids), logits(dense, made.ids))
     except Exception as error:  # transformers fails in its own ways
         return f"it finds no {lost[0]}" if lost else _words(error) + _way_out(made, output, expected)
@@ -178,17 +172,6 @@ def _stock_failure(made: Made, output: Path, expected: Tensor, dense: Any) -> st
     if lost:
         return f"it finds no {lost[0]}"
     raise FailedError(f"wrong numbers: in stock transformers logits differ by {difference:.0e}")
-
-
-def _round_experts(dense: Any, model: Any) -> bool:
-    """Round the experts of a dense model to float16, as transformers unpacks them; return whether it has such ones.
-
-    The logits change by 1e-4 to 1e-3, or by more where a router is almost undecided. With these they are equal again.
-    """
-    in_half = [name for name, parameter in model.named_parameters() if parameter.dtype == torch.float16]
-    for name in in_half:
-        dense.get_parameter(name).data = dense.get_parameter(name).half()
-    return bool(in_half)
 
 
 def _check_plugin(made: Made, expected: Tensor, output: Path) -> None:
@@ -211,37 +194,6 @@ def _way_out(made: Made, output: Path, expected: Tensor) -> str:
         if relative(logits(model, made.ids), expected) <= _DEQUANTIZED:
             return " (CompressedTensorsConfig(dequantize=True) helps)"
     return ""
-
-
-def dequantized(made: Made, output: Path) -> Any:
-    """Return the source model with the weights that the checkpoint stands for.
-
-    They are put into the source's files, under their names there, so that transformers maps names as it always does.
-    Weights that these files hold in another way, such as all experts in one tensor, are put into the model.
-    """
-    checkpoint = Checkpoint(output)
-    weights = {f"{name}.weight": checkpoint.weight(name).dequantize(torch.float32) for name in checkpoint.linears}
-    directory = made.room / "dense"
-    shutil.rmtree(directory, ignore_errors=True)
-    shutil.copytree(made.room / "source", directory)
-    tensors = load_file(directory / "model.safetensors")
-    if any(type(module) is Conv1D for module in made.model.modules()):  # whose weights lie transposed
-        weights = {name: weight.T.contiguous() for name, weight in weights.items()}
-    stored = {name: weight for name, weight in weights.items() if name in tensors}
-    save_file(tensors | stored, directory / "model.safetensors", metadata={"format": "pt"})
-    model, skeleton = made.load(directory), build_skeleton(made.model.config)
-    linears = checkpoint.for_model(skeleton).model_files.linears
-    parts = {
-        f"{module}.{expert}.{inner}": (f"{module}.{place.parameter}", partial(place.of, expert=expert, experts=layout.experts))
-        for module, layout in layouts(skeleton).items()
-        for expert in range(layout.experts)
-        for inner, place in layout.places.items()
-    }
-    with torch.no_grad():
-        for name in [f"{linear}.weight" for linear, at in linears.items() if f"{at}.weight" not in stored]:
-            whole, part_of = parts.get(name, (name, lambda tensor: tensor))
-            part_of(model.get_parameter(whole)).copy_(weights[f"{linears[name.removesuffix('.weight')]}.weight"])
-    return model
 
 
 @torch.no_grad()
