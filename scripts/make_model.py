@@ -11,6 +11,8 @@ in the files that transformers writes.
     python scripts/make_model.py --shape 7b --output model-7b
     python -m llmq.quantize --model model-7b --method rtn --output model-7b-4bit
     python scripts/make_model.py --shape qwen3-30b-a3b --blocks 1 --output one-block
+    python scripts/make_model.py --shape deepseek-v3 --shard-gb 5 --hollow --output hollow
+    python -m llmq.quantize --model hollow --dry-run
 """
 
 from __future__ import annotations
@@ -87,6 +89,9 @@ class MakeConfig:
     """Largest size of a file in units of 10^9 bytes; one file is in memory at a time."""
     seed: int = 0
     """Seed of all weights, 0 to 65535; the same seed gives the same bytes."""
+    hollow: bool = False
+    """Write the headers of the files alone. The weights are holes, which take no room on most disks and read as zeros:
+    enough for a dry run, which reads no weights."""
 
 
 def make_model(config: MakeConfig) -> None:
@@ -100,7 +105,7 @@ def make_model(config: MakeConfig) -> None:
     state, output = dict(_as_stored(model.state_dict())), config.output
     plan = split_torch_state_dict_into_shards(state, max_shard_size=round(config.shard_gb * 1e9))
     total = sum(tensor.nbytes for tensor in state.values())
-    _check_room(output, total)
+    _check_room(output, 0 if config.hollow else total)
     print(f"{output}: {total / 1e9:.3g} GB in {len(plan.filename_to_tensors)} files", file=sys.stderr)
     # torch uses only the lower 32 bits of a seed. It draws on one core, so each core draws other tensors.
     seeds = {name: (config.seed << 16) + i for i, name in enumerate(state)}
@@ -109,9 +114,12 @@ def make_model(config: MakeConfig) -> None:
         byte_tokenizer().save_pretrained(output)
         with tqdm(total=total, unit="B", unit_scale=True) as bar, ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for file, names in plan.filename_to_tensors.items():
+                bar.update(sum(state[name].nbytes for name in names))
+                if config.hollow:
+                    _save_hollow({name: state[name] for name in names}, output / file)
+                    continue
                 made = dict(zip(names, pool.map(lambda n: random_like(state[n], seeds[n]), names), strict=True))
                 save_file(made, output / file, metadata={"format": "pt"})
-                bar.update(sum(tensor.nbytes for tensor in made.values()))
                 del made  # otherwise two shards would be in memory
         if plan.is_sharded:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
@@ -136,6 +144,19 @@ def random_like(tensor: torch.Tensor, seed: int) -> torch.Tensor:
     for piece in weight.view(-1).split(_AT_ONCE):
         piece.copy_(torch.randn(piece.shape, generator=generator).mul_(std).add_(mean))
     return weight
+
+
+def _save_hollow(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file of these shapes: its length and its header, then nothing up to its end."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    ends, kinds = 0, {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+    for name, tensor in tensors.items():
+        place = [ends, ends := ends + tensor.nbytes]
+        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+    encoded = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + ends)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -28,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llmq.calibration.block_runner import Block
+from llmq.calibration.hidden_states import HiddenStates, StoredRows, StoredStates
 from llmq.calibration.input_statistics import GroupSums, InputStatistics, add_lower, mirrored, run_both
 from llmq.calibration.ordered_sums import ShareSums
 from llmq.core.timing import Clock
@@ -59,6 +60,20 @@ class _Rows:
 
 
 @dataclass(frozen=True)
+class _Kept:
+    """What entered the experts for one micro-batch, where the hidden states are: in memory or on disk."""
+
+    X: Tensor | StoredRows  # [rows, in]
+    X_o: Tensor | StoredRows | None  # the same rows in the original model
+    rows: dict[int, Tensor]  # of each expert that has some
+    weights: dict[int, Tensor]  # s² of these rows
+
+    def rows_of(self, expert: int) -> _Rows:
+        rows = self.rows.get(expert, torch.empty(0, dtype=torch.long))
+        return _Rows(self.X[rows], None if self.X_o is None else self.X_o[rows], self.weights.get(expert, rows.float()))
+
+
+@dataclass(frozen=True)
 class _Batch:
     """What enters the experts for one micro-batch."""
 
@@ -67,13 +82,15 @@ class _Batch:
     rows: dict[int, Tensor]  # of each expert that has some
     weights: dict[int, Tensor]  # s² of these rows
 
-    def rows_of(self, expert: int) -> _Rows:
-        rows = self.rows.get(expert, torch.empty(0, dtype=torch.long))
-        return _Rows(self.X[rows], None if self.X_o is None else self.X_o[rows], self.weights.get(expert, rows.float()))
+    def kept(self, i: int, states: HiddenStates) -> _Kept:
+        """Keep the inputs of this micro-batch, the i-th, where the hidden states are."""
 
-    def to(self, device: torch.device) -> _Batch:
-        rows, weights = ({e: t.to(device) for e, t in each.items()} for each in (self.rows, self.weights))
-        return _Batch(self.X.to(device), None if self.X_o is None else self.X_o.to(device), rows, weights)
+        def keep(X: Tensor, kind: str) -> Tensor | StoredRows:
+            return StoredRows(states.hidden_dir, f"{kind}-{i}", X) if isinstance(states, StoredStates) else X.cpu()
+
+        rows, weights = ({e: t.cpu() for e, t in each.items()} for each in (self.rows, self.weights))
+        X_o = None if self.X_o is None else keep(self.X_o, "experts-original")
+        return _Kept(keep(self.X, "experts"), X_o, rows, weights)
 
 
 @dataclass(frozen=True)
@@ -102,7 +119,7 @@ class ExpertStatistics:
         layout = layout_of(self._module)
         assert layout is not None
         self._layout: Layout = layout
-        self._text: list[_Batch] = []
+        self._text: list[_Kept] = []
         sums = _LayerSums(block, name, layout)
         with block.many_runs():
             for share in block.shares:
@@ -110,7 +127,7 @@ class ExpertStatistics:
                     batch = self._run(name, i, last)
                     with clock("statistics"), block.autocast(), torch.no_grad():
                         sums.add(batch, self._module, share.held_out)
-                    self._text.append(batch.to(torch.device("cpu")))
+                    self._text.append(batch.kept(i, block.hidden))
                 with clock("statistics"):
                     sums.sums.fold(share)
         if last:

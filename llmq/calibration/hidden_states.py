@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -105,6 +106,30 @@ class StoredStates:
 
 
 HiddenStates = list[Tensor] | StoredStates  # micro-batches [samples, tokens, features] on the CPU, in memory or on disk
+
+
+class StoredRows:
+    """A matrix in a file of its own, of which single rows are read: `stored[rows]`, like a tensor's.
+
+    A file of the same `kind` is replaced. Raises WorkError if the disk is full, or if the file is too short.
+    """
+
+    def __init__(self, hidden_dir: HiddenDir, kind: str, matrix: Float[Tensor, "rows width"]) -> None:
+        self._path, self._dtype, self._width = (
+            hidden_dir.directory / f"{hidden_dir.name}-{kind}.states",
+            matrix.dtype,
+            matrix.shape[1],
+        )
+        with _disk_errors(self._path.parent):
+            self._path.write_bytes(_bytes(matrix.cpu().contiguous()))
+
+    def __getitem__(self, rows: Int64[Tensor, "n"]) -> Float[Tensor, "n width"]:
+        found = torch.empty(len(rows), self._width, dtype=self._dtype)
+        with _disk_errors(self._path.parent), self._path.open("rb", buffering=0) as file:
+            for row, into in zip(rows.tolist(), found, strict=True):
+                if os.preadv(file.fileno(), [view := _bytes(into)], row * len(view)) < len(view):
+                    raise OSError("a file is shorter than it was written")
+        return found
 
 
 class BatchValues:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from llmq.core.errors import CheckpointError, RequestError, WorkError, first_line
@@ -180,7 +181,7 @@ class ModelSource:
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     """Return a model with parameters on the meta device and real buffers (rotary frequencies are computed)."""
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _StacksOnMeta():
             # float32: buffers are real, and must not be rounded to the dtype of the weights (Gemma's embedding scale).
             auto = model_class(config)
             model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -192,6 +193,17 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     linears_for_conv1d(model)
     experts_to_linears(model)
     return model.requires_grad_(False).eval()
+
+
+class _StacksOnMeta(TorchFunctionMode):
+    """Make empty tensors of three dimensions on the meta device at once.
+
+    Other parameters go there one by one after they were made. The experts of a block may be too large to be made.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}) | {"device": "meta"}) if func in (torch.empty, torch.zeros) else None
+        return made if made is not None and made.ndim > 2 else func(*args, **(kwargs or {}))
 
 
 def read_generation_config(model: Any, directory: Path) -> None:

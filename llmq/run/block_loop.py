@@ -66,7 +66,7 @@ def _quantize_chosen(request: Request, run: Run, progress: Progress, states_dir:
     with closing(stream(request.source, request.tokens, request.compute, request.clock, settings)) as blocks:
         bar = tqdm(blocks, "blocks", total=stop, initial=finished, disable=not request.progress, unit="block")
         for block in bar:
-            progress.save(block.name, [run.quantize_block(block, bar.set_postfix_str)], block)
+            progress.save(block.name, run.quantize_block(block, bar.set_postfix_str), block)
 
 
 def _unchanged(run: Run, names: Iterable[str], unit: Callable[[str], str]) -> Iterator[dict[str, Tensor]]:

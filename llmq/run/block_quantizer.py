@@ -8,7 +8,6 @@ A group is a set of linears that read the same input. They are rounded together,
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -43,6 +42,7 @@ from llmq.run.layer_problem import (
     solve_alone,
     solve_in_first,
     solve_rows,
+    stages_of,
     weights_of,
 )
 from llmq.run.report import Report
@@ -100,14 +100,16 @@ class Run:
         source = self.source
         return self.format.hf_config(*config_names(source.skeleton, source.files, self.schemes, source.carried_names))
 
-    def quantize_block(self, block: Block, show: Callable[[str], None]) -> dict[str, Tensor]:
-        """Replace the weights of a block by quantized ones; return all its tensors, packed or as they are.
+    def quantize_block(self, block: Block, show: Callable[[str], None]) -> Iterator[dict[str, Tensor]]:
+        """Replace the weights of a block by quantized ones; yield all its tensors, packed or as they are.
 
+        Those of an expert come as soon as it is solved, so that the codes of all experts are never in memory together.
         Processes that do not write get no tensors. `show` is called with a line about each group that was solved.
         """
         if block.name not in self.chosen:
             collect_statistics(block, [], self.clock)  # only moves the original model's hidden states on
-            return self._other_tensors(block, [], set())
+            yield self._other_tensors(block, [], set())
+            return
         groups, skipped = packable_groups(block, self.source, self.bits)
         self.report.note(block.name, [f"{name} left in float: {reason}" for name, reason in skipped.items()])
         if (drift := block.drift) is not None:
@@ -115,12 +117,14 @@ class Run:
         usual = [group for group in groups if group.calls == 1]
         changed, problems = self._transform(block, [group for group in usual if group.expert is None])
         solved = [self._round(block, group) for group in groups if group.calls != 1]
-        solved += self._solve_groups(block, usual, problems, show)
+        for each in self._solve_groups(block, usual, problems, show):
+            if each.group.expert is None:
+                solved.append(each)
+            else:
+                yield self._encoded(block, [each])
         if trained := [each for each in solved if each.problem is not None]:
             self._refine(block, trained)
-        with self.clock("write"):
-            packed = self._encoded(block, solved) if self.ranks.is_first else {}
-        return packed | self._other_tensors(block, groups, changed)
+        yield self._encoded(block, solved) | self._other_tensors(block, groups, changed)
 
     def _transform(self, block: Block, groups: list[Group]) -> tuple[set[str], list[Problem] | None]:
         """Let the method change the block before its weights are rounded.
@@ -152,35 +156,25 @@ class Run:
 
     def _solve_groups(
         self, block: Block, groups: list[Group], problems: list[Problem] | None, show: Callable[[str], None]
-    ) -> list[Solved]:
+    ) -> Iterator[Solved]:
         """Round the weights of all groups, stage by stage. The block runs over the text once before each stage.
 
         `problems`: those of all groups but the experts', if they are known already; the list is emptied. None: made for
         each stage.
         """
-        stages, solved = self._stages(groups), list[Solved]()
+        stages = stages_of(groups, self.sequential)
         if self.sequential:
             block.expect(stages)
         for stage in stages:
             last = stage is stages[-1]
             if stage and stage[0].expert is not None:
-                solved += self._solve_experts(block, stage, last, show)
+                yield from self._solve_experts(block, stage, last, show)
                 continue
             waiting = self._problems(block, stage, last) if problems is None else problems
             for group in stage:
                 # pop: nothing holds the problem after this call. Its large statistics must be freed before those of the
                 # next stage are summed.
-                solved.append(self.solve(block, group, waiting.pop(0), show))
-        return solved
-
-    def _stages(self, groups: list[Group]) -> list[list[Group]]:
-        """Return the groups that are rounded between two runs of the block: one or all; and all experts of a module."""
-        usual = [group for group in groups if group.expert is None]
-        # A block without groups still needs one stage: it moves the original model's hidden states on.
-        stages = [[group] for group in usual] if self.sequential else [usual] if usual else []
-        experts = (group for group in groups if group.expert is not None)
-        by_module = groupby(experts, lambda group: group.expert and group.expert.module)
-        return [*stages, *(list(experts) for _, experts in by_module)] or [[]]
+                yield self.solve(block, group, waiting.pop(0), show)
 
     def _solve_experts(
         self, block: Block, groups: list[Group], last: bool, show: Callable[[str], None]
@@ -247,15 +241,20 @@ class Run:
             self._put_back(block, each.group, solution)
 
     def _encoded(self, block: Block, solved: list[Solved]) -> dict[str, Tensor]:
-        """Return the packed tensors of all groups. Notes how each linear was packed, and its digest."""
+        """Return the packed tensors of these groups; note how each linear was packed, and its digest.
+
+        Does nothing in processes that do not write.
+        """
         packed: dict[str, Tensor] = {}
-        for each in solved:
-            for inner, weight in weights_of(block, each.group, each.solution, self._bits_of(block, each.group)).items():
-                name = f"{block.name}.{inner}"
-                stored = self.source.files.stored_linear(name)
-                self.digests[stored] = digest(weight)
-                self.schemes[name] = scheme = Scheme(weight.bits, self.grid.group_size, self.grid.symmetric)
-                packed |= self.format.encode(stored, weight, scheme)
+        with self.clock("write"):
+            for each in solved if self.ranks.is_first else ():
+                weights = weights_of(block, each.group, each.solution, self._bits_of(block, each.group))
+                for inner, weight in weights.items():
+                    name = f"{block.name}.{inner}"
+                    stored = self.source.files.stored_linear(name)
+                    self.digests[stored] = digest(weight)
+                    self.schemes[name] = scheme = Scheme(weight.bits, self.grid.group_size, self.grid.symmetric)
+                    packed |= self.format.encode(stored, weight, scheme)
         return packed
 
     def _other_tensors(self, block: Block, groups: list[Group], changed: set[str]) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """Builds the rounding problem of a group of linears, solves it with all processes, and measures the error."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from math import fsum
 
 import torch
@@ -44,6 +46,16 @@ def packable_groups(block: Block, source: ModelSource, bits: dict[str, int]) -> 
     assert block.sample is not None
     found = find_groups(block.module, block.run, block.sample)
     return split_packable(block.module, found, bits_in(block.name, bits), inside(block.name, source.shared_names))
+
+
+def stages_of(groups: Sequence[Group], sequential: bool) -> list[list[Group]]:
+    """Return the groups that are rounded between two runs of the block: one or all; then all experts of a module."""
+    usual = [group for group in groups if group.expert is None]
+    # A block without groups still needs one stage: it moves the original model's hidden states on.
+    stages = [[group] for group in usual] if sequential else [usual] if usual else []
+    experts = (group for group in groups if group.expert is not None)
+    by_module = groupby(experts, lambda group: group.expert and group.expert.module)
+    return [*stages, *(list(experts) for _, experts in by_module)] or [[]]
 
 
 def make_problem(

@@ -81,10 +81,11 @@ class Progress:
             writer: where the tensors go, if not to the usual writer.
         """
         writer = writer or self._writer
-        with self._run.clock("write"):
-            for of_module in tensors:
+        for of_module in tensors:  # an iterator may compute them only now
+            with self._run.clock("write"):
                 if writer is not None:
                     writer.put(of_module)
+        with self._run.clock("write"):
             if writer is not None:
                 writer.flush()
         self._open = name, block, writer
