@@ -97,7 +97,9 @@ def experts_to_linears(model: Any, names: Container[str] | None = None) -> None:
         if layout is None:
             continue
         if names is None or any(f"{name}.0.{inner.rpartition('.')[0]}" in names for inner in layout.places):
-            _unpack(module, layout)
+            parameters = {place.parameter for place in layout.places.values()}
+            wholes = {parameter: tuple(module.get_parameter(parameter).shape) for parameter in parameters}
+            _unpack(module, replace(layout, wholes=wholes))
 
 
 def layouts(model: nn.Module) -> dict[str, Layout]:
@@ -151,9 +153,7 @@ def _unpack(module: Any, layout: Layout) -> None:
         name: place.of(module.get_parameter(place.parameter).to("meta"), 0, layout.experts).shape
         for name, place in layout.places.items()
     }
-    parameters = dict.fromkeys(place.parameter for place in layout.places.values())
-    wholes = {parameter: tuple(module.get_parameter(parameter).shape) for parameter in parameters}
-    for parameter in parameters:
+    for parameter in {place.parameter for place in layout.places.values()}:
         inside, _, leaf = parameter.rpartition(".")
         delattr(module.get_submodule(inside), leaf)
     linears = Expert()
@@ -164,7 +164,7 @@ def _unpack(module: Any, layout: Layout) -> None:
         linears.add_module(name, linear.requires_grad_(False))
     for expert in range(layout.experts):  # a copy takes a tenth of the time: it draws no numbers, not even on meta
         module.add_module(str(expert), deepcopy(linears))
-    module.__dict__[_LAYOUT] = replace(layout, wholes=wholes)
+    module.__dict__[_LAYOUT] = layout
     module._is_hf_initialized = True  # transformers would look for the parameters
     module.forward = partial(_forward, module)
 
