@@ -45,9 +45,10 @@ class GgufFile:
         if len(names) < len(leaf.state_dict()):
             names = hf_gguf.get_gguf_hf_weights_map(cast(Any, skeleton), self._processor)
         together = {hf: gguf for gguf, hf in names.items()}
-        wanted = {name: _EXPERT.sub("experts.", name) for name in skeleton.state_dict()}
-        self._experts = Counter(wanted.values())
-        self._gguf_name = {name: together[stored] for name, stored in wanted.items() if stored in together}
+        whole = {name: _EXPERT.sub("experts.", name) for name in skeleton.state_dict() if _EXPERT.search(name)}
+        self._experts = Counter(whole.values())  # by the name of the tensor that holds them
+        self._gguf_name = {name: gguf for name, gguf in together.items() if name not in self._experts}
+        self._gguf_name |= {name: together[stored] for name, stored in whole.items() if stored in together}
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         linears = {t.tensor_type.name for t in reader.tensors if t.name.startswith("blk.") and len(t.shape) > 1}
         is_bfloat16 = architecture.startswith("gemma") or linears == {"BF16"}
@@ -64,7 +65,7 @@ class GgufFile:
 
     def nbytes(self, name: str) -> int:
         stored = self._tensors[self._gguf_name[name]]
-        return stored.n_elements * self.dtype(name).itemsize // (len(stored.data) if _EXPERT.search(name) else 1)
+        return stored.n_elements * self.dtype(name).itemsize // self._experts.get(_EXPERT.sub("experts.", name), 1)
 
     def read(self, name: str) -> Tensor:
         from gguf import dequantize
@@ -72,11 +73,13 @@ class GgufFile:
         stored = self._tensors.get(self._gguf_name.get(name, ""))
         if stored is None:
             raise CheckpointError(f"{self.paths[0]}: no tensor is named {name}")
-        expert = _EXPERT.search(name)
-        if expert is not None and len(stored.data) != (wanted := self._experts[_EXPERT.sub("experts.", name)]):
-            fault = f"{stored.name} holds {len(stored.data)} experts, the model wants {wanted}"
-            raise CheckpointError(f"{self.paths[0]}: {fault}")
-        weights = dequantize(stored.data if expert is None else stored.data[int(expert[1])], stored.tensor_type)
+        data, expert = stored.data, _EXPERT.search(name)
+        if expert is not None:
+            wanted = self._experts[_EXPERT.sub("experts.", name)]
+            if data.ndim != 3 or len(data) != wanted:
+                raise CheckpointError(f"{self.paths[0]}: {stored.name} does not hold the matrices of {wanted} experts")
+            data = data[int(expert[1])]
+        weights = dequantize(data, stored.tensor_type)
         # The pages just read would count as this program's memory for as long as the file is mapped.
         self._mapped.madvise(mmap.MADV_DONTNEED)
         return torch.tensor(self._processor.process(weights, stored.name).weights).to(self.dtype(name))

@@ -62,15 +62,14 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
     schemes = _schemes(checkpoint)
     model = build_skeleton(model_config(checkpoint, config.trust_remote_code), config.trust_remote_code)
     view = checkpoint.for_model(model)
-    if config.format == "compressed-tensors":
-        symmetric = all(scheme.symmetric for scheme in schemes.values())
-        if fault := unreadable(model, view.model_files, symmetric, set(view.linears)):
-            raise RequestError(fault)
     state = model.state_dict()
     in_model = [name for name in view.other_names if not is_harmless(view, model, name)]
     carried = [name for name in in_model if name not in state and has_no_place(model, name)]
     kept = sorted({stored for name in in_model for stored in view.model_files.stored_names(name)})
     schemes_in_model = {name: schemes[view.stored_linear(name)] for name in view.linears}
+    symmetry = {name: scheme.symmetric for name, scheme in schemes_in_model.items()}
+    if config.format == "compressed-tensors" and (fault := unreadable(model, view.model_files, symmetry.get)):
+        raise RequestError(fault)
     quantization = target.hf_config(*config_names(model, view.model_files, schemes_in_model, carried))
     computed = {name: value for name, value in digests_of(checkpoint).items() if name in schemes or name in kept}
     with Writer(config.output, config.overwrite) as writer:

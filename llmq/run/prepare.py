@@ -87,7 +87,7 @@ def _with_format(config: QuantizeConfig, source: ModelSource) -> QuantizeConfig:
     """
     if config.stored_as != "compressed-tensors":
         return config
-    fault = unreadable(source.skeleton, source.files, config.symmetric)
+    fault = unreadable(source.skeleton, source.files, lambda _: config.symmetric)
     if fault and config.format != "auto":
         raise RequestError(fault)
     return replace(config, format="gptq") if fault else config

@@ -76,8 +76,7 @@ def _in_transformers(checkpoint: Checkpoint, trust_remote_code: bool) -> str | N
         return None
     model = build_skeleton(model_config(checkpoint, trust_remote_code), trust_remote_code)
     view = checkpoint.for_model(model)
-    symmetric = all(scheme.symmetric for scheme in view.schemes.values())
-    return unreadable(model, view.model_files, symmetric, set(view.linears))
+    return unreadable(model, view.model_files, {name: scheme.symmetric for name, scheme in view.schemes.items()}.get)
 
 
 def recorded(directory: Path) -> dict[str, str] | None:

@@ -166,5 +166,5 @@ def test_experts_are_read_one_by_one_from_the_tensors_that_hold_them_all(tmp_pat
 @pytest.mark.parametrize("experts", [3, 5])
 def test_another_number_of_experts_is_refused(experts, tmp_path):
     path = write_gguf(tmp_path / "m.gguf", {}, architecture="qwen3moe", experts=experts)
-    with pytest.raises(CheckpointError, match=f"blk.0.ffn_down_exps.weight holds {experts} experts, the model wants 4"):
+    with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_down_exps\.weight does not hold the matrices of 4 experts"):
         ModelSource(str(path)).load_all(torch.device("cpu"), torch.float32)

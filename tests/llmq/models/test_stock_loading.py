@@ -3,6 +3,7 @@
 import pytest
 import torch
 from architectures.tiny_models import save_tiny
+from commands import run_here
 from packed import pack
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +29,7 @@ def source_of(name, directory):
 def test_what_is_said_of_experts_is_what_transformers_does(name, tmp_path, monkeypatch):
     """It puts random weights where its load report names missing ones."""
     source = source_of(name, tmp_path / "model")
-    fault = unreadable(source.skeleton, source.files, symmetric=True)
+    fault = unreadable(source.skeleton, source.files, lambda _: True)
     assert fault == (EXPERTS.format(type(source.skeleton).__name__) if name in RANDOM else None)
     monkeypatch.setattr(prepare, "unreadable", lambda *_: None)
     packed = pack(tmp_path / "model", tmp_path / "packed")
@@ -40,12 +41,12 @@ def test_what_is_said_of_experts_is_what_transformers_does(name, tmp_path, monke
 @pytest.mark.parametrize(("name", "fault"), [("qwen3_moe", ZEROS), ("llama4_text", None), ("gpt2", CONV1D)])
 def test_zero_points_of_experts_are_not_read_but_for_experts_that_become_linears_there(name, fault, tmp_path):
     source = source_of(name, tmp_path)
-    assert unreadable(source.skeleton, source.files, symmetric=False) == fault
+    assert unreadable(source.skeleton, source.files, lambda _: False) == fault
 
 
 def test_experts_that_are_not_packed_are_no_fault(tmp_path):
     source = source_of("gpt_oss", tmp_path)
-    assert unreadable(source.skeleton, source.files, True, {"model.layers.0.self_attn.q_proj"}) is None
+    assert unreadable(source.skeleton, source.files, {"model.layers.0.self_attn.q_proj": True}.get) is None
 
 
 def test_such_experts_are_stored_as_gptq_which_transformers_does_not_open_without_its_package(tmp_path):
@@ -71,3 +72,11 @@ def test_widths_that_engines_do_not_take_for_experts_are_noted(options, warns, t
     save_tiny("qwen3_moe", tmp_path / "model")
     packed = pack(tmp_path / "model", tmp_path / "packed", **options)
     assert ("vLLM and SGLang take only 4 and 8 bit" in (packed / "llmq_report.json").read_text()) is warns
+
+
+def test_verify_names_a_file_of_others_in_one_line(tmp_path, monkeypatch):
+    save_tiny("granitemoe", tmp_path / "model")
+    monkeypatch.setattr(prepare, "unreadable", lambda *_: None)
+    done = run_here("llmq.verify", pack(tmp_path / "model", tmp_path / "packed"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line for line in done.stdout.splitlines() if line.startswith("note: transformers finds no packed experts")]
