@@ -95,12 +95,16 @@ class ModelFiles(RenamedFiles):
             return super()._linear_in_model(stored)
         layout = self._layouts[module]
         converter = next(each for each in self._converters if pattern in each.source_patterns)
-        operations = {type(operation).__name__ for operation in converter.operations}
         together = [inner for inner, place in layout.places.items() if place.parameter == parameter]
         number = re.search(r"\.([0-9]+)\.[^.]+$", stored)
-        if number is None or len(together) != len(converter.source_patterns) or not operations <= _MERGING:
+        if number is None or len(together) != len(converter.source_patterns) or not self._only_merges(pattern):
             return stored
         return f"{module}.{number[1]}.{together[converter.source_patterns.index(pattern)]}".removesuffix(".weight")
+
+    def _only_merges(self, pattern: str | None) -> bool:
+        """Return whether there is a converter with this pattern, and it only puts linears side by side."""
+        found = (each for each in self._table[1] if pattern in each.source_patterns)
+        return any({type(operation).__name__ for operation in each.operations} <= _MERGING for each in found)
 
     def names(self) -> set[str]:
         return self._all_names
@@ -150,8 +154,9 @@ class ModelFiles(RenamedFiles):
 
     def is_merged(self, linear: str) -> bool:
         """Return whether transformers makes a tensor of all experts out of this linear, under its name in the files."""
-        stored = self.stored_linear(linear)
-        return self._renamed(f"{stored}.weight")[1] is not None and self._linear_in_model(stored) == linear
+        stored, prefix = f"{self.stored_linear(linear)}.weight", self._model.base_model_prefix
+        name, pattern = self._rename_key(stored, *self._table, prefix, self._state)
+        return name == self._parts[f"{linear}.weight"].whole and self._only_merges(pattern)
 
     def shape(self, name: str) -> tuple[int, ...]:
         files: Any = self.stored

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import llmq
+from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import CheckpointError
 from llmq.models.gguf_file import GgufFile
 from llmq.models.model_source import ModelSource
@@ -161,6 +162,8 @@ def test_experts_are_read_one_by_one_from_the_tensors_that_hold_them_all(tmp_pat
     ours, ids = source.load_all(torch.device("cpu"), torch.float32), torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+    packed = Checkpoint(pack(path, tmp_path / "out"))  # as compressed-tensors, which transformers opens
+    assert name.removesuffix(".weight") in packed.linears
 
 
 @pytest.mark.parametrize("experts", [3, 5])
