@@ -21,29 +21,37 @@ from unittest import mock
 import torch
 import triton
 from disassembly import disassembled, instructions
-from llmq_kernels import dequantize_matmul, packed_matmul
+from llmq_kernels import dequantize_matmul, packed_experts, packed_matmul
 from llmq_kernels.choose import Device, Problem, Tile, shared_bytes
+from llmq_kernels.experts import ExpertWeights
 from llmq_kernels.layout import WIDTHS, PackedWeight, block_of, plane_of
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+TOP = 8
+"""Experts that a token goes to."""
 _TOGETHER = 32  # kernels that are disassembled at once
 _POINTERS = {"torch.float16": "*fp16", "torch.bfloat16": "*bf16", "torch.float32": "*fp32"} | {
     "torch.int16": "*i16",
     "torch.int32": "*i32",
+    "torch.int64": "*i64",
     "torch.uint8": "*u8",
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call to compile: packed_matmul if there is a tile, dequantize_rows if there is none."""
+    """One call to compile: packed_matmul if there is a tile, dequantize_rows if there is none.
+
+    With experts: packed_experts, for problem.M tokens that go to TOP of them each.
+    """
 
     device: Device
     problem: Problem
     tile: Tile | None
     bias: bool = False
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,8 @@ class Row:
 def launch_of(case: Case) -> Launch:
     """Return the launch that the launching code asks Triton for."""
     problem = case.problem
+    if case.experts:
+        return _launch_of_experts(case)
     x = torch.empty(problem.M, problem.K, dtype=getattr(torch, problem.dtype), device="meta")
     weight = _weight(problem)
     module = packed_matmul if case.tile else dequantize_matmul
@@ -111,6 +121,25 @@ def launch_of(case: Case) -> Launch:
             dequantize_matmul.dequantize_rows(weight, x.new_empty(128, problem.K + -problem.K % 8)[:, : problem.K], 64)
     (launch,) = launches
     return launch
+
+
+def _launch_of_experts(case: Case) -> Launch:
+    problem, E = case.problem, case.experts
+    assert case.tile is not None
+    x = torch.empty(problem.M, problem.K, dtype=getattr(torch, problem.dtype), device="meta")
+    index = torch.empty(problem.M, TOP, dtype=torch.int64, device="meta")
+    one = _weight(problem)
+    words = tuple(array.expand(E, -1, -1) for array in one.words)
+    weights = ExpertWeights(words, one.grid.expand(E, -1, -1), one.bits, one.group_size, problem.K, one.symmetric)
+    with (
+        mock.patch.object(packed_experts, "uses_asm", return_value=True),
+        recorded(packed_experts, "route_kernel"),
+        recorded(packed_experts, "packed_experts_kernel") as launches,
+    ):
+        bias = x.new_empty(E, problem.N) if case.bias else None
+        scores = x.new_empty(problem.M, TOP, dtype=torch.float32) if case.bias else None
+        packed_experts.packed_experts(x, weights, index, bias, scores, one.grid.new_empty(4096), case.tile)
+    return launches[0]
 
 
 @contextlib.contextmanager

@@ -4,10 +4,11 @@
     python scripts/plot_kernels.py --results gpu-round/round.jsonl --output plots
 
 The most valuable steps come first: do the kernels run at all; a tiny model from end to end; the kernels' speed beside
-cuBLAS, torch's tinygemm, humming and gemlite; a model of LLaMA-7B's shape through llmq.load; its quantization; tuning;
-all GPU tests; more tokens, widths and dtypes. Each step has a time limit and a process of its own. What does not fit
-into the time is reported as not done; that is no failure. A later call with --resume-from measures only what is
-missing. llmq need not be installed, nor tyro, beartype and pytest-timeout.
+cuBLAS, torch's tinygemm, humming and gemlite; a model of LLaMA-7B's shape through llmq.load; its quantization; a layer
+of experts beside transformers' grouped matmul; tuning; all GPU tests; more tokens, widths and dtypes. Each step has a
+time limit and a process of its own. What does not fit into the time is reported as not done; that is no failure. A
+later call with --resume-from measures only what is missing. llmq need not be installed, nor tyro, beartype and
+pytest-timeout.
 
 The table at the end is also in round.md; its rows are those of docs/gpu.md. Exit code 1 means: something computed wrong
 results or did not run. 2 means: there is no GPU.

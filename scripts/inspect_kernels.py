@@ -19,8 +19,9 @@ from itertools import product
 from pathlib import Path
 
 import llmq_kernels
-from ahead_of_time import Case, Row, inspect
+from ahead_of_time import TOP, Case, Row, inspect
 from llmq_kernels.choose import Device, Problem, Tile, rule
+from llmq_kernels.experts_op import rule_for_experts
 
 # Name, architecture, multiprocessors, and the shared memory that one thread block may use.
 DEVICES = (
@@ -31,6 +32,8 @@ DEVICES = (
 BITS, DTYPES, GROUPS, TOKENS = (2, 3, 4, 8), ("float16", "bfloat16"), (16, 32, 64, 128, 256, -1), (1, 16, 32, 64, 256)
 SPLIT_N, WHOLE_N = 1024, 1 << 16
 """Rows of W: with SPLIT_N the rule splits K on every device, with WHOLE_N on none."""
+
+EXPERTS = 128
 
 
 def problem(bits: int, group: int, symmetric: bool, dtype: str, M: int, N: int = SPLIT_N) -> Problem:
@@ -50,6 +53,16 @@ def by_rule(device: Device, asked: Problem, bias: bool = False) -> Case:
     return Case(device, asked, rule(device, asked), bias)
 
 
+def of_experts(case: Case) -> Case:
+    """Return the case of as many experts with weights as this one, with its tile."""
+    return replace(case, experts=EXPERTS)
+
+
+def routed_by_rule(device: Device, asked: Problem, bias: bool = False) -> Case:
+    """Return the case of experts with the tile that the rule chooses for problem.M tokens."""
+    return Case(device, asked, rule_for_experts(device, asked, EXPERTS, TOP), bias, EXPERTS)
+
+
 def every_case(device: Device) -> Iterator[Case]:
     """Yield every kind of call that the rule can make on a device. Some kinds come several times."""
     kinds = product(BITS, DTYPES, (True, False), GROUPS, TOKENS, (SPLIT_N, WHOLE_N), (True, False), (False, True))
@@ -59,6 +72,8 @@ def every_case(device: Device) -> Iterator[Case]:
         yield case
         if device.arch >= 90 and M == 1 and not bias and case.tile is not None:
             yield replace(case, tile=replace(case.tile, pdl=True))
+        if N == SPLIT_N:
+            yield routed_by_rule(device, case.problem, bias)
     for bits, dtype, symmetric, group, even in product(BITS, DTYPES, (True, False), GROUPS, (True, False)):
         asked = problem(bits, group, symmetric, dtype, 1)
         yield Case(device, asked if even else uneven(asked), None)
@@ -72,9 +87,11 @@ def cover(device: Device) -> Iterator[Case]:
     few = device.arch == 89
     for bits, dtype, symmetric in product(BITS, DTYPES, (True, False)):
         if (bits == 4 and symmetric) if few else (symmetric or bits == 4 or dtype == "float16"):
-            yield by_rule(device, problem(bits, 128, symmetric, dtype, 1))
+            case = by_rule(device, problem(bits, 128, symmetric, dtype, 1))
+            yield from (case, of_experts(case))
     for dtype, M in product(DTYPES[:1] if few else DTYPES, TOKENS[1:4]):
-        yield by_rule(device, problem(4, 128, True, dtype, M))
+        case = by_rule(device, problem(4, 128, True, dtype, M))
+        yield from (case, of_experts(case))
     for bits, dtype in product((3,) if few else BITS, DTYPES):
         yield Case(device, problem(bits, 128, bits == 3, dtype, 1), None)
     if few:
@@ -83,6 +100,10 @@ def cover(device: Device) -> Iterator[Case]:
         yield by_rule(device, problem(bits, 128, bits == 2, "float16", 16))
     for group in (group for group in GROUPS if group != 128):
         yield by_rule(device, problem(4, group, True, "float16", 1))
+    for M, (N, K) in product((1, 8, 32, 256), ((1536, 2048), (2048, 768))):  # Qwen3-30B-A3B
+        yield routed_by_rule(device, replace(problem(4, 128, True, "bfloat16", M, N), K=K))
+    for M in (1, 64):
+        yield routed_by_rule(device, Problem(4, 32, False, "bfloat16", M, 5760, 2880), bias=True)  # gpt-oss
     odd = uneven(problem(4, -1, False, "float16", 1, 50257))  # neither N nor K is a multiple of 16
     yield by_rule(device, odd, bias=True)
     yield by_rule(device, uneven(problem(4, 128, True, "bfloat16", 64, WHOLE_N)), bias=True)

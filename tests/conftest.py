@@ -68,6 +68,14 @@ def llama(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def deep_llama(tmp_path_factory):
+    """The same with three blocks, one of which lies between others."""
+    from tiny import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("llama"), "llama-gqa", num_hidden_layers=3)
+
+
+@pytest.fixture(scope="session")
 def gemma(tmp_path_factory):
     """Directory of a tiny Gemma 2, bfloat16."""
     from tiny import save_tiny

@@ -105,4 +105,4 @@ class Checkpoints:
 
 def make_checkpoints(root):
     """Those of a tiny Qwen2, with biases and tied embeddings."""
-    return Checkpoints(root, save_tiny(root / "source", "qwen2", num_hidden_layers=2))
+    return Checkpoints(root, save_tiny(root / "source", "qwen2"))

@@ -59,7 +59,7 @@ def small_run(model, text, output):
     return small_config(model, text, output / "out", device="cpu")
 
 
-def interrupted(config, monkeypatch, blocks=2):
+def interrupted(config, monkeypatch, blocks=1):
     """A run that ends, politely, when so many blocks are finished."""
     enter = _StreamedStates.enter
 

@@ -83,7 +83,7 @@ def test_the_installed_wheel_brings_the_llmq_command(installed, tmp_path):
 def test_importing_llmq_touches_neither_cuda_nor_the_environment_nor_threads(installed, tmp_path):
     code = """
 import json, os, torch
-import accelerate, datasets, transformers  # what these set is their own affair
+import accelerate, datasets, transformers.modeling_utils  # what these set is their own affair
 before = dict(os.environ), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
 import llmq, llmq.cli, llmq.calibration.texts, llmq.runtime.evaluation
 after = dict(os.environ), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()

@@ -5,7 +5,13 @@ import importlib
 
 import pytest
 
-MODULES = ("llmq.core.grid", "llmq.formats.packing", "llmq.algorithms.gptq", "llmq_kernels.layout")
+MODULES = (
+    "llmq.core.grid",
+    "llmq.formats.packing",
+    "llmq.algorithms.gptq",
+    "llmq_kernels.layout",
+    "llmq_kernels.experts",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -88,13 +88,20 @@ def launched(x: Tensor, weight: PackedWeight, bias: Tensor | None, counters: Ten
     """Multiply x on the current GPU, or in plain torch there."""
     rows = x.reshape(-1, x.shape[-1])
     problem = problem_of(rows, weight)
-    if not problem.has_kernel or describe(x.device).arch < _OLDEST_ARCH:
-        _warn(problem)
+    if not has_kernel(problem, x.device):
         return reference.matmul(x, replace(weight, permutation=None), bias)
     if len(rows) == 0:
         return x.new_empty(*x.shape[:-1], weight.out_features)
     y = _on_gpu(rows.contiguous(), weight, bias, counters, problem)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def has_kernel(problem: Problem, device: torch.device) -> bool:
+    """Tell if a kernel takes the problem on this GPU. If none does, warn once."""
+    if problem.has_kernel and describe(device).arch >= _OLDEST_ARCH:
+        return True
+    _warn(problem)
+    return False
 
 
 @cache
@@ -150,10 +157,10 @@ def _on_gpu(x: Tensor, weight: PackedWeight, bias: Tensor | None, counters: Tens
     tile = tile_for(describe(x.device), problem)
     if tile is None:
         return dequantize_matmul(x, weight, bias)
-    return packed_matmul(x, weight, bias, _own(counters), tile)
+    return packed_matmul(x, weight, bias, own(counters), tile)
 
 
-def _own(counters: Tensor) -> Tensor:
+def own(counters: Tensor) -> Tensor:
     """Return the layer's counters on the default stream and in graphs, else fresh ones: another call may run."""
     stream = torch.cuda.current_stream(counters.device)
     if stream == torch.cuda.default_stream(counters.device) or torch.cuda.is_current_stream_capturing():

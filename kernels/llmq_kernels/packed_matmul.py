@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmq_kernels.choose import Tile
+from llmq_kernels.experts import ExpertWeights
 from llmq_kernels.layout import PackedWeight, block_of
 from llmq_kernels.planes import plane_values
 
@@ -71,23 +72,19 @@ def grid_at(grid, row, k, N, K, GROUP: tl.constexpr, EVEN_K: tl.constexpr, SYMME
     return grid_word(grid + group * N + row, SYMMETRIC)
 
 
-# The number of tokens changes from call to call, blocks from layer to layer: one binary for all of them.
-#
-#   x, y         [M, K], [M, N]; bias: [N]; words, tops, grid: as in PackedWeight
-#   partial      float32 [splits, M, N], used if SPLIT
-#   counters     int32, zero before and after, one for each tile, used if SPLIT
-#   GROUP        inputs per group, 0 for one group per row
-#   FOLD         scale the weights, not the sums (for tall BM)
-@triton.jit(do_not_specialize=["M", "blocks", "blocks_per_split"])
-def packed_matmul_kernel(
-    x, words, tops, grid, bias, y, partial, counters,
-    M, N, K, word_stride, top_stride, blocks, blocks_per_split,
-    BITS: tl.constexpr, GROUP: tl.constexpr, PLANE: tl.constexpr, SYMMETRIC: tl.constexpr,
-    EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
+@triton.jit
+def sum_of_products(
+    x, words, tops, grid, x_row, m, row, M, N, K, word_stride, top_stride, split, blocks, blocks_per_split,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PLANE: tl.constexpr, SYMMETRIC: tl.constexpr, EVEN_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
-    FOLD: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    FOLD: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Multiply one tile. Program: tile of N, split of K, tile of M."""
+    """Return W x^T of a tile over one split of K, float32 [BN, BM].
+
+    Args:
+        x_row: the rows [BM] of x; those whose m is M or more are zeros and not read.
+        row: the rows [BN] of W.
+    """
     WORD: tl.constexpr = 2 if BITS == 3 else BITS
     PER_WORD: tl.constexpr = 16 // WORD
     PLANES: tl.constexpr = 16 if BITS == 3 else PER_WORD
@@ -95,18 +92,13 @@ def packed_matmul_kernel(
     BLOCK: tl.constexpr = PLANES * PLANE
     tl.static_assert(PLANE % CHUNK == 0)
     DTYPE: tl.constexpr = x.dtype.element_ty
-    tile_n, split, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n, m = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
-    row = tl.minimum(n, N - 1)  # rows past the end are computed from the last one and not stored
     c = tl.arange(0, CHUNK)
     word_row = words + row[:, None] * word_stride + c[None, :]
     top_row = tops + row[:, None] * top_stride + c[None, :]
-    x_column = x + m.to(tl.int64)[None, :] * K + c[:, None]
+    x_column = x + x_row.to(tl.int64)[None, :] * K + c[:, None]
     token = (m < M)[None, :]
     first = split * blocks_per_split
     acc = tl.zeros((BN, BM), dtype=tl.float32)
-    if PDL:  # the previous kernel may still be running: x is not ready before this returns
-        tl.extra.cuda.gdc_wait()
     last = tl.minimum(first + blocks_per_split, blocks)
     for step in tl.range(first * (PLANE // CHUNK), last * (PLANE // CHUNK), num_stages=STAGES):
         block = step if CHUNK == PLANE else step * CHUNK // PLANE
@@ -129,9 +121,38 @@ def packed_matmul_kernel(
             part = tl.dot(W, tokens, part)
             if p == PLANES - 1 or (not FOLD and GROUP != 0 and (p + 1) * PLANE % GROUP == 0):
                 acc += part if FOLD else part * scale[:, None]
+    return acc
+
+
+# The number of tokens changes from call to call, blocks from layer to layer: one binary for all of them.
+#
+#   x, y         [M, K], [M, N]; bias: [N]; words, tops, grid: as in PackedWeight
+#   partial      float32 [splits, M, N], used if SPLIT
+#   counters     int32, zero before and after, one for each tile, used if SPLIT
+#   GROUP        inputs per group, 0 for one group per row
+#   FOLD         scale the weights, not the sums (for tall BM)
+@triton.jit(do_not_specialize=["M", "blocks", "blocks_per_split"])
+def packed_matmul_kernel(
+    x, words, tops, grid, bias, y, partial, counters,
+    M, N, K, word_stride, top_stride, blocks, blocks_per_split,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PLANE: tl.constexpr, SYMMETRIC: tl.constexpr,
+    EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    FOLD: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Multiply one tile. Program: tile of N, split of K, tile of M."""
+    tile_n, split, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n, m = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
+    row = tl.minimum(n, N - 1)  # rows past the end are computed from the last one and not stored
+    if PDL:  # the previous kernel may still be running: x is not ready before this returns
+        tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]
+    acc = sum_of_products(
+        x, words, tops, grid, m, m, row, M, N, K, word_stride, top_stride, split, blocks, blocks_per_split,
+        BITS, GROUP, PLANE, SYMMETRIC, EVEN_K, BM, BN, CHUNK, STAGES, FOLD, ASM,
+    )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    kept = token & (n < N)[:, None]
+    kept = (m < M)[None, :] & (n < N)[:, None]
     at = m.to(tl.int64)[None, :] * N + n[:, None]
     if SPLIT:
         counter = counters + tile_m * tl.num_programs(0) + tile_n
@@ -173,7 +194,7 @@ def packed_matmul(
     return y
 
 
-def group_of(weight: PackedWeight) -> int:
+def group_of(weight: PackedWeight | ExpertWeights) -> int:
     """Return GROUP of the kernels: 0 stands for one group per row of any length."""
     return 0 if weight.group_size == weight.in_features else weight.group_size
 

@@ -1,20 +1,11 @@
-"""Statistics of the experts of a block: of the tokens routed to each one, shrunk towards those of all experts.
+"""Statistics of the experts of a block: of the tokens that the router sends to each one, and of all of them together.
 
-The router decides which tokens an expert gets, and it stays as it is. So a rare expert e sees few tokens, and its
-H_e = Σ s² x xᵀ / Σ s² is a noisy estimate (s: the score that its output is multiplied by; an error of the expert counts
-by s²). The layer's H, over all tokens and experts, has little noise, but it is another expert's as much as e's. Between
-them lies (Ledoit and Wolf 2004, doi 10.1016/S0047-259X(03)00096-4)
+The router decides which tokens an expert gets, and it stays as it is. An expert's output is multiplied by its score s,
+so its moments are H_e = Σ s² x xᵀ / Σ s². `algorithms/shrinkage.py` helps those that see few tokens.
 
-    (1 - λ_e) H_e + λ_e H,     λ_e = c r_e / |H_e - H|²,     r_e = 1 / n_e - 1 / Σ n,     0 ≤ λ_e ≤ 1
-
-which has the least expected distance to the expert's true moments: n_e tokens leave noise c / n_e in H_e, and
-|H_e - H|² holds that noise and the true distance. Held-out text gives c in closed form, because its moments V_e have
-noise of their own: E ⟨H_e - V_e, H_e - H⟩ = c r_e. What deviates from the paper: c is one number for all experts of a
-block, so that an expert without held-out tokens has one, too. Distances are taken over at most `_CHANNELS` channels,
-each divided by its root mean square, so that no channel of large values decides alone.
-
-An expert that saw nothing has λ = 1. The target moment shrinks with 1 - λ_e, and the held-out one likewise: so outputs
-are matched as far as the expert's own tokens say something about them (`algorithms/output_matching.py`).
+    tokens ──► block, run once ──► what enters the experts, kept ──► expert 0: X ──► gate, up, rounded ──► X of down
+                                              │                      expert 1: …
+                                              └──► H of all experts, before their first linears and before the last
 """
 
 from __future__ import annotations
@@ -34,9 +25,6 @@ from llmq.calibration.ordered_sums import ShareSums
 from llmq.core.timing import Clock
 from llmq.models.block_structure import Group, linear_of
 from llmq.models.experts import DOWN, Layout, Routed, activated, layout_of
-
-# Channels that distances are taken over. TODO measured
-_CHANNELS = 128
 
 
 @dataclass(frozen=True)
@@ -94,13 +82,11 @@ class _Batch:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class LayerMoments:
     """What all experts of a block saw, at one place: before their first linears or before their last one."""
 
-    H: Tensor
-    H_val: Tensor
-    borrowed: list[float]  # λ of each expert
-    borrowed_val: list[float]  # the same for held-out text
+    H: Float[Tensor, "in in"]
+    H_val: Float[Tensor, "in in"]  # over held-out tokens; equal to H if there are none
 
 
 class ExpertStatistics:
@@ -109,13 +95,16 @@ class ExpertStatistics:
     Args:
         groups: those of the experts of one module.
         last: the original model runs for the last time, and its hidden states become the block's outputs.
-        kind: `routed`; for comparisons `layer` (H of all experts for each) or `all-tokens` (each gets every token).
+        all_tokens: every expert gets every token, instead of those that are routed to it.
     """
 
-    def __init__(self, block: Block, groups: list[Group], clock: Clock, last: bool, kind: str = "routed") -> None:
+    def __init__(
+        self, block: Block, groups: list[Group], clock: Clock, last: bool = True, all_tokens: bool = False
+    ) -> None:
         assert groups[0].expert is not None
         name = groups[0].expert.module
-        self._block, self._module, self._clock, self._kind = block, block.module.get_submodule(name), clock, kind
+        self._block, self._module, self._clock = block, block.module.get_submodule(name), clock
+        self._all_tokens = all_tokens
         layout = layout_of(self._module)
         assert layout is not None
         self._layout: Layout = layout
@@ -133,7 +122,7 @@ class ExpertStatistics:
         if last:
             block.forget_original()
         with clock("statistics"):
-            self._before, self._after = sums.finish()
+            self._before, self._after, self._tokens = sums.finish()
         self._rows: list[_Rows] = []  # of the expert whose turn it is
         self._inner_o: list[Tensor | None] = []  # what entered its last linear in the original model
 
@@ -142,14 +131,17 @@ class ExpertStatistics:
         inputs, originals = run_both(self._block, i, {name}, self._clock, last)
         entering: Routed = inputs[name]
         X_o = _same_rows(entering, originals[name]) if name in originals else None
-        if self._kind == "all-tokens":
+        if self._all_tokens:
             everyone = torch.arange(self._layout.experts, device=entering.X.device).expand(len(entering.X), -1)
             entering = replace(entering, index=everyone, scores=None)
         return _Batch(entering.X, X_o, *_places(entering, self._layout.experts))
 
     @torch.no_grad()
     def of(self, group: Group) -> InputStatistics:
-        """Return the statistics of a group. The first linears of an expert must come before its last one."""
+        """Return the statistics of a group over its expert's own tokens.
+
+        The first linears of an expert come before its last one, which sees what they compute now.
+        """
         assert group.expert is not None
         is_last = group.linears[0].endswith(DOWN)
         if is_last:
@@ -161,11 +153,15 @@ class ExpertStatistics:
         else:
             rows = self._enter(group.expert.number)
         with self._clock("statistics"):
-            own = self._summed(group, rows)
-            layer, number = self._after if is_last else self._before, group.expert.number
-            if self._kind == "routed":
-                return _shrunk(own, layer, layer.borrowed[number], layer.borrowed_val[number])
-            return replace(own, H=layer.H, H_val=layer.H_val, borrowed=1.0) if self._kind == "layer" else own
+            return self._summed(group, rows)
+
+    def layer(self, group: Group) -> LayerMoments:
+        """Return the moments of all experts, with the weights that they had at first, where this group reads."""
+        return self._after if group.linears[0].endswith(DOWN) else self._before
+
+    def tokens(self, held_out: bool) -> list[int]:
+        """Return how many tokens each expert has."""
+        return self._tokens[held_out]
 
     def _enter(self, expert: int) -> list[_Rows]:
         """Take the rows of an expert, and run it as it is in the original model."""
@@ -214,116 +210,45 @@ def _same_rows(entering: Routed, original: Routed) -> Tensor:
     return X_o
 
 
-def _shrunk(own: InputStatistics, layer: _Layer, borrowed: float, borrowed_val: float) -> InputStatistics:
-    """Return the statistics of an expert, shrunk towards those of all experts."""
-    H_val = (
-        layer.H_val if own.H_val is own.H else own.H_val.mul_(1 - borrowed_val).add_(layer.H_val, alpha=borrowed_val)
-    )
-    H = own.H.mul_(1 - borrowed).add_(layer.H, alpha=borrowed)
-    if own.target_moment is not None:
-        own.target_moment.mul_(1 - borrowed)
-    if own.target_moment_val is not None:
-        own.target_moment_val.mul_(1 - borrowed_val)
-    return replace(own, H=H, H_val=H_val, borrowed=borrowed)
-
-
 class _LayerSums:
-    """Sums over all experts, at both places, and over a few channels for each expert."""
+    """Sums over all experts, at both places."""
 
     def __init__(self, block: Block, name: str, layout: Layout) -> None:
-        self.ranks, self.layout = block.ranks, layout
+        self.ranks, self.layout, self.device = block.ranks, layout, block.compute.device
         last = linear_of(block.module, f"{name}.0.{DOWN}")
-        self.widths = (last.out_features, last.in_features)
-        self.channels = [_spread(width).to(block.compute.device) for width in self.widths]
-        shapes = {f"H{place}": (width, width) for place, width in enumerate(self.widths)}
-        shapes |= {f"few{i}": (layout.experts, len(few), len(few)) for i, few in enumerate(self.channels)}
-        self.shapes = shapes
-        self.device = block.compute.device
-        self.sums = ShareSums(shapes, block.ranks, block.compute.device)
+        self.shapes = {"before": (last.out_features,) * 2, "after": (last.in_features,) * 2}
+        self.sums = ShareSums(self.shapes, block.ranks, self.device)
         self.tokens = {kind: [0] * layout.experts for kind in (False, True)}
-        self.weights = {kind: [[] for _ in range(layout.experts)] for kind in (False, True)}
+        self.weights: dict[bool, list[float]] = {False: [], True: []}
 
     def add(self, batch: _Batch, module: torch.nn.Module, held_out: bool) -> None:
         """Add a micro-batch."""
         inner, of_row = list[Tensor](), torch.zeros(len(batch.X), device=self.device)
         for expert, rows in batch.rows.items():
-            X, weight = batch.X[rows], batch.weights[expert]
-            A = activated(module, expert, X)
-            for i, values in enumerate((X, A)):
-                few = values[:, self.channels[i]].float() * weight.sqrt()[:, None]
-                self.sums.growing(f"few{i}")[expert].addmm_(few.T, few)
-            self.tokens[held_out][expert] += len(X)
-            self.weights[held_out][expert].append(float(weight.sum(dtype=torch.float64)))
+            weight = batch.weights[expert]
+            self.tokens[held_out][expert] += len(rows)
+            self.weights[held_out].append(float(weight.sum(dtype=torch.float64)))
             of_row.index_add_(0, rows, weight)
-            inner.append(A.float() * weight.sqrt()[:, None])
-        add_lower(self.sums.growing("H0"), batch.X.float() * of_row.sqrt()[:, None])
+            inner.append(activated(module, expert, batch.X[rows]).float() * weight.sqrt()[:, None])
+        add_lower(self.sums.growing("before"), batch.X.float() * of_row.sqrt()[:, None])
         if inner:
-            add_lower(self.sums.growing("H1"), torch.cat(inner))
+            add_lower(self.sums.growing("after"), torch.cat(inner))
 
-    def finish(self) -> tuple[_Layer, _Layer]:
-        """Return what is known of both places, in every process."""
-        totals = self.sums.finish()
-        parts = self.ranks.each((self.tokens, self.weights))
+    def finish(self) -> tuple[LayerMoments, LayerMoments, dict[bool, list[int]]]:
+        """Return the moments before and after, and the tokens of each expert by whether held out, in every process."""
+        totals, parts = self.sums.finish(), self.ranks.each((self.tokens, self.weights))
 
-        def total(name: str, held_out: bool) -> Tensor:
+        def mean(name: str, held_out: bool) -> Tensor:
             found = totals.pop((name, held_out), None)
             found = torch.zeros(self.shapes[name], device=self.device) if found is None else found
-            return self.ranks.share(found)
+            weight = fsum(each for _, weights in parts for each in weights[held_out])
+            return mirrored(self.ranks.share(found)).div_(weight or 1.0)
 
-        def of_experts(held_out: bool) -> tuple[Tensor, Tensor]:
-            """Return the tokens and the weight of each expert."""
-            tokens = [sum(n[held_out][e] for n, _ in parts) for e in range(self.layout.experts)]
-            weights = [fsum(w for _, ws in parts for w in ws[held_out][e]) for e in range(self.layout.experts)]
-            return torch.tensor(tokens, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
-
-        (n, w), (v, w_val) = of_experts(False), of_experts(True)
-        layers = list[_Layer]()
-        for place in (0, 1):
-            H = mirrored(total(f"H{place}", False)).div_(float(w.sum()) or 1.0)
-            H_val = mirrored(total(f"H{place}", True)).div_(float(w_val.sum()) or 1.0) if w_val.any() else H
-            few, few_val = (total(f"few{place}", kind).cpu().double() for kind in (False, True))
-            parts_of = self.channels[place]
-            common, common_val = (M[parts_of][:, parts_of].cpu().double() for M in (H, H_val))
-            of_each, of_each_val = (
-                few / w.clamp(min=1e-300)[:, None, None],
-                few_val / w_val.clamp(min=1e-300)[:, None, None],
-            )
-            borrowed = _borrowed(of_each, n, of_each_val, v, common, common_val)
-            layers.append(_Layer(H, H_val, *borrowed))
-        return layers[0], layers[1]
-
-
-def _borrowed(
-    own: Float[Tensor, "E m m"],
-    n: Float[Tensor, "E"],
-    own_val: Float[Tensor, "E m m"],
-    v: Float[Tensor, "E"],
-    layer: Float[Tensor, "m m"],
-    layer_val: Float[Tensor, "m m"],
-) -> tuple[list[float], list[float]]:
-    """Return λ of each expert, and the same for its held-out moments. n, v: its tokens."""
-    size = layer.diagonal().clamp(min=0).sqrt()
-    by = torch.where(size > 0, 1 / size, 0.0)
-    own, own_val, layer, layer_val = (M * by[:, None] * by for M in (own, own_val, layer, layer_val))
-    away, away_val = own - layer, own_val - layer_val
-
-    def part_of_noise(tokens: Tensor) -> Tensor:
-        """Return r: the expert's own tokens are among those of the layer."""
-        return 1 / tokens.clamp(min=1) - 1 / tokens.sum().clamp(min=1)
-
-    known = (v > 0) & (n > 0) & (n < n.sum())
-    if known.any():
-        c = float((((own - own_val) * away).sum((1, 2)) / part_of_noise(n))[known].mean().clamp(min=0))
-    else:  # nothing is held out: the noise of independent normal tokens
-        c = float(layer.square().sum() + layer.diagonal().sum() ** 2)
-
-    def share(tokens: Tensor, distance: Tensor) -> list[float]:
-        share = (c * part_of_noise(tokens) / distance.clamp(min=1e-300)).clamp(0, 1)
-        return torch.where(tokens > 0, share, 1.0).tolist()
-
-    return share(n, away.square().sum((1, 2))), share(v, away_val.square().sum((1, 2)))
-
-
-def _spread(width: int) -> Tensor:
-    """Return channels that stand for all, evenly spread."""
-    return torch.linspace(0, width - 1, min(width, _CHANNELS)).round().long()
+        tokens = {
+            kind: [sum(each) for each in zip(*(n[kind] for n, _ in parts), strict=True)] for kind in (False, True)
+        }
+        moments = list[LayerMoments]()
+        for name in self.shapes:
+            H = mean(name, False)
+            moments.append(LayerMoments(H, mean(name, True) if any(tokens[True]) else H))
+        return moments[0], moments[1], tokens

@@ -68,8 +68,9 @@ class RenamedFiles:
 
         self._rename_key = core_model_loading.rename_source_key
         transforms = conversion_mapping.get_model_conversion_mapping(model)
-        kinds = core_model_loading.WeightRenaming, core_model_loading.WeightConverter
-        self._table = [[each for each in transforms if isinstance(each, kind)] for kind in kinds]
+        renamings = [each for each in transforms if isinstance(each, core_model_loading.WeightRenaming)]
+        converters = [each for each in transforms if isinstance(each, core_model_loading.WeightConverter)]
+        self._table = renamings, converters
         self._renamings, self._converters = self._table if renamed else ([], [])
         self._renamed_from: dict[str, str] = {}  # of tensors that are only renamed, by their name in the model
         self._conversions: dict[str, _Conversion] = {}  # of the other tensors

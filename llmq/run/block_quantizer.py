@@ -17,7 +17,6 @@ from llmq.algorithms import ALGORITHMS
 from llmq.algorithms.output_matching import choose
 from llmq.algorithms.problem import ROW_MULTIPLE, Problem, Solution
 from llmq.calibration.block_runner import Block, Compute
-from llmq.calibration.expert_statistics import ExpertStatistics
 from llmq.calibration.input_statistics import InputStatistics, collect_statistics
 from llmq.checkpoint.digests import digest
 from llmq.core.config import QuantizeConfig
@@ -30,6 +29,7 @@ from llmq.formats.scheme import Scheme
 from llmq.models.block_structure import Group
 from llmq.models.model_source import ModelSource
 from llmq.models.packable import config_names
+from llmq.run.expert_groups import statistics_of_experts
 from llmq.run.journal import Line
 from llmq.run.layer_bits import bits_of_group, bits_of_linears, fitted_grid
 from llmq.run.layer_problem import (
@@ -174,21 +174,18 @@ class Run:
             for group in stage:
                 # pop: nothing holds the problem after this call. Its large statistics must be freed before those of the
                 # next stage are summed.
-                yield self.solve(block, group, waiting.pop(0), show)
+                yield self._solve(block, group, waiting.pop(0), show)
 
     def _solve_experts(
         self, block: Block, groups: list[Group], last: bool, show: Callable[[str], None]
     ) -> Iterator[Solved]:
         """Round the experts of a module, one after the other. The block runs over the text once for all of them."""
-        statistics, needed = None, self.algorithm.needs_statistics(self.config)
-        if needed:
-            settings = self.config.expert_statistics
-            statistics = ExpertStatistics(block, groups, self.clock, last, settings)
-        for group in groups:
-            of_group = None if statistics is None else statistics.of(group)
-            yield self.solve(block, group, self._problem(block, group, of_group), show)
+        needed = self.algorithm.needs_statistics(self.config)
+        measured = statistics_of_experts(block, groups, self.config, self.clock, last) if needed else ()
+        for group, statistics in measured or ((group, None) for group in groups):
+            yield self._solve(block, group, self._problem(block, group, statistics), show)
 
-    def solve(self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]) -> Solved:
+    def _solve(self, block: Block, group: Group, problem: Problem, show: Callable[[str], None]) -> Solved:
         """Round the linears of one group. From here on the block computes with their quantized weights."""
         with self.clock("solve"):
             rows, problem = len(problem.W), pad(problem)

@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ from llmq.core.config import VERSION, QuantizeConfig
 from llmq.core.memory import PeakMemory
 from llmq.core.timing import Clock
 from llmq.models.block_structure import Group
+from llmq.models.experts import DOWN
 from llmq.models.packed_share import PackedShare
 from llmq.run.journal import Line, Pair
 from llmq.verification.stated_share import SHARE
@@ -62,10 +63,12 @@ class Report:
         if statistics is not None:
             entry |= {"tokens": statistics.tokens, "dropped_rows": statistics.dropped}
             if group.expert is not None:
-                entry["borrowed"] = statistics.borrowed
+                entry |= {"expert": group.expert.number, "borrowed": statistics.borrowed}
+            if group.expert is not None and not statistics.tokens and not linears[0].endswith(DOWN):  # once an expert
+                fallbacks.append("no token was routed to this expert: it is rounded for the tokens of all experts")
             if statistics.dropped:
                 fallbacks.append(f"{statistics.dropped} token rows with NaN or infinity left out")
-        self.note(f"{block}.{'+'.join(name.rpartition('.')[2] for name in linears)}", fallbacks)
+        self.note(f"{block}.{_short(linears)}", fallbacks)
         return entry
 
     def add(self, entry: Line) -> None:
@@ -109,7 +112,7 @@ class Report:
         say(f"\nworst layers by relative {what}:")
         say(f"  {'layer':<58} {self.config.method:>9} {'rtn':>9}")
         for entry in sorted(self.groups, key=lambda e: -e["error"])[:_WORST]:
-            leaves = "+".join(name.rpartition(".")[2] for name in entry["linears"])
+            leaves = _short(entry["linears"])
             say(f"  {entry['block'] + ' ' + leaves:<58} {entry['error']:>9.2e} {entry['rtn_error']:>9.2e}")
         for entry in self.notes[:_WORST]:
             say(f"note: {entry['where']}: {entry['note']}")
@@ -117,10 +120,30 @@ class Report:
             say(f"… and {len(self.notes) - _WORST} more notes in the report")
         if self.distilled is not None:
             say("KL to the original on held-out text {:.4f}, after training {:.4f}".format(*self.distilled))
+        if experts := _experts(self.groups):
+            say(experts)
         say(self.packed)
         phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.clock.seconds.items())
         say(f"{self.clock.total:.1f} s ({phases}); peak memory {self.peak_memory / 1e9:.2f} GB")
         say(f"wrote {output}")
+
+
+def _short(linears: Sequence[str]) -> str:
+    """Return the last names of the linears of a group; of an expert also its number."""
+    *_, before, _ = f"..{linears[0]}".split(".")
+    number = f"{before}." if before.isdigit() else ""
+    return number + "+".join(name.rpartition(".")[2] for name in linears)
+
+
+def _experts(groups: list[Line]) -> str:
+    """Return a sentence on the tokens of each expert, or nothing if there are no experts."""
+    seen = {(entry["block"], entry["expert"]): entry["tokens"] for entry in groups if "expert" in entry}
+    if not seen:
+        return ""
+    counts = sorted(seen.values())
+    few = f"tokens per expert: {counts[0]} to {counts[-1]}, half of them above {counts[len(counts) // 2]}"
+    unseen = counts.count(0)
+    return few + (f"; {unseen} of {len(counts)} experts saw none" if unseen else "")
 
 
 def versions() -> dict[str, str]:

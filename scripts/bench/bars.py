@@ -46,6 +46,9 @@ PEERS: dict[str, dict[int, Bar]] = {
 # One token, 8192x8192 and larger: speed-up over cuBLAS with bf16 weights, by bits.
 WIDTHS: dict[int, Bar] = {8: (1.7, 1.85), 3: (3.7, 4.3), 2: (4.8, 5.8)}
 
+# A layer of experts of Qwen3-30B-A3B's shape, by tokens: speed-up over transformers' grouped matmul with bf16 weights.
+EXPERTS = {1: 2.5, 8: 2.5, 32: 2.5}
+
 # One decode step of a model with LLaMA-7B's shape, batch 1. TIMES_BF16 is the speed-up over the bf16 model.
 # LOADED_TIMES_BF16: the same with llmq.load and llmq.fast_generate, for both models.
 TIMES_BF16: Bar = (2.3, 2.9)

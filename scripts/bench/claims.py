@@ -31,6 +31,7 @@ def claims(results: Results, plan: Plan) -> Iterator[Claim]:
     yield from _tests(results)
     yield from _correct(results, plan)
     yield from _kernels(times)
+    yield from _experts(results, plan)
     yield from _models(times)
     yield from _quantization(results, plan)
 
@@ -85,6 +86,16 @@ def _kernels(times: Times) -> Iterator[Claim]:
     for bits, (bar, _) in bars.WIDTHS.items():
         values = times.mean(times.speedup("cublas_bf16", 1, s, bits) for s in times.plan.shapes)
         yield _ratio(f"1 token, {bits} bit, large shapes: × cuBLAS bf16", bar, values, "rest")
+
+
+def _experts(results: Results, plan: Plan) -> Iterator[Claim]:
+    sizes = plan.experts
+    layer = f"top {sizes.top} of {sizes.experts} experts of {sizes.hidden}/{sizes.intermediate}, 4 bit"
+    for tokens in sizes.tokens:
+        packed, grouped = (results.get("experts", path, tokens) for path in ("packed", "grouped"))
+        value = grouped["us"] / packed["us"] if packed and grouped else None
+        what = f"{tokens} token{'s'[: tokens > 1]}, {layer}: × transformers' grouped_mm in bf16"
+        yield _ratio(what, bars.EXPERTS.get(tokens), value, "experts")
 
 
 def _models(times: Times) -> Iterator[Claim]:

@@ -56,6 +56,19 @@ class Quantizing:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Sizes of a layer of experts, and how many tokens it is timed with."""
+
+    experts: int
+    top: int
+    hidden: int
+    intermediate: int
+    tokens: tuple[int, ...]
+    draws: int
+    """Number of routings that a timing goes through."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """All that one benchmark measures. `first` and `later` are numbers of tokens; `first` is measured first."""
 
@@ -81,6 +94,7 @@ class Plan:
     decoder: Decoder
     generation: Generation
     quantizing: Quantizing
+    experts: Experts
     tinygemm_up_to: int
     """Most tokens that tinygemm is timed with. It reads all weights again for every 16 tokens, so it gets very slow."""
 
@@ -111,6 +125,7 @@ FULL = Plan(
     decoder=Decoder(4096, 11008, 32, 32, 32000, 128, 100),
     generation=Generation(32, 128),
     quantizing=Quantizing(3, 128, 2048),
+    experts=Experts(128, 8, 2048, 768, (1, 8, 32), 16),  # Qwen3-30B-A3B
     tinygemm_up_to=512,
 )
 
@@ -133,5 +148,6 @@ TOY = Plan(
     decoder=Decoder(64, 128, 2, 4, 128, 8, 2),
     generation=Generation(4, 4),
     quantizing=Quantizing(2, 10, 16),
+    experts=Experts(4, 2, 128, 64, (3,), 1),
     tinygemm_up_to=64,
 )

@@ -42,6 +42,7 @@ STEPS = (
     Step("speed", 120),
     Step("decode", 110),
     Step("quantize", 80, least=30),
+    Step("experts", 45),
     Step("tune", 100, least=30),
     Step("tests", 90, ("-m", "gpu", "tests/kernels")),
     Step("rest", 3600),

@@ -18,7 +18,7 @@ from pathlib import Path
 from llmq_kernels.choose import table_name
 from llmq_kernels.tune import write_table
 
-from bench import ceilings, cold, correctness, decoder, generation, matmuls, peers, quantizing
+from bench import ceilings, cold, correctness, decoder, generation, matmuls, packed_experts, peers, quantizing
 from bench.machine import about, the_machine
 from bench.plan import FULL, TOY
 from bench.results import Results
@@ -80,6 +80,7 @@ TASKS: dict[str, Callable[[Session], Iterator[Task]]] = {
     "speed": _speed,
     "decode": _decode,
     "quantize": quantizing.tasks,
+    "experts": packed_experts.tasks,
     "tune": _tune,
     "rest": _rest,
 }

@@ -18,7 +18,7 @@ def assert_same_weights(model: Any, directory: Path) -> set[Scheme]:
     The weights are read off the outputs, so the biases are removed from the model.
     """
     checkpoint = Checkpoint(directory)
-    assert len(checkpoint.linears) == 3 * 7
+    assert len(checkpoint.linears) == 2 * 7
     for name in checkpoint.linears:
         linear, weight = model.get_submodule(name), checkpoint.weight(name).dequantize(torch.float16)
         linear.bias = None

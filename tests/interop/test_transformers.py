@@ -56,16 +56,14 @@ def assert_opens_exactly(source, directory):
     return model
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "bits"), [*zip(ARCHITECTURES, BITS, strict=True), ("qwen2", 4), ("phi3", 3)])
 def test_logits_equal_those_of_the_dequantized_model(sources, tmp_path, name, bits):
     directory = pack(sources(name), tmp_path / "packed", bits=bits)
     model = assert_opens_exactly(sources(name), directory)
     assert model.config.quantization_config.quantization_config.config_groups["group_0"].weights.num_bits == bits
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["llama-gqa", "qwen2"])
+@pytest.mark.parametrize(("name", "dtype"), [("llama-gqa", torch.bfloat16), ("qwen2", torch.float16)], ids=str)
 def test_half_precision_sources_keep_their_dtype_and_their_exactness(sources, tmp_path, name, dtype):
     directory = pack(sources(name, dtype), tmp_path / "packed")
     assert_opens_exactly(sources(name, dtype), directory)
@@ -74,7 +72,7 @@ def test_half_precision_sources_keep_their_dtype_and_their_exactness(sources, tm
     assert AutoModelForCausalLM.from_pretrained(directory).dtype == dtype
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["llama-gqa", "phi3"])
 def test_other_bits_for_some_layers_open_exactly(sources, tmp_path, name):
     directory = pack(sources(name), tmp_path / "packed", layer_bits=("down_proj=8", "layers.0.*=3", "o_proj=2"))
     assert_opens_exactly(sources(name), directory)
@@ -97,7 +95,7 @@ def test_asymmetric_weights_open_exactly_when_dequantized_on_loading(sources, tm
 
 def test_several_shards_open_exactly(sources, tmp_path, monkeypatch):
     whole = pack(sources("qwen2"), tmp_path / "whole")
-    monkeypatch.setattr("llmq.run.resume.Writer", functools.partial(Writer, shard_bytes=30_000))
+    monkeypatch.setattr("llmq.run.resume.Writer", functools.partial(Writer, shard_bytes=15_000))
     directory = pack(sources("qwen2"), tmp_path / "packed")
     shards = sorted(path.name for path in directory.glob("*.safetensors"))
     assert len(shards) > 3

@@ -18,13 +18,12 @@ def some_columns(G, rows, bits, symmetric, seed=0):
     return W, U, scale, zero
 
 
-SIZES = [(2, 16, 33), (3, 37, 16), (4, 64, 7), (4, 1, 1), (3, 128, 17)]
-SIZES.append(pytest.param(8, 128, 17, marks=pytest.mark.smoke))
+KINDS = [(2, 16, 33, True), (2, 16, 33, False), (3, 37, 16, True), (4, 64, 7, False), (4, 1, 1, True)]
+KINDS += [(3, 128, 17, False), pytest.param(8, 128, 17, True, marks=pytest.mark.smoke)]
 
 
 @pytest.mark.parametrize("where", FLOAT16)
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("bits", "G", "rows"), SIZES)
+@pytest.mark.parametrize(("bits", "G", "rows", "symmetric"), KINDS)
 def test_codes_are_torchs_and_errors_too(bits, G, rows, symmetric, where):
     from llmq_kernels import gptq_columns
 

@@ -14,7 +14,14 @@ def test_the_kernels_pass_their_tests_in_tritons_interpreter():
         r"mark\.interpret\b|^from oracle import .*\b(WHERE|FLOAT16)\b", re.MULTILINE
     )  # or by the parameters of oracle.py
     files = [path for path in sorted(HERE.glob("test_*.py")) if marked.search(path.read_text())]
-    stems = ["test_dequantize_matmul", "test_gptq_columns", "test_op", "test_packed_matmul"]
+    stems = [
+        "test_dequantize_matmul",
+        "test_experts_op",
+        "test_gptq_columns",
+        "test_op",
+        "test_packed_experts",
+        "test_packed_matmul",
+    ]
     assert [path.stem for path in files] == stems
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-m", "interpret", "-p", "no:cacheprovider", *map(str, files)]

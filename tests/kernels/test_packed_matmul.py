@@ -28,16 +28,22 @@ def _poison(monkeypatch):
 
 
 def run(x, weight, bias=None, tile=TILE, y=None):
-    """The kernel's result, twice, with the same bits; counters must be zero again each time."""
+    """The kernel's result; counters must be zero again. Where it may change, it is taken twice, with the same bits.
+
+    The interpreter does one thing after the other: without counters, no second call differs from the first.
+    """
     tiles = -(-len(x) // tile.BM) * -(-weight.out_features // tile.BN)
     counters = torch.zeros(tiles if tile.splits > 1 else 0, dtype=torch.int32, device=x.device)
-    first = module.packed_matmul(x, weight, bias, counters, tile, y).clone()
+    first = module.packed_matmul(x, weight, bias, counters, tile, y)
     assert not counters.any()
-    again = module.packed_matmul(x, weight, bias, counters, tile, y)
-    assert not counters.any()
-    assert again.dtype == x.dtype
-    assert torch.equal(first.view(torch.int16), again.view(torch.int16))
-    return again
+    assert first.dtype == x.dtype
+    if x.is_cuda or tile.splits > 1:
+        first = first.clone()
+        again = module.packed_matmul(x, weight, bias, counters, tile, y)
+        assert not counters.any()
+        assert torch.equal(first.view(torch.int16), again.view(torch.int16))
+        return again
+    return first
 
 
 def one_of_each():
@@ -74,8 +80,7 @@ def test_any_number_of_tokens_fits_any_tile(M, BM, where):
 
 
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("fold", [False, True])
-@pytest.mark.parametrize("splits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(("splits", "fold"), [(1, False), (2, True), (3, False), (4, True), (8, False), (8, True)])
 def test_any_number_of_splits_gives_the_result(splits, fold, where):
     x, weight, bias = some_problem(where, 3, 200, 272, 8, 16, symmetric=False)  # 9 blocks, and a program without any
     y = run(x, weight, bias, Tile(8, 128, 8, 2, splits, 16, fold))

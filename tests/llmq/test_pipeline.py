@@ -15,30 +15,32 @@ from llmq.core.errors import RequestError
 from llmq.core.settings import Tuned
 from llmq.runtime.load import load_any
 
+SHORT = Tuned(steps=2, end_steps=2, end_samples=0)
+
 
 @pytest.fixture(scope="module")
 def plain_llama(tmp_path_factory):
     """A model whose values may be scaled too: as many heads of keys as of queries."""
-    return save_tiny(tmp_path_factory.mktemp("plain"), "llama-mha", num_hidden_layers=2)
+    return save_tiny(tmp_path_factory.mktemp("plain"), "llama-mha")
 
 
 @pytest.fixture(scope="module")
 def plain_bfloat16(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("plain"), "llama-mha", torch.bfloat16, num_hidden_layers=2)
+    return save_tiny(tmp_path_factory.mktemp("plain"), "llama-mha", torch.bfloat16)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_methods_with_statistics_beat_rtn_on_held_out_tokens_on_average(bits, method, tmp_path, llama, text_file):
     report = json.loads((run(llama, text_file, tmp_path / "out", method=method, bits=bits) / REPORT).read_text())
-    assert len(report["groups"]) == 3 * 4
+    assert len(report["groups"]) == 2 * 4
     ratios = [group["error"] / group["rtn_error"] for group in report["groups"]]
     assert sum(ratios) / len(ratios) < 0.95
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_request_gives_the_same_bytes(method, tmp_path, llama, text_file):
-    first, second = (run(llama, text_file, tmp_path / str(i), method=method) for i in (1, 2))
+    first, second = (run(llama, text_file, tmp_path / str(i), method=method, tuned=SHORT) for i in (1, 2))
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
@@ -57,7 +59,7 @@ def distance(source, packed):
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gemma2", "phi3"])
 def test_making_up_for_earlier_errors_brings_the_model_closer_to_the_original(name, tmp_path, text_file):
-    source = save_tiny(tmp_path / "source", name)
+    source = save_tiny(tmp_path / "source", name, num_hidden_layers=3)
     distances = {}
     for effort in ("fast", "normal"):
         output = run(source, text_file, tmp_path / effort, bits=4, effort=effort, samples=60)
@@ -83,16 +85,16 @@ TOGETHER = [pair for pair in product(METHODS, EFFORTS) if may_be_together(*pair)
 def test_at_8_bit_every_method_is_close_to_the_original_at_every_effort(
     method, effort, plain_llama, text_file, tmp_path
 ):
-    options = {"method": method, "effort": effort, "tuned": Tuned(steps=2, end_steps=2, end_samples=0)}
+    options = {"method": method, "effort": effort, "tuned": SHORT}
     output = run(plain_llama, text_file, tmp_path / "out", bits=8, **options)
     assert distance(plain_llama, output) < NEARLY_LOSSLESS
 
 
-@pytest.mark.parametrize(("method", "effort"), TOGETHER)
+@pytest.mark.parametrize(("method", "effort"), [pair for pair in TOGETHER if pair[1] != "fast"])
 def test_so_it_is_where_matmuls_take_bfloat16(method, effort, plain_bfloat16, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr("llmq.run.prepare.multiplies_bfloat16", lambda _: True)
-    options = {"method": method, "effort": effort, "tuned": Tuned(steps=2, end_steps=2, end_samples=0)}
-    output = run(plain_bfloat16, text_file, tmp_path / "out", bits=8, samples=40, **options)
+    options = {"method": method, "effort": effort, "tuned": SHORT}
+    output = run(plain_bfloat16, text_file, tmp_path / "out", bits=8, **options)
     assert distance(plain_bfloat16, output) < NEARLY_LOSSLESS
 
 

@@ -91,15 +91,15 @@ def flat(hidden, blocks):
         (flat, "hidden states of an unknown layout"),
     ],
 )
-def test_what_cannot_be_replayed_is_refused_in_a_line(forward, said, llama):
+def test_what_cannot_be_replayed_is_refused_in_a_line(forward, said, deep_llama):
     with pytest.raises(RequestError, match=rf"Decoder .*{said}.*llmq cannot stream it") as raised:
-        recording_of(llama, forward)
+        recording_of(deep_llama, forward)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4])
 @pytest.mark.parametrize("unpacked", [False, True])
-def test_blocks_may_return_tuples_of_any_length(length, unpacked, llama):
+def test_blocks_may_return_tuples_of_any_length(length, unpacked, deep_llama):
     def forward(hidden, blocks):
         for block in blocks:
             returned = block(hidden)
@@ -110,14 +110,14 @@ def test_blocks_may_return_tuples_of_any_length(length, unpacked, llama):
                 hidden = (returned[0], returned[length - 1])[0]
         return hidden
 
-    recording = recording_of(llama, forward)
+    recording = recording_of(deep_llama, forward)
     assert recording.sample.shape == (1, 8, 64)
     assert recording.arguments == [((), {})] * 3
     assert recording.shared_states() is None
     assert not recording.depends_on_tokens
 
 
-def test_an_argument_that_depends_on_the_tokens_is_recorded_for_each_micro_batch(llama):
+def test_an_argument_that_depends_on_the_tokens_is_recorded_for_each_micro_batch(deep_llama):
     def forward(hidden, blocks):
         doubled = hidden * 2
         for i, block in enumerate(blocks):
@@ -125,7 +125,7 @@ def test_an_argument_that_depends_on_the_tokens_is_recorded_for_each_micro_batch
         return hidden
 
     # Reversed, this text is the same.
-    recording = recording_of(llama, forward, torch.full((1, 8), 5))
+    recording = recording_of(deep_llama, forward, torch.full((1, 8), 5))
     assert recording.depends_on_tokens
     assert recording.argument_bytes == (1 + 2) * recording.sample.nbytes  # the first block's own is always 0
     (doubled,), named = recording.arguments[2]
@@ -136,14 +136,14 @@ def test_an_argument_that_depends_on_the_tokens_is_recorded_for_each_micro_batch
     assert recording.arguments[1][0][0] is doubled
 
 
-def test_what_is_kept_is_that_of_the_micro_batch(llama):
+def test_what_is_kept_is_that_of_the_micro_batch(deep_llama):
     def forward(hidden, blocks):
         extra = hidden[..., :3] + 1
         for block in blocks:
             hidden = block(hidden, extra)
         return hidden
 
-    source = ModelSource(str(llama))
+    source = ModelSource(str(deep_llama))
     decoder = source.skeleton.model
 
     class Decoder(nn.Module):
@@ -163,27 +163,27 @@ def test_what_is_kept_is_that_of_the_micro_batch(llama):
         assert torch.equal(argument.values[i], states[..., :3] + 1)
 
 
-def test_what_blocks_share_or_pass_on_is_recognized(llama):
+def test_what_blocks_share_or_pass_on_is_recognized(deep_llama):
     def forward(hidden, blocks):
         memory, other, carried = {}, [], None
         for block in blocks:
             hidden, carried = block(hidden, memory, others={"list": other}, carried=carried)
         return hidden
 
-    recording = recording_of(llama, forward)
+    recording = recording_of(deep_llama, forward)
     assert recording.shared_states() is not None
     for i, (positional, named) in enumerate(recording.arguments):
         assert positional == (Shared(1, dict),)
         assert named == {"others": {"list": Shared(2, list)}, "carried": Carried(0) if i else None}
 
 
-def test_hidden_states_may_count_sequences_in_another_dimension(llama):
+def test_hidden_states_may_count_sequences_in_another_dimension(deep_llama):
     def forward(hidden, blocks):
         hidden = torch.stack([hidden, hidden * 2])
         for block in blocks:
             hidden = block(hidden)
         return hidden
 
-    recording = recording_of(llama, forward)
+    recording = recording_of(deep_llama, forward)
     assert recording.batch_dim == 1
     assert recording.shape_for(7) == (2, 7, 8, 64)

@@ -36,8 +36,8 @@ def inputs_of_block(model, index, ids):
 @pytest.mark.parametrize("name", ["llama-gqa", "gemma2", "gemma3", "phi3", "qwen2", "olmo2"])
 @torch.no_grad()
 def test_each_block_sees_what_it_sees_in_the_model_quantized_so_far(name, tmp_path):
-    source = ModelSource(str(save_tiny(tmp_path, name)))
-    whole = tiny_model(name)
+    source = ModelSource(str(save_tiny(tmp_path, name, num_hidden_layers=3)))
+    whole = tiny_model(name, num_hidden_layers=3)
     ids = tokens()
     for i, block in enumerate(stream(source, ids, CPU, Clock())):
         for batch, hidden in zip((ids.train, ids.held_out), block.hidden, strict=True):
@@ -50,7 +50,7 @@ def test_each_block_sees_what_it_sees_in_the_model_quantized_so_far(name, tmp_pa
 @torch.no_grad()
 def test_blocks_get_their_own_arguments(tmp_path):
     # Gemma-2 alternates sliding and full attention: with 24 tokens and a window of 8 the masks differ.
-    source = ModelSource(str(save_tiny(tmp_path, "gemma2")))
+    source = ModelSource(str(save_tiny(tmp_path, "gemma2", num_hidden_layers=3)))
     masks = [b.arguments[1]["attention_mask"] for b in stream(source, tokens(), CPU, Clock())]
     assert masks[0] is not None
     assert masks[1] is None or not torch.equal(masks[0].of(2), masks[1].of(2))

@@ -1,4 +1,4 @@
-"""Each expert has statistics of its own tokens, and borrows as much from the layer as they are few."""
+"""Each expert has statistics of its own tokens, weighted by its scores; the layer has those of all."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from llmq.calibration.block_runner import Block
-from llmq.calibration.expert_statistics import ExpertStatistics, _borrowed
+from llmq.calibration.expert_statistics import ExpertStatistics
 from llmq.core.timing import Clock
 from llmq.models.block_structure import find_groups
 from llmq.models.experts import activated, experts_to_linears
@@ -48,14 +48,17 @@ def mixture(original=False):
     return Block("block", Mixture(), hidden, 3, ((), {}), CPU, other)
 
 
-def statistics_of(block, kind="routed", first=None):
+def groups_of(block):
+    return [g for g in find_groups(block.module, block.run, block.sample) if g.expert is not None]
+
+
+def statistics_of(block, all_tokens=False, after_each=lambda _: None):
     """Return the statistics of each group, by the name of its first linear."""
-    groups = [g for g in find_groups(block.module, block.run, block.sample) if g.expert is not None]
-    statistics, found = ExpertStatistics(block, groups, Clock(), last=True, kind=kind), {}
+    groups, found = groups_of(block), {}
+    statistics = ExpertStatistics(block, groups, Clock(), all_tokens=all_tokens)
     for group in groups:
         found[group.linears[0].removeprefix("mlp.experts.")] = statistics.of(group)
-        if first is not None:
-            first(group)
+        after_each(group)
     return found
 
 
@@ -70,29 +73,35 @@ def own_moments(module, hidden, expert, last):
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_what_is_not_borrowed_is_the_moment_of_the_experts_own_tokens(last):
+def test_the_moments_are_those_of_the_experts_own_tokens_weighted_by_their_scores(last):
     block = mixture()
     found = statistics_of(block)
-    experts = [own_moments(block.module, block.hidden[:3], e, last) for e in range(EXPERTS)]
-    layers = []
-    for e, (H, tokens) in enumerate(experts[:-1]):
+    for e in range(EXPERTS):
         stats = found[f"{e}.down_proj" if last else f"{e}.gate_proj"]
-        assert stats.tokens == tokens > 0
-        assert 0 < stats.borrowed < 1
-        layers.append((stats.H.double() - (1 - stats.borrowed) * H) / stats.borrowed)
-    for layer in layers:  # what is borrowed is the same for all: the layer's
-        torch.testing.assert_close(layer, layers[0], rtol=1e-3, atol=1e-3)
-    unused = found[f"{EXPERTS - 1}.down_proj" if last else f"{EXPERTS - 1}.gate_proj"]
-    assert (unused.tokens, unused.borrowed) == (0, 1.0)
-    torch.testing.assert_close(unused.H.double(), layers[0], rtol=1e-3, atol=1e-3)
+        for hidden, H in ((block.hidden[:3], stats.H), (block.hidden[3:], stats.H_val)):
+            expected, tokens = own_moments(block.module, hidden, e, last)
+            if e < EXPERTS - 1:
+                torch.testing.assert_close(H.double(), expected, rtol=1e-4, atol=1e-5)
+            else:
+                assert tokens == 0
+                assert not H.any()
 
 
-def test_the_layers_moment_is_that_of_all_experts_together():
+def test_the_layers_moments_are_those_of_all_experts_together():
     block = mixture()
-    H = statistics_of(block, "layer")["0.gate_proj"].H
+    groups = groups_of(block)
+    statistics = ExpertStatistics(block, groups, Clock())
+    every = [own_moments(block.module, block.hidden[:3], e, last=True) for e in range(EXPERTS - 1)]
     X = torch.cat([block.module.entering(h).flatten(0, 1) for h in block.hidden[:3]])
-    s = block.module.mlp.gate(X)[1].square().sum(1, keepdim=True).sqrt()
-    torch.testing.assert_close(H, ((X * s).T @ (X * s)) / s.square().sum(), rtol=1e-4, atol=1e-5)
+    _, scores, index = block.module.mlp.gate(X)
+    weights = [scores[index == e].double().square().sum() for e in range(EXPERTS - 1)]
+    after = sum(w * H for w, (H, _) in zip(weights, every, strict=True)) / sum(weights)
+    torch.testing.assert_close(statistics.layer(groups[1]).H.double(), after, rtol=1e-4, atol=1e-5)
+    s = scores.square().sum(1, keepdim=True).sqrt()
+    before = ((X * s).T @ (X * s)) / s.square().sum()
+    torch.testing.assert_close(statistics.layer(groups[0]).H, before, rtol=1e-4, atol=1e-5)
+    assert statistics.tokens(held_out=False) == [n for _, n in every] + [0]
+    assert sum(statistics.tokens(held_out=True)) == 2 * 100
 
 
 def test_the_last_linear_sees_what_the_rounded_ones_before_it_compute():
@@ -102,13 +111,13 @@ def test_the_last_linear_sees_what_the_rounded_ones_before_it_compute():
         if len(group.linears) == 2:
             block.replace_weight(group.linears[1], torch.zeros(INNER, WIDTH))
 
-    found = statistics_of(block, "all-tokens", zero)
+    found = statistics_of(block, after_each=zero)
     assert not found["0.down_proj"].H.any()
     assert found["0.gate_proj"].H.any()
 
 
 def test_every_expert_runs_on_every_token_if_asked():
-    found = statistics_of(mixture(), "all-tokens")
+    found = statistics_of(mixture(), all_tokens=True)
     assert {stats.tokens for stats in found.values()} == {300}
     assert torch.equal(found["0.gate_proj"].H, found["5.gate_proj"].H)
 
@@ -132,7 +141,7 @@ def test_the_target_of_an_expert_is_that_of_its_tokens():
     T = (X_o - X)[token] @ W.T
     expected = (T * s).T @ (X[token] * s) / s.square().sum()
     stats = statistics_of(block)["0.gate_proj"]
-    torch.testing.assert_close(stats.target_moment, (1 - stats.borrowed) * expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(stats.target_moment, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_original_model_leaves_the_block_when_it_has_run():
@@ -141,41 +150,3 @@ def test_the_original_model_leaves_the_block_when_it_has_run():
     statistics_of(block)
     for leaving, h in zip(block.original, expected, strict=True):
         torch.testing.assert_close(leaving, h)
-
-
-def sampled(counts, spread, seed):
-    """Return second moments of experts whose true ones differ by `spread`, from so many samples, and the true ones."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = torch.diag(torch.linspace(0.2, 2, 24, dtype=torch.float64))
-    moments, true = [], []
-    for count in counts:
-        A = shape + spread * torch.randn(24, 24, generator=generator, dtype=torch.float64)
-        X = torch.randn(count, 24, generator=generator, dtype=torch.float64) @ A
-        X_val = torch.randn(max(4, count // 9), 24, generator=generator, dtype=torch.float64) @ A
-        moments.append((X.T @ X / count, X_val.T @ X_val / len(X_val), len(X_val)))
-        true.append(A.T @ A)
-    return moments, true
-
-
-@pytest.mark.parametrize("spread", [0.02, 0.1, 0.4])
-def test_what_is_borrowed_is_nearly_the_best_share_whether_experts_are_alike_or_not(spread):
-    counts = [20, 30, 45, 70, 100, 150, 220, 330]
-    moments, true = sampled(counts, spread, 0)
-    own, own_val = (torch.stack([m[i] for m in moments]) for i in (0, 1))
-    n, v = torch.tensor(counts, dtype=torch.float64), torch.tensor([float(m[2]) for m in moments])
-    layer, layer_val = ((w[:, None, None] * M).sum(0) / w.sum() for w, M in ((n, own), (v, own_val)))
-    borrowed, _ = _borrowed(own, n, own_val, v, layer, layer_val)
-
-    def error(shares):
-        size = layer.diagonal().sqrt()
-        scale = torch.outer(size, size)
-        return sum(
-            (((1 - share) * H + share * layer - M) / scale).square().sum().item()
-            for share, H, M in zip(shares, own, true, strict=True)
-        )
-
-    best = min(error([share / 50] * len(counts)) for share in range(51))
-    if spread > 0.02:  # else nothing beats the layer's
-        assert error(borrowed) < min(error([0.0] * len(counts)), error([1.0] * len(counts)))
-    assert error(borrowed) < 1.2 * best  # nearly as good as the best share for all, which nobody knows beforehand
-    assert borrowed[0] > borrowed[-1]

@@ -44,7 +44,7 @@ def test_a_small_budget_of_memory_changes_nothing_but_the_batches(monkeypatch):
     sizes = []
     model = tiny_model("llama-gqa")
     model.register_forward_pre_hook(lambda _, a, k: sizes.append(len(k["input_ids"])), with_kwargs=True)
-    monkeypatch.setattr("llmq.calibration.self_generated._CACHE_BYTES", {"cpu": 3 * 24 * 2 * 4 * 3 * 2 * 16})
+    monkeypatch.setattr("llmq.calibration.self_generated._CACHE_BYTES", {"cpu": 3 * 24 * 2 * 4 * 2 * 2 * 16})
     assert sample_sequences(model, None, settings()).shape == (7, 24)
     assert set(sizes) == {3, 1}
 

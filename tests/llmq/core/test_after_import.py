@@ -31,7 +31,7 @@ def test_it_is_called_at_once_for_a_module_that_is_there():
 
 @pytest.mark.parametrize(
     "first",
-    ["import llmq", "from transformers import AutoModelForCausalLM; import llmq", "import llmq.runtime.load"],
+    ["import llmq", "from transformers import AutoModelForCausalLM; import llmq"],
 )
 def test_transformers_knows_llmq_whichever_of_them_is_imported_first(first):
     assert execute_python(f"{first}; from transformers import AutoModelForCausalLM; {KNOWN}") == "True\n"

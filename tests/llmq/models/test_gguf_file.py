@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
-from packed import pack
+from packed import logits, pack, some_tokens
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -41,7 +41,7 @@ def write_gguf(path, extra: dict[str, list[float]], dtype: Any = np.float16, arc
     writer.add_block_count(1)
     writer.add_feed_forward_length(96)
     writer.add_head_count(4)
-    writer.add_head_count_kv(4)
+    writer.add_head_count_kv(2)
     writer.add_rope_dimension_count(WIDTH)
     writer.add_key_length(WIDTH)
     writer.add_rope_freq_base(THETA)
@@ -60,8 +60,8 @@ def write_gguf(path, extra: dict[str, list[float]], dtype: Any = np.float16, arc
     put("output.weight", 64, 64)
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
         writer.add_tensor(f"{name}.weight", np.full(64, 1.0, np.float32))
-    for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
-        put(f"blk.0.{name}.weight", 64, 64)
+    for name, rows in (("attn_q", 64), ("attn_k", 32), ("attn_v", 32), ("attn_output", 64)):
+        put(f"blk.0.{name}.weight", rows, 64)
     if experts:
         writer.add_expert_count(4)
         writer.add_expert_used_count(2)
@@ -87,6 +87,14 @@ def _no_tokenizer(monkeypatch):
     """The files above have none, and none is needed to round weights."""
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", lambda *_, **__: ())
     monkeypatch.setattr(ModelSource, "tokenizer", PreTrainedTokenizerFast.__new__(PreTrainedTokenizerFast))
+
+
+def test_the_source_reads_the_weights_that_transformers_own_loader_reads(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", {})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
+    ours = ModelSource(str(path)).load_all(torch.device("cpu"), torch.float32)
+    ids = some_tokens() % 64
+    assert torch.equal(logits(ours, ids), logits(theirs, ids))
 
 
 def frequencies(directory):

@@ -20,7 +20,7 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def test_layers_of_odd_sides_stay_in_float_and_structures_are_said_once(tmp_path, text_file, capsys):
-    model = save_tiny(tmp_path / "model", intermediate_size=104)
+    model = save_tiny(tmp_path / "model", intermediate_size=104, num_hidden_layers=3)
     options = {"layer_bits": ("layers.1.*=8",), "dry_run": True}
     request, run = open_run(model, text_file, tmp_path / "out", **options)
     said = "\n".join(lines(plan_of(request, run)))

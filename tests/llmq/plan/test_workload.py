@@ -1,7 +1,7 @@
 """The work of one process: hidden states, and its share of the text."""
 
 import pytest
-from other_models import save_other
+from architectures.tiny_models import save_tiny
 from planned import open_run
 
 from llmq.core.distributed import ALONE, Ranks
@@ -43,13 +43,13 @@ def test_each_of_several_processes_has_its_share(llama, text_file, tmp_path):
     assert two.states == alone.states // 2
 
 
-@pytest.mark.parametrize(("name", "shared"), [("gemma4", 0), ("gemma4-shared", 2 * 2 * (16 + 32))])
+@pytest.mark.parametrize(("name", "shared"), [("gemma4_text", 0), ("gemma4_text@shared", 2 * 2 * (16 + 32))])
 def test_all_that_waits_for_the_next_block_is_counted(name, shared, text_file, tmp_path):
-    save_other(tmp_path / "model", name)
+    blocks = save_tiny(name, tmp_path / "model").config.num_hidden_layers
     request, run = open_run(tmp_path / "model", text_file, tmp_path / "out")
     states, tokens = states_of(request, run), 10 * 64
-    # 32 numbers for each token and each of four blocks; keys and values of two heads of 16 and of two of 32 numbers.
-    assert states.arguments == tokens * 4 * 32 * 4
+    # 32 numbers for each token and each of the blocks; keys and values of two heads of 16 and of two of 32 numbers.
+    assert states.arguments == tokens * blocks * 32 * 4
     assert states.nbytes == 2 * tokens * (64 + shared) * 4 + states.arguments
     assert workload_of(request, run, states).arguments == states.arguments
     plan_of(request, run)

@@ -10,7 +10,6 @@ from small_runs import run
 from tiny import save_tiny
 
 from llmq.checkpoint.output_dir import REPORT
-from llmq.core.config import METHODS
 from llmq.core.errors import RequestError
 from llmq.core.settings import Tuned
 from llmq.run import block_quantizer
@@ -19,8 +18,13 @@ from llmq.run.layer_problem import packable_groups
 from llmq.runtime.load import load
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "gemma2", "phi3"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *(("llama-gqa", "awq"), ("qwen2", "awq"), ("gemma2", "awq"), ("phi3", "awq")),  # what is folded differs
+        *(("phi3", "gptq"), ("gemma2", "awq+gptq"), ("qwen2", "tuned"), ("llama-gqa", "rtn")),
+    ],
+)
 def test_the_checkpoint_holds_what_the_blocks_computed_with(name, method, tmp_path, text_file, monkeypatch):
     """bf16 source, biases, folded norms: every tensor in memory when a block is done comes back from disk."""
     computed = {}
@@ -43,7 +47,7 @@ def test_the_checkpoint_holds_what_the_blocks_computed_with(name, method, tmp_pa
         found = module.dequantize() if is_packed else state[tensor_name]
         # In bfloat16 where that is what matmuls take.
         assert torch.equal(found.to(expected.dtype), expected), tensor_name
-    assert len(computed) >= 18
+    assert len(computed) >= 12
 
 
 @pytest.mark.parametrize("method", ["gptq", "tuned"])
@@ -70,7 +74,7 @@ def test_linears_that_cannot_be_packed_stay_in_float_and_are_listed(tmp_path, te
     source = save_tiny(tmp_path / "source", intermediate_size=80)
     output = run(source, text_file, tmp_path / "out")
     ignored = json.loads((output / "config.json").read_text())["quantization_config"]["ignore"]
-    expected = [f"model.layers.{i}.mlp.{name}" for i in range(3) for name in ("gate_proj", "up_proj", "down_proj")]
+    expected = [f"model.layers.{i}.mlp.{name}" for i in range(2) for name in ("gate_proj", "up_proj", "down_proj")]
     assert ignored == [*expected, "lm_head"]
     notes = json.loads((output / REPORT).read_text())["notes"]
     assert any("80x64" in entry["note"] for entry in notes)
@@ -106,7 +110,7 @@ def test_statistics_of_a_stage_are_freed_before_those_of_the_next_are_summed(
         return statistics
 
     monkeypatch.setattr(block_quantizer, "collect_statistics", spy)
-    run(llama, text_file, tmp_path / "out", method=method, effort=effort, blocks="0-1")
+    run(llama, text_file, tmp_path / "out", method=method, effort=effort)
     assert len(stages) == 2 * (1 if effort == "fast" else 4)
     assert len(alive) == 2 * 4
     assert not any(stages)

@@ -37,7 +37,7 @@ def packed(tmp_path_factory):
 
     def checkpoint(kind):
         if not made:
-            save_tiny(root / "source", "qwen2", torch.bfloat16, num_hidden_layers=2)
+            save_tiny(root / "source", "qwen2", torch.bfloat16)
         if kind not in made:
             made[kind] = pack(root / "source", root / kind.replace(" ", "-"), **KINDS[kind])
         return made[kind]

@@ -14,6 +14,7 @@ from llmq.algorithms import rtn
 from llmq.checkpoint.output_dir import REPORT
 from llmq.core.config import QuantizeConfig
 from llmq.core.timing import Clock
+from llmq.models.block_structure import Expert, Group
 from llmq.models.packed_share import PackedShare
 from llmq.models.untrusted_files import read_json
 from llmq.run.report import Report
@@ -75,7 +76,7 @@ def test_an_entry_notes_rows_that_were_dropped_and_is_told_once_it_is_final(tmp_
     problem = make_problem(correlated_inputs())
     problem.statistics.dropped = 3
     linears = ("self_attn.q_proj", "self_attn.k_proj")
-    made = report.group("model.layers.0", linears, (0.25, 0.5), rtn.solve(problem), problem.statistics)
+    made = report.group("model.layers.0", Group(linears), (0.25, 0.5), rtn.solve(problem), problem.statistics)
     note = "3 token rows with NaN or infinity left out"
     assert report.notes == [{"where": "model.layers.0.q_proj+k_proj", "note": note}]
     assert (made["error"], made["rtn_error"], made["dropped_rows"]) == (0.25, 0.5, 3)
@@ -85,6 +86,28 @@ def test_an_entry_notes_rows_that_were_dropped_and_is_told_once_it_is_final(tmp_
     assert told[0].items() > made.items()
     assert told[0]["peak_memory_bytes"] > 1e6
     assert json.loads(json.dumps(report.to_json()))["groups"] == told
+
+
+def test_tokens_of_experts_are_told_and_one_that_saw_none_is_noted(report, capsys, tmp_path):
+    problem = make_problem(correlated_inputs())
+    for number, tokens in enumerate((0, 40, 7)):
+        for linears in (("gate_proj", "up_proj"), ("down_proj",)):
+            group = Group(
+                tuple(f"mlp.experts.{number}.{name}" for name in linears), expert=Expert("mlp.experts", number)
+            )
+            problem.statistics.tokens, problem.statistics.borrowed = tokens, 0.5
+            report.add(report.group("model.layers.0", group, (0.25, 0.5), rtn.solve(problem), problem.statistics))
+    note = "no token was routed to this expert: it is rounded for the tokens of all experts"
+    assert report.notes == [{"where": "model.layers.0.0.gate_proj+up_proj", "note": note}]
+    assert [(entry["expert"], entry["tokens"], entry["borrowed"]) for entry in report.groups[::2]] == [
+        (0, 0, 0.5),
+        (1, 40, 0.5),
+        (2, 7, 0.5),
+    ]
+    report.show(tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "tokens per expert: 0 to 40, half of them above 7; 1 of 3 experts saw none" in said
+    assert "model.layers.0 1.down_proj" in said
 
 
 def test_the_share_of_packed_weights_is_told_and_a_small_one_is_a_warning(llama, tmp_path):

@@ -41,7 +41,8 @@ def killed_and_resumed(config, moments, tmp_path):
 
 
 def some(number):
-    return lambda count: sorted({1 + (count - 1) * i // (number - 1) for i in range(number)})
+    """So many moments, evenly spread; what lies before all work or after it is the same for all of the tests below."""
+    return lambda count: [count * (i + 1) // (number + 1) for i in range(number)]
 
 
 def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(config, tmp_path):
@@ -58,24 +59,24 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(config, tm
         {"method": "awq+gptq"},
         {"method": "rtn"},
         {"effort": "best", "bits": 3},
-        {"format": "gptq", "blocks": "0-1"},
+        {"format": "gptq", "blocks": "0"},
         {"method": "tuned", "tuned": Tuned(steps=2, end_steps=0)},
     ],
     ids=str,
 )
 def test_so_it_does_with_other_methods(changes, config, tmp_path):
-    killed_and_resumed(replace(config, **changes), some(3), tmp_path)
+    killed_and_resumed(replace(config, **changes), some(2), tmp_path)
 
 
 def test_so_it_does_with_hidden_states_on_disk(config, tmp_path):
     (tmp_path / "states").mkdir()
-    killed_and_resumed(replace(config, offload_dir=tmp_path / "states"), some(6), tmp_path)
+    killed_and_resumed(replace(config, offload_dir=tmp_path / "states"), some(4), tmp_path)
     assert not list((tmp_path / "states").iterdir())
 
 
 def test_so_it_does_when_trained_from_end_to_end(config, tmp_path):
     settings = Tuned(end_steps=2, end_samples=0)
-    killed_and_resumed(replace(config, method="tuned", tuned=settings), some(5), tmp_path)
+    killed_and_resumed(replace(config, method="tuned", tuned=settings), some(3), tmp_path)
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -90,10 +91,10 @@ def test_finished_blocks_are_not_solved_again(on_disk, config, tmp_path, monkeyp
 
     monkeypatch.setattr(_StreamedStates, "enter", spy)
     llmq.quantize(replace(config, resume=True))
-    assert entered == ([2] if on_disk else [0, 1, 2])
+    assert entered == ([1] if on_disk else [0, 1])
     report = json.loads((config.output / REPORT).read_text())
-    assert [group["block"] for group in report["groups"]] == [f"model.layers.{i}" for i in range(3) for _ in range(4)]
-    assert report["resumed"] == ["model.layers.1"]
+    assert [group["block"] for group in report["groups"]] == [f"model.layers.{i}" for i in range(2) for _ in range(4)]
+    assert report["resumed"] == ["model.layers.0"]
 
 
 def test_hidden_states_on_disk_are_not_believed_after_the_machine_went_down(config, tmp_path, monkeypatch):
@@ -175,15 +176,15 @@ def test_progress_is_one_json_object_a_line_and_a_line_per_group(config):
     llmq.quantize(config)
     lines = [json.loads(line) for line in (config.output / PROGRESS).read_text().splitlines()]
     groups = [line for line in lines if "linears" in line]
-    assert len(groups) == 3 * 4
+    assert len(groups) == 2 * 4
     assert all(0 < line["error"] < 1 and line["peak_memory_bytes"] > 1e8 for line in groups)
     assert [line["at"] for line in groups] == sorted(line["at"] for line in groups)
     finished = [line["finished"] for line in lines if "finished" in line]
-    assert finished == ["outside the blocks", *(f"model.layers.{i}" for i in range(3))]
+    assert finished == ["outside the blocks", *(f"model.layers.{i}" for i in range(2))]
 
 
 def test_a_line_cut_off_in_the_middle_does_not_count(config, monkeypatch):
     interrupted(config, monkeypatch)
     path = config.output / PROGRESS
     path.write_bytes(path.read_bytes()[:-10])
-    assert [step.finished["finished"] for step in read_journal(path)[1]] == ["outside the blocks", "model.layers.0"]
+    assert [step.finished["finished"] for step in read_journal(path)[1]] == ["outside the blocks"]

@@ -1,5 +1,6 @@
 """Runs that are interrupted more than once, or where it hurts: overwriting, moving, training, written text."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -40,14 +41,16 @@ def test_states_are_gone_with_a_run_that_leaves_nothing(config, tmp_path, monkey
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_checkpoint_that_was_being_overwritten_is_not_taken_for_a_whole_one(finished, config, monkeypatch):
+def test_a_checkpoint_that_was_being_overwritten_is_not_taken_for_a_whole_one(finished, config, tmp_path, monkeypatch):
     config = replace(config, method="rtn")
     llmq.quantize(config)
     wanted = result_of(config.output)
+    if not finished:
+        interrupted(replace(config, overwrite=True), monkeypatch)
+    before = config.output.rename(tmp_path / "before")
     for moment in range(1, 9):
-        llmq.quantize(replace(config, overwrite=True))
-        if not finished:
-            interrupted(replace(config, overwrite=True), monkeypatch)
+        shutil.rmtree(config.output, ignore_errors=True)
+        shutil.copytree(before, config.output)
         assert quantize_until(moment, replace(config, overwrite=True)) == -9
         if quantize_until(0, replace(config, resume=True)) == 0:
             assert result_of(config.output) == wanted, moment

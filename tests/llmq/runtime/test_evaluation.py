@@ -24,7 +24,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def other():
-    return tiny_model("llama-gqa", seed=1)
+    return tiny_model("llama-gqa", seed=1, num_hidden_layers=3)
 
 
 class Fixed:

@@ -35,9 +35,9 @@ def test_a_step_of_a_packed_llama_is_mostly_c_functions(llama, tmp_path, monkeyp
     recording, inputs = recorded_step(model)
     fused = fusion.fused(recording, {})
     kinds = quick(fused)
-    assert kinds.count(NativeMatmul.__name__) == 3 * 4
-    assert kinds.count(NativeRmsNorm.__name__) == 3 * 2 + 1
-    assert kinds.count("rotate") == 3 * 2
+    assert kinds.count(NativeMatmul.__name__) == 2 * 4
+    assert kinds.count(NativeRmsNorm.__name__) == 2 * 2 + 1
+    assert kinds.count("rotate") == 2 * 2
     assert len(fused.calls) < 0.65 * len(recording.calls)
     torch.testing.assert_close(compiled(fused)(*inputs), compiled(recording)(*inputs), rtol=1e-4, atol=1e-5)
 

@@ -106,8 +106,8 @@ def test_a_linear_of_another_model_is_refused(checkpoint):
 
 
 def test_a_packed_linear_that_the_model_has_not_is_refused(checkpoint):
-    change_config(checkpoint, lambda config: config.update(num_hidden_layers=2, layer_types=["full_attention"] * 2))
-    refused(checkpoint, "model.layers.2.mlp.down_proj is packed, but the model has no such linear")
+    change_config(checkpoint, lambda config: config.update(num_hidden_layers=1, layer_types=["full_attention"]))
+    refused(checkpoint, "model.layers.1.mlp.down_proj is packed, but the model has no such linear")
 
 
 @pytest.mark.parametrize("method", ["gguf", "", None, 4])
