@@ -35,8 +35,8 @@ KINDS = (
     "recurrent_gemma",
     "xglm",
 )
-# transformers 5.23 reads the weights of packed linears when it initializes some models. It would not find the experts of
-# gpt-oss: they are stored as gptq, for which it asks for a package.
+# transformers 5.23 reads the weights of packed linears when it initializes some models. It would not find the experts
+# of gpt-oss: they are stored as gptq, for which it asks for a package.
 STOCK_FAILS = {"falcon", "gpt_oss", "mamba", "mamba2", "recurrent_gemma"}
 
 
