@@ -56,9 +56,10 @@ class _Kept:
     rows: dict[int, Tensor]  # of each expert that has some
     weights: dict[int, Tensor]  # s² of these rows
 
-    def rows_of(self, expert: int) -> _Rows:
+    def rows_of(self, expert: int, in_both: bool) -> _Rows:
         rows = self.rows.get(expert, torch.empty(0, dtype=torch.long))
-        return _Rows(self.X[rows], None if self.X_o is None else self.X_o[rows], self.weights.get(expert, rows.float()))
+        X_o = self.X_o[rows] if in_both and self.X_o is not None else None
+        return _Rows(self.X[rows], X_o, self.weights.get(expert, rows.float()))
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,11 @@ class ExpertStatistics:
         return _Batch(entering.X, X_o, *_places(entering, self._layout.experts))
 
     @torch.no_grad()
-    def of(self, group: Group) -> InputStatistics:
+    def of(self, group: Group, with_target: bool = True) -> InputStatistics:
         """Return the statistics of a group over its expert's own tokens.
 
-        The first linears of an expert come before its last one, which sees what they compute now.
+        The first linears of an expert come before its last one, which sees what they compute now. `with_target`: also
+        return the target moments, if the original model runs.
         """
         assert group.expert is not None
         is_last = group.linears[0].endswith(DOWN)
@@ -151,9 +153,9 @@ class ExpertStatistics:
                     for rows, X_o in zip(self._rows, self._inner_o, strict=True)
                 ]
         else:
-            rows = self._enter(group.expert.number)
+            rows = self._enter(group.expert.number, with_target)
         with self._clock("statistics"):
-            return self._summed(group, rows)
+            return self._summed(group, rows, with_target)
 
     def layer(self, group: Group) -> LayerMoments:
         """Return the moments of all experts, with the weights that they had at first, where this group reads."""
@@ -163,18 +165,18 @@ class ExpertStatistics:
         """Return how many tokens each expert has."""
         return self._tokens[held_out]
 
-    def _enter(self, expert: int) -> list[_Rows]:
+    def _enter(self, expert: int, with_target: bool) -> list[_Rows]:
         """Take the rows of an expert, and run it as it is in the original model."""
         self._rows, texts = [], iter(self._text)
         for share in self._block.shares:
-            of_share = [batch.rows_of(expert) for batch in islice(texts, len(share.batches))]
+            of_share = [batch.rows_of(expert, with_target) for batch in islice(texts, len(share.batches))]
             self._rows.append(_Rows.together(of_share, self._before.H.shape[0]).to(self._block.compute.device))
         with self._clock("forward"), self._block.autocast():
             self._inner_o = [None if r.X_o is None else activated(self._module, expert, r.X_o) for r in self._rows]
         return self._rows
 
-    def _summed(self, group: Group, rows: list[_Rows]) -> InputStatistics:
-        sums = GroupSums(group, self._block)
+    def _summed(self, group: Group, rows: list[_Rows], with_target: bool) -> InputStatistics:
+        sums = GroupSums(group, self._block if with_target else replace(self._block, original=None))
         for share, each in zip(self._block.shares, rows, strict=True):
             if len(each.X):
                 differences = [] if each.X_o is None else [each.X_o - each.X]

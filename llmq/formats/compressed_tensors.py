@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.formats.name_patterns import Patterns
+from llmq.formats.name_patterns import Patterns, pattern_of_experts, without_experts
 from llmq.formats.packing import pack_stream, packed_length, unpack_stream
 from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, expect_words, part_of, tables
 
@@ -70,14 +70,15 @@ def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
     """Return the `quantization_config` of config.json. `ignore` lists every nn.Linear that stays in float.
 
     One scheme becomes a group for every Linear. Several schemes become groups of full names: if two patterns fit,
-    readers disagree on the order. Engines that fuse layers look for the names of the single layers.
+    readers disagree on the order. Engines that fuse layers look for the names of the single layers; all experts of a
+    module are one pattern.
     """
     layers: dict[Scheme, list[str]] = defaultdict(list)
     for name in sorted(schemes):
         layers[schemes[name]].append(name)
     groups = {
         f"group_{i}": {
-            "targets": ["Linear"] if len(layers) == 1 else names,
+            "targets": ["Linear"] if len(layers) == 1 else _targets(names, schemes),
             "format": "pack-quantized",
             "weights": _weights(scheme),
             "input_activations": None,
@@ -92,7 +93,7 @@ def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
-        "ignore": ignore,
+        "ignore": _targets(ignore, schemes),
         "config_groups": groups,
     }
 
@@ -128,6 +129,13 @@ def _fitting(name: str, targets: Container[str], expressions: list[str], pattern
         return name
     by_pattern = next((target for target in expressions if patterns.match(target[3:], name)), None)
     return by_pattern or ("Linear" if "Linear" in targets else None)
+
+
+def _targets(names: Iterable[str], schemes: Schemes) -> list[str]:
+    """Return targets for these linears: their names, and patterns for experts."""
+    own = set(names)
+    single, modules = without_experts(names, schemes.keys() - own)
+    return [*single, *(f"re:{pattern_of_experts(module)}$" for module in modules)]
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:

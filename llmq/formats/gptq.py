@@ -21,7 +21,7 @@ from torch import Tensor
 from llmq.core.config import VERSION
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.formats.name_patterns import Patterns
+from llmq.formats.name_patterns import Patterns, pattern_of_experts, without_experts
 from llmq.formats.packing import pack_stream, packed_length, unpack_stream
 from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, expect_words, part_of, tables
 
@@ -91,10 +91,10 @@ def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
     others: dict[Scheme, list[str]] = defaultdict(list)
     for name in sorted(schemes):
         others[schemes[name]].append(name)
-    dynamic = {_rule(names): _changes(scheme, most) for scheme, names in others.items() if scheme != most}
+    dynamic = {_rule(names, schemes): _changes(scheme, most) for scheme, names in others.items() if scheme != most}
     # Without a rule, readers take every linear inside the blocks as packed. `lm_head` below says it of the head.
     if left_out := [name for name in ignore if name != "lm_head"]:
-        dynamic[_rule(left_out, "-:")] = {}
+        dynamic[_rule(left_out, schemes, "-:")] = {}
     config = {
         "quant_method": METHOD,
         "bits": most.bits,
@@ -153,11 +153,16 @@ def _group_of(name: str, stored: Tensor | None, natural: Tensor, groups: int, sc
     return stored
 
 
-def _rule(names: list[str], sign: str = "+:") -> str:
-    """Return one rule for these linears and their fused names. Readers try every rule on every name: one is fast."""
-    split = [name.rpartition(".") for name in names]
+def _rule(names: list[str], schemes: Schemes, sign: str = "+:") -> str:
+    """Return one rule for these linears and their fused names. Readers try every rule on every name: one is fast.
+
+    vLLM looks for the experts of a module under the module's own name.
+    """
+    single, modules = without_experts(names, schemes.keys() - set(names))
+    split = [name.rpartition(".") for name in single]
     fused = [f"{parent}.{_FUSED[leaf]}" for parent, _, leaf in split if leaf in _FUSED]
-    return f"{sign}^({'|'.join(re.escape(name) for name in [*names, *fused])})$"
+    escaped = [re.escape(name) for name in [*single, *fused, *modules]]
+    return f"{sign}^({'|'.join([*escaped, *map(pattern_of_experts, modules)])})$"
 
 
 def _changes(scheme: Scheme, most: Scheme) -> dict[str, Any]:

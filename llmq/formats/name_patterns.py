@@ -1,6 +1,8 @@
 """Match names against the patterns of a checkpoint. A bad pattern takes no more than a second."""
 
+import re
 import time
+from collections.abc import Iterable
 
 import regex
 
@@ -10,6 +12,31 @@ from llmq.core.errors import CheckpointError
 # machine is no reason to refuse a checkpoint.
 _SECONDS = 1.0
 _LONGEST = 100_000
+
+_EXPERT = re.compile(r"(.*\bexperts)\.[0-9]+\.[^.]+")
+# What engines call the linears of an expert, whatever the files do. SGLang looks for the first three.
+_OF_EXPERTS = r"\.[0-9]+\.(gate_proj|up_proj|down_proj|w1|w2|w3)"
+
+
+def without_experts(names: Iterable[str], others: Iterable[str] = ()) -> tuple[list[str], list[str]]:
+    """Return the names that are no linears of experts, and the names of the modules of all experts among them.
+
+    `others`: names of linears with other settings. The experts of a module that has some of them stay single names.
+    """
+    apart = {found[1] for name in others if (found := _EXPERT.fullmatch(name))}
+    single, modules = list[str](), dict[str, None]()
+    for name in names:
+        found = _EXPERT.fullmatch(name)
+        if found is None or found[1] in apart:
+            single.append(name)
+        else:
+            modules[found[1]] = None
+    return single, list(modules)
+
+
+def pattern_of_experts(module: str) -> str:
+    """Return a pattern for the linears of all experts of a module. Engines look for one of them, by several names."""
+    return re.escape(module) + _OF_EXPERTS
 
 
 class Patterns:

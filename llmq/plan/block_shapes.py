@@ -1,8 +1,11 @@
 """Finds the linears of each block and their shapes. Blocks get random weights: only the headers of files are read."""
 
 import math
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Container, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,9 @@ from llmq.calibration.block_runner import Block
 from llmq.calibration.block_stream import load_block
 from llmq.core.memory import release_memory
 from llmq.models.block_structure import Group
+from llmq.models.experts import layout_of as experts_of
+from llmq.models.experts import layouts as modules_of_experts
+from llmq.models.experts import routed
 from llmq.models.model_source import ModelSource
 from llmq.run.block_quantizer import Run
 from llmq.run.layer_problem import packable_groups
@@ -30,6 +36,8 @@ class Layout:
     shapes: dict[str, tuple[int, int]]  # (rows, columns) of every linear
     skipped: dict[str, str]  # linears that stay in float, with the reason
     other_count: int  # parameters outside the linears
+    shares: dict[str, float] = field(default_factory=dict[str, float])
+    """The share of the tokens that each expert of a module gets, by the name of the module: k / E."""
 
     def shape(self, group: Group) -> tuple[int, int]:
         """Return (rows, columns) of a group: its linears have the same columns, their rows are stacked."""
@@ -38,6 +46,14 @@ class Layout:
     def weights_of(self, group: Group) -> int:
         """Count the weights of a group: rows x columns."""
         return math.prod(self.shape(group))
+
+    def share(self, group: Group) -> float:
+        """Return the share of the tokens that a group gets: all, unless it is of an expert."""
+        return 1.0 if group.expert is None else self.shares[group.expert.module]
+
+    def used(self, groups: Sequence[Group]) -> float:
+        """Count the weights of these groups that a token meets, on average."""
+        return sum(self.share(group) * self.weights_of(group) for group in groups)
 
     def moment_size(self, group: Group) -> int:
         """Count the entries of H, the second moment of a group's input: columns x columns."""
@@ -48,12 +64,19 @@ class Layout:
         """Count the weights of all linears."""
         return sum(map(math.prod, self.shapes.values()))
 
+    @property
+    def used_count(self) -> float:
+        """Count the weights of all linears that a token meets."""
+        experts = [group for group in self.groups if group.expert is not None]
+        return max(1, self.weight_count - sum(map(self.weights_of, experts)) + self.used(experts))
+
 
 class _RandomWeights(ModelSource):
     """The same model with random weights instead of those on disk."""
 
     def __init__(self, source: ModelSource) -> None:
         vars(self).update(vars(source))
+        self._experts = tuple(f"{name}." for name in modules_of_experts(self.skeleton))
 
     def load(self, names: list[str], device: torch.device, dtype: torch.dtype) -> None:
         """Give random values to the tensors of these names."""
@@ -63,7 +86,12 @@ class _RandomWeights(ModelSource):
         floats = {name: state[name].shape for name in names if state[name].is_floating_point()}
         # Outside the blocks all rows are parts of the same memory: embeddings can be as large as ten blocks.
         shared = {name for name, shape in floats.items() if not name.startswith(inside) and len(shape) > 1}
-        self._assign({n: _repeated(s, base) if n in shared else _filled(s, base) for n, s in floats.items()})
+        # All experts have the same weights: a block of DeepSeek-V3 takes 46 GB.
+        kinds = {shape: _filled(shape, base) for name, shape in floats.items() if name.startswith(self._experts)}
+        own = {name: shape for name, shape in floats.items() if not name.startswith(self._experts)}
+        tensors = {name: kinds[shape] for name, shape in floats.items() if name not in own}
+        tensors |= {n: _repeated(s, base) if n in shared else _filled(s, base) for n, s in own.items()}
+        self._assign(tensors)
 
 
 def _filled(shape: torch.Size, base: Tensor) -> Tensor:
@@ -120,6 +148,7 @@ class TokenBytes:
     hidden: float  # hidden states
     arguments: float  # other arguments of blocks that depend on the tokens; the same in both models
     shared: float  # what else blocks leave for later ones
+    experts: int  # what enters the experts of a block; it is kept until the block is finished
 
 
 def token_bytes(request: Request, run: Run) -> TokenBytes:
@@ -130,7 +159,10 @@ def token_bytes(request: Request, run: Run) -> TokenBytes:
     if recording.shared_states() is not None:
         for _, block in random_blocks(request, run, ids):
             shared = 0 if block.shared is None else block.shared.sample_bytes
-    return TokenBytes(hidden / ids.numel(), arguments / ids.numel(), shared / ids.numel())
+    modules = [request.source.skeleton.get_submodule(name) for name in modules_of_experts(request.source.skeleton)]
+    widths = [next(m for m in module.modules() if isinstance(m, nn.Linear)).in_features for module in modules]
+    experts = max(widths, default=0) * request.compute.dtype.itemsize
+    return TokenBytes(hidden / ids.numel(), arguments / ids.numel(), shared / ids.numel(), experts)
 
 
 def layouts(request: Request, run: Run) -> Iterator[Layout]:
@@ -141,11 +173,29 @@ def layouts(request: Request, run: Run) -> Iterator[Layout]:
 
 def layout_of(names: tuple[str, ...], block: Block, run: Run) -> Layout:
     """Run the block once and return its layout."""
-    groups, skipped = packable_groups(block, run.source, run.bits)
+    with _shares(block) as shares:
+        groups, skipped = packable_groups(block, run.source, run.bits)
     linears = {name: m.weight for name, m in block.module.named_modules() if isinstance(m, nn.Linear)}
     shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in linears.items()}
     count = sum(parameter.numel() for parameter in block.module.parameters())
-    return Layout(names, tuple(groups), shapes, skipped, count - sum(w.numel() for w in linears.values()))
+    return Layout(names, tuple(groups), shapes, skipped, count - sum(w.numel() for w in linears.values()), shares)
+
+
+@contextmanager
+def _shares(block: Block) -> Generator[dict[str, float]]:
+    """Give the share of the tokens that each expert of a module gets while the block runs inside, by the module."""
+    shares = dict[str, float]()
+    with ExitStack() as hooks:
+        for name in modules_of_experts(block.module):
+
+            def note(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                layout = experts_of(module)
+                assert layout is not None
+                tokens = args[0].flatten(0, -2).shape[0] // (layout.experts if layout.scored else 1)
+                shares[name] = routed(module, args).index.numel() / layout.experts / tokens
+
+            hooks.enter_context(block.module.get_submodule(name).register_forward_pre_hook(note))
+        yield shares
 
 
 def block_ranges(blocks: Sequence[str], some: Container[str]) -> str:
@@ -154,3 +204,9 @@ def block_ranges(blocks: Sequence[str], some: Container[str]) -> str:
     starts = [n for i, n in enumerate(positions) if i == 0 or positions[i - 1] != n - 1]
     ends = [n for i, n in enumerate(positions) if i == len(positions) - 1 or positions[i + 1] != n + 1]
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def counted(texts: Iterable[str]) -> Iterator[str]:
+    """Yield each text once, with numbers in names as * and how often it came: the experts of a block are alike."""
+    for text, count in Counter(re.sub(r"\.\d+\.", ".*.", text) for text in texts).items():
+        yield f"{text}, {count} of them" if count > 1 else text

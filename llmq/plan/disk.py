@@ -74,7 +74,8 @@ def disks(request: Request, states: States, output: int) -> list[Disk]:
     if states.directory is not None:
         existing = sum(path.stat().st_size for path in states.directory.glob("*.states"))
         # Twice: a block's outputs are written while its inputs are still there.
-        needed.append((states.directory, "hidden states", local * max(0, 2 * states.nbytes - existing)))
+        size = 2 * states.nbytes + states.experts
+        needed.append((states.directory, "hidden states", local * max(0, size - existing)))
     by_device: dict[int, Disk] = {}
     for path, what, size in needed:
         parent = existing_parent(path)

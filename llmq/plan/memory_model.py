@@ -25,30 +25,25 @@ multiplied in bfloat16. Its largest moment is "the sums of down_proj" (N = 4096,
 The program itself takes 0.45 GB more: 4.26 GB. A run of this shape took 3.77 GB at most (docs/scale.md, 2026-11-26).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from llmq.algorithms.awq import ROWS_PER_SEARCH
-from llmq.calibration.kept_inputs import MOST_KEPT
+from llmq.algorithms.shrinkage import JUDGES
 from llmq.calibration.ordered_sums import shares_ahead
 from llmq.calibration.self_generated import SELF
 from llmq.models.block_structure import Group
 from llmq.models.decoder_blocks import decoder_of
+from llmq.models.model_source import ModelSource
 from llmq.plan.block_shapes import Layout
+from llmq.plan.group_memory import forward_bytes, kept_bytes, problem_bytes, solving_bytes, sum_bytes
 from llmq.plan.workload import Workload
 from llmq.run.block_quantizer import Run
 from llmq.run.prepare import Request
 
 END_TO_END = "training from end to end"
-# Buffers that libraries (OpenMP, oneDNN, the allocator) take for themselves: an allowance, not derived.
-_SCRATCH = 50_000_000
-# Float32 tensors alive at once in a forward, each as wide as the widest linear. A Llama layer of 1024 x 2752 took 6.0
-# at 2048 tokens (2026-11-28). "Widest" counts gate and up as one, so there is room for a factor of two.
-_ACTIVATIONS = 6
-# Rows that are rounded or moved together where that is done strip by strip (_ROWS in algorithms/).
-_STRIP = 1024
 # For each weight of a block in training: V, its gradient, two moments of Adam, the weight and its gradient (6 float32);
 # the codes of the best state so far.
 _TRAINED = 6 * 4 + 1
@@ -56,6 +51,7 @@ _TRAINED = 6 * 4 + 1
 _TRAINED_END, _TRAINED_END_SCALES = 5 * 4, 2 * 4
 # Of a GGUF file, for each weight: its packed bytes (1 at most), then float32 before and after rows are permuted.
 _READ_GGUF = 1 + 4 + 4
+_BUSY = 4  # tokens that the busiest expert gets, in multiples of the mean: an allowance
 _CACHE = 512_000_000  # keys and values while the model writes text: _CACHE_BYTES of self_generated.py
 
 
@@ -77,95 +73,83 @@ def block_moments(load: Workload, layout: Layout, run: Run) -> Iterator[Moment]:
     solved: list[Group] = []
     for stage in load.stages(layout):
         last = len(solved) + len(stage) == len(layout.groups)
+        if stage and stage[0].expert is not None:
+            codes = sum(layout.weights_of(group) for group in solved if group.expert is None)
+            yield from _expert_moments(load, layout, run, stage, weights + codes)
+            solved += stage
+            continue
         host = load.states + kept_bytes(load, layout, solved, stage, last)
         codes = sum(map(layout.weights_of, solved))
         if load.statistics:
             original = codes * load.factor_bytes if load.streams == 2 else 0
-            sums = _forward_bytes(load, layout, [*solved, *stage]) + sum(_sum_bytes(load, layout, g) for g in stage)
+            sums = forward_bytes(load, layout, [*solved, *stage]) + sum(sum_bytes(load, layout, g) for g in stage)
             yield Moment(f"the sums of {_leaves(stage)}", host, weights + codes + original + sums)
         # After the last sum of a block the original weights are freed.
         before = weights + codes + (codes * load.factor_bytes if load.streams == 2 and not last else 0)
         for i, group in enumerate(stage):
-            waiting = sum(_problem_bytes(load, layout, other) for other in stage[i + 1 :])
+            waiting = sum(problem_bytes(load, layout, other) for other in stage[i + 1 :])
             rounded = sum(map(layout.weights_of, stage[:i]))
-            needed = before + waiting + rounded + _solving_bytes(load, layout, group, run)
+            needed = before + waiting + rounded + solving_bytes(load, layout, group, run)
             yield Moment(f"the solving of {_leaves([group])}", host, needed)
         solved += stage
     if run.refine is not None:
         # The way back needs the input and output of every linear, in float32.
         batch = run.config.tuned.batch * load.batch * sum(map(sum, layout.shapes.values())) * 4
-        trained = sum(map(layout.weights_of, layout.groups)) * (1 + _TRAINED)  # 1: the codes before the training
+        # 1: the codes before the training.
+        trained = sum(layout.weights_of(group) for group in _usual(layout)) * (1 + _TRAINED)
         yield Moment("the training of a block", load.states, weights + trained + _all_problems(layout) + batch)
 
 
 def _transform_moments(load: Workload, layout: Layout, weights: int) -> Iterator[Moment]:
     """Yield the moments while a method changes a block (awq): it takes the statistics of all groups at once."""
-    sums = sum(4 * load.sums * layout.moment_size(g) + load.linear_bytes * layout.weights_of(g) for g in layout.groups)
-    forward = _forward_bytes(load, layout, layout.groups)
+    groups = _usual(layout)
+    sums = sum(4 * load.sums * layout.moment_size(g) + load.linear_bytes * layout.weights_of(g) for g in groups)
+    forward = forward_bytes(load, layout, groups)
     yield Moment("the sums of all layers", load.states, weights + forward + sums)
-    widest = max((columns for _, columns in map(layout.shape, layout.groups)), default=0)
+    widest = max((columns for _, columns in map(layout.shape, groups)), default=0)
     tried = 3 * 4 * ROWS_PER_SEARCH * widest  # scaled rows, their rounded values and the difference
     yield Moment("the search for scales", load.states, weights + _all_problems(layout) + tried)
 
 
 def _all_problems(layout: Layout) -> int:
-    return sum(8 * layout.moment_size(group) + 4 * layout.weights_of(group) for group in layout.groups)
+    return sum(8 * layout.moment_size(group) + 4 * layout.weights_of(group) for group in _usual(layout))
 
 
-def kept_bytes(load: Workload, layout: Layout, solved: list[Group], stage: list[Group], last: bool) -> int:
-    """Return what a block keeps for its next run, at most MOST_KEPT.
+def _usual(layout: Layout) -> list[Group]:
+    return [group for group in layout.groups if group.expert is None]
 
-    Attention and MLP end with a linear: what enters it is kept while the linear is being solved, what leaves it after.
+
+def _expert_moments(load: Workload, layout: Layout, run: Run, stage: list[Group], weights: int) -> Iterator[Moment]:
+    """Yield the moments while the experts of a module are quantized: first their common sums, then one after the other.
+
+    What enters the experts is kept for both models. The codes of an expert are written as soon as it is solved.
+
+    `weights`: bytes of the block's weights and of the other groups' codes.
     """
-    if not (load.sequential and load.statistics):
-        return 0
-    leaving = sum(layout.shape(group)[0] for group in solved if group.ends)
-    entering = sum(layout.shape(group)[1] for group in stage if group.ends)
-    width = (leaving + entering) * (1 if last else load.streams)
-    return min(MOST_KEPT, (load.tokens + load.held_out) * width * load.factor_bytes)
-
-
-def _forward_bytes(load: Workload, layout: Layout, groups: Sequence[Group]) -> int:
-    """Return what a micro-batch needs up to these groups, with copies of weights in the dtype that matmuls want."""
-    widest = max((max(layout.shape(group)) for group in groups), default=0)
-    copies = layout.weight_count * load.factor_bytes if load.linear_bytes != load.factor_bytes else 0
-    return _SCRATCH + load.batch * widest * 4 * _ACTIVATIONS + copies
-
-
-def _sum_bytes(load: Workload, layout: Layout, group: Group) -> int:
-    """Return the bytes of a group's statistics while they are summed, or when they are finished if that is more."""
-    (rows, columns), (target_moment, multiplied) = layout.shape(group), load.target_moment(layout, group)
-    late = shares_ahead({"H": (columns, columns), "target_moment": (target_moment,)}, load.ranks)
-    growing = 4 * (load.sums + late) * (columns**2 + target_moment)
-    # H and the sum for T, twice each; W in float32, and its product with the sum of either text.
-    finished = 4 * (2 * columns**2 + 2 * target_moment + 3 * rows * columns) if multiplied and target_moment else 0
-    return rows * columns * load.linear_bytes + max(growing, finished)
-
-
-def _problem_bytes(load: Workload, layout: Layout, group: Group) -> int:
-    """Return the bytes of a problem that waits: W, H twice and T twice.
-
-    W of a single linear in the right dtype is the block's own weight and takes nothing more.
-    """
-    size, dtype = layout.weights_of(group), 4 if load.statistics else load.linear_bytes
-    W = dtype * size * (len(group.linears) > 1 or dtype != load.linear_bytes)
-    return W + 4 * (2 * layout.moment_size(group) + 2 * size * (load.streams == 2)) if load.statistics else W
-
-
-def _solving_bytes(load: Workload, layout: Layout, group: Group, run: Run) -> int:
-    """Return the bytes of a problem when its weights are moved, rounded or put back, whichever is most."""
-    (rows, columns), problem = layout.shape(group), _problem_bytes(load, layout, group)
-    size, square, strip = rows * columns, columns**2, 4 * _STRIP * columns
-    if not load.statistics:
-        return problem + size + strip
-    moving = problem + 4 * (size + square) + strip if load.streams == 2 else 0  # the moved W, a factor of H
-    # W, H twice and its factor; the rows being solved, transposed, and their errors; codes, transposed and not.
-    rounding = 4 * (size + 3 * square + 2 * min(rows, load.rows_per_solve) * columns) + 2 * size
-    if run.config.effort == "best" or run.config.gptq.passes:
-        rounding += 3 * 4 * size  # coordinate descent: the rounded W, its error, and the error times H
-    # W and its codes; one linear dequantized, then in the dtype of the block; H twice.
-    back = 4 * size + size + size // len(group.linears) * (4 + load.linear_bytes) + 8 * square
-    return max(moving, rounding, back)
+    before, after = stage[:2]  # of the first expert; the others have the same shapes
+    (_, width), (_, inner) = layout.shape(before), layout.shape(after)
+    host, number, own = load.states + load.experts, len(stage) // 2, 0
+    if load.statistics:
+        late = shares_ahead({"before": (width, width), "after": (inner, inner)}, load.ranks)
+        sums = (load.sums + late) * 4 * (width**2 + inner**2)
+        # Their outputs, each times its score; then the inputs of their last linears, in a list and together.
+        routed = load.batch * layout.share(before) * number * 4 * (2 * width + 2 * inner)
+        original = sum(map(layout.weights_of, _usual(layout))) * load.factor_bytes * (load.streams == 2)
+        running = forward_bytes(load, layout, layout.groups) + int(routed)
+        yield Moment("the sums of all experts", host, weights + original + sums + running)
+        # H over all experts, twice. The rows of an expert in both models, their differences, and these weighted.
+        rows = _BUSY * layout.share(before) * (load.tokens + load.held_out)
+        own = 8 * (width**2 + inner**2) + int(4 * rows * (3 * width + 2 * inner))
+        # Both moments of each judge; a mixture, its factor, a product, and the held-out moments in another order.
+        judging = 8 * JUDGES * (width**2 + inner**2) + 16 * max(width, inner) ** 2
+        yield Moment("the choice of what experts borrow", host, weights + own + judging)
+    for group in (before, after):
+        if load.statistics:
+            yield Moment(
+                f"the sums of an expert's {_leaves([group])}", host, weights + own + sum_bytes(load, layout, group)
+            )
+        solving = solving_bytes(load, layout, group, run)
+        yield Moment(f"the solving of an expert's {_leaves([group])}", host, weights + own + solving)
 
 
 def other_moments(request: Request, run: Run, load: Workload) -> Iterator[Moment]:
@@ -182,13 +166,14 @@ def other_moments(request: Request, run: Run, load: Workload) -> Iterator[Moment
     first = (load.states - load.arguments) // load.streams + load.arguments  # both models begin with the same states
     yield Moment("the recording of hidden states", first, inside * dtype)
     yield Moment("the writing of embeddings", read)
-    last, sizes = source.block_names.index(run.chosen[-1]), set[tuple[int, bool, bool]]()
+    last, sizes = source.block_names.index(run.chosen[-1]), set[tuple[int, int, bool, bool]]()
     for i, name in enumerate(source.block_names):
-        count = sum(state[tensor].numel() for tensor in source.block_tensor_names(name))
-        sizes.add((count, name in run.chosen, i < last))
-    for count, is_chosen, text_passes in sorted(sizes):
-        converted = count * dtype * (load.linear_bytes != stored)
-        yield Moment("the reading of a block", load.states + count * stored, converted)
+        inside = source.block_tensor_names(name)
+        count = sum(state[tensor].numel() for tensor in inside)
+        sizes.add((count, _read_at_once(source, inside), name in run.chosen, i < last))
+    for count, once, is_chosen, text_passes in sorted(sizes):
+        loaded = dtype if load.linear_bytes != stored else stored
+        yield Moment("the reading of a block", load.states + once, count * loaded)
         if not is_chosen and text_passes:
             yield Moment("the writing of a block that stays", 2 * count * stored + load.states, count * dtype)
         if not is_chosen:
@@ -198,6 +183,17 @@ def other_moments(request: Request, run: Run, load: Workload) -> Iterator[Moment
         yield Moment("the writing of calibration text", device=model + _CACHE)
     if config.end_to_end:
         yield _training(request)
+
+
+def _read_at_once(source: ModelSource, names: list[str]) -> int:
+    """Return the bytes of the largest tensor in the files, such as that of all experts; others are read before, after.
+
+    One of GGUF is unpacked on the way.
+    """
+    if source.is_gguf:
+        state = source.skeleton.state_dict()
+        return _READ_GGUF * max(state[name].numel() for name in names)
+    return max(sum(map(source.files.stored.nbytes, source.files.stored_names(name))) for name in names)
 
 
 def _training(request: Request) -> Moment:

@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
+from torch import nn
 
 from llmq.calibration.work_split import micro_batches
 from llmq.core.distributed import processes_here
 from llmq.core.memory import free_memory, resident_now
 from llmq.core.timing import Clock
+from llmq.models.experts import layouts as modules_of_experts
 from llmq.models.packed_share import PackedShare, packed_share
 from llmq.models.stored_names import tied_names
-from llmq.plan.block_shapes import Layout, block_ranges, layout_of, layouts, random_blocks
+from llmq.plan.block_shapes import Layout, block_ranges, counted, layout_of, layouts, random_blocks
 from llmq.plan.disk import Disk, disks, output_bytes, packed_shapes
 from llmq.plan.memory_model import Moment, block_moments, other_moments
 from llmq.plan.microbenchmarks import speeds_of, token_seconds
@@ -109,14 +111,25 @@ def _timed(request: Request, run: Run) -> tuple[list[Layout], Timed]:
     A block runs on one micro-batch, or on fewer tokens if the micro-batch has too many multiplications.
     """
     seen, tokens = list[Layout](), list[float]()
-    weights = max(sum(p.numel() for p in block.parameters()) for block in request.source.blocks)
-    train, most = micro_batches(request.tokens.train)[0], max(_FEWEST, int(_PRODUCTS / weights))
+    experts = max((each.experts for each in modules_of_experts(request.source.skeleton).values()), default=0)
+    weights = max(map(_used_weights, request.source.blocks))
+    # With as many tokens as experts, each gets some: about 8, if a token goes to 8 of them.
+    train, most = micro_batches(request.tokens.train)[0], max(_FEWEST, experts, int(_PRODUCTS / weights))
     train = train[:1, :most] if train.numel() > most else train
     for names, block in random_blocks(request, run, train):
         seen.append(layout_of(names, block, run))
         tokens.append(token_seconds(block))
     widest = max((columns for layout in seen for _, columns in layout.shapes.values()), default=0)
     return seen, Timed(speeds_of(run, widest), tokens)
+
+
+def _used_weights(block: nn.Module) -> float:
+    """Count the weights of a block that a token meets, as if it went to 8 experts of each module."""
+    total = sum(parameter.numel() for parameter in block.parameters())
+    for name, layout in modules_of_experts(block).items():
+        stacked = sum(parameter.numel() for parameter in block.get_submodule(name).parameters())
+        total -= stacked * max(0, layout.experts - 8) / layout.experts
+    return total
 
 
 def _in_float(run: Run, seen: Iterable[Layout]) -> Iterator[str]:
@@ -130,8 +143,8 @@ def _in_float(run: Run, seen: Iterable[Layout]) -> Iterator[str]:
         if name not in source.shared_names:
             yield f"{name}: it shares its weights with {other}"
     for layout in seen:
-        for name, why in layout.skipped.items():
-            yield f"{name} of blocks {block_ranges(source.block_names, layout.blocks)}: {why}"
+        blocks = block_ranges(source.block_names, layout.blocks)
+        yield from counted(f"{name} of blocks {blocks}: {why}" for name, why in layout.skipped.items())
     if others := set(source.block_names) - set(run.chosen):
         yield f"blocks {block_ranges(source.block_names, others)}: not among --blocks {run.config.blocks}"
     yield "norms and biases"

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from llmq.core.errors import RequestError
-from llmq.plan.block_shapes import block_ranges
+from llmq.models.block_structure import Group
+from llmq.plan.block_shapes import Layout, block_ranges, counted
 from llmq.plan.memory_model import END_TO_END, Moment
 from llmq.plan.plan import Plan
 
@@ -16,10 +17,7 @@ def lines(plan: Plan) -> Iterator[str]:
     yield f"blocks    {len(plan.blocks)} in the model; {len(chosen)} are quantized: {block_ranges(plan.blocks, chosen)}"
     for layout in plan.layouts:
         yield f"          each of {block_ranges(plan.blocks, layout.blocks)}:"
-        for group in layout.groups:
-            shapes = [f"{name} {'x'.join(map(str, layout.shapes[name]))}" for name in group.linears]
-            bits = plan.bits[f"{layout.blocks[0]}.{group.linears[0]}"]
-            yield f"            {' + '.join(shapes)}, {bits} bit"
+        yield from counted(f"            {_group(plan, layout, group)}" for group in layout.groups)
     for i, line in enumerate(plan.in_float):
         yield f"{'' if i else 'in float':<10}{line}"
     yield f"share     {plan.share}"
@@ -36,11 +34,17 @@ def lines(plan: Plan) -> Iterator[str]:
         yield f"          estimated in {plan.probe:.1f} s, by timing each kind of block with random weights{busy}"
 
 
+def _group(plan: Plan, layout: Layout, group: Group) -> str:
+    shapes = [f"{name} {'x'.join(map(str, layout.shapes[name]))}" for name in group.linears]
+    return f"{' + '.join(shapes)}, {plan.bits[f'{layout.blocks[0]}.{group.linears[0]}']} bit"
+
+
 def _needs(plan: Plan) -> Iterator[str]:
     """Yield the lines about memory and disk."""
     each = " in each process" if plan.processes[0] > 1 else ""
     where = "in memory" if plan.states.directory is None else f"on disk, in {plan.states.directory.parent}"
-    yield f"states    {gb(plan.states.nbytes)} of hidden states{each} wait {where}"
+    experts = f", and {gb(plan.states.experts)} of inputs of experts" if plan.states.experts else ""
+    yield f"states    {gb(plan.states.nbytes)} of hidden states{experts}{each} wait {where}"
     peak, (host, device) = plan.program + plan.host_bytes(plan.worst), plan.free
     yield f"memory    {gb(peak)} at most{each}, for {plan.worst.what}; {gb(host)} are free"
     if plan.device != "cpu":
@@ -77,7 +81,7 @@ def check_plan(plan: Plan) -> None:
     less = "use fewer --samples, or a machine with more memory"
     worst, needed = plan.worst, local * plan.host_bytes(plan.worst)
     if needed > host:
-        states = local * plan.states.nbytes * (plan.states.directory is None)
+        states = local * (plan.states.nbytes + plan.states.experts) * (plan.states.directory is None)
         way = f"use --offload-dir: it keeps {gb(states)} of hidden states on disk" if states > needed - host else less
         processes = f" for {local} processes" if local > 1 else ""
         raise RequestError(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from llmq.calibration.kept_inputs import MOST_KEPT
 from llmq.models.block_structure import Group
+from llmq.models.experts import DOWN
 from llmq.plan.block_shapes import Layout
 from llmq.plan.microbenchmarks import Speeds
 from llmq.plan.workload import States, Workload, workload_of
@@ -28,13 +29,19 @@ def block_seconds(load: Workload, layout: Layout, token: float, run: Run, speeds
     tokens, seconds, rows_apart = load.tokens + load.held_out, dict[str, float](), run.algorithm.rows_apart(run.config)
     if load.statistics:
         seconds["forward"] = tokens * token * _passes(load, layout)
-        product = token / max(1, layout.weight_count)  # of a multiplication in the dtype of the block
+        product = token / layout.used_count  # of a multiplication in the dtype of the block
         seconds["statistics"] = sum(_sum_seconds(load, layout, group, product, speeds) for group in layout.groups)
+        # What enters the last linears of experts is computed for the layer's sums, and for each expert in either model.
+        first = layout.used([g for g in layout.groups if g.expert is not None and not g.linears[0].endswith(DOWN)])
+        seconds["forward"] += tokens * first * product * (1 + load.streams)
+        seconds["statistics"] += tokens * _layer_products(layout) * speeds.product
     seconds["solve"] = 0.0
     for group in layout.groups:
         rows, columns = layout.shape(group)
         seconds["solve"] += speeds.solving(rows / (run.ranks.size if rows_apart else 1), columns)
-        if run.algorithm.transform is not None:  # the search for scales tries every ratio on all rows
+        if (
+            run.algorithm.transform is not None and group.expert is None
+        ):  # the search for scales tries every ratio on all rows
             tries = run.config.awq.ratios * rows * columns
             seconds["solve"] += tries * (columns * speeds.product + 8 * speeds.addition)
             seconds["statistics"] += tokens * columns**2 / 2 * speeds.product
@@ -53,14 +60,16 @@ def _passes(load: Workload, layout: Layout) -> float:
     With kept inputs, each stream passes the block once and each last linear of attention and MLP once more. Without,
     every group needs a run up to it. Reality lies between: what exceeds MOST_KEPT is not kept.
     """
-    sizes = [layout.weights_of(group) for group in layout.groups]
-    before = [sum(sizes[:i]) / max(1, layout.weight_count) for i in range(len(sizes))]
-    runs = [before[-1]] if not load.sequential and sizes else before
+    runs, before = list[float](), 0.0
+    for stage in load.stages(layout):
+        inside = 0.0 if stage and stage[0].expert is not None else layout.used(stage[:-1])
+        runs.append((before + inside) / layout.used_count)
+        before += layout.used(stage)
     without = 1 + sum(runs) + (1 + sum(runs[:-1]) if load.streams == 2 else 0)
     if not load.sequential:
         return without
     last_linears = [group for group in layout.groups if group.ends]
-    ends = sum(map(layout.weights_of, last_linears)) / max(1, layout.weight_count)
+    ends = layout.used(last_linears) / layout.used_count
     width = sum(layout.shape(group)[1] for group in last_linears)
     wanted = (load.tokens + load.held_out) * width * load.factor_bytes * load.streams
     share = min(1.0, MOST_KEPT / max(1, wanted))
@@ -70,13 +79,27 @@ def _passes(load: Workload, layout: Layout) -> float:
 def _sum_seconds(load: Workload, layout: Layout, group: Group, product: float, speeds: Speeds) -> float:
     """Estimate the seconds of summing a group's statistics, from those of a `product` in the block's dtype."""
     (rows, columns), (target_moment, multiplied) = layout.shape(group), load.target_moment(layout, group)
-    tokens = load.tokens + load.held_out
+    tokens = (load.tokens + load.held_out) * layout.share(group)
     seconds = tokens * (columns**2 / 2 * speeds.product + 8 * columns * speeds.addition)  # half of H; it is symmetric
     if target_moment:
         seconds += tokens * product * (columns**2 if multiplied else 2 * rows * columns)
         seconds += 2 * rows * columns**2 * speeds.product if multiplied else 0
     # About ten shares of the text, with three operations on the sums of each.
     return seconds + 10 * 3 * (columns**2 + target_moment) * speeds.addition
+
+
+def _layer_products(layout: Layout) -> float:
+    """Count the multiplications for each token in the sums of H over all experts of a module."""
+    products = 0.0
+    for group in layout.groups:
+        if group.expert is not None and group.expert.number == 0:
+            rows = layout.share(group) * _experts(layout, group.expert.module) if group.linears[0].endswith(DOWN) else 1
+            products += rows * layout.moment_size(group) / 2
+    return products
+
+
+def _experts(layout: Layout, module: str) -> int:
+    return 1 + max(group.expert.number for group in layout.groups if group.expert and group.expert.module == module)
 
 
 def all_seconds(request: Request, run: Run, layouts: list[Layout], timed: Timed, plain: int) -> dict[str, float]:

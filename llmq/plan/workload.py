@@ -15,6 +15,7 @@ from llmq.core.memory import free_memory
 from llmq.models.block_structure import Group
 from llmq.plan.block_shapes import Layout, token_bytes
 from llmq.run.block_quantizer import Run
+from llmq.run.layer_problem import stages_of
 from llmq.run.prepare import Request
 
 _MEMORY_SHARE = 0.25  # hidden states that need more than this share of the free memory wait on disk
@@ -27,6 +28,7 @@ class States:
     nbytes: int
     directory: Path | None  # None if they wait in memory
     arguments: int = 0  # bytes of them that are no hidden states: arguments of blocks that depend on the tokens
+    experts: int = 0  # bytes beside them: what enters the experts of a block waits in the same place for their turn
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,11 @@ class Workload:
     rows_per_solve: int
     ranks: Ranks
     arguments: int = 0  # bytes of `states` that are no hidden states: arguments of blocks that depend on the tokens
+    experts: int = 0  # bytes in memory of what enters the experts of a block
 
     def stages(self, layout: Layout) -> list[list[Group]]:
         """Return the groups in the order they are solved; a stage is solved between two runs of the block."""
-        return [[group] for group in layout.groups] if self.sequential else [list(layout.groups)]
+        return stages_of(layout.groups, self.sequential)
 
     def target_moment(self, layout: Layout, group: Group) -> tuple[int, bool]:
         """Return the size of the sum for a group's target moment, and whether W must still be multiplied to it."""
@@ -79,6 +82,7 @@ def workload_of(request: Request, run: Run, states: States) -> Workload:
         rows_per_solve=rows_per_solve(compute.device),
         ranks=request.ranks,
         arguments=0 if states.directory is not None else states.arguments,
+        experts=0 if states.directory is not None else states.experts,
     )
 
 
@@ -88,10 +92,13 @@ def states_of(request: Request, run: Run) -> States:
     tokens = request.tokens.train.numel() + request.tokens.held_out.numel()
     each = token_bytes(request, run)
     arguments = int(tokens * each.arguments) // ranks.size
-    size = int(tokens * (each.hidden + each.shared)) * (2 if run.matching else 1) // ranks.size + arguments
+    streams = 2 if run.matching else 1
+    size = int(tokens * (each.hidden + each.shared)) * streams // ranks.size + arguments
+    has_statistics = run.algorithm.needs_statistics(config)
+    experts = int(tokens * each.experts) * streams // ranks.size if has_statistics else 0
     free = free_memory(torch.device("cpu"))
-    if config.offload_dir is None and size * processes_here(ranks) <= _MEMORY_SHARE * free:
-        return States(size, None, arguments)
+    if config.offload_dir is None and (size + experts) * processes_here(ranks) <= _MEMORY_SHARE * free:
+        return States(size, None, arguments, experts)
     key = hashlib.sha256(str(config.output.resolve()).encode()).hexdigest()[:12]
     parent = config.offload_dir or unfinished_work(config.output)
-    return States(size, parent / f"llmq-{key}-{ranks.rank}.partial", arguments)
+    return States(size, parent / f"llmq-{key}-{ranks.rank}.partial", arguments, experts)

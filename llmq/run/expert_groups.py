@@ -47,7 +47,7 @@ def _strengths(
     judges: dict[str, list[Judge]] = {_place(group): [] for group in groups}
     for group in groups:
         if group.expert is not None and group.expert.number in chosen:
-            own, number = statistics.of(group), group.expert.number
+            own, number = statistics.of(group, with_target=False), group.expert.number
             judges[_place(group)].append(Judge(tokens[number], held_out[number], own.H, own.H_val))
     with clock("statistics"):
         layers = {_place(group): statistics.layer(group) for group in groups}

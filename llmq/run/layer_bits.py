@@ -9,7 +9,7 @@ from llmq.core.config import QuantizeConfig
 from llmq.core.errors import RequestError
 from llmq.core.settings import Grid
 from llmq.models.block_structure import SIBLINGS
-from llmq.models.experts import layouts
+from llmq.models.experts import layouts, linears_of
 from llmq.models.model_source import ModelSource
 from llmq.models.packable import fit_group_size, packable_widths
 
@@ -53,6 +53,10 @@ def bits_of_linears(config: QuantizeConfig, source: ModelSource) -> dict[str, in
     if unused := [pattern for pattern in wanted if pattern not in used]:
         raise RequestError(f"layer bits: no linear of this model is called {unused[0]!r} (first: {next(iter(bits))})")
     _check_fused(bits)
+    for module, layout in layouts(source.skeleton).items():
+        names = (f"{module}.{number}.{name}" for number in range(layout.experts) for name in linears_of(layout))
+        if len({bits[name] for name in names if name in bits}) > 1:
+            raise RequestError(f"layer bits: engines run all experts of {module} in one scheme; give all the same bits")
     return bits
 
 

@@ -1,6 +1,7 @@
 """The quantization_config of compressed-tensors: what is written, and which of other tools' are read or refused."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -60,6 +61,36 @@ def test_layers_of_several_schemes_are_groups_of_names_that_are_read_back():
     assert {args.weights.num_bits for args in theirs.config_groups.values()} == {2, 4, 8}
     with pytest.raises(CheckpointError, match=r"lm_head is packed, although the config ignores it"):
         schemes_of(config, ["lm_head"])
+
+
+def experts(prefix, count=3):
+    return [f"{prefix}.experts.{e}.{leaf}" for e in range(count) for leaf in ("w1", "w2", "w3")]
+
+
+def test_the_experts_of_a_module_are_one_pattern_under_the_names_that_engines_look_for():
+    """vLLM looks for the model's own names of expert 0, SGLang always for gate_proj, up_proj, down_proj."""
+    eight, four, plain = experts("model.layers.0.mlp"), experts("model.layers.1.mlp"), "model.layers.0.mlp.up_proj"
+    schemes = dict.fromkeys(eight, Scheme(8, 32, True)) | dict.fromkeys([*four, plain], Scheme(4, 32, True))
+    config = hf_config(schemes, ["lm_head", *experts("model.layers.2.mlp")])
+    assert schemes_of(config, schemes) == schemes
+    targets = {group["weights"]["num_bits"]: group["targets"] for group in config["config_groups"].values()}
+    (pattern,) = targets[8]
+    for name in (*eight, "model.layers.0.mlp.experts.0.gate_proj", "model.layers.0.mlp.experts.11.down_proj"):
+        assert re.match(pattern.removeprefix("re:"), name)
+    for name in (*four, "model.layers.0.mlp.shared_experts.gate_proj", "model.layers.0.mlp.experts.0.w1.bias"):
+        assert not re.match(pattern.removeprefix("re:"), name)
+    assert len(targets[4]) == 2
+    assert [ignored[:3] for ignored in config["ignore"]] == ["lm_", "re:"]
+    with pytest.raises(CheckpointError, match="is packed, although the config ignores it"):
+        schemes_of(config, experts("model.layers.2.mlp")[:1])
+
+
+def test_experts_with_settings_of_their_own_keep_their_names():
+    names = experts("model.layers.0.mlp")
+    schemes = dict.fromkeys(names[:3], Scheme(8, 32, True)) | dict.fromkeys(names[3:], Scheme(4, 32, True))
+    config = hf_config(schemes, [])
+    assert schemes_of(config, names) == schemes
+    assert {target for group in config["config_groups"].values() for target in group["targets"]} == set(names)
 
 
 def test_the_config_does_not_depend_on_the_order_of_the_layers():

@@ -148,3 +148,14 @@ def test_configs_that_are_not_read_are_refused_in_one_line(case):
 def test_the_config_states_no_settings_that_only_a_method_could_know():
     config = gptq.hf_config({"a": Scheme(4, 32, True)}, [])
     assert not config.keys() & {"damp_percent", "true_sequential", "static_groups"}
+
+
+def test_rules_for_experts_fit_the_linears_and_the_name_that_vllm_looks_up():
+    experts = [f"model.layers.0.mlp.experts.{e}.{leaf}" for e in range(3) for leaf in ("w1", "w2", "w3")]
+    schemes = dict.fromkeys(LAYERS, Scheme(4, 32, True)) | dict.fromkeys(experts, Scheme(8, 32, True))
+    left_out = [name.replace("layers.0", "layers.1") for name in experts]
+    config = gptq.hf_config(schemes, left_out)
+    assert gptq.schemes_of(config, [*LAYERS, *experts]) == stored(schemes)
+    assert config["dynamic"][rule_for(config, "model.layers.0.mlp.experts")] == {"bits": 8}
+    assert rule_for(config, "model.layers.1.mlp.experts").startswith("-:")
+    assert sum(map(len, config["dynamic"])) < 300  # for three experts as for 256

@@ -65,12 +65,10 @@ def test_such_experts_are_stored_as_gptq_which_transformers_does_not_open_withou
         assert not (tmp_path / "again").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "warns"), [({}, False), ({"bits": 3}, True), ({"layer_bits": ("down_proj=8",)}, False)]
-)
-def test_widths_that_engines_do_not_take_for_experts_are_noted(options, warns, tmp_path):
+@pytest.mark.parametrize(("bits", "warns"), [(3, True), (4, False), (8, False)])
+def test_widths_that_engines_do_not_take_for_experts_are_noted(bits, warns, tmp_path):
     save_tiny("qwen3_moe", tmp_path / "model")
-    packed = pack(tmp_path / "model", tmp_path / "packed", **options)
+    packed = pack(tmp_path / "model", tmp_path / "packed", bits=bits)
     assert ("vLLM and SGLang take only 4 and 8 bit" in (packed / "llmq_report.json").read_text()) is warns
 
 

@@ -1,6 +1,7 @@
 """`--layer-bits`: other bits for some layers, the same for those that engines fuse."""
 
 import pytest
+from architectures.tiny_models import save_tiny
 from packed import pack
 
 from llmq.checkpoint.reader import Checkpoint
@@ -57,6 +58,16 @@ def test_bits_that_no_engine_could_run_are_refused_before_any_work(llama, tmp_pa
     with pytest.raises(RequestError, match=reason):
         pack(llama, tmp_path / "packed", layer_bits=wanted)
     assert not (tmp_path / "packed").exists()
+
+
+def test_all_experts_of_a_module_have_the_same_bits(tmp_path):
+    save_tiny("mixtral", tmp_path / "source")
+    with pytest.raises(RequestError, match=r"run all experts of model\.layers\.0\.mlp\.experts in one scheme"):
+        pack(tmp_path / "source", tmp_path / "packed", layer_bits=("experts.1.*=8",))
+    pack(tmp_path / "source", tmp_path / "packed", layer_bits=("experts.*=8",))
+    schemes = Checkpoint(tmp_path / "packed").schemes
+    assert {scheme.bits for name, scheme in schemes.items() if ".experts." in name} == {8}
+    assert {scheme.bits for name, scheme in schemes.items() if ".self_attn." in name} == {4}
 
 
 @pytest.mark.parametrize("wanted", ["down_proj", "down_proj=", "=4", "down_proj=5", "down_proj=16", "down_proj=x"])

@@ -39,6 +39,21 @@ def test_a_run_goes_on_to_the_same_bytes(name, on_disk, entered, saved, text_fil
     assert not list(tmp_path.rglob("*.states"))
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "llama4_text"])
+def test_a_mixture_ends_in_the_same_bytes_on_disk_resumed_and_in_two_processes(name, text_file, tmp_path, monkeypatch):
+    save_tiny(name, tmp_path / "model")
+    config = small_run(tmp_path / "model", text_file, tmp_path)
+    llmq.quantize(replace(config, output=tmp_path / "whole"))
+    for output, directory in (("resumed", None), ("on-disk", tmp_path / "states")):
+        config = replace(config, output=tmp_path / output, offload_dir=directory)
+        interrupted(config, monkeypatch, blocks=1)
+        llmq.quantize(replace(config, resume=True))
+    assert not list(tmp_path.rglob("*.states"))
+    assert quantize_together(replace(config, output=tmp_path / "together"), 2) == [0, 0]
+    for output in ("resumed", "on-disk", "together"):
+        assert result_of(tmp_path / output) == result_of(tmp_path / "whole")
+
+
 def test_the_sample_passes_all_blocks_although_no_text_does(saved, text_file, tmp_path, monkeypatch):
     config = replace(small_run(saved["gemma4_text@shared"], text_file, tmp_path), method="rtn")
     llmq.quantize(replace(config, output=tmp_path / "whole"))
