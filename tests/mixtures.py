@@ -27,7 +27,8 @@ class Mixtures:
     def __call__(self, name, **options):
         key = (name, *sorted(options.items()))
         if key not in self.made:
-            self.made[key] = pack(self.source(name), self.root / f"packed-{len(self.made)}", **options)
+            output, settings = self.root / f"packed-{len(self.made)}", {"format": "auto"} | options
+            self.made[key] = pack(self.source(name), output, **settings)
         return self.made[key]
 
 
