@@ -23,6 +23,8 @@ def verify_command(config: VerifyConfig) -> None:
         print(share)
     if unused := result["without_place"]:
         print(f"it has no place for {len(unused)} of the tensors, such as {unused[0]}")
+    if fault := result["transformers"]:
+        print(f"note: {fault}, with llmq.convert")
     if "kl" in result:
         kl = "not finite" if result["kl"] is None else f"{result['kl']:.5f} nats per token"
         print(f"KL to {result['reference']} on {result['text']}: {kl}")

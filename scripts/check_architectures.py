@@ -10,7 +10,7 @@ transformers load the result. Both must give the logits of the dense model that 
 must generate the same tokens.
 
 Each model has a process of its own, so a crash ends nothing else. Models that are in --results already are not run
-again: after a change to llmq, remove that file. All of them take 300 CPU seconds (2-core AVX2 machine, 2026-11-28).
+again: after a change to llmq, remove that file. All of them take 630 CPU seconds (2-core AVX2 machine, 2026-11-28).
 """
 
 from __future__ import annotations

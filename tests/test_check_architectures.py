@@ -31,14 +31,18 @@ def test_a_class_counts_once_with_its_worst_type_and_experts_are_counted_apart()
         row("b", share=0.5),
         row("c", "ok in llmq, stock transformers fails: y"),
         row("d", "crash: z", experts=True, share=None),
+        row("f", "ok in llmq, stock transformers fails: y", experts=True),
         row("e", "not built: w", experts=None, share=None),
         row("c@variant", "not built: v", share=None, **{"class": "cForCausalLM"}),
     ]
     lines = list(report.totals(rows))
-    assert "| ok | 2 | 1 | 1 |" in lines
-    assert "| refused | 1 | 1 | 1 |" in lines
-    assert "| crash | 1 | 1 | 0 |" in lines
+    assert "| ok | 2 | 1 | 1 | 0 |" in lines
+    assert "| refused | 1 | 1 | 1 | 0 |" in lines
+    assert "| crash | 1 | 1 | 0 | 1 |" in lines
     assert "- 1 of 3 built classes without experts work with at least 95% of their blocks packed: 33.3%" in "\n".join(
+        lines
+    )
+    assert "- 1 of 2 built classes with experts work with at least 95% of their blocks packed: 50.0%" in "\n".join(
         lines
     )
     assert "- crash: 1; bar: 0" in lines

@@ -35,8 +35,8 @@ from torch import Tensor
 
 from llmq.algorithms.gptq import factorise, visiting_order
 from llmq.algorithms.stable_sums import energy
-from llmq.calibration.expert_statistics import LayerMoments
 from llmq.calibration.input_statistics import InputStatistics
+from llmq.calibration.layer_moments import LayerMoments
 
 STRENGTHS = (0.5, 2.0, 8.0)  # of ν, in multiples of the width
 USUAL = 2.0  # the best one in all layers that were looked at; the choice if nothing is held out

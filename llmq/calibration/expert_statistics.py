@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import islice
-from math import fsum
 
 import torch
 from jaxtyping import Float
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from llmq.calibration.block_runner import Block
 from llmq.calibration.hidden_states import HiddenStates, StoredRows, StoredStates
-from llmq.calibration.input_statistics import GroupSums, InputStatistics, add_lower, mirrored, run_both
-from llmq.calibration.ordered_sums import ShareSums
+from llmq.calibration.input_statistics import GroupSums, InputStatistics, run_both
+from llmq.calibration.layer_moments import LayerMoments, LayerSums
 from llmq.core.timing import Clock
-from llmq.models.block_structure import Group, linear_of
+from llmq.models.block_structure import Group
 from llmq.models.experts import DOWN, Layout, Routed, activated, layout_of
 
 
@@ -82,14 +81,6 @@ class _Batch:
         return _Kept(keep(self.X, "experts"), X_o, rows, weights)
 
 
-@dataclass(frozen=True)
-class LayerMoments:
-    """What all experts of a block saw, at one place: before their first linears or before their last one."""
-
-    H: Float[Tensor, "in in"]
-    H_val: Float[Tensor, "in in"]  # over held-out tokens; equal to H if there are none
-
-
 class ExpertStatistics:
     """The statistics of each expert of a block. Making it runs the block over the text once.
 
@@ -110,13 +101,13 @@ class ExpertStatistics:
         assert layout is not None
         self._layout: Layout = layout
         self._text: list[_Kept] = []
-        sums = _LayerSums(block, name, layout)
+        sums = LayerSums(block, name, layout)
         with block.many_runs():
             for share in block.shares:
                 for i in share.batches:
                     batch = self._run(name, i, last)
                     with clock("statistics"), block.autocast(), torch.no_grad():
-                        sums.add(batch, self._module, share.held_out)
+                        sums.add(batch.X, batch.rows, batch.weights, share.held_out)
                     self._text.append(batch.kept(i, block.hidden))
                 with clock("statistics"):
                     sums.sums.fold(share)
@@ -210,47 +201,3 @@ def _same_rows(entering: Routed, original: Routed) -> Tensor:
         if key in places:
             X_o[row] = original.X[places[key]]
     return X_o
-
-
-class _LayerSums:
-    """Sums over all experts, at both places."""
-
-    def __init__(self, block: Block, name: str, layout: Layout) -> None:
-        self.ranks, self.layout, self.device = block.ranks, layout, block.compute.device
-        last = linear_of(block.module, f"{name}.0.{DOWN}")
-        self.shapes = {"before": (last.out_features,) * 2, "after": (last.in_features,) * 2}
-        self.sums = ShareSums(self.shapes, block.ranks, self.device)
-        self.tokens = {kind: [0] * layout.experts for kind in (False, True)}
-        self.weights: dict[bool, list[float]] = {False: [], True: []}
-
-    def add(self, batch: _Batch, module: torch.nn.Module, held_out: bool) -> None:
-        """Add a micro-batch."""
-        inner, of_row = list[Tensor](), torch.zeros(len(batch.X), device=self.device)
-        for expert, rows in batch.rows.items():
-            weight = batch.weights[expert]
-            self.tokens[held_out][expert] += len(rows)
-            self.weights[held_out].append(float(weight.sum(dtype=torch.float64)))
-            of_row.index_add_(0, rows, weight)
-            inner.append(activated(module, expert, batch.X[rows]).float() * weight.sqrt()[:, None])
-        add_lower(self.sums.growing("before"), batch.X.float() * of_row.sqrt()[:, None])
-        if inner:
-            add_lower(self.sums.growing("after"), torch.cat(inner))
-
-    def finish(self) -> tuple[LayerMoments, LayerMoments, dict[bool, list[int]]]:
-        """Return the moments before and after, and the tokens of each expert by whether held out, in every process."""
-        totals, parts = self.sums.finish(), self.ranks.each((self.tokens, self.weights))
-
-        def mean(name: str, held_out: bool) -> Tensor:
-            found = totals.pop((name, held_out), None)
-            found = torch.zeros(self.shapes[name], device=self.device) if found is None else found
-            weight = fsum(each for _, weights in parts for each in weights[held_out])
-            return mirrored(self.ranks.share(found)).div_(weight or 1.0)
-
-        tokens = {
-            kind: [sum(each) for each in zip(*(n[kind] for n, _ in parts), strict=True)] for kind in (False, True)
-        }
-        moments = list[LayerMoments]()
-        for name in self.shapes:
-            H = mean(name, False)
-            moments.append(LayerMoments(H, mean(name, True) if any(tokens[True]) else H))
-        return moments[0], moments[1], tokens

@@ -10,7 +10,7 @@ meta device when this happens, so nothing is copied; `models/expert_files.py` re
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -51,6 +51,9 @@ class Layout:
     places: dict[str, Place]  # by the name inside one expert: gate_proj.weight, …
     interleaved: bool = False  # gate and up take turns in the input of `_apply_gate`
     scored: bool = False  # every expert gets all tokens, times their scores: 0 for most (Llama 4)
+    passes: bool = False  # an expert that does not exist returns its input (LongCat)
+    wholes: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    """The shapes of the parameters that held all experts."""
 
     def sharing(self, place: Place) -> list[str]:
         """Return the names inside one expert that lie in the same parameter."""
@@ -93,7 +96,9 @@ def experts_to_linears(model: Any, names: Container[str] | None = None) -> None:
         if layout is None or layout.experts == 0:
             continue
         if names is None or any(f"{name}.0.{inner.rpartition('.')[0]}" in names for inner in layout.places):
-            _unpack(module, layout)
+            parameters = {place.parameter for place in layout.places.values()}
+            wholes = {parameter: tuple(module.get_parameter(parameter).shape) for parameter in parameters}
+            _unpack(module, replace(layout, wholes=wholes))
 
 
 def expert_linears(model: Any) -> int:
@@ -127,6 +132,8 @@ def _layout_of(module: Any) -> Layout | None:
     parameters: dict[str, Any] = dict(module.named_parameters(recurse=False))
     if kind == "Llama4TextExperts":
         turned, interleaved, gated = True, False, True
+    elif kind == "LongcatFlashExperts" and DOWN in parameters:
+        turned, interleaved, gated = False, False, True
     elif hasattr(module, "_apply_gate") and hasattr(module, "is_concatenated") and DOWN in parameters:
         turned, interleaved, gated = module.is_transposed, not module.is_concatenated, module.has_gate
     else:
@@ -142,7 +149,7 @@ def _layout_of(module: Any) -> Layout | None:
     if f"{first}_bias" in parameters:
         places |= {f"{name}.bias": Place(f"{first}_bias", part) for name, part in parts.items()}
         places[f"{DOWN}.bias"] = Place(f"{DOWN}_bias")
-    return Layout(experts, places, interleaved, scored=kind == "Llama4TextExperts")
+    return Layout(experts, places, interleaved, kind == "Llama4TextExperts", kind == "LongcatFlashExperts")
 
 
 def _unpack(module: Any, layout: Layout) -> None:
@@ -225,6 +232,9 @@ def run_experts(module: Any, *args: Any) -> Tensor:
     assert layout is not None
     (rows, k), width = entering.index.shape, entering.X.shape[-1]
     outputs = entering.X.new_zeros(rows * k, width)
+    if layout.passes:
+        none = torch.nonzero(entering.index.flatten() >= layout.experts).flatten()
+        outputs[none] = entering.X[none // k]
     for expert, places in entering.by_expert(layout.experts):
         inner = activated(module, expert, entering.X[places // k])
         outputs[places] = finished(module, expert_of(module, expert).down_proj(inner)).to(outputs.dtype)

@@ -2,6 +2,8 @@
 
 import math
 import mmap
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from llmq.core.errors import CheckpointError
+
+_EXPERT = re.compile(r"experts\.(\d+)\.")  # in the name of what belongs to one expert
 
 
 def open_gguf(path: Path) -> Any:
@@ -36,10 +40,15 @@ class GgufFile:
         self.paths, self._mapped = [path], reader.data._mmap
         self._processor = processor(config=config.to_dict())
         # Asked for a whole model, transformers maps the names of every submodule anew: seconds for nothing on most.
-        names = hf_gguf.get_gguf_hf_weights_map(cast(Any, _Leaf(skeleton)), self._processor)
-        if len(names) < len(skeleton.state_dict()):
+        leaf = _Leaf(skeleton)
+        names = hf_gguf.get_gguf_hf_weights_map(cast(Any, leaf), self._processor)
+        if len(names) < len(leaf.state_dict()):
             names = hf_gguf.get_gguf_hf_weights_map(cast(Any, skeleton), self._processor)
-        self._gguf_name = {hf: gguf for gguf, hf in names.items()}
+        together = {hf: gguf for gguf, hf in names.items()}
+        whole = {name: _EXPERT.sub("experts.", name) for name in skeleton.state_dict() if _EXPERT.search(name)}
+        self._experts = Counter(whole.values())  # by the name of the tensor that holds them
+        self._gguf_name = {name: gguf for name, gguf in together.items() if name not in self._experts}
+        self._gguf_name |= {name: together[stored] for name, stored in whole.items() if stored in together}
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         linears = {t.tensor_type.name for t in reader.tensors if t.name.startswith("blk.") and len(t.shape) > 1}
         is_bfloat16 = architecture.startswith("gemma") or linears == {"BF16"}
@@ -55,7 +64,8 @@ class GgufFile:
         return torch.bfloat16 if stored.tensor_type.name == "BF16" else self._usual
 
     def nbytes(self, name: str) -> int:
-        return self._tensors[self._gguf_name[name]].n_elements * self.dtype(name).itemsize
+        stored = self._tensors[self._gguf_name[name]]
+        return stored.n_elements * self.dtype(name).itemsize // self._experts.get(_EXPERT.sub("experts.", name), 1)
 
     def read(self, name: str) -> Tensor:
         from gguf import dequantize
@@ -63,17 +73,26 @@ class GgufFile:
         stored = self._tensors.get(self._gguf_name.get(name, ""))
         if stored is None:
             raise CheckpointError(f"{self.paths[0]}: no tensor is named {name}")
-        weights = dequantize(stored.data, stored.tensor_type)
+        data, expert = stored.data, _EXPERT.search(name)
+        if expert is not None:
+            wanted = self._experts[_EXPERT.sub("experts.", name)]
+            if data.ndim != 3 or len(data) != wanted:
+                raise CheckpointError(f"{self.paths[0]}: {stored.name} does not hold the matrices of {wanted} experts")
+            data = data[int(expert[1])]
+        weights = dequantize(data, stored.tensor_type)
         # The pages just read would count as this program's memory for as long as the file is mapped.
         self._mapped.madvise(mmap.MADV_DONTNEED)
         return torch.tensor(self._processor.process(weights, stored.name).weights).to(self.dtype(name))
 
 
 class _Leaf:
-    """A model that owns up to its parameters, but not to its submodules."""
+    """A model that owns up to its parameters, but not to its submodules. GGUF holds all experts in one tensor."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.config, self.state_dict = model.config, model.state_dict
+        self.config, self._model = model.config, model
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {_EXPERT.sub("experts.", name): tensor for name, tensor in self._model.state_dict().items()}
 
     def named_children(self) -> list[tuple[str, nn.Module]]:
         return []

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.core.errors import CheckpointError
 from llmq.models.experts import Layout, Place, layouts
 from llmq.models.renamed_files import RenamedFiles
 from llmq.models.safetensors_files import TensorFiles
@@ -96,9 +97,14 @@ class ModelFiles(RenamedFiles):
         converter = next(each for each in self._converters if pattern in each.source_patterns)
         together = [inner for inner, place in layout.places.items() if place.parameter == parameter]
         number = re.search(r"\.([0-9]+)\.[^.]+$", stored)
-        if number is None or len(together) != len(converter.source_patterns):
+        if number is None or len(together) != len(converter.source_patterns) or not self._only_merges(pattern):
             return stored
         return f"{module}.{number[1]}.{together[converter.source_patterns.index(pattern)]}".removesuffix(".weight")
+
+    def _only_merges(self, pattern: str | None) -> bool:
+        """Return whether there is a converter with this pattern, and it only puts linears side by side."""
+        found = (each for each in self._table[1] if pattern in each.source_patterns)
+        return any({type(operation).__name__ for operation in each.operations} <= _MERGING for each in found)
 
     def names(self) -> set[str]:
         return self._all_names
@@ -146,6 +152,12 @@ class ModelFiles(RenamedFiles):
     def stored_module(self, module: str) -> str:
         return self.stored_linear(module) if f"{module}.weight" in self._parts else super().stored_module(module)
 
+    def is_merged(self, linear: str) -> bool:
+        """Return whether transformers makes a tensor of all experts out of this linear, under its name in the files."""
+        stored, prefix = f"{self.stored_linear(linear)}.weight", self._model.base_model_prefix
+        name, pattern = self._rename_key(stored, *self._table, prefix, self._state)
+        return name == self._parts[f"{linear}.weight"].whole and self._only_merges(pattern)
+
     def shape(self, name: str) -> tuple[int, ...]:
         files: Any = self.stored
         if name in self._single:
@@ -153,6 +165,7 @@ class ModelFiles(RenamedFiles):
         if self._whole(name) == name:
             return super().shape(name)
         part = self._parts[name]
+        self._check_whole(part, super().shape(part.whole))
         return tuple(part.of(torch.empty(super().shape(part.whole), device="meta")).shape)
 
     def read(self, name: str) -> Tensor:
@@ -163,7 +176,14 @@ class ModelFiles(RenamedFiles):
         if self._last is None or self._last[0] != whole:
             self._last = None
             self._last = whole, super().read(whole)
+            self._check_whole(self._parts[name], tuple(self._last[1].shape))
         return self._parts[name].of(self._last[1]).contiguous()
+
+    def _check_whole(self, part: _Part, shape: tuple[int, ...]) -> None:
+        """Raise CheckpointError unless the tensor of all experts has the shape that transformers wants."""
+        wanted = part.layout.wholes[part.place.parameter]
+        if shape != wanted:
+            raise CheckpointError(f"{self.paths[0].parent}: {part.whole} is {shape}, the model wants {wanted}")
 
     def forget(self) -> None:
         """Free the tensor of all experts that was read last."""

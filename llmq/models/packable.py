@@ -10,6 +10,7 @@ from torch import nn
 from llmq.core.errors import RequestError
 from llmq.models.block_structure import SIBLINGS, Group, linear_of
 from llmq.models.model_files import ModelFiles
+from llmq.models.routers import is_router, routing_linears
 
 _Scheme = TypeVar("_Scheme")
 # Linears that engines run as one matrix: also those of latent attention, of linear attention (Qwen3.5) and of LFM2.
@@ -22,7 +23,6 @@ _FUSED = (
 )
 _MULTIPLE = 32  # groups want inputs in such multiples; outputs in such multiples fill whole words at any width
 _FEW_ROWS = 256  # with fewer outputs other multiples gain nothing: gates with a row for each head
-_ROUTERS = {"gate", "router", "router_gate"}
 
 
 def can_pack(linear: nn.Linear, bits: int) -> bool:
@@ -62,12 +62,15 @@ def split_packable(
     kept, skipped = list[Group](), dict[str, str]()
     calls = Counter(name for group in groups for name in group.linears)
     read = {name for group in groups if group.is_read for name in group.linears}
+    routers = routing_linears(block)
 
     def reason_for(name: str, linear: nn.Linear) -> str:
         if name in read:
             return "the model reads its weight without a call, and a packed linear has none"
         if f"{name}.weight" in shared:
             return "another block has the same weight; llmq quantizes each block alone"
+        if name in routers:
+            return f"{name} is a router: it is small, and chooses the experts"
         return _unfit(name, linear, bits[name], calls[name])
 
     for group in groups:
@@ -95,8 +98,6 @@ def _unfit(name: str, linear: nn.Linear, bits: int, calls: int) -> str:
     """Return why a linear stays in float, or nothing."""
     if calls == 0 and type(linear) is not nn.Linear:
         return f"it is a {type(linear).__name__}, and did not compute what an nn.Linear does"
-    if _ROUTERS.intersection(name.split(".")) and linear.out_features < linear.in_features:
-        return f"{name} is a router: it is small, and chooses the experts"
     if not can_pack(linear, bits):
         size, multiples = f"{linear.out_features}x{linear.in_features}", f"{_row_multiple(linear, bits)}x{_MULTIPLE}"
         return f"{name} is {size}; packed weights need multiples of {multiples}"
@@ -128,17 +129,11 @@ def config_names(
     another one may have (a classifier).
     """
     others = [name.removesuffix(".weight") for name in carried if name.endswith(".weight")]
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or _is_router(module)]
+    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_router(name, m)]
     in_float = [name for name in linears if name not in schemes] + others
     packed = {files.stored_linear(name): scheme for name, scheme in schemes.items()}
     stored = [files.stored_module(name) for name in in_float]
     return {**schemes, **packed}, [*dict.fromkeys([*in_float, *stored])]
-
-
-def _is_router(module: nn.Module) -> bool:
-    """Return whether a module is a router without being a linear. It is one in engines."""
-    weight = dict(module.named_parameters(recurse=False)).get("weight")
-    return weight is not None and weight.ndim == 2 and "router" in type(module).__name__.lower()
 
 
 def fit_group_size(requested: int, in_features: set[int]) -> int:

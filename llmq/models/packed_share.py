@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from llmq.models.routers import routing_linears
+
 _ENOUGH = 0.9  # a smaller share is worth a warning
 _NAMED = 3  # kinds that a warning names
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -47,13 +49,14 @@ def matmul_weights(block: nn.Module) -> dict[str, int]:
     """Return the size of each parameter of a block that matmuls read, by its name.
 
     These are the weights of linears, the matrices of experts, and other stacks of matrices. Convolutions, embeddings,
-    norms and biases are not counted.
+    norms, biases, routers and gates with one output are not counted.
     """
     sizes: dict[str, int] = {}
+    routers = routing_linears(block)
     for name, parameter in block.named_parameters():
         module = block.get_submodule(name.rpartition(".")[0])
         if isinstance(module, nn.Linear):
-            counts = name.endswith("weight")
+            counts = name.endswith("weight") and module.out_features > 1 and name.removesuffix(".weight") not in routers
         elif isinstance(module, (*_CONVOLUTIONS, nn.Embedding)) or name.endswith("bias"):
             counts = False
         else:

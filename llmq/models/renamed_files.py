@@ -67,9 +67,11 @@ class RenamedFiles:
         from transformers import conversion_mapping, core_model_loading
 
         self._rename_key = core_model_loading.rename_source_key
-        transforms = conversion_mapping.get_model_conversion_mapping(model) if renamed else []
-        self._renamings = [each for each in transforms if isinstance(each, core_model_loading.WeightRenaming)]
-        self._converters = [each for each in transforms if isinstance(each, core_model_loading.WeightConverter)]
+        transforms = conversion_mapping.get_model_conversion_mapping(model)
+        renamings = [each for each in transforms if isinstance(each, core_model_loading.WeightRenaming)]
+        converters = [each for each in transforms if isinstance(each, core_model_loading.WeightConverter)]
+        self._table = renamings, converters
+        self._renamings, self._converters = self._table if renamed else ([], [])
         self._renamed_from: dict[str, str] = {}  # of tensors that are only renamed, by their name in the model
         self._conversions: dict[str, _Conversion] = {}  # of the other tensors
         names, suffixes = files.names(), packed[1]

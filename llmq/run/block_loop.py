@@ -72,7 +72,7 @@ def _quantize_chosen(request: Request, run: Run, progress: Progress, states_dir:
 def _unchanged(run: Run, names: Iterable[str], unit: Callable[[str], str]) -> Iterator[dict[str, Tensor]]:
     """Yield tensors as they are stored, in the process that writes. Those with the same `unit` come together."""
     for _, together in groupby(names if run.ranks.is_first else (), unit):
-        yield run.stored(together)
+        yield run.tensors.stored(together)
 
 
 def finish(request: Request, run: Run, writer: Writer | None) -> None:
@@ -82,15 +82,16 @@ def finish(request: Request, run: Run, writer: Writer | None) -> None:
     """
     if writer is None:
         return
-    run.report.packed = packed_share(run.source.skeleton, run.chosen, run.schemes)
+    run.report.packed = packed_share(run.source.skeleton, run.chosen, run.tensors.schemes)
 
     def read_back(directory: Path) -> None:
         with run.clock("check"):
-            check(directory, run.digests, run.config.trust_remote_code)
+            check(directory, run.tensors.digests, run.config.trust_remote_code)
             if reason := tokenizer_fault(directory, run.config.trust_remote_code):
                 run.report.note("model", [f"the tokenizer of the result cannot be opened: {reason}"])
 
     def report() -> dict[str, Any]:
-        return run.report.to_json() | {DIGESTS: run.digests, FINGERPRINT: request.fingerprint}
+        return run.report.to_json() | {DIGESTS: run.tensors.digests, FINGERPRINT: request.fingerprint}
 
-    writer.finish(companions_of(run.source), run.source.dtype, run.hf_config(), report, read_back)
+    config = run.tensors.hf_config(run.report.notes[-1]["note"] if run.report.notes else "")
+    writer.finish(companions_of(run.source), run.source.dtype, config, report, read_back)

@@ -6,9 +6,8 @@
 A group is a set of linears that read the same input. They are rounded together, as one stacked matrix.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +17,14 @@ from llmq.algorithms.output_matching import choose
 from llmq.algorithms.problem import ROW_MULTIPLE, Problem, Solution
 from llmq.calibration.block_runner import Block, Compute
 from llmq.calibration.input_statistics import InputStatistics, collect_statistics
-from llmq.checkpoint.digests import digest
 from llmq.core.config import QuantizeConfig
 from llmq.core.distributed import ALONE, Ranks
-from llmq.core.errors import WorkError
 from llmq.core.memory import release_memory
 from llmq.core.timing import Clock
 from llmq.formats import FORMATS
-from llmq.formats.scheme import Scheme
 from llmq.models.block_structure import Group
 from llmq.models.model_source import ModelSource
-from llmq.models.packable import config_names
+from llmq.run.block_tensors import BlockTensors
 from llmq.run.expert_groups import statistics_of_experts
 from llmq.run.journal import Line
 from llmq.run.layer_bits import bits_of_group, bits_of_linears, fitted_grid
@@ -65,15 +61,13 @@ class Run:
     ) -> None:
         self.config, self.source, self.device, self.clock, self.ranks = config, source, device, clock, ranks
         self.algorithm = ALGORITHMS[config.method]
-        self.format = FORMATS[config.stored_as]
         self.report = Report(config, clock, tell)
         self.chosen = [source.block_names[i] for i in config.chosen_blocks(len(source.blocks))]
         """Names of the blocks to quantize."""
         self.bits = bits_of_linears(config, source)
         self.grid, notes = fitted_grid(config, source, self.chosen, self.bits)
-        self.schemes: dict[str, Scheme] = {}  # how each linear was packed, by its name in the model
-        self.digests: dict[str, str] = {}
-        """A hash of each packed linear and each other tensor, by its name in the files, to check them with."""
+        self.format = FORMATS[config.stored_as]
+        self.tensors = BlockTensors(source, self.format, self.grid)
         # float32 scales would double the cost of a group; the codes have no use for the extra digits.
         self.scale_dtype = torch.float16 if source.dtype == torch.float32 else source.dtype
         self.matching = self.algorithm.includes("match", config)
@@ -93,13 +87,6 @@ class Run:
         as_stored = self.algorithm.transform is None and self.source.dtype == compute.factors
         return compute.factors if as_stored else compute.dtype
 
-    def hf_config(self) -> dict[str, Any]:
-        """Return the quantization_config. It lists every linear that stays in float."""
-        if not self.schemes:
-            raise WorkError("no linear of this model could be packed: " + self.report.notes[-1]["note"])
-        source = self.source
-        return self.format.hf_config(*config_names(source.skeleton, source.files, self.schemes, source.carried_names))
-
     def quantize_block(self, block: Block, show: Callable[[str], None]) -> Iterator[dict[str, Tensor]]:
         """Replace the weights of a block by quantized ones; yield all its tensors, packed or as they are.
 
@@ -108,7 +95,7 @@ class Run:
         """
         if block.name not in self.chosen:
             collect_statistics(block, [], self.clock)  # only moves the original model's hidden states on
-            yield self._other_tensors(block, [], set())
+            yield self._others(block, [], set())
             return
         groups, skipped = packable_groups(block, self.source, self.bits)
         self.report.note(block.name, [f"{name} left in float: {reason}" for name, reason in skipped.items()])
@@ -124,7 +111,7 @@ class Run:
                 yield self._encoded(block, [each])
         if trained := [each for each in solved if each.problem is not None]:
             self._refine(block, trained)
-        yield self._encoded(block, solved) | self._other_tensors(block, groups, changed)
+        yield self._encoded(block, solved) | self._others(block, groups, changed)
 
     def _transform(self, block: Block, groups: list[Group]) -> tuple[set[str], list[Problem] | None]:
         """Let the method change the block before its weights are rounded.
@@ -238,33 +225,15 @@ class Run:
             self._put_back(block, each.group, solution)
 
     def _encoded(self, block: Block, solved: list[Solved]) -> dict[str, Tensor]:
-        """Return the packed tensors of these groups; note how each linear was packed, and its digest.
-
-        Does nothing in processes that do not write.
-        """
+        """Return the packed tensors of these groups, in the process that writes."""
         packed: dict[str, Tensor] = {}
         with self.clock("write"):
             for each in solved if self.ranks.is_first else ():
                 weights = weights_of(block, each.group, each.solution, self._bits_of(block, each.group))
-                for inner, weight in weights.items():
-                    name = f"{block.name}.{inner}"
-                    stored = self.source.files.stored_linear(name)
-                    self.digests[stored] = digest(weight)
-                    self.schemes[name] = scheme = Scheme(weight.bits, self.grid.group_size, self.grid.symmetric)
-                    packed |= self.format.encode(stored, weight, scheme)
+                packed |= self.tensors.packed(block.name, weights)
         return packed
 
-    def _other_tensors(self, block: Block, groups: list[Group], changed: set[str]) -> dict[str, Tensor]:
-        """Return all tensors of the block but the packed weights: as stored, unless the transform changed them."""
-        if not self.ranks.is_first:
-            return {}
-        packed = {f"{block.name}.{name}.weight" for group in groups for name in group.linears}
-        others = [name for name in self.source.block_tensor_names(block.name) if name not in packed]
-        current = block.module.state_dict()
-        return self.stored(others, {f"{block.name}.{inner}": current[inner] for inner in changed & current.keys()})
-
-    def stored(self, names: Iterable[str], changed: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Return tensors that are stored without packing, under their names in the files, and note their digests."""
-        tensors = self.source.as_stored(names, changed)
-        self.digests.update({name: digest(tensor) for name, tensor in tensors.items()})
-        return tensors
+    def _others(self, block: Block, groups: list[Group], changed: set[str]) -> dict[str, Tensor]:
+        """Return all tensors of the block but the packed weights, in the process that writes."""
+        packed = {name for group in groups for name in group.linears}
+        return self.tensors.others(block, packed, changed) if self.ranks.is_first else {}

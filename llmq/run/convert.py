@@ -19,9 +19,9 @@ from llmq.core.config import VERSION
 from llmq.core.errors import RequestError
 from llmq.formats import FORMATS
 from llmq.formats.scheme import Scheme
-from llmq.models.conv1d import CONV1D, stored_transposed
 from llmq.models.model_source import build_skeleton
 from llmq.models.packable import config_names
+from llmq.models.stock_loading import unreadable
 from llmq.models.stored_names import has_no_place
 from llmq.runtime.model_config import model_config
 from llmq.verification.check import DIGESTS, check
@@ -61,14 +61,15 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
     before = str(checkpoint.quantization.get("checkpoint_format") or checkpoint.quantization.get("quant_method"))
     schemes = _schemes(checkpoint)
     model = build_skeleton(model_config(checkpoint, config.trust_remote_code), config.trust_remote_code)
-    if config.format == "compressed-tensors" and stored_transposed(model):
-        raise RequestError(CONV1D)
     view = checkpoint.for_model(model)
     state = model.state_dict()
     in_model = [name for name in view.other_names if not is_harmless(view, model, name)]
     carried = [name for name in in_model if name not in state and has_no_place(model, name)]
     kept = sorted({stored for name in in_model for stored in view.model_files.stored_names(name)})
     schemes_in_model = {name: schemes[view.stored_linear(name)] for name in view.linears}
+    symmetry = {name: scheme.symmetric for name, scheme in schemes_in_model.items()}
+    if config.format == "compressed-tensors" and (fault := unreadable(model, view.model_files, symmetry.get)):
+        raise RequestError(fault)
     quantization = target.hf_config(*config_names(model, view.model_files, schemes_in_model, carried))
     computed = {name: value for name, value in digests_of(checkpoint).items() if name in schemes or name in kept}
     with Writer(config.output, config.overwrite) as writer:

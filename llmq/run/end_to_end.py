@@ -179,7 +179,7 @@ def _train(request: Request, run: Run, directory: Path, writer: Writer, progress
                 "--tuned.end-steps 0 --tuned.steps 100 trains one block after the other"
             ) from None
     checkpoint = Checkpoint(directory)
-    files, run.digests = checkpoint.files, digests_of(checkpoint, changed)
+    files, run.tensors.digests = checkpoint.files, digests_of(checkpoint, changed)
 
     def tensors() -> Generator[dict[str, Tensor]]:
         """Yield all tensors of the checkpoint, module by module, trained ones in place of the old ones."""

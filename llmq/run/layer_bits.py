@@ -28,6 +28,10 @@ def fitted_grid(
     if config.stored_as == "compressed-tensors" and not config.symmetric:
         note = "asymmetric compressed-tensors: transformers opens it only with dequantize=True"
         notes.append(f"{note}, and not with --layer-bits (vLLM and llmq do)")
+    experts = tuple(f"{name}." for name in layouts(source.skeleton))
+    of_experts = {width for name, width in bits.items() if name.startswith(experts)}
+    if of_experts - {4, 8} or (of_experts and config.stored_as == "gptq" and not config.symmetric):
+        notes.append("packed experts: vLLM and SGLang take only 4 and 8 bit, and in gptq only symmetric ones")
     return replace(requested, group_size=fitted), notes
 
 

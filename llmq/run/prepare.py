@@ -22,8 +22,8 @@ from llmq.core.errors import CheckpointError, RequestError
 from llmq.core.memory import release_memory
 from llmq.core.settings import Calibration
 from llmq.core.timing import Clock
-from llmq.models.conv1d import CONV1D, stored_transposed
 from llmq.models.model_source import ModelSource
+from llmq.models.stock_loading import unreadable
 from llmq.models.untrusted_files import read_json
 from llmq.run.fingerprint import differences, fingerprint
 from llmq.run.journal import Step, read_journal
@@ -81,12 +81,16 @@ def open_request(config: QuantizeConfig, device: torch.device, ranks: Ranks, pro
 
 
 def _with_format(config: QuantizeConfig, source: ModelSource) -> QuantizeConfig:
-    """Choose a format that serves GPT-2. Raises RequestError if the request chose another."""
-    if config.stored_as == "compressed-tensors" and stored_transposed(source.skeleton):
-        if config.format != "auto":
-            raise RequestError(CONV1D)
-        return replace(config, format="gptq")
-    return config
+    """Choose a format for models that transformers does not open as compressed-tensors.
+
+    Raises RequestError if the request chose that one.
+    """
+    if config.stored_as != "compressed-tensors":
+        return config
+    fault = unreadable(source.skeleton, source.files, lambda _: config.symmetric)
+    if fault and config.format != "auto":
+        raise RequestError(fault)
+    return replace(config, format="gptq") if fault else config
 
 
 def _check_offload(directory: Path) -> None:

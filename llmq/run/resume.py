@@ -48,7 +48,7 @@ class Progress:
             run.report.resumed.append(self._done[-1].name)
             if writer is not None:
                 writer.keep_parts(self.parts)
-        self._told, self._told_notes = dict(run.digests), len(run.report.notes)
+        self._told, self._told_notes = dict(run.tensors.digests), len(run.report.notes)
         """The digests and the number of notes that the journal knows already."""
 
     def _restore(self, step: FinishedStep) -> None:
@@ -58,8 +58,8 @@ class Progress:
         report.drifts |= {} if step.drift is None else {step.name: step.drift}
         report.refined |= {} if step.refined is None else {step.name: step.refined}
         report.distilled = step.distilled
-        self._run.digests |= step.digests
-        self._run.schemes |= step.schemes
+        self._run.tensors.digests |= step.digests
+        self._run.tensors.schemes |= step.schemes
 
     def is_done(self, name: str) -> bool:
         """Return whether the step of this name is finished."""
@@ -96,12 +96,12 @@ class Progress:
             return
         self._run.ranks.meet()  # now the hidden states of all processes are on their disks, too
         (name, block, writer), run, report = self._open, self._run, self._run.report
-        digests = {tensor: value for tensor, value in run.digests.items() if self._told.get(tensor) != value}
+        digests = {tensor: value for tensor, value in run.tensors.digests.items() if self._told.get(tensor) != value}
         step = FinishedStep(
             name=name,
             parts=0 if writer is None else writer.parts,
             digests=digests,
-            schemes={name: scheme for name, scheme in run.schemes.items() if self._stored(name) in digests},
+            schemes={name: scheme for name, scheme in run.tensors.schemes.items() if self._stored(name) in digests},
             notes=report.notes[self._told_notes :],
             drift=report.drifts.get(name),
             refined=report.refined.get(name),
@@ -128,7 +128,7 @@ class Progress:
             place = files.stored_names(name)[0] if files.is_renamed(name) else name
             if place in tensors:
                 parameter.data = files.turned(name, tensors[place]).to(parameter.device, parameter.dtype)
-        schemes = {name: scheme for name, scheme in run.schemes.items() if name.startswith(prefix)}
+        schemes = {name: scheme for name, scheme in run.tensors.schemes.items() if name.startswith(prefix)}
         if schemes:
             # As a reader of the file sees them: a format may store other zero points than the scheme asked for.
             schemes = run.format.schemes_of(run.format.hf_config(schemes, []), schemes)

@@ -12,6 +12,7 @@ from llmq.checkpoint.reader import Checkpoint, is_packed
 from llmq.core.errors import CheckpointError, RequestError
 from llmq.models.locate import locate
 from llmq.models.model_source import ModelSource, build_skeleton
+from llmq.models.stock_loading import unreadable
 from llmq.models.untrusted_files import read_json
 from llmq.runtime.evaluation import EvalConfig, evaluate_on_text
 from llmq.runtime.model_config import model_config
@@ -57,6 +58,7 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         "without_place": without_place,
         "compared_with_report": digests is not None,
         SHARE: stated_share(config.directory),
+        "transformers": _in_transformers(checkpoint, config.trust_remote_code),
     }
     if config.reference is None:
         return facts
@@ -66,6 +68,15 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     result, _ = evaluate_on_text(EvalConfig(str(config.directory), **options))
     kl = result.kl if result.kl is not None and math.isfinite(result.kl) else None  # JSON knows no infinity
     return facts | {"reference": config.reference, "text": config.text, "layer_errors": errors, "kl": kl}
+
+
+def _in_transformers(checkpoint: Checkpoint, trust_remote_code: bool) -> str | None:
+    """Return why stock transformers cannot open a checkpoint and may not say so; None if nothing is known of it."""
+    if checkpoint.format.METHOD != "compressed-tensors":
+        return None
+    model = build_skeleton(model_config(checkpoint, trust_remote_code), trust_remote_code)
+    view = checkpoint.for_model(model)
+    return unreadable(model, view.model_files, {name: scheme.symmetric for name, scheme in view.schemes.items()}.get)
 
 
 def recorded(directory: Path) -> dict[str, str] | None:

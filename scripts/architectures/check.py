@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 import warnings
 from contextlib import suppress
@@ -18,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, CompressedTensorsConfig
-from transformers.pytorch_utils import Conv1D
 
 import llmq
+from architectures.dense import dequantized, round_experts
 from architectures.sizes import NOT_BUILT
 from architectures.tiny_models import has_experts, save_tiny, some_tokens, text
 from llmq.checkpoint.output_dir import REPORT
-from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import LlmqError, first_line
 
 Row = dict[str, Any]
@@ -114,11 +111,11 @@ def _check_method(made: Made, method: str, row: Row) -> None:
         raise FailedError(f"crash: {method}: {_words(error)}") from None
     report = json.loads((output / REPORT).read_text())
     row |= {"share": report["packed_share"], "remark": _remark(report["notes"])}
-    dense = dequantized(made, output)
+    dense = dequantized(made.model, made.room, output)
     expected = logits(dense, made.ids)
     row[f"{method}_error"] = relative(expected, logits(made.model, made.ids))
     _check_llmq(made, dense, expected, output)
-    row["stock"] = row.get("stock") or _stock_failure(made, output, expected)
+    row["stock"] = row.get("stock") or _stock_failure(made, output, expected, dense)
     if row["stock"]:
         _check_plugin(made, expected, output)
 
@@ -156,13 +153,18 @@ def _generated(dense: Any, prompt: Tensor, settings: Row) -> Tensor | None:
         return None
 
 
-def _stock_failure(made: Made, output: Path, expected: Tensor) -> str:
-    """Return why stock transformers does not run the checkpoint; "" if it does. Raises FailedError for wrong logits."""
+def _stock_failure(made: Made, output: Path, expected: Tensor, dense: Any) -> str:
+    """Return why stock transformers does not run the checkpoint; "" if it does. Raises FailedError for wrong logits.
+
+    `dense`: the model whose logits are expected; its experts may become float16.
+    """
     lost: list[str] = []
     try:
         model, notes = type(made.model).from_pretrained(output, dtype=torch.float32, output_loading_info=True)
         lost = sorted(notes["missing_keys"])
         difference = relative(logits(model.eval(), made.ids), expected)
+        if difference > _TOLERANCE and round_experts(dense, model):
+            difference = relative(logits(model, made.ids), logits(dense, made.ids))
     except Exception as error:  # transformers fails in its own ways
         return f"it finds no {lost[0]}" if lost else _words(error) + _way_out(made, output, expected)
     if difference <= _TOLERANCE:
@@ -192,29 +194,6 @@ def _way_out(made: Made, output: Path, expected: Tensor) -> str:
         if relative(logits(model, made.ids), expected) <= _DEQUANTIZED:
             return " (CompressedTensorsConfig(dequantize=True) helps)"
     return ""
-
-
-def dequantized(made: Made, output: Path) -> Any:
-    """Return the source model with the weights that the checkpoint stands for.
-
-    They are put into the source's files, under their names there, so that transformers maps names as it always does.
-    """
-    checkpoint = Checkpoint(output)
-    weights = {f"{name}.weight": checkpoint.weight(name).dequantize(torch.float32) for name in checkpoint.linears}
-    directory = made.room / "dense"
-    shutil.rmtree(directory, ignore_errors=True)
-    shutil.copytree(made.room / "source", directory)
-    tensors = load_file(directory / "model.safetensors")
-    if any(type(module) is Conv1D for module in made.model.modules()):  # whose weights lie transposed
-        weights = {name: weight.T.contiguous() for name, weight in weights.items()}
-    stored = {name: weight for name, weight in weights.items() if name in tensors}
-    save_file(tensors | stored, directory / "model.safetensors", metadata={"format": "pt"})
-    model = made.load(directory)
-    with torch.no_grad():
-        for name, weight in weights.items():
-            if name not in stored:
-                model.get_parameter(name).copy_(weight)
-    return model
 
 
 @torch.no_grad()

@@ -64,19 +64,20 @@ def totals(rows: Sequence[Row]) -> Iterator[str]:
 
     A class counts once, with the worst result of its types and variants. Those that were not built do not count.
     """
-    without = _by_class(row for row in rows if not row["experts"])
-    yield "| result | types and variants | classes | classes without experts |"
-    yield "|---|---|---|---|"
-    of_rows, of_classes, of_plain = (Counter(map(kind, each)) for each in (rows, _by_class(rows), without))
+    without, having = (_by_class(row for row in rows if bool(row["experts"]) is wanted) for wanted in (False, True))
+    yield "| result | types and variants | classes | classes without experts | classes with experts |"
+    yield "|---|---|---|---|---|"
+    counts = [Counter(map(kind, each)) for each in (rows, _by_class(rows), without, having)]
     for each in KINDS:
-        yield f"| {each} | {of_rows[each]} | {of_classes[each]} | {of_plain[each]} |"
-    built = [row for row in without if kind(row) != "not built"]
-    good = sum(kind(row) in _WORKS and (row["share"] or 0) >= _SHARE for row in built)
+        yield f"| {' | '.join([each, *(str(count[each]) for count in counts)])} |"
     yield ""
-    packed = f"with at least {_SHARE:.0%} of their blocks packed: {good / max(len(built), 1):.1%}"
-    yield f"- {good} of {len(built)} built classes without experts work {packed}; bar: 95 %"
+    for which, classes in (("without", without), ("with", having)):
+        built = [row for row in classes if kind(row) != "not built"]
+        good = sum(kind(row) in _WORKS and (row["share"] or 0) >= _SHARE for row in built)
+        packed = f"with at least {_SHARE:.0%} of their blocks packed: {good / max(len(built), 1):.1%}"
+        yield f"- {good} of {len(built)} built classes {which} experts work {packed}; bar: 95 %"
     for bad in ("crash", "wrong numbers"):
-        yield f"- {bad}: {of_rows[bad]}; bar: 0"
+        yield f"- {bad}: {counts[0][bad]}; bar: 0"
     above = [row["name"] for row in rows if (ratio(row) or 0) > LARGEST_RATIO]
     yield f"- error of gptq above {LARGEST_RATIO} x that of rtn: {', '.join(above) or 'none'}"
 
@@ -126,8 +127,12 @@ Quantized by rtn and gptq (4 bit, group 32, 8 texts of 48 tokens). Written by `p
 what it checks is said there.
 
 - *ok*: llmq and stock transformers load both results, and the logits are those of the dense model with the dequantized
-  weights. llmq generates that model's tokens, too.
-- *packed*: the share of the weights of the decoder blocks that is packed. The rest stays in float, and works.
+  weights. llmq generates that model's tokens, too. Stock transformers unpacks experts to float16; so it is compared
+  with the dense model whose experts are rounded likewise.
+- *packed*: the share of the weights of the decoder blocks that is packed, without routers. The rest stays in float, and
+  works.
+- Where stock transformers would put random weights in the place of packed experts, llmq stores gptq. transformers opens
+  that with `optimum` and `gptqmodel` only; these are not installed here.
 - *gptq / rtn*: the errors of the whole model's logits, divided. The texts are few and the weights random, so this only
   shows that gptq does no harm.
 - Without the encoder, the cross-attention of the decoders of encoder-decoders (BART, Whisper, …) never runs. It is

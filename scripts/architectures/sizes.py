@@ -86,6 +86,7 @@ COMMON: dict[str, Any] = {
 
 # Some matrices that no nn.Linear multiplies with grow slower than the others. These models are wider, or they would say
 # the wrong thing of real ones: dt_proj is 2 % of a block of Mamba 2.8B, but a tenth of one with 64 inputs.
+# Inkling's shared experts are a hundredth of all, so it has more than four.
 _MAMBA = {"hidden_size": 512}
 _JAMBA = {"hidden_size": 256, "attn_layer_period": 2, "attn_layer_offset": 1}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -135,7 +136,7 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": _ONE_OF_EACH},
     "granitemoehybrid@dense": {"layer_types": _ONE_OF_EACH, "num_local_experts": 0},
-    "inkling_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "inkling_text": {"mlp_layer_types": ["dense", "sparse"], "n_routed_experts": 32},
     "jamba": _JAMBA,
     "jamba@dense": _JAMBA | {"num_experts": 1},
     "laguna": {"layer_types": ["full_attention", "sliding_attention"]},

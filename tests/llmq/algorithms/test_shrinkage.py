@@ -19,8 +19,8 @@ from llmq.algorithms.shrinkage import (
     shrunk,
 )
 from llmq.algorithms.stable_sums import lost_energy
-from llmq.calibration.expert_statistics import LayerMoments
 from llmq.calibration.input_statistics import InputStatistics
+from llmq.calibration.layer_moments import LayerMoments
 from llmq.core.settings import Gptq
 
 WIDTH = 64

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import llmq
+from llmq.checkpoint.reader import Checkpoint
+from llmq.core.errors import CheckpointError
 from llmq.models.gguf_file import GgufFile
 from llmq.models.model_source import ModelSource
 
@@ -28,8 +30,11 @@ def as_bfloat16(values):
     return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
 
 
-def write_gguf(path, extra: dict[str, list[float]], dtype: Any = np.float16, architecture="llama"):
-    """A model of one block, with these further vectors. The matrices are of `dtype`, or in bfloat16 if it is None."""
+def write_gguf(path, extra: dict[str, list[float]], dtype: Any = np.float16, architecture="llama", experts=0):
+    """A model of one block, with these further vectors. The matrices are of `dtype`, or in bfloat16 if it is None.
+
+    `experts`: how many there are in each tensor; the header says four.
+    """
     writer = GGUFWriter(str(path), architecture)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(64)
@@ -38,6 +43,7 @@ def write_gguf(path, extra: dict[str, list[float]], dtype: Any = np.float16, arc
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     writer.add_rope_dimension_count(WIDTH)
+    writer.add_key_length(WIDTH)
     writer.add_rope_freq_base(THETA)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(64)
@@ -56,9 +62,17 @@ def write_gguf(path, extra: dict[str, list[float]], dtype: Any = np.float16, arc
         writer.add_tensor(f"{name}.weight", np.full(64, 1.0, np.float32))
     for name, rows in (("attn_q", 64), ("attn_k", 32), ("attn_v", 32), ("attn_output", 64)):
         put(f"blk.0.{name}.weight", rows, 64)
-    put("blk.0.ffn_gate.weight", 96, 64)
-    put("blk.0.ffn_up.weight", 96, 64)
-    put("blk.0.ffn_down.weight", 64, 96)
+    if experts:
+        writer.add_expert_count(4)
+        writer.add_expert_used_count(2)
+        for norm in ("attn_q_norm", "attn_k_norm"):
+            writer.add_tensor(f"blk.0.{norm}.weight", np.full(WIDTH, 1.0, np.float32))
+        put("blk.0.ffn_gate_inp.weight", 4, 64)
+    # transformers reads no size of experts, and takes 768
+    stack, inner, suffix = ((experts,), 768, "_exps") if experts else ((), 96, "")
+    put(f"blk.0.ffn_gate{suffix}.weight", *stack, inner, 64)
+    put(f"blk.0.ffn_up{suffix}.weight", *stack, inner, 64)
+    put(f"blk.0.ffn_down{suffix}.weight", *stack, 64, inner)
     for name, values in extra.items():
         writer.add_tensor(name, np.array(values, np.float32))
     writer.write_header_to_file()
@@ -142,3 +156,26 @@ def test_a_large_number_of_a_bfloat16_file_stays_finite(tmp_path, monkeypatch):
     monkeypatch.setattr("gguf.dequantize", lambda *_: np.full((64, 64), 1e30, np.float32))
     assert isinstance(source.files.stored, GgufFile)
     assert bool(torch.isfinite(source.files.read("model.embed_tokens.weight")).all())
+
+
+def test_experts_are_read_one_by_one_from_the_tensors_that_hold_them_all(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", {}, architecture="qwen3moe", experts=4)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
+    source = ModelSource(str(path))
+    name = "model.layers.0.mlp.experts.2.up_proj.weight"
+    assert torch.equal(
+        source.read(name).float(), theirs.state_dict()["model.layers.0.mlp.experts.gate_up_proj"][2, 768:]
+    )
+    assert source.files.nbytes(name) == 2 * 768 * 64
+    ours, ids = source.load_all(torch.device("cpu"), torch.float32), torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+    packed = Checkpoint(pack(path, tmp_path / "out"))  # as compressed-tensors, which transformers opens
+    assert name.removesuffix(".weight") in packed.linears
+
+
+@pytest.mark.parametrize("experts", [3, 5])
+def test_another_number_of_experts_is_refused(experts, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", {}, architecture="qwen3moe", experts=experts)
+    with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_down_exps\.weight does not hold the matrices of 4 experts"):
+        ModelSource(str(path)).load_all(torch.device("cpu"), torch.float32)

@@ -67,8 +67,8 @@ def test_a_weight_that_is_read_without_a_call_stays_in_float():
     assert "the model reads its weight without a call" in skipped["dt_proj"]
 
 
-class Router(nn.Linear):
-    """Returns a tuple, as that of Llama 4."""
+class Pair(nn.Linear):
+    """Returns a tuple, as the router of Llama 4."""
 
     def forward(self, x):
         return super().forward(x), x
@@ -79,7 +79,7 @@ class Scaled(nn.Linear):
         return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize("kind", [Router, Scaled])
+@pytest.mark.parametrize("kind", [Pair, Scaled])
 def test_a_subclass_that_computes_something_else_stays_in_float(kind):
     block = nn.ModuleDict({"up_proj": nn.Linear(64, 64), "other": kind(64, 64)})
     kept, skipped = observed(block, lambda x: block["up_proj"](x) + block["other"](x)[0])
@@ -93,13 +93,19 @@ def test_a_subclass_that_computes_the_same_is_packed(dtype):
     assert observed(block, block["dense"], torch.randn(1, 4, 64).to(dtype)) == ([("dense",)], {})
 
 
+class TopKRouter(nn.ModuleDict):
+    """Choose experts by a network of linears, as ZAYA's."""
+
+
 def test_routers_stay_in_float_but_square_gates_do_not():
     names = ("mlp.router.layer", "mlp.gate", "mlp.shared_expert_gate")
     block = nn.ModuleDict({"mlp": nn.ModuleDict({"router": nn.ModuleDict({"layer": nn.Linear(64, 32)})})})
     block["mlp"]["gate"], block["mlp"]["shared_expert_gate"] = nn.Linear(64, 32), nn.Linear(64, 1)
     block["attention"] = nn.ModuleDict({"gate": nn.Linear(64, 64)})
-    kept, skipped = split(block, [Group((*names, "attention.gate"))])
+    block["chooser"] = TopKRouter({"fc1": nn.Linear(64, 64)})  # whatever its size: its class says so
+    kept, skipped = split(block, [Group((*names, "attention.gate", "chooser.fc1"))])
     assert kept == [Group(("attention.gate",))]
+    assert skipped.pop("chooser.fc1").startswith("chooser.fc1 is a router")
     assert [skipped[name].partition(" is ")[2] for name in names] == [
         *["a router: it is small, and chooses the experts"] * 2,
         "1x64; packed weights need multiples of 32x32",

@@ -26,8 +26,13 @@ class Mixer(nn.Module):
         self.conv1d, self.norm = nn.Conv1d(64, 64, 4), nn.LayerNorm(64)
 
 
+class TopKRouter(nn.Linear):
+    """As that of PhiMoE."""
+
+
 def block():
     parts = {"experts": Experts(), "mixer": Mixer(), "embed": nn.Embedding(9, 64)}
+    parts |= {"gate": nn.Linear(64, 4), "chooser": TopKRouter(64, 64), "shared_expert_gate": nn.Linear(64, 1)}
     return nn.ModuleDict(parts | {"o_proj": nn.Linear(64, 64), "c_proj": nn.Linear(64, 32)})
 
 
@@ -67,5 +72,5 @@ def test_a_share_below_nine_tenths_is_a_warning(share, warns):
 
 def test_parallel_experts_without_the_word_in_their_name_are_known_by_their_class():
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_local_experts": 4}
-    config = AutoConfig.for_model("granitemoe", **sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=99)
+    config = AutoConfig.for_model("jetmoe", **sizes, num_key_value_heads=2, kv_channels=16, vocab_size=99)
     assert packed_share(AutoModelForCausalLM.from_config(config), ["model.layers.0"], set()).has_experts
