@@ -125,7 +125,7 @@ def _timed(request: Request, run: Run) -> tuple[list[Layout], Timed]:
 
 def _used_weights(block: nn.Module) -> float:
     """Count the weights of a block that a token meets, as if it went to 8 experts of each module."""
-    total = sum(parameter.numel() for parameter in block.parameters())
+    total = float(sum(parameter.numel() for parameter in block.parameters()))
     for name, layout in modules_of_experts(block).items():
         stacked = sum(parameter.numel() for parameter in block.get_submodule(name).parameters())
         total -= stacked * max(0, layout.experts - 8) / layout.experts
