@@ -29,8 +29,9 @@ def statistics_of_experts(
         if kind == "routed":
             with clock("statistics"):
                 own = shrunk(own, layer, held_out[group.expert.number], strengths[_place(group)])
-        elif kind == "layer":
-            own = replace(own, H=layer.H, H_val=layer.H_val, borrowed=1.0)
+        elif kind == "layer":  # the target belongs to the expert's own tokens: under the layer's H it moves too far
+            alone = {"target_moment": None, "target_moment_val": None}
+            own = replace(own, H=layer.H, H_val=layer.H_val, borrowed=1.0, **alone)
         yield group, own
 
 
