@@ -76,7 +76,8 @@ def test_the_names_in_the_files_stay_and_every_way_to_open_them_gives_the_same(s
 
 
 def test_layers_of_other_bits_have_them_under_both_names(source, tmp_path):
-    packed = pack(source, tmp_path / "packed", format="gptq", layer_bits=("*layers.0.*=8",))
+    block = ModelSource(str(source)).block_names[0]
+    packed = pack(source, tmp_path / "packed", format="gptq", layer_bits=(f"{block}.*=8",))
     checkpoint = Checkpoint(packed)
     assert {scheme.bits for scheme in checkpoint.schemes.values()} == {4, 8}
     torch.testing.assert_close(opened(packed), logits(dequantized_model(source, packed), IDS), rtol=1e-4, atol=1e-4)
