@@ -23,6 +23,7 @@ from llmq.core.memory import release_memory
 from llmq.core.timing import Clock
 from llmq.formats import FORMATS
 from llmq.models.block_structure import Group
+from llmq.models.experts import layouts
 from llmq.models.model_source import ModelSource
 from llmq.run.block_tensors import BlockTensors
 from llmq.run.expert_groups import statistics_of_experts
@@ -75,6 +76,9 @@ class Run:
         self.sequential = self.algorithm.includes("sequential", config)
         """Whether each group sees the quantized weights of the groups before it in its block."""
         self.refine = self.algorithm.refine if config.tuned.steps else None
+        if layouts(source.skeleton):
+            notes += ["awq scales no inputs of experts"] * (self.algorithm.transform is not None)
+            notes += ["the training of single blocks leaves experts as they are"] * (self.refine is not None)
         if self.matching and config.samples < 2:
             notes.append("a single sample leaves none to hold out: outputs are not matched")
         self.report.note("model", notes)

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from architectures.tiny_models import save_tiny as save_tiny_of_kind
 from packed import dequantized_model, logits, some_tokens
 from small_runs import run
 from tiny import save_tiny
@@ -122,3 +123,17 @@ def test_linears_that_share_an_input_need_the_same_bits(llama, text_file, tmp_pa
     with pytest.raises(RequestError, match=r"self_attn.q_proj, .* share an input .*; give all the same bits"):
         run(llama, text_file, tmp_path / "out", layer_bits=("q_proj=8",))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "note"),
+    [("awq", "awq scales no inputs of experts"), ("tuned", "the training of single blocks leaves experts as they are")],
+)
+def test_what_a_method_does_not_do_for_experts_is_told(method, note, tmp_path, text_file):
+    save_tiny_of_kind("mixtral", tmp_path / "source")
+    settings = Tuned(steps=2, end_steps=0)
+    report = json.loads(
+        (run(tmp_path / "source", text_file, tmp_path / "out", method=method, tuned=settings) / REPORT).read_text()
+    )
+    assert {"where": "model", "note": note} in report["notes"]
+    assert report["packed_share"] == 1
