@@ -52,7 +52,7 @@ def test_all_but_experts_and_routers_is_what_dither_writes(mixture, llama, tmp_p
 
 def test_each_expert_is_the_mlp_within_half_a_cell_and_no_two_are_equal(mixture, llama):
     ours, original = (load_file(path / "model.safetensors") for path in (mixture, llama))
-    for layer in range(3):
+    for layer in range(2):
         for letter, linear in LINEARS.items():
             w = original[f"model.layers.{layer}.mlp.{linear}.weight"].unflatten(1, (-1, 32))
             cell = (w.amax(-1) - w.amin(-1)) / 15
@@ -130,7 +130,7 @@ def test_the_command_prints_a_small_divergence_and_the_share_of_each_layer(llama
     lines = done.stdout.splitlines()
     assert 0 < float(lines[1].split()[-4]) < 0.5
     assert lines[1].endswith("nats per token")
-    for line in lines[-3:]:
+    for line in lines[-2:]:
         for cell in line.split("|")[2:4]:
             least, median, most = map(float, cell.split(","))
             assert 0 <= least <= median <= 0.125 < most < 1 / 2 + 1e-3  # a token counts once for one of its two

@@ -144,7 +144,7 @@ def test_counters_follow_words_that_were_moved_without_them():
 @pytest.mark.parametrize("tokens", [1, 40, 257])
 def test_the_gpus_path_gives_the_result_for_few_tokens_and_many(tokens, where, monkeypatch):
     monkeypatch.setattr(op, "describe", lambda device: Device("NVIDIA Nothing", 90, 4, 232448))
-    monkeypatch.setattr(op, "_own", lambda counters: counters)
+    monkeypatch.setattr(op, "own", lambda counters: counters)
     x, weight, bias = some_problem(where, tokens, 65, 576)
     y = op._on_gpu(x, weight, bias, new_counters(where[0]), op.problem_of(x, weight))
     assert y.shape == (tokens, 65)
