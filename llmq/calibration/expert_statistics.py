@@ -25,6 +25,9 @@ from llmq.core.timing import Clock
 from llmq.models.block_structure import Group
 from llmq.models.experts import DOWN, Layout, Routed, activated, layout_of
 
+# X, X_o, rows and weights as in `_Kept`, on the block's device.
+_Entered = tuple[Tensor, "Tensor | None", dict[int, Tensor], dict[int, Tensor]]
+
 
 @dataclass(frozen=True)
 class _Rows:
@@ -55,30 +58,21 @@ class _Kept:
     rows: dict[int, Tensor]  # of each expert that has some
     weights: dict[int, Tensor]  # s² of these rows
 
-    def rows_of(self, expert: int, in_both: bool) -> _Rows:
-        rows = self.rows.get(expert, torch.empty(0, dtype=torch.long))
-        X_o = self.X_o[rows] if in_both and self.X_o is not None else None
-        return _Rows(self.X[rows], X_o, self.weights.get(expert, rows.float()))
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """What enters the experts for one micro-batch."""
-
-    X: Float[Tensor, "rows in"]
-    X_o: Float[Tensor, "rows in"] | None  # the same rows in the original model
-    rows: dict[int, Tensor]  # of each expert that has some
-    weights: dict[int, Tensor]  # s² of these rows
-
-    def kept(self, i: int, states: HiddenStates) -> _Kept:
-        """Keep the inputs of this micro-batch, the i-th, where the hidden states are."""
+    @staticmethod
+    def of(entered: _Entered, i: int, states: HiddenStates) -> _Kept:
+        """Keep what entered for the i-th micro-batch."""
 
         def keep(X: Tensor, kind: str) -> Tensor | StoredRows:
             return StoredRows(states.hidden_dir, f"{kind}-{i}", X) if isinstance(states, StoredStates) else X.cpu()
 
-        rows, weights = ({e: t.cpu() for e, t in each.items()} for each in (self.rows, self.weights))
-        X_o = None if self.X_o is None else keep(self.X_o, "experts-original")
-        return _Kept(keep(self.X, "experts"), X_o, rows, weights)
+        X, X_o, *by_expert = entered
+        rows, weights = ({e: t.cpu() for e, t in each.items()} for each in by_expert)
+        return _Kept(keep(X, "experts"), None if X_o is None else keep(X_o, "experts-original"), rows, weights)
+
+    def rows_of(self, expert: int, in_both: bool) -> _Rows:
+        rows = self.rows.get(expert, torch.empty(0, dtype=torch.long))
+        X_o = self.X_o[rows] if in_both and self.X_o is not None else None
+        return _Rows(self.X[rows], X_o, self.weights.get(expert, rows.float()))
 
 
 class ExpertStatistics:
@@ -105,10 +99,10 @@ class ExpertStatistics:
         with block.many_runs():
             for share in block.shares:
                 for i in share.batches:
-                    batch = self._run(name, i, last)
+                    X, X_o, rows, weights = self._run(name, i, last)
                     with clock("statistics"), block.autocast(), torch.no_grad():
-                        sums.add(batch.X, batch.rows, batch.weights, share.held_out)
-                    self._text.append(batch.kept(i, block.hidden))
+                        sums.add(X, rows, weights, share.held_out)
+                    self._text.append(_Kept.of((X, X_o, rows, weights), i, block.hidden))
                 with clock("statistics"):
                     sums.sums.fold(share)
         if last:
@@ -118,7 +112,7 @@ class ExpertStatistics:
         self._rows: list[_Rows] = []  # of the expert whose turn it is
         self._inner_o: list[Tensor | None] = []  # what entered its last linear in the original model
 
-    def _run(self, name: str, i: int, last: bool) -> _Batch:
+    def _run(self, name: str, i: int, last: bool) -> _Entered:
         """Return what enters the experts for micro-batch i."""
         inputs, originals = run_both(self._block, i, {name}, self._clock, last)
         entering: Routed = inputs[name]
@@ -126,7 +120,7 @@ class ExpertStatistics:
         if self._all_tokens:
             everyone = torch.arange(self._layout.experts, device=entering.X.device).expand(len(entering.X), -1)
             entering = replace(entering, index=everyone, scores=None)
-        return _Batch(entering.X, X_o, *_places(entering, self._layout.experts))
+        return entering.X, X_o, *_places(entering, self._layout.experts)
 
     @torch.no_grad()
     def of(self, group: Group, with_target: bool = True) -> InputStatistics:
