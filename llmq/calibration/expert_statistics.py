@@ -6,16 +6,21 @@ so its moments are H_e = Σ s² x xᵀ / Σ s². `algorithms/shrinkage.py` helps
     tokens ──► block, run once ──► what enters the experts, kept ──► expert 0: X ──► gate, up, rounded ──► X of down
                                               │                      expert 1: …
                                               └──► H of all experts, before their first linears and before the last
+
+Experts also make up for the error ΔR that the block's output has without them, as the last linear of an MLP does (see
+`algorithms/output_matching.py`). Each has the target ΔR / Σs, over the scores of the token: the experts of a token
+return Σ s (ΔR / Σs) = ΔR together.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmq.calibration.block_runner import Block
 from llmq.calibration.hidden_states import HiddenStates, StoredRows, StoredStates
@@ -23,10 +28,10 @@ from llmq.calibration.input_statistics import GroupSums, InputStatistics, run_bo
 from llmq.calibration.layer_moments import LayerMoments, LayerSums
 from llmq.core.timing import Clock
 from llmq.models.block_structure import Group
-from llmq.models.experts import DOWN, Layout, Routed, activated, layout_of
+from llmq.models.experts import DOWN, Layout, Routed, activated, layout_of, routed
+from llmq.models.experts_apart import returning
 
-# X, X_o, rows and weights as in `_Kept`, on the block's device.
-_Entered = tuple[Tensor, "Tensor | None", dict[int, Tensor], dict[int, Tensor]]
+_NO_SCORE = 1e-4  # a sum of scores below which the weights s² do not count
 
 
 @dataclass(frozen=True)
@@ -34,19 +39,20 @@ class _Rows:
     """The tokens of one share of the text that an expert gets."""
 
     X: Float[Tensor, "n in"]
-    X_o: Float[Tensor, "n in"] | None  # in the original model
     weights: Float[Tensor, "n"]  # s²
+    X_o: Float[Tensor, "n in"] | None = None  # in the original model
+    lacking: Float[Tensor, "n out"] | None = None  # ΔR / Σs
 
     @staticmethod
-    def together(parts: list[_Rows], width: int) -> _Rows:
+    def together(parts: list[_Rows], width: int, device: torch.device) -> _Rows:
         if not parts:  # a share of another process
-            return _Rows(torch.empty(0, width), None, torch.empty(0))
-        X_o = [part.X_o for part in parts if part.X_o is not None]
-        X, weights = (torch.cat([getattr(part, name) for part in parts]) for name in ("X", "weights"))
-        return _Rows(X, torch.cat(X_o) if X_o else None, weights)
+            return _Rows(torch.empty(0, width, device=device), torch.empty(0, device=device))
 
-    def to(self, device: torch.device) -> _Rows:
-        return _Rows(self.X.to(device), None if self.X_o is None else self.X_o.to(device), self.weights.to(device))
+        def joined(name: str) -> Any:
+            tensors = [tensor for part in parts if (tensor := getattr(part, name)) is not None]
+            return torch.cat(tensors).to(device) if tensors else None
+
+        return _Rows(**{name: joined(name) for name in ("X", "weights", "X_o", "lacking")})
 
 
 @dataclass(frozen=True)
@@ -55,24 +61,26 @@ class _Kept:
 
     X: Tensor | StoredRows  # [rows, in]
     X_o: Tensor | StoredRows | None  # the same rows in the original model
+    lacking: Tensor | StoredRows | None  # ΔR / Σs of the same rows; None: experts need not make up for it
     rows: dict[int, Tensor]  # of each expert that has some
     weights: dict[int, Tensor]  # s² of these rows
 
-    @staticmethod
-    def of(entered: _Entered, i: int, states: HiddenStates) -> _Kept:
-        """Keep what entered for the i-th micro-batch."""
+    def put(self, i: int, states: HiddenStates) -> _Kept:
+        """Return it where the hidden states are; i: the number of the micro-batch."""
 
-        def keep(X: Tensor, kind: str) -> Tensor | StoredRows:
-            return StoredRows(states.hidden_dir, f"{kind}-{i}", X) if isinstance(states, StoredStates) else X.cpu()
+        def moved(tensor: Any, kind: str) -> Any:
+            if isinstance(states, StoredStates) and tensor is not None:
+                return StoredRows(states.hidden_dir, f"{kind}-{i}", tensor)
+            return None if tensor is None else tensor.cpu()
 
-        X, X_o, *by_expert = entered
-        rows, weights = ({e: t.cpu() for e, t in each.items()} for each in by_expert)
-        return _Kept(keep(X, "experts"), None if X_o is None else keep(X_o, "experts-original"), rows, weights)
+        rows, weights = ({e: t.cpu() for e, t in each.items()} for each in (self.rows, self.weights))
+        X, X_o = moved(self.X, "experts"), moved(self.X_o, "experts-original")
+        return _Kept(X, X_o, moved(self.lacking, "experts-lacking"), rows, weights)
 
     def rows_of(self, expert: int, in_both: bool) -> _Rows:
         rows = self.rows.get(expert, torch.empty(0, dtype=torch.long))
-        X_o = self.X_o[rows] if in_both and self.X_o is not None else None
-        return _Rows(self.X[rows], X_o, self.weights.get(expert, rows.float()))
+        X_o, lacking = (every[rows] if in_both and every is not None else None for every in (self.X_o, self.lacking))
+        return _Rows(self.X[rows], self.weights.get(expert, rows.float()), X_o, lacking)
 
 
 class ExpertStatistics:
@@ -99,10 +107,10 @@ class ExpertStatistics:
         with block.many_runs():
             for share in block.shares:
                 for i in share.batches:
-                    X, X_o, rows, weights = self._run(name, i, last)
+                    X, entered = self._run(name, i, last, groups[-1].is_added)
                     with clock("statistics"), block.autocast(), torch.no_grad():
-                        sums.add(X, rows, weights, share.held_out)
-                    self._text.append(_Kept.of((X, X_o, rows, weights), i, block.hidden))
+                        sums.add(X, entered.rows, entered.weights, share.held_out)
+                    self._text.append(entered.put(i, block.hidden))
                 with clock("statistics"):
                     sums.sums.fold(share)
         if last:
@@ -112,15 +120,19 @@ class ExpertStatistics:
         self._rows: list[_Rows] = []  # of the expert whose turn it is
         self._inner_o: list[Tensor | None] = []  # what entered its last linear in the original model
 
-    def _run(self, name: str, i: int, last: bool) -> _Entered:
-        """Return what enters the experts for micro-batch i."""
-        inputs, originals = run_both(self._block, i, {name}, self._clock, last)
-        entering: Routed = inputs[name]
-        X_o = _same_rows(entering, originals[name]) if name in originals else None
+    def _run(self, name: str, i: int, last: bool, is_added: bool) -> tuple[Tensor, _Kept]:
+        """Return X of micro-batch i, and all that enters the experts."""
+        lacking: Tensor | None = None
+        if is_added and last and self._block.original is not None:
+            entering, original, lacking = _run_apart(self._block, i, name, self._clock)
+        else:
+            inputs, originals = run_both(self._block, i, {name}, self._clock, last)
+            entering, original = inputs[name], originals.get(name)
+        X_o = None if original is None else _same_rows(entering, original)
         if self._all_tokens:
             everyone = torch.arange(self._layout.experts, device=entering.X.device).expand(len(entering.X), -1)
             entering = replace(entering, index=everyone, scores=None)
-        return entering.X, X_o, *_places(entering, self._layout.experts)
+        return entering.X, _Kept(entering.X, X_o, lacking, *_places(entering, self._layout.experts))
 
     @torch.no_grad()
     def of(self, group: Group, with_target: bool = True) -> InputStatistics:
@@ -155,7 +167,7 @@ class ExpertStatistics:
         self._rows, texts = [], iter(self._text)
         for share in self._block.shares:
             of_share = [batch.rows_of(expert, with_target) for batch in islice(texts, len(share.batches))]
-            self._rows.append(_Rows.together(of_share, self._before.H.shape[0]).to(self._block.compute.device))
+            self._rows.append(_Rows.together(of_share, len(self._before.H), self._block.compute.device))
         with self._clock("forward"), self._block.autocast():
             self._inner_o = [None if r.X_o is None else activated(self._module, expert, r.X_o) for r in self._rows]
         return self._rows
@@ -165,9 +177,35 @@ class ExpertStatistics:
         for share, each in zip(self._block.shares, rows, strict=True):
             if len(each.X):
                 differences = [] if each.X_o is None else [each.X_o - each.X]
+                if each.lacking is not None and group.is_added:
+                    differences.append(each.lacking)
                 sums.add_rows([each.X, *differences], share.held_out, each.weights)
             sums.sums.fold(share)
         return sums.finish()
+
+
+def _run_apart(block: Block, i: int, name: str, clock: Clock) -> tuple[Routed, Routed, Float[Tensor, "rows out"]]:
+    """Run a block for micro-batch i in both models, in the original one for the last time.
+
+    Returns what enters its experts in this model and in the original one, and ΔR / Σs: what the block's output lacks
+    without that of the experts, over the scores of each token.
+    """
+    assert block.original is not None
+    seen: list[tuple[Routed, Tensor]] = []
+    module = block.module.get_submodule(name)
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append((routed(module, args), output))
+
+    with clock("forward"), module.register_forward_hook(note):
+        end = block.run_batch(i, original=True, leave=True)
+        block.original[i] = end.cpu()
+        with returning(module, torch.zeros_like):
+            R = block.run_batch(i)
+    (original, output), (entering, _) = seen
+    dR = (end - output.view_as(end) - R).flatten(0, -2)
+    assert entering.scores is not None
+    return entering, original, dR / entering.scores.sum(1, keepdim=True).clamp_min(_NO_SCORE)
 
 
 def _places(entering: Routed, experts: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:

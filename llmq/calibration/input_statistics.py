@@ -216,7 +216,7 @@ def target_moment_is_narrow(group: Group, out: int, width: int) -> bool:
     The narrow sum takes two products of out x width for every token, the wide one takes one of width x width. With a
     residual stream only the narrow sum is possible, because W does not multiply R_o - R.
     """
-    return group.residual is not None or 2 * out < width
+    return group.residual is not None or group.is_added or 2 * out < width
 
 
 def _finite_rows(tensors: list[Tensor]) -> list[Tensor]:

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llmq.models.experts import layout_of, layouts, linears_of
+from llmq.models.experts_apart import is_added
 from llmq.models.weight_reads import modules_of, weights_read
 
 # (producer, consumer, a linear beside them): if that is there, output channel c of the producer's last rows only ever
@@ -49,6 +50,7 @@ class Group:
     is_read: bool = False  # the model also reads the weight of this group's only linear without a call
     calls: int = 1  # in one forward; a group whose linear runs never or often has no other linear
     expert: Expert | None = None  # of which the linears are a part; each sees the tokens that are routed to it
+    is_added: bool = False  # it ends an expert, and the block returns the sum of what its experts return and the rest
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,15 @@ def find_groups(
         residual = seen.residual_of(linears[0], end) if alone else None
         ends = seen.submodule_ended_by.get(linears[0]) if alone else None
         groups.append(Group(tuple(linears), producer, offset, residual, ends))
-    return groups + [Group((name,), is_read=True) for name in sorted(read)] + _groups_of_experts(block)
+    added = {
+        name
+        for name, out in seen.output_of_experts.items()
+        if is_added(block.get_submodule(name), run, hidden, out, end)
+    }
+    return groups + [Group((name,), is_read=True) for name in sorted(read)] + _groups_of_experts(block, added)
 
 
-def _groups_of_experts(block: nn.Module) -> list[Group]:
+def _groups_of_experts(block: nn.Module, added: set[str]) -> list[Group]:
     """Return two groups for each expert: the linears before its activation, and the one after it."""
     groups = list[Group]()
     for module, layout in layouts(block).items():
@@ -102,7 +109,7 @@ def _groups_of_experts(block: nn.Module) -> list[Group]:
         for number in range(layout.experts):
             expert = Expert(module, number)
             groups.append(Group(tuple(f"{module}.{number}.{name}" for name in before), expert=expert))
-            groups.append(Group((f"{module}.{number}.{after}",), expert=expert))
+            groups.append(Group((f"{module}.{number}.{after}",), expert=expert, is_added=module in added))
     return groups
 
 
@@ -113,6 +120,7 @@ class Observation:
         self.linears_of_input: dict[tuple[object, ...], list[str]] = {}  # in call order
         self.norm_of_output: dict[tuple[object, ...], str] = {}
         self.submodule_ended_by: dict[str, Submodule] = {}  # by the name of its last linear
+        self.output_of_experts: dict[str, Tensor] = {}  # by the name of the module that holds them
         self._output_of: dict[str, Tensor] = {}  # of the linears
         self._linear_of_output: dict[tuple[object, ...], str] = {}
         self._residuals: dict[str, Tensor] = {"": entering}  # what enters the block and each norm
@@ -135,6 +143,7 @@ class Observation:
             # Experts read this tensor, too: a scale that is folded into its norm would reach them.
             self.linears_of_input.setdefault(_identity(args[0]), []).append(name)
             self._alive.append(args[0])
+            self.output_of_experts[name] = output
         elif "." not in name:
             self._record_child(name, output)
 

@@ -122,7 +122,8 @@ def _usual(layout: Layout) -> list[Group]:
 def _expert_moments(load: Workload, layout: Layout, run: Run, stage: list[Group], weights: int) -> Iterator[Moment]:
     """Yield the moments while the experts of a module are quantized: first their common sums, then one after the other.
 
-    What enters the experts is kept for both models. The codes of an expert are written as soon as it is solved.
+    What enters the experts is kept for both models, and what the rest of the block lacks. The codes of an expert are
+    written as soon as it is solved.
 
     `weights`: bytes of the block's weights and of the other groups' codes.
     """
@@ -139,7 +140,7 @@ def _expert_moments(load: Workload, layout: Layout, run: Run, stage: list[Group]
         yield Moment("the sums of all experts", host, weights + original + sums + running)
         # H over all experts, twice. The rows of an expert in both models, their differences, and these weighted.
         rows = _BUSY * layout.share(before) * (load.tokens + load.held_out)
-        own = 8 * (width**2 + inner**2) + int(4 * rows * (3 * width + 2 * inner))
+        own = 8 * (width**2 + inner**2) + int(4 * rows * (4 * width + 2 * inner))
         # Both moments of each judge; a mixture, its factor, a product, and the held-out moments in another order.
         judging = 8 * JUDGES * (width**2 + inner**2) + 16 * max(width, inner) ** 2
         yield Moment("the choice of what experts borrow", host, weights + own + judging)

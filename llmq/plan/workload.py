@@ -95,7 +95,8 @@ def states_of(request: Request, run: Run) -> States:
     streams = 2 if run.matching else 1
     size = int(tokens * (each.hidden + each.shared)) * streams // ranks.size + arguments
     has_statistics = run.algorithm.needs_statistics(config)
-    experts = int(tokens * each.experts) * streams // ranks.size if has_statistics else 0
+    # With the original model also its inputs, and what the block's output lacks without the experts.
+    experts = int(tokens * each.experts) * (2 * streams - 1) // ranks.size if has_statistics else 0
     free = free_memory(torch.device("cpu"))
     if config.offload_dir is None and (size + experts) * processes_here(ranks) <= _MEMORY_SHARE * free:
         return States(size, None, arguments, experts)

@@ -150,3 +150,20 @@ def test_the_original_model_leaves_the_block_when_it_has_run():
     statistics_of(block)
     for leaving, h in zip(block.original, expected, strict=True):
         torch.testing.assert_close(leaving, h)
+
+
+def test_the_last_linears_target_holds_what_the_block_lacks_over_the_sum_of_scores():
+    block = mixture(original=True)
+    gate = block.module.mlp.gate
+    gate.forward = lambda X, forward=gate.forward: (lambda logits, s, index: (logits, 2 * s, index))(*forward(X))
+    hidden, original = (torch.cat([h.flatten(0, 1) for h in states[:3]]) for states in (block.hidden, block.original))
+    W = block.module.mlp.experts.get_submodule("0").down_proj.weight
+    X, X_o = (block.module.entering(states) for states in (hidden, original))
+    _, scores, index = block.module.mlp.gate(X)
+    token, place = torch.nonzero(index == 0, as_tuple=True)
+    inner, inner_o = (activated(block.module.mlp.experts, 0, each[token]) for each in (X, X_o))
+    s = scores[token, place, None]
+    T = (inner_o - inner) @ W.T + (original - hidden)[token] / 2
+    expected = (T * s).T @ (inner * s) / s.square().sum()
+    stats = statistics_of(block)["0.down_proj"]
+    torch.testing.assert_close(stats.target_moment, expected, rtol=1e-3, atol=1e-4)
