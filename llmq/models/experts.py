@@ -4,7 +4,7 @@
     experts.down_proj    [E, h, i]     ──►   experts.{0 … E-1}.down_proj            nn.Linear(i, h)
 
 The tensors move, the numbers stay: the module returns what transformers' own (`grouped_mm`) does. The model is on the
-meta device when this happens, so nothing is copied; `models/expert_files.py` reads each linear from the files.
+meta device when this happens, so nothing is copied; `models/model_files.py` reads each linear from the files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Place:
     parameter: str  # its name inside the experts module: [E, …], or [E · inner, …]
     part: slice = field(
         default_factory=lambda: slice(None)
-    )  # the outputs that are this linear's; gate and up may share a parameter
+    )  # the outputs of this linear; gate and up share a parameter
     turned: bool = False  # inputs come first
 
     def of(self, whole: Tensor, expert: int, experts: int) -> Tensor:

@@ -29,15 +29,16 @@ def _poison(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-def run(x, weights, index, bias=None, scores=None, tile=TILE):
-    """The kernel's result, twice, with the same bits; counters must be zero again each time."""
+def run(x, weights, index, bias=None, scores=None, tile=TILE, twice=False):
+    """The kernel's result, on a GPU always twice, with the same bits; counters must be zero again each time."""
     counters = torch.zeros(module.COUNTERS, dtype=torch.int32, device=x.device)
     index = index.to(x.device)
-    first, again = (module.packed_experts(x, weights, index, bias, scores, counters, tile) for _ in range(2))
+    times = 2 if twice or x.is_cuda else 1
+    first, *again = (module.packed_experts(x, weights, index, bias, scores, counters, tile) for _ in range(times))
     assert not counters.any()
-    assert again.dtype == x.dtype
-    assert torch.equal(first.view(torch.int16), again.view(torch.int16))
-    return again
+    assert first.dtype == x.dtype
+    assert all(torch.equal(first.view(torch.int16), other.view(torch.int16)) for other in again)
+    return first
 
 
 def one_of_each():
@@ -95,7 +96,7 @@ ROUTINGS = {
 def test_any_routing_gives_the_result(name, splits, where):
     index = ROUTINGS[name].contiguous()
     weights, x = experts_of(where, 4, 65, 448), some_tokens(where, len(index), 448)
-    y = run(x, weights, index, tile=replace(TILE, splits=splits))
+    y = run(x, weights, index, tile=replace(TILE, splits=splits), twice=True)
     assert error_of(y, x, weights, index) < ONE_ROUNDING[where[1]]
 
 

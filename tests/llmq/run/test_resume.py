@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from architectures import tiny_models
 from killed import interrupted, quantize_until, result_of, small_run
 from tiny import save_tiny
 
@@ -72,6 +73,12 @@ def test_so_it_does_with_hidden_states_on_disk(config, tmp_path):
     (tmp_path / "states").mkdir()
     killed_and_resumed(replace(config, offload_dir=tmp_path / "states"), some(4), tmp_path)
     assert not list((tmp_path / "states").iterdir())
+
+
+def test_so_it_does_between_two_experts_whose_tensors_are_saved_one_after_the_other(text_file, tmp_path):
+    tiny_models.save_tiny("qwen3_moe", tmp_path / "model")
+    config = replace(small_run(tmp_path / "model", text_file, tmp_path), format="compressed-tensors")
+    killed_and_resumed(config, some(3), tmp_path)
 
 
 def test_so_it_does_when_trained_from_end_to_end(config, tmp_path):
