@@ -1,6 +1,7 @@
 """The model to quantize: a skeleton on the meta device, and tensors that are read block by block."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from llmq.core.errors import CheckpointError, RequestError, WorkError, first_lin
 from llmq.models.conv1d import linears_for_conv1d
 from llmq.models.decoder_blocks import find_blocks, refuse_without_linears, shared_by_blocks
 from llmq.models.experts import experts_to_linears
-from llmq.models.gguf_file import GgufFile, open_gguf, set_rope
+from llmq.models.gguf_file import GgufFile, open_gguf, parsed_once, set_rope
 from llmq.models.locate import locate
 from llmq.models.model_class import model_class
 from llmq.models.model_files import ModelFiles, by_conversion
@@ -45,10 +46,14 @@ class ModelSource:
         self.is_gguf = path.is_file()
         self.directory = path.parent if self.is_gguf else path
         self._hf_arguments = {"trust_remote_code": trust_remote_code, "gguf_file": path.name if self.is_gguf else None}
-        self.config = self._read_config()
+        with parsed_once() if self.is_gguf else nullcontext():
+            self.config = self._read_config()
+            reader = open_gguf(path) if self.is_gguf else None
+            if reader is not None:
+                with suppress(Exception):  # whatever it is, it comes again when somebody asks for the tokenizer
+                    _ = self.tokenizer
         self.config_changes = without_rescaling(self.config)
         """What config.json of the result says otherwise."""
-        reader = open_gguf(path) if self.is_gguf else None
         if reader is not None:
             set_rope(self.config, reader)
         refuse_quantized(self.config, path)

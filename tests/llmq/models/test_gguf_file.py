@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -95,6 +96,16 @@ def test_the_source_reads_the_weights_that_transformers_own_loader_reads(tmp_pat
     ours = ModelSource(str(path)).load_all(torch.device("cpu"), torch.float32)
     ids = some_tokens() % 64
     assert torch.equal(logits(ours, ids), logits(theirs, ids))
+
+
+def test_a_file_is_parsed_once_for_the_config_the_tokenizer_and_the_weights(tmp_path, monkeypatch):
+    path, parsed, parse = write_gguf(tmp_path / "m.gguf", {}), [], gguf.GGUFReader.__init__
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda self, name: parsed.append(name) or parse(self, name))
+    monkeypatch.setattr(ModelSource, "tokenizer", property(lambda self: gguf.GGUFReader(str(path))))
+    reader = gguf.GGUFReader
+    ModelSource(str(path))
+    assert parsed == [str(path)]
+    assert gguf.GGUFReader is reader
 
 
 def frequencies(directory):
