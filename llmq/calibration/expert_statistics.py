@@ -31,7 +31,7 @@ from llmq.models.block_structure import Group
 from llmq.models.experts import DOWN, Layout, Routed, activated, layout_of, routed
 from llmq.models.experts_apart import returning
 
-_NO_SCORE = 1e-4  # a sum of scores below which the weights s² do not count
+_NO_SCORE = 1e-4  # the sum of a token's scores below which its experts cannot make up for anything
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,10 @@ class ExpertStatistics:
         is_last = group.linears[0].endswith(DOWN)
         if is_last:
             with self._clock("forward"), self._block.autocast():
-                rows = [
+                rows = [  # those of another process's share are none, in any dtype
                     replace(rows, X=activated(self._module, group.expert.number, rows.X), X_o=X_o)
+                    if len(rows.X)
+                    else rows
                     for rows, X_o in zip(self._rows, self._inner_o, strict=True)
                 ]
         else:
@@ -195,7 +197,7 @@ def _run_apart(block: Block, i: int, name: str, clock: Clock) -> tuple[Routed, R
     module = block.module.get_submodule(name)
 
     def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append((routed(module, args), output))
+        seen.append((routed(module, args), output.clone().float()))  # the block may add to the output in place
 
     with clock("forward"), module.register_forward_hook(note):
         end = block.run_batch(i, original=True, leave=True)
@@ -203,9 +205,10 @@ def _run_apart(block: Block, i: int, name: str, clock: Clock) -> tuple[Routed, R
         with returning(module, torch.zeros_like):
             R = block.run_batch(i)
     (original, output), (entering, _) = seen
-    dR = (end - output.view_as(end) - R).flatten(0, -2)
+    dR = (end.float() - output.view_as(end) - R.float()).flatten(0, -2)
     assert entering.scores is not None
-    return entering, original, dR / entering.scores.sum(1, keepdim=True).clamp_min(_NO_SCORE)
+    s = entering.scores.float().sum(1, keepdim=True)
+    return entering, original, torch.where(s > _NO_SCORE, dR / s, 0.0).to(entering.X.dtype)
 
 
 def _places(entering: Routed, experts: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:

@@ -1,4 +1,4 @@
-"""Finds the structure of a decoder block by running it once; no list of known models is needed.
+"""Finds the structure of a decoder block by running it; no list of known models is needed.
 
 Linears that receive the very same tensor share one Hessian, one factorisation and one column loop. A llama block gives
 
@@ -72,11 +72,12 @@ class Submodule:
 def find_groups(
     block: nn.Module, run: Callable[[Tensor], Tensor], hidden: Float[Tensor, "batch tokens features"]
 ) -> list[Group]:
-    """Run the block once and group its linears by the identity of their input tensor.
+    """Run the block and group its linears by the identity of their input tensor.
 
     `run` calls the block with the arguments that the model gives it. The values of `hidden`, its input, do not matter.
     A linear that runs several times is in as many groups. One whose weight is also read without a call has its own.
-    The groups of experts come last. They follow from the structure: a single run reaches only some experts.
+    The groups of experts come last. They follow from the structure: a single run reaches only some experts. For each
+    module of experts the block runs once more (see `is_added`).
     """
     seen = Observation(hidden.to(next(block.parameters()).device))
     with weights_read(block) as read, _hooked(block, seen.record):
@@ -143,7 +144,7 @@ class Observation:
             # Experts read this tensor, too: a scale that is folded into its norm would reach them.
             self.linears_of_input.setdefault(_identity(args[0]), []).append(name)
             self._alive.append(args[0])
-            self.output_of_experts[name] = output
+            self.output_of_experts[name] = output.clone()  # the block may add to it in place
         elif "." not in name:
             self._record_child(name, output)
 

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import mmap
+import os
 import re
 from collections import Counter
 from collections.abc import Generator
@@ -33,9 +34,10 @@ def parsed_once() -> Generator[None]:
     make, readers = gguf.GGUFReader, dict[str, Any]()
 
     def opened(path: Any, *_: Any) -> Any:
-        if str(path) not in readers:
-            readers[str(path)] = make(path)
-        return readers[str(path)]
+        where = os.path.abspath(path)
+        if where not in readers:
+            readers[where] = make(path)
+        return readers[where]
 
     gguf.GGUFReader = opened
     try:

@@ -75,7 +75,8 @@ def block_moments(load: Workload, layout: Layout, run: Run) -> Iterator[Moment]:
         last = len(solved) + len(stage) == len(layout.groups)
         if stage and stage[0].expert is not None:
             codes = sum(layout.weights_of(group) for group in solved if group.expert is None)
-            yield from _expert_moments(load, layout, run, stage, weights + codes)
+            kept = kept_bytes(load, layout, solved, stage, last)
+            yield from _expert_moments(load, layout, run, stage, weights + codes, kept)
             solved += stage
             continue
         host = load.states + kept_bytes(load, layout, solved, stage, last)
@@ -119,28 +120,36 @@ def _usual(layout: Layout) -> list[Group]:
     return [group for group in layout.groups if group.expert is None]
 
 
-def _expert_moments(load: Workload, layout: Layout, run: Run, stage: list[Group], weights: int) -> Iterator[Moment]:
+def _expert_moments(
+    load: Workload, layout: Layout, run: Run, stage: list[Group], weights: int, kept: int
+) -> Iterator[Moment]:
     """Yield the moments while the experts of a module are quantized: first their common sums, then one after the other.
 
     What enters the experts is kept for both models, and what the rest of the block lacks. The codes of an expert are
     written as soon as it is solved.
 
-    `weights`: bytes of the block's weights and of the other groups' codes.
+    `weights`: bytes of the block's weights and of the other groups' codes. `kept`: of outputs, for the block's last
+    run.
     """
     before, after = stage[:2]  # of the first expert; the others have the same shapes
     (_, width), (_, inner) = layout.shape(before), layout.shape(after)
-    host, number, own = load.states + load.experts, len(stage) // 2, 0
+    number, own, tokens = len(stage) // 2, 0, load.tokens + load.held_out
+    share = layout.share(before)
+    busy = min(1.0, _BUSY * share)
+    if run.config.expert_statistics == "all-tokens":
+        share = busy = 1.0
+    # Of each choice of a token: its row and its weight.
+    host = load.states + load.experts + kept + int(12 * tokens * share * number * load.statistics)
     if load.statistics:
         late = shares_ahead({"before": (width, width), "after": (inner, inner)}, load.ranks)
         sums = (load.sums + late) * 4 * (width**2 + inner**2)
         # Their outputs, each times its score; then the inputs of their last linears, in a list and together.
-        routed = load.batch * layout.share(before) * number * 4 * (2 * width + 2 * inner)
+        routed = load.batch * share * number * 4 * (2 * width + 2 * inner)
         original = sum(map(layout.weights_of, _usual(layout))) * load.factor_bytes * (load.streams == 2)
         running = forward_bytes(load, layout, layout.groups) + int(routed)
         yield Moment("the sums of all experts", host, weights + original + sums + running)
         # H over all experts, twice. The rows of an expert in both models, their differences, and these weighted.
-        rows = _BUSY * layout.share(before) * (load.tokens + load.held_out)
-        own = 8 * (width**2 + inner**2) + int(4 * rows * (4 * width + 2 * inner))
+        own = 8 * (width**2 + inner**2) + int(4 * busy * tokens * (4 * width + 2 * inner))
         # Both moments of each judge; a mixture, its factor, a product, and the held-out moments in another order.
         judging = 8 * JUDGES * (width**2 + inner**2) + 16 * max(width, inner) ** 2
         yield Moment("the choice of what experts borrow", host, weights + own + judging)

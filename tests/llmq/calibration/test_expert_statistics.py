@@ -1,5 +1,7 @@
 """Each expert has statistics of its own tokens, weighted by its scores; the layer has those of all."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from blocks import CPU, hidden_states
@@ -120,6 +122,18 @@ def test_every_expert_runs_on_every_token_if_asked():
     found = statistics_of(mixture(), all_tokens=True)
     assert {stats.tokens for stats in found.values()} == {300}
     assert torch.equal(found["0.gate_proj"].H, found["5.gate_proj"].H)
+
+
+def test_a_share_of_another_process_has_no_rows_in_whatever_dtype_a_gpu_computes():
+    block = mixture(original=True)
+    compute = replace(CPU, dtype=torch.bfloat16)
+    hidden, original = ([h.bfloat16() for h in states] for states in (block.hidden, block.original))
+    shares = [*block.shares, replace(block.shares[0], batches=range(0))]
+    found = statistics_of(
+        Block("block", block.module.bfloat16(), hidden, 3, ((), {}), compute, original, shares=shares)
+    )
+    assert sum(stats.tokens for name, stats in found.items() if name.endswith("gate_proj")) == 2 * 300
+    assert all(torch.isfinite(stats.target_moment).all() for stats in found.values())
 
 
 def test_an_expert_without_tokens_has_no_target():

@@ -36,6 +36,8 @@ class Mixture(nn.Module):
 AFTER = {
     "added to the stream": (lambda block, hidden, own, shared: hidden + own, True),
     "added to a shared expert's": (lambda block, hidden, own, shared: hidden + (own + shared), True),
+    "added in place": (lambda block, hidden, own, shared: hidden + own.add_(shared), True),
+    "times nearly 1": (lambda block, hidden, own, shared: hidden + 1.05 * own, False),
     "through a norm": (lambda block, hidden, own, shared: hidden + block.last_norm(own + shared), False),
     "times a factor": (lambda block, hidden, own, shared: hidden + 0.5 * own, False),
     "in another shape": (lambda block, hidden, own, shared: own[..., :8], False),

@@ -51,7 +51,7 @@ def load_of(tokens, width, **others):
         states=streams,
         rows_per_solve=4096,
         ranks=ALONE,
-        experts=streams,
+        experts=streams * 3 // 2,
     )
     return replace(load, **others)
 
@@ -93,7 +93,8 @@ def test_experts_of_random_blocks_are_in_memory_once(text_file, tmp_path):
 def test_what_enters_the_experts_waits_where_the_hidden_states_do(text_file, tmp_path):
     request, run = open_tiny("qwen3_moe", text_file, tmp_path)
     states = states_of(request, run)
-    assert states.experts == 2 * 10 * 64 * 64 * 4  # both streams of ten sequences of 64 tokens, in float32
+    # Both streams of ten sequences of 64 tokens, and what the block's output lacks, in float32.
+    assert states.experts == 3 * 10 * 64 * 64 * 4
     assert workload_of(request, run, states).experts == states.experts
     request = replace(request, config=replace(request.config, offload_dir=tmp_path / "states"))
     plan = plan_of(request, run)
@@ -121,7 +122,8 @@ def test_a_block_of_deepseek_v3_fits_into_64_gb_with_128_x_2048_tokens(llama, te
     assert most(load, layout, run) > 64e9
     assert 46e9 < most(replace(load, states=0, experts=0), layout, run) < 62e9
     by_name = {moment.what: moment for moment in block_moments(load, layout, run)}
-    assert by_name["the sums of all experts"].host == 4 * 128 * 2048 * 7168 * 4
+    # Two streams of hidden states, three of what enters the experts; the row and the weight of eight choices.
+    assert by_name["the sums of all experts"].host == 128 * 2048 * (5 * 7168 * 4 + 8 * 12)
 
 
 def test_the_time_of_an_expert_is_that_of_its_own_tokens(llama, text_file, tmp_path):
