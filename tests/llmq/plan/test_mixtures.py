@@ -123,7 +123,8 @@ def test_a_block_of_deepseek_v3_fits_into_64_gb_with_128_x_2048_tokens(llama, te
     assert 46e9 < most(replace(load, states=0, experts=0), layout, run) < 62e9
     by_name = {moment.what: moment for moment in block_moments(load, layout, run)}
     # Two streams of hidden states, three of what enters the experts; the row and the weight of eight choices.
-    assert by_name["the sums of all experts"].host == 128 * 2048 * (5 * 7168 * 4 + 8 * 12)
+    choices = 8 * (load.tokens + load.held_out)
+    assert by_name["the sums of all experts"].host == 128 * 2048 * 5 * 7168 * 4 + 12 * choices
 
 
 def test_the_time_of_an_expert_is_that_of_its_own_tokens(llama, text_file, tmp_path):
