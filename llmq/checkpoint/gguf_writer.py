@@ -1,0 +1,187 @@
+"""Writes a packed checkpoint as one GGUF file, and reads it back.
+
+The converter of llama.cpp says what the file holds (models/gguf_converter.py), models/gguf_layout.py where the rows of
+packed linears go in it. Codes and scales are those of the checkpoint. One tensor is in memory at a time.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmq.checkpoint.gguf_reader import SCALES
+from llmq.checkpoint.reader import Checkpoint
+from llmq.core.config import VERSION
+from llmq.core.errors import CheckpointError, RequestError
+from llmq.core.quantized_weight import QuantizedWeight
+from llmq.formats import gguf as blocks
+from llmq.formats.scheme import Scheme
+from llmq.models.gguf_converter import Added, Converted, Leaf, as_request_errors, check_converter, open_converter
+from llmq.models.gguf_layout import Laid, lay_out
+from llmq.models.untrusted_files import read_json
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: the file, and the linears that are in it as float numbers."""
+
+    path: Path
+    in_float: list[str]
+
+
+class GgufWriter:
+    """Writes a checkpoint, with the names of its files, into one GGUF file.
+
+    Args:
+        schemes: of each packed linear, by its name in the files.
+        shapes: of the same linears, as (out, in).
+        transposed: the linears that Hugging Face stores as [in, out] (Conv1D of GPT-2).
+        name: the name of the model, for people and for the file.
+        floats_as: how the other tensors are stored; one of `gguf_converter.FLOATS`.
+
+    Raises RequestError if llmq or llama.cpp's converter cannot write this model as GGUF.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        schemes: Mapping[str, Scheme],
+        shapes: Mapping[str, tuple[int, int]],
+        name: str,
+        floats_as: str = "auto",
+        transposed: Collection[str] = (),
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._checkpoint, self._schemes, self._shapes, self._transposed = checkpoint, schemes, shapes, transposed
+        check_converter(checkpoint.config)
+        if not trust_remote_code:
+            _refuse_code(checkpoint)
+        config = blocks.hf_config(schemes, [])
+        self._kinds: dict[str, str] = config["types"]
+        files = checkpoint.files
+        floats = {
+            name: Leaf(tuple(files.shape(name)), files.dtype(name), partial(files.read, name))
+            for name in checkpoint.other_names
+            if files.is_float(name)
+        }
+        self._model = Converted(checkpoint.directory, name, floats, floats_as)
+        kinds = {name: (kind, blocks.TYPES[kind].weights) for name, kind in self._kinds.items()}
+        with as_request_errors(checkpoint.directory):
+            self._laid, self._in_float = lay_out(self._model, shapes, kinds, transposed)
+        self._digests = dict[str, str]()
+
+    @property
+    def file_name(self) -> str:
+        """Return the name of the file: the model, and the type of most blocks."""
+        return f"{self._model.name}-{self._usual_kind}.gguf"
+
+    @property
+    def _usual_kind(self) -> str:
+        return Counter(self._kinds.values()).most_common(1)[0][0]
+
+    def write(self, directory: Path, progress: bool = False) -> Written:
+        """Write the file and read it back. Raises CheckpointError if it is not what was written."""
+        import gguf
+
+        path = directory / self.file_name
+        with as_request_errors(self._checkpoint.directory):
+            made = open_converter(self._model, self._leaves(), self._add, path)
+            made.prepare_tensors()
+            made.ftype = gguf.LlamaFileType[f"MOSTLY_{self._usual_kind}"]
+            made.prepare_metadata(vocab_only=False)
+            writer = made.gguf_writer
+            writer.add_quantized_by(f"llmq {VERSION}")
+            scale = self._checkpoint.weight(self._checkpoint.linears[0]).scale.dtype
+            if scale != torch.float16:
+                writer.add_string(SCALES, str(scale).removeprefix("torch."))
+            writer.write_header_to_file(path=path)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file(progress=progress)
+            writer.close()
+        self._check(path)
+        return Written(path, sorted(self._in_float))
+
+    def _leaves(self) -> dict[str, Leaf]:
+        """Return what the converter is given for packed linears. It only looks at the shapes of most."""
+
+        def weight(name: str) -> Tensor:
+            W = self._checkpoint.weight(name).dequantize()
+            return W.T if name in self._transposed else W
+
+        turned = {name: shape[::-1] if name in self._transposed else shape for name, shape in self._shapes.items()}
+        return {name: Leaf(shape, torch.float32, partial(weight, name)) for name, shape in turned.items()}
+
+    def _add(self, add: Callable[..., None], added: Added) -> None:
+        """Add a tensor to the file: blocks where the converter would put the weights of packed linears."""
+        import gguf
+
+        if (laid := self._laid.get(added.name)) is not None:
+            kind = blocks.TYPES[self._kinds[laid.linears[0]]]
+            shape = (*added.data.shape[:-1], added.data.shape[-1] // kind.weights * kind.nbytes)
+            meta = gguf.LazyNumpyTensor.meta_with_dtype_and_shape(np.uint8, shape)
+            data = gguf.LazyNumpyTensor(meta=meta, args=(0,), func=lambda _: laid.placed(self._blocks).reshape(shape))
+            add(added.name, data, raw_dtype=gguf.GGMLQuantizationType(kind.number))
+            return
+
+        def remembered(data: np.ndarray) -> np.ndarray:
+            self._digests[added.name] = _digest(data)
+            return data
+
+        data = gguf.LazyNumpyTensor(meta=added.data._meta, args=(added.data,), func=remembered)
+        add(added.name, data, raw_dtype=added.dtype)
+
+    def _blocks(self, name: str) -> np.ndarray:
+        """Return the blocks of a linear. [out, blocks, bytes]"""
+        stored = blocks.encode(name, self._checkpoint.weight(name), self._schemes[name])[f"{name}.blocks"]
+        return stored.unflatten(1, (-1, blocks.TYPES[self._kinds[name]].nbytes)).numpy()
+
+    def _check(self, path: Path) -> None:
+        """Raise CheckpointError unless the file holds the codes, scales and zero points of every packed linear."""
+        import gguf
+
+        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        if tensors.keys() != self._laid.keys() | self._digests.keys():
+            raise CheckpointError(f"{path} does not hold the tensors that were written; write it again")
+        for name, tensor in tensors.items():
+            wrong = f"{path}: {name} is not what was written; write it again"
+            if name not in self._laid:
+                if self._digests[name] != _digest(tensor.data):
+                    raise CheckpointError(wrong)
+            elif not all(self._same(self._laid[name], tensor.data, linear) for linear in self._laid[name].linears):
+                raise CheckpointError(wrong)
+
+    def _same(self, laid: Laid, stored: np.ndarray, name: str) -> bool:
+        """Tell whether a tensor of the file holds this linear."""
+        kind = self._kinds[name]
+        rows = laid.taken(name, stored.reshape(len(laid.row), len(laid.blocks), -1))
+        scheme = blocks.schemes_of({"types": {name: kind}}, [name])[name]
+        found = blocks.decode(name, {f"{name}.blocks": torch.from_numpy(rows).flatten(1)}, scheme)
+        return _equal(found, self._checkpoint.weight(name))
+
+
+def _equal(found: QuantizedWeight, wanted: QuantizedWeight) -> bool:
+    """Tell whether two weights have the same codes, scales and zero points. `found` may have smaller groups."""
+    repeats = found.scale.shape[1] // wanted.scale.shape[1]
+    scale, zero = (each.repeat_interleave(repeats, dim=1) for each in (wanted.scale, wanted.zero))
+    same_scale = torch.equal(found.scale.double(), scale.double())
+    return same_scale and torch.equal(found.q, wanted.q) and torch.equal(found.zero, zero)
+
+
+def _digest(data: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()
+
+
+def _refuse_code(checkpoint: Checkpoint) -> None:
+    """Raise RequestError for a model with code of its own: the converter would run it."""
+    configs = [checkpoint.config]
+    if (checkpoint.directory / "tokenizer_config.json").exists():
+        configs.append(read_json(checkpoint.directory, "tokenizer_config.json"))
+    if any("auto_map" in config for config in configs):
+        raise RequestError("llama.cpp's converter would run the code of this model; --trust-remote-code allows it")
