@@ -26,7 +26,7 @@ TENSOR_SUFFIXES = ("scales", "weight", "biases")
 _MODE = "affine"
 
 
-def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:  # noqa: ARG001 like its siblings
+def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
     """Return the tensors of one linear by their full names. The weight is not changed.
 
     Raises CheckpointError for what the format cannot store: groups of other sizes or spread over the row, zero points
@@ -34,10 +34,11 @@ def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tens
     """
     if weight.group_of is not None:
         raise CheckpointError(f"{name}: mlx stores contiguous groups of one size; use gptq for others")
-    if weight.group_size not in MLX_GROUPS:
+    if weight.group_size not in MLX_GROUPS or weight.group_size != scheme.group_size:
         fits = next((size for size in MLX_GROUPS[::-1] if weight.q.shape[1] % size == 0), None)
         advice = "no other fits" if fits is None else f"quantize again with --group-size {fits}"
-        raise CheckpointError(f"{name}: mlx stores groups of {listed(MLX_GROUPS)}, not {weight.group_size}; {advice}")
+        what = "whole rows" if weight.scale.shape[1] == 1 else str(weight.group_size)
+        raise CheckpointError(f"{name}: mlx stores groups of {listed(MLX_GROUPS)}, not {what}; {advice}")
     scale = weight.scale.contiguous()
     biases = -scale * weight.zero.to(scale.dtype)
     # The sizes of a file are found out on the meta device, where there are no numbers.
