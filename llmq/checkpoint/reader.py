@@ -23,6 +23,7 @@ CPU = torch.device("cpu")
 # Files for the settings of older tools, which did not write them into config.json; and the method of each tool.
 LEGACY = ("quantize_config.json", "quant_config.json")
 _LEGACY_METHODS = ("gptq", "awq")
+MLX = "quantization"  # entry of config.json where MLX looks for its settings
 
 
 class Checkpoint:
@@ -101,7 +102,7 @@ def is_packed(path: Path) -> bool:
     """Return whether the directory holds a quantized checkpoint of any method."""
     try:
         config = read_json(path, CONFIG)
-        return bool(config.get("quantization_config")) or any((path / name).exists() for name in LEGACY)
+        return bool(config.get("quantization_config") or config.get(MLX)) or any((path / name).exists() for name in LEGACY)
     except CheckpointError:  # not a packed checkpoint; ModelSource explains what is wrong with it
         return False
 
@@ -109,6 +110,9 @@ def is_packed(path: Path) -> bool:
 def _quantization(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the quantization, from config.json or the file of an older tool."""
     settings = config.get("quantization_config")
+    # mlx_lm writes its settings into both entries, and reads this one.
+    if isinstance(config.get(MLX), dict) and not (isinstance(settings, dict) and "quant_method" in settings):
+        return config[MLX]
     if isinstance(settings, dict):
         return settings
     if settings is None:

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmq.core.errors import RequestError
-from llmq.core.settings import BITS, Awq, Calibration, Gptq, Grid, Tuned, at_revision, listed, one_of
+from llmq.core.settings import BITS, MLX_GROUPS, Awq, Calibration, Gptq, Grid, Tuned, at_revision, listed, one_of
 
 VERSION = "0.1.0"
 
 METHODS = ("gptq", "awq", "awq+gptq", "tuned", "rtn")
 EFFORTS = ("fast", "normal", "best")
-FORMATS = ("auto", "compressed-tensors", "gptq", "awq")
+FORMATS = ("auto", "compressed-tensors", "gptq", "awq", "mlx")
 EFFORT_STEPS = ("match", "sequential")
 EXPERT_STATISTICS = ("routed", "layer", "all-tokens")
 
@@ -58,7 +58,8 @@ class QuantizeConfig:
     all experts as far as these are few. layer: the tokens of all experts. all-tokens: every expert runs on every token,
     which takes many times as long. The last two are for comparisons."""
     format: str = "auto"
-    """Checkpoint format: compressed-tensors (read by transformers, vLLM and SGLang), gptq or awq (4 bit only). auto:
+    """Checkpoint format: compressed-tensors (read by transformers, vLLM and SGLang), gptq or awq (4 bit only); mlx (symmetric, read
+    by mlx_lm). auto:
     compressed-tensors for symmetric weights; otherwise the format that engines serve: awq at 4 bit, else gptq."""
     calibration: str = Calibration.text
     """Calibration text: wikitext2, c4 or pile (downloaded); pydoc or pytopics (offline); a .txt, .jsonl or .parquet
@@ -109,6 +110,9 @@ class QuantizeConfig:
             raise RequestError(f"awq works with grid minmax only; got {self.grid}; use minmax, or another method")
         if self.stored_as == "awq" and (self.bits != 4 or self.layer_bits):
             raise RequestError("format awq stores 4-bit weights only; use gptq or compressed-tensors for others")
+        if self.stored_as == "mlx" and not (self.symmetric and self.group_size in MLX_GROUPS):
+            what = f"groups of {self.group_size}" if self.symmetric else "zero points"
+            raise RequestError(f"format mlx stores symmetric weights in groups of {listed(MLX_GROUPS)}; got {what}")
         if self.resume and self.overwrite:
             raise RequestError("resume continues the earlier run, overwrite removes it; pass only one of the two")
         # The nested settings check themselves when they are made.

@@ -10,6 +10,8 @@ from llmq.core.errors import RequestError
 BITS = (2, 3, 4, 8)
 GRIDS = ("auto", "minmax", "mse", "hessian", "common")
 ORDERS = ("group", "static", "natural")
+MLX_GROUPS = (32, 64, 128)
+"""The group sizes that MLX has."""
 
 
 @dataclass(frozen=True)

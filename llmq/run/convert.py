@@ -17,7 +17,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.writer import Writer
 from llmq.core.config import VERSION
 from llmq.core.errors import RequestError
-from llmq.formats import FORMATS
+from llmq.formats import FORMATS, method_of
 from llmq.formats.scheme import Scheme
 from llmq.models.model_source import build_skeleton
 from llmq.models.packable import config_names
@@ -32,11 +32,11 @@ class ConvertConfig:
     """Write a packed checkpoint in another format. Nothing is rounded. What the format cannot store is refused."""
 
     directory: Annotated[Path, Positional]
-    """The checkpoint: compressed-tensors, gptq, awq or auto-round."""
+    """The checkpoint: compressed-tensors, gptq, awq, auto-round or mlx."""
     output: Path
     """Directory for the result. Must be new or empty unless --overwrite is given."""
     format: str
-    """compressed-tensors, gptq or awq (4 bit)."""
+    """compressed-tensors, gptq, awq (4 bit) or mlx (symmetric, groups of 32, 64, 128)."""
     overwrite: bool = False
     """Replace a checkpoint that is already in the output directory."""
     trust_remote_code: bool = False
@@ -58,7 +58,7 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
     if config.directory.resolve() == config.output.resolve():
         raise RequestError("the output directory is the checkpoint's own; choose another")
     checkpoint, target = Checkpoint(config.directory), FORMATS[config.format]
-    before = str(checkpoint.quantization.get("checkpoint_format") or checkpoint.quantization.get("quant_method"))
+    before = str(checkpoint.quantization.get("checkpoint_format") or method_of(checkpoint.quantization))
     schemes = _schemes(checkpoint)
     model = build_skeleton(model_config(checkpoint, config.trust_remote_code), config.trust_remote_code)
     view = checkpoint.for_model(model)
