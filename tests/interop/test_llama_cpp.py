@@ -46,8 +46,8 @@ def test_a_text_has_the_same_tokens_and_the_same_continuation(original, in_f32):
 def test_logits_are_those_of_llmq(original, in_f32):
     """With quantized weights llama.cpp rounds activations to int8, with float32 weights it does not.
 
-    llmq reads the weights of a .gguf in float16, so it does not agree better. Measured: KL 2.6e-3 and 1.4e-6 (2-core AVX2 machine,
-    2026-11-29).
+    llmq reads the weights of a .gguf in float16, so it does not agree better. Measured: KL 2.6e-3 and 1.4e-6
+    (2-core AVX2 machine, 2026-11-29).
     """
     model, tokenizer = original
     ids = tokenizer(PARIS)["input_ids"]
