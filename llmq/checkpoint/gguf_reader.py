@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.checkpoint.model_files import companions_of
 from llmq.core.errors import CheckpointError
 from llmq.formats import gguf as blocks
 from llmq.models.gguf_file import GgufFile
@@ -73,6 +74,11 @@ class GgufCheckpointFiles:
                         self.types[name] = kind
         self._names = {self._packed_name(name) for name in names}
         self._read_shapes: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Return what config.json would say of the model."""
+        return companions_of(self.source).config
 
     @property
     def quantization(self) -> dict[str, Any]:
