@@ -33,7 +33,10 @@ def holds_blocks(path: Path) -> bool:
     header = read_header(path)
     kinds = _kept_kinds(header)
     return any(
-        name.startswith("blk.") and name.endswith(".weight") and len(tensor.shape) > 1 and _KINDS.get(tensor.kind) in kinds
+        name.startswith("blk.")
+        and name.endswith(".weight")
+        and len(tensor.shape) > 1
+        and _KINDS.get(tensor.kind) in kinds
         for name, tensor in header.tensors.items()
     )
 

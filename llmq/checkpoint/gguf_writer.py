@@ -20,7 +20,6 @@ from llmq.checkpoint.gguf_reader import SCALES
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.config import VERSION
 from llmq.core.errors import CheckpointError, RequestError
-from llmq.core.quantized_weight import QuantizedWeight
 from llmq.formats import gguf as blocks
 from llmq.formats.scheme import Scheme
 from llmq.models.gguf_converter import Added, Converted, Leaf, as_request_errors, check_converter, open_converter
@@ -163,15 +162,7 @@ class GgufWriter:
         rows = laid.taken(name, stored.reshape(len(laid.row), len(laid.blocks), -1))
         scheme = blocks.schemes_of({"types": {name: kind}}, [name])[name]
         found = blocks.decode(name, {f"{name}.blocks": torch.from_numpy(rows).flatten(1)}, scheme)
-        return _equal(found, self._checkpoint.weight(name))
-
-
-def _equal(found: QuantizedWeight, wanted: QuantizedWeight) -> bool:
-    """Tell whether two weights have the same codes, scales and zero points. `found` may have smaller groups."""
-    repeats = found.scale.shape[1] // wanted.scale.shape[1]
-    scale, zero = (each.repeat_interleave(repeats, dim=1) for each in (wanted.scale, wanted.zero))
-    same_scale = torch.equal(found.scale.double(), scale.double())
-    return same_scale and torch.equal(found.q, wanted.q) and torch.equal(found.zero, zero)
+        return blocks.is_same(found, self._checkpoint.weight(name))
 
 
 def _digest(data: np.ndarray) -> str:

@@ -118,7 +118,9 @@ def is_packed(path: Path) -> bool:
 
             return holds_blocks(file)
         config = read_json(path, CONFIG)
-        return bool(config.get("quantization_config") or config.get(MLX)) or any((path / name).exists() for name in LEGACY)
+        return bool(config.get("quantization_config") or config.get(MLX)) or any(
+            (path / name).exists() for name in LEGACY
+        )
     except CheckpointError:  # not a packed checkpoint; ModelSource explains what is wrong with it
         return False
 

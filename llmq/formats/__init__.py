@@ -29,7 +29,13 @@ class Format(Protocol):
     schemes_of: Callable[[Mapping[str, Any], Iterable[str]], dict[str, Scheme]]
 
 
-FORMATS: dict[str, Format] = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq, "mlx": mlx, "gguf": gguf}
+FORMATS: dict[str, Format] = {
+    "compressed-tensors": compressed_tensors,
+    "gptq": gptq,
+    "awq": awq,
+    "mlx": mlx,
+    "gguf": gguf,
+}
 """The formats that llmq writes and reads."""
 
 

@@ -121,6 +121,14 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
     return {name: Scheme(kind.bits, kind.weights, kind.symmetric) for name, kind in found.items()}
 
 
+def is_same(found: QuantizedWeight, wanted: QuantizedWeight) -> bool:
+    """Tell whether two weights have the same codes, scales and zero points. `found` may have smaller groups."""
+    repeats = found.scale.shape[1] // wanted.scale.shape[1]
+    scale, zero = (each.repeat_interleave(repeats, dim=1) for each in (wanted.scale, wanted.zero))
+    same_scale = torch.equal(found.scale.double(), scale.double())
+    return same_scale and torch.equal(found.q, wanted.q) and torch.equal(found.zero, zero)
+
+
 def _float16(name: str, values: Tensor, what: str) -> Tensor:
     """Return numbers as float16. Raises CheckpointError unless they are numbers of float16."""
     stored = values.to(torch.float16)

@@ -118,7 +118,9 @@ class GgufFile:
             weights = dequantize(data, stored.tensor_type)
         except NotImplementedError:
             kind = stored.tensor_type.name
-            raise CheckpointError(f"{self.paths[0]}: {stored.name} is stored as {kind}, which llmq cannot read") from None
+            raise CheckpointError(
+                f"{self.paths[0]}: {stored.name} is stored as {kind}, which llmq cannot read"
+            ) from None
         # The pages just read would count as this program's memory for as long as the file is mapped.
         self._mapped.madvise(mmap.MADV_DONTNEED)
         return torch.tensor(self._processor.process(weights, stored.name).weights).to(self.dtype(name))

@@ -67,10 +67,12 @@ class Run:
         """Names of the blocks to quantize."""
         self.bits = bits_of_linears(config, source)
         self.grid, notes = fitted_grid(config, source, self.chosen, self.bits)
-        self.format = FORMATS[config.stored_as]
+        self.format = FORMATS[config.streamed_as]
         self.tensors = BlockTensors(source, self.format, self.grid)
         # float32 scales would double the cost of a group; the codes have no use for the extra digits.
-        self.scale_dtype = torch.float16 if source.dtype == torch.float32 else source.dtype
+        # GGUF stores float16.
+        to_float16 = source.dtype == torch.float32 or config.stored_as == "gguf"
+        self.scale_dtype = torch.float16 if to_float16 else source.dtype
         self.matching = self.algorithm.includes("match", config)
         """Whether weights move towards the original model's outputs before they are rounded."""
         self.sequential = self.algorithm.includes("sequential", config)
