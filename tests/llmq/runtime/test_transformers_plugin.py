@@ -91,7 +91,7 @@ def test_stock_transformers_opens_a_saved_model(checkpoints, tmp_path, route):
 
 
 def test_stock_transformers_refuses_mlx_in_words(checkpoints):
-    with pytest.raises(ValueError, match="quantization config .* has no `quant_method` attribute"):
+    with pytest.raises(ValueError, match=r"quantization config .* has no `quant_method` attribute"):
         AutoModelForCausalLM.from_pretrained(checkpoints("mlx"))
 
 
