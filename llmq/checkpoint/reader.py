@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.formats import format_of, schemes_of
+from llmq.formats import format_of, mlx, schemes_of
 from llmq.models.locate import gguf_in
 from llmq.models.model_files import ModelFiles
 from llmq.models.safetensors_files import CheckpointFiles, SafetensorsDirectory
@@ -28,7 +28,6 @@ CPU = torch.device("cpu")
 # Files for the settings of older tools, which did not write them into config.json; and the method of each tool.
 LEGACY = ("quantize_config.json", "quant_config.json")
 _LEGACY_METHODS = ("gptq", "awq")
-MLX = "quantization"  # entry of config.json where MLX looks for its settings
 
 
 class Checkpoint:
@@ -111,14 +110,14 @@ class Checkpoint:
 
 
 def is_packed(path: Path) -> bool:
-    """Return whether a directory holds a quantized checkpoint of any method, or a .gguf file blocks that stay packed."""
+    """Return whether a path holds a quantized checkpoint: of any method, or a .gguf file whose blocks stay packed."""
     try:
         if (file := gguf_in(path)) is not None:
             from llmq.checkpoint.gguf_reader import holds_blocks
 
             return holds_blocks(file)
         config = read_json(path, CONFIG)
-        return bool(config.get("quantization_config") or config.get(MLX)) or any(
+        return bool(config.get("quantization_config") or config.get(mlx.SETTINGS)) or any(
             (path / name).exists() for name in LEGACY
         )
     except CheckpointError:  # not a packed checkpoint; ModelSource explains what is wrong with it
@@ -138,8 +137,8 @@ def _quantization(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the quantization, from config.json or the file of an older tool."""
     settings = config.get("quantization_config")
     # mlx_lm writes its settings into both entries, and reads this one.
-    if isinstance(config.get(MLX), dict) and not (isinstance(settings, dict) and "quant_method" in settings):
-        return config[MLX]
+    if isinstance(config.get(mlx.SETTINGS), dict) and not (isinstance(settings, dict) and "quant_method" in settings):
+        return config[mlx.SETTINGS]
     if isinstance(settings, dict):
         return settings
     if settings is None:

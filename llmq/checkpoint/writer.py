@@ -30,11 +30,10 @@ from llmq.checkpoint.output_dir import (
     write_error,
     write_json,
 )
-from llmq.checkpoint.reader import CONFIG, LEGACY, MLX
+from llmq.checkpoint.reader import CONFIG, LEGACY
 from llmq.checkpoint.shard_join import join_shards, tensors_in
 from llmq.core.errors import CheckpointError
-from llmq.formats import method_of
-from llmq.formats.mlx import METHOD as MLX_METHOD
+from llmq.formats import method_of, mlx
 
 SHARD_BYTES = 5_000_000_000
 # Tensors wait in memory until a part is full. They are there twice while safetensors writes them.
@@ -246,5 +245,7 @@ def _config(
         config = config | {"dtype": name, "torch_dtype": name}  # old readers know torch_dtype, new ones dtype
     if quantization_config is None:
         return config
-    config = {key: value for key, value in config.items() if key != MLX} | {"quantization_config": quantization_config}
-    return config | ({MLX: quantization_config} if method_of(quantization_config) == MLX_METHOD else {})
+    config = {**config, "quantization_config": quantization_config}
+    config.pop(mlx.SETTINGS, None)
+    is_mlx = method_of(quantization_config) == mlx.METHOD
+    return mlx.with_settings(config, quantization_config) if is_mlx else config

@@ -219,6 +219,30 @@ def test_layers_that_differ_have_entries_of_their_own():
     assert format_of(config) is mlx
 
 
+ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "added"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}, {"rope_theta": 1e5}),
+        ({"rope_parameters": ROPE}, {"rope_theta": 5e5, "rope_scaling": ROPE}),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, {}),
+        ({"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4}}, {}),
+        ({"rope_scaling": None}, {}),
+    ],
+)
+def test_rotary_frequencies_are_where_each_version_of_transformers_wrote_them(config, added):
+    settings = {"bits": 4, "group_size": 64}
+    assert mlx.with_settings(config, settings) == config | added | {"quantization": settings}
+    nested = mlx.with_settings({"text_config": config}, settings)
+    assert nested == {"text_config": config | added, "quantization": settings}
+
+
 # configs of mlx_lm -> what they say of a linear
 CONFIGS = {
     "before modes": ({"group_size": 64, "bits": 4}, Scheme(4, 64, False)),
