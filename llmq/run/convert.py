@@ -1,5 +1,6 @@
 """Converts a packed checkpoint to another format. Codes, scales and zero points stay the same."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +18,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.writer import Writer
 from llmq.core.config import VERSION
 from llmq.core.errors import RequestError
-from llmq.formats import FORMATS
+from llmq.formats import FORMATS, gptq
 from llmq.formats.scheme import Scheme
 from llmq.models.model_source import build_skeleton
 from llmq.models.packable import config_names
@@ -48,8 +49,8 @@ class ConvertConfig:
 
 
 @torch.no_grad()
-def convert(config: ConvertConfig, progress: bool = False) -> Path:
-    """Convert a checkpoint; return the directory of the result.
+def convert(config: ConvertConfig, progress: bool = False, tell: Callable[[str], object] = lambda _: None) -> Path:
+    """Convert a checkpoint; return the directory of the result. `tell` is called with what the user should know.
 
     Raises RequestError if the output directory cannot be used. Raises CheckpointError if the checkpoint is damaged, or
     holds something that the format cannot store. In both cases no checkpoint is left in the output directory.
@@ -71,6 +72,8 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
     if config.format == "compressed-tensors" and (fault := unreadable(model, view.model_files, symmetry.get)):
         raise RequestError(fault)
     quantization = target.hf_config(*config_names(model, view.model_files, schemes_in_model, carried))
+    if target is gptq and not all(scheme.symmetric for scheme in schemes.values()):
+        tell(f"note: {gptq.ASYMMETRIC_NOTE}")
     computed = {name: value for name, value in digests_of(checkpoint).items() if name in schemes or name in kept}
     with Writer(config.output, config.overwrite) as writer:
         for _, names in groupby(kept, key=lambda name: name.rpartition(".")[0]):
