@@ -21,7 +21,7 @@ from llmq.core.config import QuantizeConfig
 from llmq.core.distributed import ALONE, Ranks
 from llmq.core.memory import release_memory
 from llmq.core.timing import Clock
-from llmq.formats import FORMATS
+from llmq.formats import FORMATS, gptq
 from llmq.models.block_structure import Group
 from llmq.models.experts import layouts
 from llmq.models.model_source import ModelSource
@@ -83,6 +83,8 @@ class Run:
             notes += ["the training of single blocks leaves experts as they are"] * (self.refine is not None)
         if self.matching and config.samples < 2:
             notes.append("a single sample leaves none to hold out: outputs are not matched")
+        if self.format is gptq and not self.grid.symmetric:
+            notes.append(gptq.ASYMMETRIC_NOTE)
         self.report.note("model", notes)
 
     def linear_dtype(self, compute: Compute) -> torch.dtype:

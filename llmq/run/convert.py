@@ -1,6 +1,6 @@
 """Converts a packed checkpoint to another format. Codes, scales and zero points stay the same."""
 
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,7 @@ from llmq.checkpoint.writer import Writer
 from llmq.core.config import VERSION
 from llmq.core.errors import RequestError
 from llmq.core.settings import one_of
-from llmq.formats import FORMATS, method_of
+from llmq.formats import FORMATS, gptq, method_of
 from llmq.formats.scheme import Scheme
 from llmq.models.gguf_converter import FLOATS
 from llmq.models.locate import gguf_in
@@ -60,8 +60,10 @@ class ConvertConfig:
 
 
 @torch.no_grad()
-def convert(config: ConvertConfig, progress: bool = False) -> Path:
+def convert(config: ConvertConfig, progress: bool = False, tell: Callable[[str], object] = lambda _: None) -> Path:
     """Convert a checkpoint; return the directory of the result, or the .gguf file.
+
+    `tell` is called with what the user should know.
 
     Raises RequestError if the output directory cannot be used. Raises CheckpointError if the checkpoint is damaged, or
     holds something that the format cannot store. In both cases no checkpoint is left in the output directory.
@@ -73,7 +75,7 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
     before = str(checkpoint.quantization.get("checkpoint_format") or method_of(checkpoint.quantization))
     schemes = _schemes(checkpoint)
     if config.format == "gguf":
-        return _to_gguf(config, schemes, before, progress)
+        return _to_gguf(config, schemes, before, progress, tell)
     model = build_skeleton(model_config(checkpoint, config.trust_remote_code), config.trust_remote_code)
     view = checkpoint.for_model(model)
     state = model.state_dict()
@@ -85,6 +87,8 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
     if config.format == "compressed-tensors" and (fault := unreadable(model, view.model_files, symmetry.get)):
         raise RequestError(fault)
     quantization = target.hf_config(*config_names(model, view.model_files, schemes_in_model, carried))
+    if target is gptq and not all(scheme.symmetric for scheme in schemes.values()):
+        tell(f"note: {gptq.ASYMMETRIC_NOTE}")
     computed = {name: value for name, value in digests_of(checkpoint).items() if name in schemes or name in kept}
     with Writer(config.output, config.overwrite) as writer:
         for _, names in groupby(kept, key=lambda name: name.rpartition(".")[0]):
@@ -101,7 +105,9 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
     return config.output
 
 
-def _to_gguf(config: ConvertConfig, schemes: dict[str, Scheme], before: str, progress: bool) -> Path:
+def _to_gguf(
+    config: ConvertConfig, schemes: dict[str, Scheme], before: str, progress: bool, tell: Callable[[str], object]
+) -> Path:
     """Convert a checkpoint to a .gguf file; return its path."""
     if gguf_in(config.directory) is not None:
         raise RequestError(f"{config.directory} is a .gguf file already")
@@ -111,7 +117,7 @@ def _to_gguf(config: ConvertConfig, schemes: dict[str, Scheme], before: str, pro
         trust = config.trust_remote_code
         made, said = write_gguf(config.directory, target, schemes, name, config.gguf_floats, trust, progress)
         for note in said["notes"]:
-            print(f"note: {note}", file=sys.stderr)
+            tell(f"note: {note}")
         written.append(config.output / made.path.name)
         return {"llmq": VERSION, "converted_from": before} | said
 
