@@ -7,13 +7,14 @@ Names, row orders and the configuration come from transformers, so do the archit
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmq.checkpoint.model_files import companions_of
+from llmq.checkpoint.model_files import Companions, companions_of
 from llmq.core.errors import CheckpointError
 from llmq.formats import gguf as blocks
 from llmq.models.gguf_file import GgufFile
@@ -79,9 +80,10 @@ class GgufCheckpointFiles:
         self._read_shapes: dict[str, tuple[int, ...]] = {}
 
     @property
-    def config(self) -> dict[str, Any]:
-        """Return what config.json would say of the model."""
-        return companions_of(self.source).config
+    def companions(self) -> Companions:
+        """Return what would lie beside the weights in a directory."""
+        companions, dtype = companions_of(self.source), str(self._file.usual_dtype).removeprefix("torch.")
+        return replace(companions, config=companions.config | {"dtype": dtype, "torch_dtype": dtype})
 
     @property
     def quantization(self) -> dict[str, Any]:

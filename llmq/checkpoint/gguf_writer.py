@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from llmq.core.errors import CheckpointError, RequestError
 from llmq.formats import gguf as blocks
 from llmq.formats.scheme import Scheme
 from llmq.models.gguf_converter import Added, Converted, Leaf, as_request_errors, check_converter, open_converter
+from llmq.models.gguf_header import read_header
 from llmq.models.gguf_layout import Laid, lay_out
 from llmq.models.untrusted_files import read_json
 
@@ -74,7 +74,7 @@ class GgufWriter:
         kinds = {name: (kind, blocks.TYPES[kind].weights) for name, kind in self._kinds.items()}
         with as_request_errors(checkpoint.directory):
             self._laid, self._in_float = lay_out(self._model, shapes, kinds, transposed)
-        self._digests = dict[str, str]()
+        self._digests, self._sizes = dict[str, str](), dict[str, int]()
 
     @property
     def file_name(self) -> str:
@@ -126,6 +126,7 @@ class GgufWriter:
             shape = (*added.data.shape[:-1], added.data.shape[-1] // kind.weights * kind.nbytes)
             meta = gguf.LazyNumpyTensor.meta_with_dtype_and_shape(np.uint8, shape)
             data = gguf.LazyNumpyTensor(meta=meta, args=(0,), func=lambda _: laid.placed(self._blocks).reshape(shape))
+            self._sizes[added.name] = data.nbytes
             add(added.name, data, raw_dtype=gguf.GGMLQuantizationType(kind.number))
             return
 
@@ -133,6 +134,7 @@ class GgufWriter:
             self._digests[added.name] = _digest(data)
             return data
 
+        self._sizes[added.name] = added.data.nbytes
         data = gguf.LazyNumpyTensor(meta=added.data._meta, args=(added.data,), func=remembered)
         add(added.name, data, raw_dtype=added.dtype)
 
@@ -143,18 +145,17 @@ class GgufWriter:
 
     def _check(self, path: Path) -> None:
         """Raise CheckpointError unless the file holds the codes, scales and zero points of every packed linear."""
-        import gguf
-
-        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-        if tensors.keys() != self._laid.keys() | self._digests.keys():
+        stored, content = read_header(path).tensors, np.memmap(path, mode="r")
+        if stored.keys() != self._laid.keys() | self._sizes.keys():
             raise CheckpointError(f"{path} does not hold the tensors that were written; write it again")
-        for name, tensor in tensors.items():
-            wrong = f"{path}: {name} is not what was written; write it again"
-            if name not in self._laid:
-                if self._digests[name] != _digest(tensor.data):
-                    raise CheckpointError(wrong)
-            elif not all(self._same(self._laid[name], tensor.data, linear) for linear in self._laid[name].linears):
-                raise CheckpointError(wrong)
+        for name, tensor in stored.items():
+            data = content[tensor.start : tensor.start + self._sizes[name]]
+            if (laid := self._laid.get(name)) is None:
+                same = self._digests[name] == _digest(data)
+            else:
+                same = all(self._same(laid, data, linear) for linear in laid.linears)
+            if not same:
+                raise CheckpointError(f"{path}: {name} is not what was written; write it again")
 
     def _same(self, laid: Laid, stored: np.ndarray, name: str) -> bool:
         """Tell whether a tensor of the file holds this linear."""

@@ -47,7 +47,7 @@ class Checkpoint:
             self.config = read_json(directory, CONFIG)
             self.quantization = _quantization(directory, self.config)
         else:
-            self.config, self.quantization = self.gguf.config, self.gguf.quantization
+            self.config, self.quantization = self.gguf.companions.config, self.gguf.quantization
         self.format = format_of(self.quantization)
         self.files: CheckpointFiles | ModelFiles = self._open_files()
         suffix = f".{self.format.TENSOR_SUFFIXES[0]}"

@@ -201,7 +201,7 @@ class Writer:
         return holds_checkpoint(self.directory) and not self.is_checked
 
     def finish_gguf(self, write: Callable[[Path], dict[str, Any]]) -> None:
-        """Publish a .gguf file in place of parts. `write` puts it, checked, into a directory, and returns the report."""
+        """Publish a .gguf file. `write` puts it into a directory, checked, and returns the report."""
         self._clear_stage()
         report = write(self.stage)
         write_json(self.stage / REPORT, report | {"copied": [path.name for path in self.stage.glob("*.gguf")]})

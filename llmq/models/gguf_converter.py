@@ -133,7 +133,7 @@ def _lazy(leaf: Leaf) -> Any:
 
 
 def layer_of(name: str) -> int | None:
-    """Return the number of the layer that a tensor belongs to, as the converter counts: the first number in its name."""
+    """Return the number of the layer that a tensor belongs to: the first in its name, as the converter has it."""
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 

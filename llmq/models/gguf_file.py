@@ -106,6 +106,11 @@ class GgufFile:
         stored = self._tensors[self._gguf_name[name]]
         return stored.n_elements * self.dtype(name).itemsize // self._experts.get(_EXPERT.sub("experts.", name), 1)
 
+    @property
+    def usual_dtype(self) -> torch.dtype:
+        """Return the dtype that most tensors are read in."""
+        return torch.float32 if self._all_float32 else self._usual
+
     def kind(self, name: str) -> str:
         """Return the type of the tensor in the file, such as Q4_0."""
         return self._tensors[self._gguf_name[name]].tensor_type.name

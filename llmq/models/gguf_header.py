@@ -1,14 +1,14 @@
 """What a .gguf file says of itself: its metadata and the names, types and places of its tensors, checked.
 
 The file may come from strangers. The package gguf believes every length that it reads: of a damaged file it would make
-lists without end. So the lengths are compared with the size of the file before that package opens it. The layout is that
-of version 2 and 3 of the format (docs/gguf.md of ggml).
+lists without end. So the lengths are compared with the size of the file before that package opens it. The layout is
+that of versions 2 and 3 of the format (docs/gguf.md of ggml).
 """
 
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,17 @@ from llmq.core.errors import CheckpointError
 
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
-_MOST_DIMENSIONS = 4
+_MOST_DIMENSIONS, _ALIGNMENT = 4, 32
 _TENSORS, _KEYS = 1_000_000, 100_000  # more than any model has
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of the file: the number of its type, its shape (rows last, as the file has it), where its bytes begin."""
+    """A tensor of the file."""
 
-    kind: int
-    shape: tuple[int, ...]
-    offset: int
+    kind: int  # the number of its type
+    shape: tuple[int, ...]  # as the file has it, with the length of a row first
+    start: int  # where its bytes begin
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,14 @@ class _Cursor:
             if name in found:
                 raise ValueError(f"tensor {name[:80]!r} is there twice")
             found[name] = self._tensor()
-        return GgufHeader(metadata, found)
+        alignment = metadata.get("general.alignment", _ALIGNMENT)
+        if not isinstance(alignment, int) or not 0 < alignment <= len(self._content):
+            raise ValueError(f"an alignment of {str(alignment)[:80]}")
+        start = -(-self._at // alignment) * alignment
+        return GgufHeader(metadata, {n: replace(each, start=start + each.start) for n, each in found.items()})
 
     def _tensor(self) -> StoredTensor:
+        """Return what is said of a tensor. Its start is counted from where all data begin."""
         count = self._number("<I")
         if not 0 < count <= _MOST_DIMENSIONS:
             raise ValueError(f"a tensor of {count} dimensions")

@@ -97,7 +97,7 @@ def lay_out(
 def _moved(
     model: Converted, leaves: Mapping[str, Leaf], look: Callable[[np.ndarray], _Seen]
 ) -> list[tuple[str, int | None, _Seen]]:
-    """Return what `look` sees of each tensor that the converter makes of these leaves: its name, its layer, and that."""
+    """Return name and layer of each tensor that the converter makes of these leaves, and what `look` sees of it."""
     seen = list[tuple[str, int | None, _Seen]]()
 
     def collect(_: Any, added: Added) -> None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from llmq.checkpoint.digests import digests_of
-from llmq.checkpoint.model_files import companions_in, companions_of
+from llmq.checkpoint.model_files import companions_in
 from llmq.checkpoint.module_matching import is_harmless
 from llmq.checkpoint.output_dir import check_output
 from llmq.checkpoint.reader import Checkpoint
@@ -96,7 +96,7 @@ def convert(config: ConvertConfig, progress: bool = False, tell: Callable[[str],
         for name in tqdm(checkpoint.linears, "layers", disable=not progress, unit="layer"):
             writer.put(target.encode(name, checkpoint.weight(name), schemes[name]))
         writer.finish(
-            companions_in(config.directory) if checkpoint.gguf is None else companions_of(checkpoint.gguf.source),
+            companions_in(config.directory) if checkpoint.gguf is None else checkpoint.gguf.companions,
             None,
             quantization,
             lambda: {"llmq": VERSION, "converted_from": before, DIGESTS: computed},

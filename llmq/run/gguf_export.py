@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmq.checkpoint.digests import digests_of
 from llmq.checkpoint.gguf_writer import GgufWriter, Written
 from llmq.checkpoint.output_dir import REPORT
 from llmq.checkpoint.reader import Checkpoint
@@ -20,7 +19,7 @@ from llmq.models.untrusted_files import read_json
 from llmq.run.block_quantizer import Run
 from llmq.run.prepare import Request
 from llmq.runtime.model_config import model_config
-from llmq.verification.check import DIGESTS, check
+from llmq.verification.check import DIGESTS, check_and_digest
 
 
 @torch.no_grad()
@@ -77,8 +76,7 @@ def _read_again(written: Written, trust_remote_code: bool) -> dict[str, Any]:
     why = "llama.cpp's converter changes more than the order of rows and blocks"
     notes = [f"{len(written.in_float)} linears are in float, as {why}: {few}"] if written.in_float else []
     try:
-        check(written.path, None, trust_remote_code)
-        return {DIGESTS: digests_of(Checkpoint(written.path)), "notes": notes}
+        return {DIGESTS: check_and_digest(written.path, None, trust_remote_code)[1], "notes": notes}
     except LlmqError as error:
         notes.append(f"llmq wrote this file and compared its codes, but cannot load it: {error}")
         return {"notes": notes}
