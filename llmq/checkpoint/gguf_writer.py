@@ -5,8 +5,9 @@ packed linears go in it. Codes and scales are those of the checkpoint. One tenso
 """
 
 import hashlib
+import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,27 @@ from llmq.models.untrusted_files import read_json
 
 
 @dataclass(frozen=True)
+class Linear:
+    """What is known of a packed linear beside its tensors."""
+
+    scheme: Scheme
+    shape: tuple[int, int]  # (out, in)
+    transposed: bool = False  # Hugging Face stores it as [in, out]: Conv1D of GPT-2
+
+
+@dataclass(frozen=True)
+class GgufSettings:
+    """How a file is written."""
+
+    name: str
+    """The name of the model, for people and for the file."""
+    floats: str = "auto"
+    """How tensors that are not packed are stored; one of `gguf_converter.FLOATS`."""
+    trust_remote_code: bool = False
+    progress: bool = False
+
+
+@dataclass(frozen=True)
 class Written:
     """What was written: the file, and the linears that are in it as float numbers."""
 
@@ -39,30 +61,17 @@ class GgufWriter:
     """Writes a checkpoint, with the names of its files, into one GGUF file.
 
     Args:
-        schemes: of each packed linear, by its name in the files.
-        shapes: of the same linears, as (out, in).
-        transposed: the linears that Hugging Face stores as [in, out] (Conv1D of GPT-2).
-        name: the name of the model, for people and for the file.
-        floats_as: how the other tensors are stored; one of `gguf_converter.FLOATS`.
+        linears: the packed linears, by their names in the files.
 
     Raises RequestError if llmq or llama.cpp's converter cannot write this model as GGUF.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        schemes: Mapping[str, Scheme],
-        shapes: Mapping[str, tuple[int, int]],
-        name: str,
-        floats_as: str = "auto",
-        transposed: Collection[str] = (),
-        trust_remote_code: bool = False,
-    ) -> None:
-        self._checkpoint, self._schemes, self._shapes, self._transposed = checkpoint, schemes, shapes, transposed
+    def __init__(self, checkpoint: Checkpoint, linears: Mapping[str, Linear], settings: GgufSettings) -> None:
+        self._checkpoint, self._linears, self._settings = checkpoint, linears, settings
         check_converter(checkpoint.config)
-        if not trust_remote_code:
+        if not settings.trust_remote_code:
             _refuse_code(checkpoint)
-        config = blocks.hf_config(schemes, [])
+        config = blocks.hf_config({name: linear.scheme for name, linear in linears.items()}, [])
         self._kinds: dict[str, str] = config["types"]
         files = checkpoint.files
         floats = {
@@ -70,8 +79,10 @@ class GgufWriter:
             for name in checkpoint.other_names
             if files.is_float(name)
         }
-        self._model = Converted(checkpoint.directory, name, floats, floats_as)
+        self._model = Converted(checkpoint.directory, settings.name, floats, settings.floats)
         kinds = {name: (kind, blocks.TYPES[kind].weights) for name, kind in self._kinds.items()}
+        shapes = {name: linear.shape for name, linear in linears.items()}
+        transposed = {name for name, linear in linears.items() if linear.transposed}
         with as_request_errors(checkpoint.directory):
             self._laid, self._in_float = lay_out(self._model, shapes, kinds, transposed)
         self._digests, self._sizes = dict[str, str](), dict[str, int]()
@@ -85,7 +96,7 @@ class GgufWriter:
     def _usual_kind(self) -> str:
         return Counter(self._kinds.values()).most_common(1)[0][0]
 
-    def write(self, directory: Path, progress: bool = False) -> Written:
+    def write(self, directory: Path) -> Written:
         """Write the file and read it back. Raises CheckpointError if it is not what was written."""
         import gguf
 
@@ -102,7 +113,7 @@ class GgufWriter:
                 writer.add_string(SCALES, str(scale).removeprefix("torch."))
             writer.write_header_to_file(path=path)
             writer.write_kv_data_to_file()
-            writer.write_tensors_to_file(progress=progress)
+            writer.write_tensors_to_file(progress=self._settings.progress)
             writer.close()
         self._check(path)
         return Written(path, sorted(self._in_float))
@@ -112,9 +123,9 @@ class GgufWriter:
 
         def weight(name: str) -> Tensor:
             W = self._checkpoint.weight(name).dequantize()
-            return W.T if name in self._transposed else W
+            return W.T if self._linears[name].transposed else W
 
-        turned = {name: shape[::-1] if name in self._transposed else shape for name, shape in self._shapes.items()}
+        turned = {n: each.shape[::-1] if each.transposed else each.shape for n, each in self._linears.items()}
         return {name: Leaf(shape, torch.float32, partial(weight, name)) for name, shape in turned.items()}
 
     def _add(self, add: Callable[..., None], added: Added) -> None:
@@ -126,7 +137,7 @@ class GgufWriter:
             shape = (*added.data.shape[:-1], added.data.shape[-1] // kind.weights * kind.nbytes)
             meta = gguf.LazyNumpyTensor.meta_with_dtype_and_shape(np.uint8, shape)
             data = gguf.LazyNumpyTensor(meta=meta, args=(0,), func=lambda _: laid.placed(self._blocks).reshape(shape))
-            self._sizes[added.name] = data.nbytes
+            self._sizes[added.name] = math.prod(shape)
             add(added.name, data, raw_dtype=gguf.GGMLQuantizationType(kind.number))
             return
 
@@ -140,7 +151,7 @@ class GgufWriter:
 
     def _blocks(self, name: str) -> np.ndarray:
         """Return the blocks of a linear. [out, blocks, bytes]"""
-        stored = blocks.encode(name, self._checkpoint.weight(name), self._schemes[name])[f"{name}.blocks"]
+        stored = blocks.encode(name, self._checkpoint.weight(name), self._linears[name].scheme)[f"{name}.blocks"]
         return stored.unflatten(1, (-1, blocks.TYPES[self._kinds[name]].nbytes)).numpy()
 
     def _check(self, path: Path) -> None:

@@ -174,10 +174,10 @@ class QuantizeConfig:
 
     def _check_gguf(self) -> None:
         """Raise RequestError if llmq does not write such weights as GGUF."""
-        every = sorted({self.bits, *self.other_bits.values()})
+        every = tuple(sorted({self.bits, *self.other_bits.values()}))
         if not self.symmetric or not GGUF_GROUPS.keys() >= set(every):
             what = f"{listed(every)} bit" + ("" if self.symmetric else " with zero points")
-            raise RequestError(f"format gguf stores symmetric weights of {listed(GGUF_GROUPS)} bit; got {what}")
+            raise RequestError(f"format gguf stores symmetric weights of {listed((*GGUF_GROUPS,))} bit; got {what}")
         if self.group_size not in (QuantizeConfig.group_size, self._gguf_group):
             rule = f"format gguf has groups of {self._gguf_group} at {listed(every)} bit"
             raise RequestError(f"{rule}, which llmq chooses itself; got {self.group_size}; remove --group-size")

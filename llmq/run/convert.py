@@ -11,6 +11,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from llmq.checkpoint.digests import digests_of
+from llmq.checkpoint.gguf_writer import GgufSettings
 from llmq.checkpoint.model_files import companions_in
 from llmq.checkpoint.module_matching import is_harmless
 from llmq.checkpoint.output_dir import check_output
@@ -41,8 +42,8 @@ class ConvertConfig:
     output: Path
     """Directory for the result. Must be new or empty unless --overwrite is given."""
     format: str
-    """compressed-tensors, gptq, awq (4 bit), mlx (symmetric, groups of 32, 64, 128) or gguf (for llama.cpp: symmetric 2, 4
-    and 8 bit; asymmetric 4 bit where scale * zero is a float16 number)."""
+    """compressed-tensors, gptq, awq (4 bit), mlx (symmetric, groups of 32, 64, 128) or gguf (llama.cpp; symmetric 2,
+    4 and 8 bit; asymmetric 4 bit where scale * zero is a float16 number)."""
     gguf_floats: str = "auto"
     """How embeddings and other tensors that are not packed are stored in a .gguf file: auto (as they are), f32, f16,
     bf16 or q8_0 (8 bit, rounded to nearest)."""
@@ -112,10 +113,10 @@ def _to_gguf(
     if gguf_in(config.directory) is not None:
         raise RequestError(f"{config.directory} is a .gguf file already")
     name, written = model_name(config.directory), list[Path]()
+    settings = GgufSettings(name, config.gguf_floats, config.trust_remote_code, progress)
 
     def write(target: Path) -> dict[str, Any]:
-        trust = config.trust_remote_code
-        made, said = write_gguf(config.directory, target, schemes, name, config.gguf_floats, trust, progress)
+        made, said = write_gguf(config.directory, target, schemes, settings)
         for note in said["notes"]:
             tell(f"note: {note}")
         written.append(config.output / made.path.name)

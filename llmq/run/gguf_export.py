@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from llmq.checkpoint.gguf_writer import GgufWriter, Written
+from llmq.checkpoint.gguf_writer import GgufSettings, GgufWriter, Linear, Written
+from llmq.checkpoint.module_matching import packed_target
 from llmq.checkpoint.output_dir import REPORT
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import LlmqError
@@ -24,13 +24,7 @@ from llmq.verification.check import DIGESTS, check_and_digest
 
 @torch.no_grad()
 def write_gguf(
-    source: Path,
-    target: Path,
-    schemes: Mapping[str, Scheme],
-    name: str,
-    floats_as: str = "auto",
-    trust_remote_code: bool = False,
-    progress: bool = False,
+    source: Path, target: Path, schemes: Mapping[str, Scheme], settings: GgufSettings
 ) -> tuple[Written, dict[str, Any]]:
     """Write the checkpoint in `source` as a .gguf file into `target`, and check it.
 
@@ -40,19 +34,16 @@ def write_gguf(
 
     Raises RequestError if the model cannot be written as GGUF, CheckpointError if the file is not what it should be.
     """
-    checkpoint = Checkpoint(source)
-    model = build_skeleton(model_config(checkpoint, trust_remote_code), trust_remote_code)
-    view = checkpoint.for_model(model)
-    turned = {linear.removesuffix(".weight") for linear in stored_transposed(model)}
-    shapes, transposed = dict[str, tuple[int, int]](), set[str]()
-    for linear in view.linears:
-        module, stored = model.get_submodule(linear), view.stored_linear(linear)
-        assert isinstance(module, nn.Linear)
-        shapes[stored] = module.out_features, module.in_features
-        transposed |= {stored} if linear in turned else set()
-    writer = GgufWriter(checkpoint, schemes, shapes, name, floats_as, transposed, trust_remote_code)
-    written = writer.write(target, progress)
-    return written, _read_again(written, trust_remote_code)
+    checkpoint, trust = Checkpoint(source), settings.trust_remote_code
+    model = build_skeleton(model_config(checkpoint, trust), trust)
+    view, transposed = checkpoint.for_model(model), stored_transposed(model)
+    linears = dict[str, Linear]()
+    for name in view.linears:
+        module, stored = packed_target(model, view, name), view.stored_linear(name)
+        shape = module.out_features, module.in_features
+        linears[stored] = Linear(schemes[stored], shape, f"{name}.weight" in transposed)
+    written = GgufWriter(checkpoint, linears, settings).write(target)
+    return written, _read_again(written, trust)
 
 
 def export(request: Request, run: Run, first: Path, target: Path) -> dict[str, Any]:
@@ -62,8 +53,8 @@ def export(request: Request, run: Run, first: Path, target: Path) -> dict[str, A
     """
     config, checkpoint = request.config, Checkpoint(first)
     name = model_name(first, config.model)
-    trust = config.trust_remote_code
-    _, said = write_gguf(first, target, checkpoint.schemes, name, trust_remote_code=trust, progress=request.progress)
+    settings = GgufSettings(name, trust_remote_code=config.trust_remote_code, progress=request.progress)
+    _, said = write_gguf(first, target, checkpoint.schemes, settings)
     run.report.note("model", said.pop("notes"))
     report = read_json(first, REPORT)
     report.pop(DIGESTS, None)
