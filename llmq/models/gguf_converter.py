@@ -98,8 +98,15 @@ def open_converter(
 
     class Ours(known):
         model_arch = known.model_arch
+        # Layers that predict further tokens. transformers does not run them, so most checkpoints of llmq lack them.
+        no_mtp = not any("mtp." in name for name in model.floats)
 
-        def index_tensors(self, remote_hf_model_id: str | None = None) -> dict[str, Any]:  # noqa: ARG002
+        def index_tensors(self, remote_hf_model_id: str | None = None) -> dict[str, Any]:
+            # Some classes note settings here, before they ask ModelBase, which would read the files.
+            with _instead(ModelBase, "index_tensors", lambda *_, **__: self._tensors()):
+                return super().index_tensors(remote_hf_model_id)
+
+        def _tensors(self) -> dict[str, Any]:
             tensors = dict[str, Any]()
             leaves = {f"{name}.weight": leaf for name, leaf in linears.items()}
             for name, leaf in (leaves | dict(model.floats)).items():
@@ -123,6 +130,16 @@ def open_converter(
         usual, Added(name, *made_of.get(name, (None, None)), data, raw_dtype)
     )
     return made
+
+
+@contextmanager
+def _instead(owner: Any, name: str, value: Any) -> Generator[None]:
+    usual = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, usual)
 
 
 def _lazy(leaf: Leaf) -> Any:
