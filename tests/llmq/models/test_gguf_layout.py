@@ -1,6 +1,7 @@
 """Rows and blocks of packed linears go where llama.cpp's converter puts the rows and columns of floats."""
 
 import re
+from collections import defaultdict
 from functools import cache
 
 import numpy as np
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llmq.models.gguf_converter import Converted, Leaf, open_converter
-from llmq.models.gguf_layout import lay_out
+from llmq.models.gguf_layout import Source, lay_out
 
 BLOCK = 32
 PACKED = {
@@ -22,9 +23,13 @@ PACKED = {
     "falcon@40b": r"h\.\d+\..*(query_key_value|dense|dense_h_to_4h|dense_4h_to_h)",
     "bloom": r"h\.\d+\..*(query_key_value|dense|dense_h_to_4h|dense_4h_to_h)",
     "phi3": r"layers\..*_proj",
+    "granitemoeshared": r"self_attn\..*_proj|shared_mlp\..*_linear",
+    "deepseek_v2": r"layers\..*_(proj|mqa|b)",
     "qwen3_5_text": r"(self_attn|mlp|linear_attn)\..*_proj",
 }
 """Patterns for the names of the linears that are packed."""
+IN_FLOAT = {"deepseek_v2": "kv_b_proj", "qwen3_5_text": "linear_attn.out_proj"}
+"""What the converter transposes in part; of which it moves columns that are narrower than a block."""
 
 
 class Saved:
@@ -53,9 +58,9 @@ class Saved:
         return self.rows(linear).unflatten(1, (-1, BLOCK)).contiguous().numpy()
 
     def laid(self, kind_of=lambda _: "Q4_0"):
-        shapes = {name: tuple(self.rows(name).shape) for name in self.weights}
-        transposed = set(self.weights) if self.is_transposed else ()
-        return lay_out(self.converted, shapes, {name: (kind_of(name), BLOCK) for name in shapes}, transposed)
+        seen = torch.Tensor.t if self.is_transposed else torch.Tensor.detach
+        sources = {f"{name}.weight": Source(tuple(t.shape), [(name, seen)]) for name, t in self.weights.items()}
+        return lay_out(self.converted, sources, {name: (kind_of(name), BLOCK) for name in self.weights})
 
     def as_floats(self):
         """What the converter makes of the packed linears' weights: arrays by the names in the file."""
@@ -65,7 +70,8 @@ class Saved:
             if added.of is not None:
                 found[added.name] = type(added.data).to_eager(added.data)
 
-        open_converter(self.converted, {name: leaf(t) for name, t in self.weights.items()}, collect).prepare_tensors()
+        packed = {f"{name}.weight": leaf(t) for name, t in self.weights.items()}
+        open_converter(self.converted, packed, collect).prepare_tensors()
         return found
 
 
@@ -83,16 +89,18 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("name", PACKED)
 def test_blocks_are_moved_as_the_converter_moves_weights(name, saved):
     model = saved(name)
-    (laid, fixed), floats = model.laid(), model.as_floats()
+    (laid, fixed), floats, written = model.laid(), model.as_floats(), defaultdict(list)
     for tensor, each in laid.items():
         placed = each.placed(model.blocks)
         wanted = floats[tensor].reshape(len(each.row), -1, BLOCK)
         assert np.array_equal(placed, wanted), tensor
         for linear in each.linears:
-            assert np.array_equal(each.taken(linear, placed), model.blocks(linear)), linear
-    inside = [linear for each in laid.values() for linear in each.linears]
-    assert sorted([*inside, *fixed]) == sorted(model.weights)  # each once
-    assert fixed == ({"model.layers.0.linear_attn.out_proj"} if name == "qwen3_5_text" else set())
+            rows, blocks = each.taken(linear, placed)
+            assert np.array_equal(blocks, model.blocks(linear)[rows]), linear
+            written[linear] += rows.tolist()
+    for linear in model.weights:
+        assert sorted(written[linear]) == ([] if linear in fixed else [*range(len(model.rows(linear)))]), linear
+    assert fixed == {linear for linear in model.weights if linear.endswith(IN_FLOAT.get(name, "nothing"))}
 
 
 def order(laid, tensor):
@@ -124,6 +132,14 @@ def test_rows_of_q_k_and_v_are_taken_apart(name, saved):
     rows = order(laid, "blk.0.attn_qkv.weight")
     assert rows != sorted(rows)
     assert sorted(rows) == [*range(len(rows))]
+
+
+def test_a_linear_may_become_two_tensors(saved):
+    laid, _ = saved("granitemoeshared").laid()
+    linear = "model.layers.0.shared_mlp.input_linear"
+    both = laid["blk.0.ffn_gate_shexp.weight"], laid["blk.0.ffn_up_shexp.weight"]
+    assert [each.linears for each in both] == [[linear]] * 2
+    assert [row for each in both for row in each.row.tolist()] == [*range(len(saved("granitemoeshared").rows(linear)))]
 
 
 @pytest.mark.parametrize("width", [4, 32])

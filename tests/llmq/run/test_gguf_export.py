@@ -1,20 +1,17 @@
-"""llmq.quantize --format gguf and llmq.convert --format gguf: the file has the codes, llmq opens it, nothing is lost."""
+"""llmq.quantize and llmq.convert with --format gguf: the file has the codes, llmq opens it, nothing is lost."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from commands import error_of, run_here
 from gguf_models import TEMPLATE, file_in, known_words, save_model
-from packed import assert_same_weight, logits, pack, some_tokens
-from safetensors.torch import load_file
+from packed import logits, pack, some_tokens
 from transformers import AutoTokenizer
 
 import llmq
 from llmq.checkpoint.output_dir import REPORT
 from llmq.checkpoint.reader import Checkpoint
-from llmq.core.errors import CheckpointError, RequestError
 from llmq.run.convert import ConvertConfig, convert
 from llmq.runtime.load import open_tokenizer
 
