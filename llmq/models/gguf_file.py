@@ -128,7 +128,7 @@ class GgufFile:
             ) from None
         # The pages just read would count as this program's memory for as long as the file is mapped.
         self._mapped.madvise(mmap.MADV_DONTNEED)
-        return torch.tensor(self._processor.process(weights, stored.name).weights).to(self.dtype(name))
+        return torch.tensor(self._processed(weights, stored)).to(self.dtype(name))
 
     def stored_nbytes(self, name: str) -> int:
         """Return the bytes that a tensor takes in the file."""
@@ -138,7 +138,7 @@ class GgufFile:
         """Return for each row of a linear in the model its row in the file. None if rows do not stay whole."""
         data, stored = self._data(name)
         numbers = np.arange(len(data), dtype=np.float32)
-        order = self._processor.process(numbers[:, None], stored.name).weights.ravel()
+        order = self._processed(numbers[:, None], stored).ravel()
         return order.astype(np.int64) if np.array_equal(np.sort(order), numbers) else None
 
     def row_blocks(self, name: str) -> Tensor:
@@ -146,6 +146,14 @@ class GgufFile:
         blocks = torch.from_numpy(self._data(name)[0][self.row_order(name)])  # a copy
         self._mapped.madvise(mmap.MADV_DONTNEED)
         return blocks
+
+    def _processed(self, values: np.ndarray, stored: Any) -> np.ndarray:
+        """Return what transformers makes of a tensor: rows in the order of the model's, norms without llama.cpp's 1."""
+        try:
+            return self._processor.process(values, stored.name).weights
+        except Exception as error:  # a processor divides by what the header says, any architecture's its own way
+            what = f"{stored.name} does not fit the model that its header describes ({first_line(error)})"
+            raise CheckpointError(f"{self.paths[0]}: {what}") from None
 
     def _data(self, name: str) -> tuple[Any, Any]:
         """Return the bytes of a tensor, and what the file says of it. Of experts, those of one."""
@@ -174,8 +182,16 @@ class _Leaf:
         return []
 
 
-def set_rope(config: Any, reader: Any) -> None:
-    """Give a config the rotary frequencies that a GGUF file holds as tensors, which transformers does not look at.
+def complete_config(config: Any, reader: Any) -> None:
+    """Give a config what a GGUF file says of the model and transformers does not look at. Raises whatever it meets."""
+    _set_rope(config, reader)
+    size = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.expert_feed_forward_length")
+    if size is not None and hasattr(config, "moe_intermediate_size"):
+        config.moe_intermediate_size = int(size.contents())
+
+
+def _set_rope(config: Any, reader: Any) -> None:
+    """Give a config the rotary frequencies that a GGUF file holds as tensors.
 
     rope_freqs.weight (Llama 3.1) divides each frequency. rope_factors_short.weight and rope_factors_long.weight (Phi-3)
     do so for texts within the original context and for longer ones.
