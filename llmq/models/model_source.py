@@ -16,7 +16,8 @@ from llmq.core.errors import CheckpointError, RequestError, WorkError, first_lin
 from llmq.models.conv1d import linears_for_conv1d
 from llmq.models.decoder_blocks import find_blocks, refuse_without_linears, shared_by_blocks
 from llmq.models.experts import experts_to_linears
-from llmq.models.gguf_file import GgufFile, complete_config, open_gguf, parsed_once
+from llmq.models.gguf_config import complete_config
+from llmq.models.gguf_file import GgufFile, open_gguf, parsed_once
 from llmq.models.gguf_header import read_header
 from llmq.models.locate import locate
 from llmq.models.model_class import model_class
