@@ -59,8 +59,8 @@ class QuantizeConfig:
     which takes many times as long. The last two are for comparisons."""
     format: str = "auto"
     """Checkpoint format: compressed-tensors (read by transformers, vLLM and SGLang), gptq, awq (4 bit only) or mlx (for
-    mlx_lm; symmetric only). auto: compressed-tensors for symmetric weights; otherwise the format that engines serve: awq
-    at 4 bit, else gptq."""
+    mlx_lm; symmetric only). auto: compressed-tensors for symmetric weights; otherwise the format that engines serve:
+    awq at 4 bit, else gptq."""
     calibration: str = Calibration.text
     """Calibration text: wikitext2, c4 or pile (downloaded); pydoc or pytopics (offline); a .txt, .jsonl or .parquet
     file, whose rows hold a `text` or a conversation (`messages`, `conversations`, or `prompt` and `completion`); or
