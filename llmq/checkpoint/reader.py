@@ -39,7 +39,10 @@ class Checkpoint:
         self.config = read_json(directory, CONFIG)
         self.quantization = _quantization(directory, self.config)
         self.format = format_of(self.quantization)
-        self.files: SafetensorsDirectory | ModelFiles = self._open_files()
+        files = self._open_files()
+        if self.format.METHOD == mlx.METHOD:
+            files.split(mlx.in_stack)
+        self.files: SafetensorsDirectory | ModelFiles = files
         suffix = f".{self.format.TENSOR_SUFFIXES[0]}"
         self.linears = sorted(name.removesuffix(suffix) for name in self.files.names() if name.endswith(suffix))
         if not self.linears:
