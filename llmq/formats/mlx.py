@@ -13,6 +13,7 @@ models it does so itself when it opens a file. For a few it stacks only the weig
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, 
 METHOD = "mlx"
 SETTINGS = "quantization"  # entry of config.json where MLX looks for what other tools keep in quantization_config
 TENSOR_SUFFIXES = ("scales", "weight", "biases")
-STACKED = ("qwen3_moe", "qwen3_next", "ernie4_5_moe")
+STACKED = ("qwen3_moe", "ernie4_5_moe", "granitemoe", "mellum")
 """Types of models of which mlx_lm 0.32.2 finds packed experts only if they are stacked in the file (its `sanitize`)."""
 _MODE = "affine"
 _EXPERT = re.compile(r"(.+)\.experts\.([0-9]+)\.(\w+)")
@@ -138,6 +139,17 @@ def in_stack(name: str) -> str | None:
     """Return the name of a tensor of an expert, with {} for its number, given its stack; None if it is no stack."""
     found = _STACK.fullmatch(name)
     return None if found is None else f"{found[1]}.experts.{{}}.{found[2]}"
+
+
+def stacked(tensors: Mapping[str, Tensor], model_type: str) -> dict[str, Tensor]:
+    """Return the tensors of a model as its file holds them: experts are stacked if its type is in STACKED."""
+    found = {name: stack_of(name) if model_type in STACKED else None for name in tensors}
+    parts: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for name, place in found.items():
+        if place is not None:
+            parts[place[0]][place[1]] = tensors[name]
+    stacks = {name: torch.stack([each[number] for number in sorted(each)]) for name, each in parts.items()}
+    return {name: tensor for name, tensor in tensors.items() if found[name] is None} | stacks
 
 
 def _module(linear: str) -> str:
