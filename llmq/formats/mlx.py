@@ -32,7 +32,7 @@ TENSOR_SUFFIXES = ("scales", "weight", "biases")
 STACKED = ("qwen3_moe", "ernie4_5_moe", "granitemoe", "mellum")
 """Types of models of which mlx_lm 0.32.2 finds packed experts only if they are stacked in the file (its `sanitize`)."""
 _MODE = "affine"
-_EXPERT = re.compile(r"(.+)\.experts\.([0-9]+)\.(\w+)")
+_EXPERT = re.compile(r"(.+)\.experts\.([0-9]{1,6})\.(\w+)")
 _STACK = re.compile(r"(.+)\.switch_mlp\.(\w+\.(?:weight|scales|biases))")
 _IN_MLX = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
@@ -135,10 +135,10 @@ def stack_of(name: str) -> tuple[str, int] | None:
     return None if found is None else (f"{_module(linear)}.{suffix}", int(found[2]))
 
 
-def in_stack(name: str) -> str | None:
-    """Return the name of a tensor of an expert, with {} for its number, given its stack; None if it is no stack."""
+def in_stack(name: str) -> tuple[str, str] | None:
+    """Return what stands before and after the number in the names of a stack's parts; None if it is no stack."""
     found = _STACK.fullmatch(name)
-    return None if found is None else f"{found[1]}.experts.{{}}.{found[2]}"
+    return None if found is None else (f"{found[1]}.experts.", f".{found[2]}")
 
 
 def stacked(tensors: Mapping[str, Tensor], model_type: str) -> dict[str, Tensor]:
@@ -177,5 +177,7 @@ def _scheme(name: str, settings: Any) -> Scheme:
         raise CheckpointError(f"{name}: of MLX's modes llmq reads {_MODE}; found {str(settings)[:80]}")
     scheme = Scheme.of(entry(settings, "bits", default=4), entry(settings, "group_size", default=64), False)
     if scheme.group_size not in MLX_GROUPS:
-        raise CheckpointError(f"{name}: MLX has groups of {listed(MLX_GROUPS)}; its config says {scheme.group_size}")
+        raise CheckpointError(
+            f"{name}: MLX has groups of {listed(MLX_GROUPS)}; its config says {str(scheme.group_size)[:20]}"
+        )
     return scheme

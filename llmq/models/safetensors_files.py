@@ -62,20 +62,21 @@ class SafetensorsDirectory:
             for name in names or present:
                 self._shard_of[name], self._about[name] = path, present[name]
 
-    def split(self, parts_of: Callable[[str], str | None]) -> None:
+    def split(self, parts_of: Callable[[str], tuple[str, str] | None]) -> None:
         """Give the parts of stacked tensors names of their own.
 
-        `parts_of` returns the name of a stack's parts, with {} for the number; None for any other tensor. Raises
-        CheckpointError for an absurd number of parts.
+        `parts_of` returns what stands before and after the number in the names of a stack's parts; None for any other
+        tensor. Raises CheckpointError for an absurd number of parts.
         """
-        for stack, pattern in [(name, parts_of(name)) for name in sorted(self._about)]:
-            if pattern is None:
+        for stack, around in [(name, parts_of(name)) for name in sorted(self._about)]:
+            if around is None:
                 continue
             shape, kind = self._about.pop(stack)
             shard = self._shard_of.pop(stack)
             if len(shape) < 2 or shape[0] > _MOST_PARTS:
                 raise CheckpointError(f"{self.directory}: {stack} is {shape}, and no stack of at most {_MOST_PARTS}")
-            for number, name in enumerate(map(pattern.format, range(shape[0]))):
+            for number in range(shape[0]):
+                name = f"{number}".join(around)
                 if name in self._about:
                     raise CheckpointError(f"{self.directory}: {name} is stored twice, once in {stack}")
                 self._about[name], self._shard_of[name] = (shape[1:], kind), shard
