@@ -89,7 +89,7 @@ def compare(config: CompareConfig) -> None:
 def rows_of(config: CompareConfig) -> list[Row]:
     """Return the rows in the order of the table. Rows that --results lacks are measured and added to it."""
     flags = _flags(config.settings)
-    rows = _finished(config, flags)
+    rows = finished(config, flags)
     # All settings with the first seed come first: so a whole table is there early.
     order = product(config.seeds, config.bits, config.group_sizes, flags)
     missing = [key for seed, bits, size, name in order if (key := (name, bits, size, seed)) not in rows]
@@ -147,7 +147,7 @@ def _row(config: CompareConfig, key: Key, flags: str, chunks: torch.Tensor, refe
         report = json.loads((output / REPORT).read_text())
         result = evaluate(llmq.load(output, device="cpu"), chunks, reference)
         packed = describe(output)
-    row = {"settings": _common(config), "name": name, "flags": flags, "bits": bits, "group_size": size, "seed": seed}
+    row = {"settings": common(config), "name": name, "flags": flags, "bits": bits, "group_size": size, "seed": seed}
     row |= {"bits_per_weight": packed["bits_per_packed_weight"], "packed_weights": packed["packed_weights"]}
     row |= {"perplexity": result.perplexity, "kl": result.kl}
     # The geometric mean: layers with a small error count as much as others.
@@ -155,19 +155,19 @@ def _row(config: CompareConfig, key: Key, flags: str, chunks: torch.Tensor, refe
     return row | {"seconds": report["seconds"], "peak_memory_bytes": report["peak_memory_bytes"]}
 
 
-def _finished(config: CompareConfig, flags: dict[str, str]) -> dict[Key, Row]:
+def finished(config: CompareConfig, flags: dict[str, str]) -> dict[Key, Row]:
     """Return the rows of earlier calls. Raises RequestError if their texts, sizes or flags were other ones."""
     lines = config.results.read_text().splitlines() if config.results.exists() else []
     rows = [json.loads(line) for line in lines]
     for row in rows:
-        if row["settings"] != _common(config) or flags.get(row["name"], row["flags"]) != row["flags"]:
+        if row["settings"] != common(config) or flags.get(row["name"], row["flags"]) != row["flags"]:
             raise RequestError(
                 f"{config.results} contains rows made with other settings; name another file with --results"
             )
     return {(row["name"], row["bits"], row["group_size"], row["seed"]): row for row in rows}
 
 
-def _common(config: CompareConfig) -> Row:
+def common(config: CompareConfig) -> Row:
     """Return the settings that all rows of one table share."""
     files = {name: Path(getattr(config, name)).name for name in ("model", "calibration", "text")}
     return files | {name: getattr(config, name) for name in ("samples", "sequence_length", "chunk", "limit")}

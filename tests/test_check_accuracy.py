@@ -35,7 +35,7 @@ def write_rows(directory, kl, seconds=100.0):
             name, _, flags = setting.partition(": ")
             for bits in table.bits:
                 for seed in table.seeds:
-                    row = {"settings": compare_methods._common(table), "name": name, "flags": flags}
+                    row = {"settings": compare_methods.common(table), "name": name, "flags": flags}
                     row |= {"bits": bits, "group_size": 64, "seed": seed, "kl": kl(name, bits), "perplexity": 20.0}
                     row |= {"layer_error": 0.1, "original_perplexity": 19.0, "peak_memory_bytes": 10**9}
                     row |= {"seconds": {"total": seconds, "forward": 40.0, "statistics": 20.0}, "bits_per_weight": bits}

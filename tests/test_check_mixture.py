@@ -20,7 +20,7 @@ def check_rows(directory, kl, seconds=160.0):
         is_dense = len(table.settings) == 1
         for setting in table.settings:
             name, _, flags = setting.partition(": ")
-            row = {"settings": compare_methods._common(table), "name": name, "flags": flags, "bits": 4, "seed": 0}
+            row = {"settings": compare_methods.common(table), "name": name, "flags": flags, "bits": 4, "seed": 0}
             row |= {"group_size": 64, "kl": 0.1 if is_dense else kl[name], "perplexity": 20.0, "layer_error": 0.1}
             row |= {"seconds": {"total": 10.0 if is_dense else seconds}, "packed_weights": 10**6 if is_dense else 10**7}
             row |= {"peak_memory_bytes": 10**9, "original_perplexity": 19.0}

@@ -23,6 +23,7 @@ from llmq.checkpoint.output_dir import (
     Claim,
     check_output,
     clear,
+    holds_checkpoint,
     remove_leftovers,
     sync,
     unfinished_work,
@@ -199,13 +200,20 @@ class Writer:
     @property
     def is_finished(self) -> bool:
         """Whether the checkpoint is published."""
-        return (self.directory / CONFIG).exists() and not self.is_checked
+        return holds_checkpoint(self.directory) and not self.is_checked
+
+    def finish_gguf(self, write: Callable[[Path], dict[str, Any]]) -> None:
+        """Publish a .gguf file. `write` puts it into a directory, checked, and returns the report."""
+        self._clear_stage()
+        report = write(self.stage)
+        write_json(self.stage / REPORT, report | {"copied": [path.name for path in self.stage.glob("*.gguf")]})
+        self.publish()
 
     def publish(self) -> None:
-        """Move the checked files into the output directory, config.json last."""
+        """Move the checked files into the output directory; last what makes a checkpoint: config.json, or a .gguf."""
         self._checked.touch()
-        for path in sorted(self.stage.iterdir(), key=lambda path: path.name == CONFIG):
-            if path.name == CONFIG:
+        for path in sorted(self.stage.iterdir(), key=_comes_last):
+            if _comes_last(path):
                 sync(self.directory)
             if path.is_dir():
                 shutil.rmtree(self.directory / path.name, ignore_errors=True)
@@ -224,6 +232,10 @@ class Writer:
         finally:
             self.resumable |= inner.resumable
         shutil.rmtree(room, ignore_errors=True)
+
+
+def _comes_last(path: Path) -> bool:
+    return path.name == CONFIG or path.suffix == ".gguf"
 
 
 def _config(

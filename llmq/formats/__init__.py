@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.formats import auto_round, awq, compressed_tensors, gptq, mlx
+from llmq.formats import auto_round, awq, compressed_tensors, gguf, gptq, mlx
 from llmq.formats.scheme import Scheme, Schemes
 
 
@@ -29,7 +29,13 @@ class Format(Protocol):
     schemes_of: Callable[[Mapping[str, Any], Iterable[str]], dict[str, Scheme]]
 
 
-FORMATS: dict[str, Format] = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq, "mlx": mlx}
+FORMATS: dict[str, Format] = {
+    "compressed-tensors": compressed_tensors,
+    "gptq": gptq,
+    "awq": awq,
+    "mlx": mlx,
+    "gguf": gguf,
+}
 """The formats that llmq writes and reads."""
 
 

@@ -13,7 +13,7 @@ from tiny import save_tiny
 import llmq
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import CheckpointError, RequestError
-from llmq.formats import FORMATS
+from llmq.formats import FORMATS, gptq
 from llmq.run.convert import ConvertConfig, convert
 
 # name -> options of `pack`
@@ -89,6 +89,13 @@ def test_there_and_back_gives_the_same_bytes_and_nothing_is_lost_on_the_way(pack
     older = {config.pop("rope_theta", None) for config in configs}
     assert older <= {None, configs[0]["rope_parameters"]["rope_theta"]}
     assert configs[0] == configs[1]
+
+
+def test_only_who_gets_asymmetric_gptq_is_told_what_misreads_it(packed, tmp_path):
+    told = []
+    for kind, target in (("awq asymmetric", "gptq"), ("gptq v2", "compressed-tensors"), ("awq", "gptq")):
+        convert(ConvertConfig(packed(kind), tmp_path / kind, target), tell=told.append)
+    assert told == [f"note: {gptq.ASYMMETRIC_NOTE}"]
 
 
 @pytest.mark.parametrize("target", FORMATS)
