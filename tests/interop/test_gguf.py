@@ -12,7 +12,7 @@ from llmq.runtime.load import load_any
 
 pytestmark = pytest.mark.peers
 
-# How far llama.cpp's predictions may be from llmq's: it rounds activations to int8. Measured 0.0022 to 0.0042 (2026-11-29).
+# How far llama.cpp's predictions may be from llmq's: it rounds activations to int8.
 _OF_ACTIVATIONS = 0.01
 KINDS = {"Q4_0": {}, "Q4_0, Q2_0 and Q8_0": {"layer_bits": ("layers.0.*=2", "layers.1.*=8")}}
 
