@@ -8,7 +8,7 @@ from llmq.run.convert import ConvertConfig, convert
 
 def convert_command(config: ConvertConfig) -> None:
     """Convert the checkpoint, and print where the result is."""
-    print(f"wrote {convert(config, progress=True)}")
+    print(f"wrote {convert(config, progress=True, tell=print)}")
 
 
 main = partial(run, ConvertConfig, convert_command)

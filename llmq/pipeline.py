@@ -10,11 +10,14 @@ Each block is on disk before the next one begins, so a run that was interrupted 
 """
 
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from llmq.checkpoint.output_dir import PROGRESS, remove_leftovers
+from llmq.checkpoint.writer import Writer
 from llmq.core.config import QuantizeConfig
 from llmq.core.device import pick_device
 from llmq.core.distributed import joined_ranks, local_rank
@@ -23,6 +26,7 @@ from llmq.run.block_loop import finish, quantize_blocks
 from llmq.run.block_quantizer import Run
 from llmq.run.end_to_end import quantize_and_train
 from llmq.run.format_roundtrip import prove
+from llmq.run.gguf_export import export
 from llmq.run.journal import Journal
 from llmq.run.prepare import Request, open_request
 from llmq.run.report_plot import draw
@@ -66,6 +70,31 @@ def _plan_and_work(request: Request) -> None:
         _work(request, run, journal, plan.states)
 
 
+def _work_into(request: Request, run: Run, writer: Writer | None, journal: Journal, states: States) -> None:
+    """Write a checkpoint into the directory of a writer, in the process that has one."""
+    if request.config.end_to_end and writer is not None:
+        quantize_and_train(request, run, writer, journal, states.directory, states.nbytes)
+    else:
+        progress = Progress(run, writer, journal, request.steps)
+        quantize_blocks(request, run, progress, states.directory, states.nbytes)
+    finish(request, run, writer)
+
+
+def _work_into_gguf(request: Request, run: Run, writer: Writer | None, journal: Journal, states: States) -> None:
+    """Write a first checkpoint block by block into a workroom, and make a .gguf file of it.
+
+    If an interrupted run got that far, the first checkpoint is there already.
+    """
+    with nullcontext() if writer is None else writer.workroom() as first:
+        if first is not None and first.is_checked:
+            first.publish()
+        if not request.ranks.first(lambda: first is not None and first.is_finished):
+            _work_into(request, run, first, journal, states)
+        if writer is not None and first is not None:
+            with run.clock("gguf"):
+                writer.finish_gguf(partial(export, request, run, first.directory))
+
+
 def _work(request: Request, run: Run, journal: Journal, states: States) -> None:
     """Quantize the model into the output directory. `states`: the size of the hidden states, and where they wait."""
     ranks = request.ranks
@@ -81,11 +110,9 @@ def _work(request: Request, run: Run, journal: Journal, states: States) -> None:
             return
         journal.begin(request.fingerprint, request.steps)
         request.keep_tokens()
-        if request.config.end_to_end and writer is not None:
-            quantize_and_train(request, run, writer, journal, states.directory, states.nbytes)
+        if request.config.stored_as == "gguf":
+            _work_into_gguf(request, run, writer, journal, states)
         else:
-            progress = Progress(run, writer, journal, request.steps)
-            quantize_blocks(request, run, progress, states.directory, states.nbytes)
-        finish(request, run, writer)
+            _work_into(request, run, writer, journal, states)
     if request.progress:
         run.report.show(request.config.output)

@@ -21,6 +21,7 @@ WRITTEN = {
     "gptq": {"format": "gptq"},
     "gptq_v2": {"format": "gptq", "bits": 8, "symmetric": False},
     "awq": {"format": "awq", "symmetric": False},
+    "mlx": {"format": "mlx", "layer_bits": ("down_proj=2",)},
 }
 
 
@@ -37,8 +38,8 @@ def change_config(directory, change):
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def quantization(directory):
-    return json.loads((directory / "config.json").read_text()).get("quantization_config")
+def quantization(directory, key="quantization_config"):
+    return json.loads((directory / "config.json").read_text()).get(key)
 
 
 def become_auto_round(directory):

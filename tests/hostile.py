@@ -118,7 +118,7 @@ def text(draw: Callable[..., Any], files: Files) -> bool:
 def sizes(draw: Callable[..., Any], files: Files) -> bool:
     """config.json asks for another model, or for an absurd one."""
     config = json.loads(files["config.json"])
-    known = sorted(config.keys() - {"quantization_config"})
+    known = sorted(config.keys() - {"quantization_config", "quantization"})
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         key = draw(st.sampled_from(known + MODEL_KEYS))
         value = draw(st.sampled_from(MODEL_TYPES) | strange) if key == "model_type" else draw(strange)
@@ -133,7 +133,7 @@ def sizes(draw: Callable[..., Any], files: Files) -> bool:
 def quantization(draw: Callable[..., Any], files: Files) -> bool:
     """quantization_config says something else about the same tensors."""
     config = json.loads(files["config.json"])
-    tree = config["quantization_config"]
+    tree = config["quantization"] if "quantization" in config else config["quantization_config"]
     while True:
         key = draw(st.sampled_from([*tree, *QUANTIZATION_KEYS]))
         if not (isinstance(tree.get(key), dict) and tree[key] and draw(st.booleans())):

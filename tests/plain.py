@@ -37,8 +37,8 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def decode(tensors: dict[str, Tensor], kind: str, bits: int, group_size: int) -> dict[str, Tensor]:
-    """The tensors of a dense model in float32. kind: compressed-tensors, gptq (zero points less one) or awq."""
-    code_part = {"compressed-tensors": "weight_packed"}.get(kind, "qweight")
+    """The tensors of a dense model in float32. kind: compressed-tensors, gptq (zero points less one), awq or mlx."""
+    code_part = {"compressed-tensors": "weight_packed", "mlx": "scales"}.get(kind, "qweight")
     dense = dict(tensors)
     for name in [name.removesuffix(f".{code_part}") for name in tensors if name.endswith(f".{code_part}")]:
         parts = {key.removeprefix(f"{name}."): dense.pop(key) for key in tensors if key.rpartition(".")[0] == name}
@@ -50,6 +50,10 @@ def decode(tensors: dict[str, Tensor], kind: str, bits: int, group_size: int) ->
 
 
 def _weight(parts: dict[str, Tensor], kind: str, bits: int, group_size: int) -> Tensor:
+    if kind == "mlx":
+        codes = _codes(parts["weight"].view(torch.int32), bits)
+        scales, biases = (parts[part].double().repeat_interleave(group_size, 1) for part in ("scales", "biases"))
+        return (scales * codes + biases).float()
     if kind == "compressed-tensors":
         rows, columns = parts["weight_shape"].tolist()
         codes, scales = _codes(parts["weight_packed"], bits)[:, :columns], parts["weight_scale"]
@@ -78,7 +82,7 @@ def _codes(words: Tensor, bits: int) -> Tensor:
 def dense_model(directory: Path, scratch: Path) -> Any:
     """The model of a directory's config.json, in which nothing is quantized, with weights that mean nothing yet."""
     config = json.loads((directory / "config.json").read_bytes())
-    for name in ("quantization_config", *NOT_THEIRS):
+    for name in ("quantization_config", "quantization", *NOT_THEIRS):
         config.pop(name, None)
     scratch.mkdir(exist_ok=True)
     (scratch / "config.json").write_text(json.dumps(config))

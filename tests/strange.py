@@ -67,7 +67,8 @@ MODEL_TYPES = _MODEL_TYPES.split()
 _QUANTIZATION_KEYS = """
     bits w_bit group_size q_group_size sym zero_point desc_act checkpoint_format format pack_dtype dynamic
     extra_config data_type act_bits packing_format backend version modules_to_not_convert ignore targets
-    config_groups quant_method lm_head quant_type actorder strategy type num_bits
+    config_groups quant_method lm_head quant_type actorder strategy type num_bits mode
+    model.layers.0.mlp.up_proj
 """
 QUANTIZATION_KEYS = _QUANTIZATION_KEYS.split()
 _DTYPES = """
@@ -75,4 +76,4 @@ _DTYPES = """
 """
 DTYPES = _DTYPES.split()
 _VALUES = "gptq gptq_v2 awq gemm gemv auto-round auto_round auto_round:auto_awq auto_round:auto_gptq compressed-tensors"
-VALUES = [*_VALUES.split(), "pack-quantized", "group", "channel", "tensor", "int", "float", "marlin", "int64"]
+VALUES = [*_VALUES.split(), "pack-quantized", "group", "channel", "tensor", "int", "float", "marlin", "int64", "affine"]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.checkpoint.reader import Checkpoint
+from llmq.formats import method_of
 
 
 def describe(directory: Path) -> dict[str, Any]:
@@ -15,7 +16,7 @@ def describe(directory: Path) -> dict[str, Any]:
     packed = sum(layer["bytes"] for layer in layers)
     return {
         "directory": str(directory),
-        "quant_method": checkpoint.quantization["quant_method"],
+        "quant_method": method_of(checkpoint.quantization),
         "format": checkpoint.format.METHOD,
         "bits": sorted({layer["bits"] for layer in layers}),
         "symmetric": all(layer["symmetric"] for layer in layers),
@@ -38,7 +39,7 @@ def _layer(checkpoint: Checkpoint, name: str, sizes: dict[str, int]) -> dict[str
         "in": columns,
         "bits": weight.bits,
         "group_size": columns if scheme.group_size == -1 else scheme.group_size,
-        "symmetric": scheme.symmetric,
+        "symmetric": scheme.symmetric or weight.symmetric,
         "act_order": scheme.act_order,
         "zero": {"min": int(zero.min()), "mean": float(zero.mean()), "max": int(zero.max())},
         "scale_dtype": str(weight.scale.dtype).removeprefix("torch."),

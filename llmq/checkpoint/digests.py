@@ -3,13 +3,14 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmq.checkpoint.reader import CPU, Checkpoint
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.models.safetensors_files import SafetensorsDirectory
+from llmq.models.safetensors_files import CheckpointFiles
 
 
 def digest(value: Tensor | QuantizedWeight) -> str:
@@ -45,8 +46,9 @@ class DigestingCheckpoint(Checkpoint):
         self.digests: dict[str, str] = {}
         super().__init__(directory)
 
-    def _open_files(self) -> SafetensorsDirectory:
-        return _DigestingFiles(self.directory, self.digests)
+    def _open_files(self) -> CheckpointFiles:
+        files: Any = _DigestingFiles(super()._open_files(), self.digests)
+        return files
 
     def weight(
         self, name: str, instead: Mapping[str, Tensor] | None = None, device: torch.device = CPU
@@ -57,15 +59,17 @@ class DigestingCheckpoint(Checkpoint):
         return weight
 
 
-class _DigestingFiles(SafetensorsDirectory):
+class _DigestingFiles:
     """Files that compute the digest of each tensor when it is first read alone."""
 
-    def __init__(self, directory: Path, digests: dict[str, str]) -> None:
-        super().__init__(directory)
-        self._digests = digests
+    def __init__(self, files: CheckpointFiles, digests: dict[str, str]) -> None:
+        self._files, self._digests = files, digests
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._files, name)
 
     def read(self, name: str) -> Tensor:
-        tensor = super().read(name)
+        tensor = self._files.read(name)
         if name not in self._digests:  # tied embeddings are read twice
             self._digests[name] = digest(tensor)
         return tensor

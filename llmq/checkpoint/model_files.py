@@ -47,7 +47,16 @@ def companions_of(source: ModelSource) -> Companions:
         return replace(companions, config=_untied(config) if source.is_untied else config)
     config = source.config.to_dict() | {"architectures": [type(source.skeleton).__name__]}
     config.pop("_name_or_path", None)
-    return Companions(config, source.tokenizer.save_pretrained)
+    return Companions(config | _older_rope(config), source.tokenizer.save_pretrained)
+
+
+def _older_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the rotary settings as they were named before transformers 5. mistralrs 0.9.5 knows only these names."""
+    rope = dict[str, Any](config.get("rope_parameters") or {})
+    if "rope_theta" not in rope:  # the model has none, or others for each kind of layer
+        return {}
+    theta = {"rope_theta": rope.pop("rope_theta")}
+    return theta if rope.get("rope_type", "default") == "default" else theta | {"rope_scaling": rope}
 
 
 def _untied(config: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from llmq.checkpoint.model_files import COPIED, TEMPLATES
 from llmq.checkpoint.reader import CONFIG, LEGACY
 from llmq.core.errors import RequestError, WorkError
+from llmq.models.locate import gguf_in
 from llmq.models.safetensors_files import INDEX
 
 REPORT = "llmq_report.json"
@@ -31,6 +32,11 @@ def unfinished_work(directory: Path) -> Path:
 def existing_parent(path: Path) -> Path:
     """Return the path, or the innermost existing directory above it. Raises OSError if a directory is not readable."""
     return next(candidate for candidate in (path, *path.absolute().parents) if candidate.exists())
+
+
+def holds_checkpoint(directory: Path) -> bool:
+    """Return whether a finished checkpoint is in the directory: config.json and a .gguf file are moved there last."""
+    return (directory / CONFIG).exists() or gguf_in(directory) is not None
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.formats import format_of, schemes_of
+from llmq.formats import format_of, mlx, schemes_of
+from llmq.models.locate import gguf_in
 from llmq.models.model_files import ModelFiles
-from llmq.models.safetensors_files import SafetensorsDirectory
+from llmq.models.safetensors_files import CheckpointFiles, SafetensorsDirectory
 from llmq.models.untrusted_files import read_json, refuse_odd_files
+
+if TYPE_CHECKING:
+    from llmq.checkpoint.gguf_reader import GgufCheckpointFiles
 
 CONFIG = "config.json"
 CPU = torch.device("cpu")
@@ -28,31 +33,37 @@ _LEGACY_METHODS = ("gptq", "awq")
 class Checkpoint:
     """A quantized checkpoint. Its tensors stay on disk; `weight` reads and decodes one linear at a time.
 
-    Names are those in the files. `for_model` gives the same checkpoint with the names that a model uses.
+    It lies in a directory, or is a .gguf file. Names are those in the files. `for_model` gives the same checkpoint with
+    the names that a model uses.
 
     Raises CheckpointError if the directory holds none, or one that llmq cannot read.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        refuse_odd_files(directory)
-        self.config = read_json(directory, CONFIG)
-        self.quantization = _quantization(directory, self.config)
+        self.gguf = _opened_gguf(directory)
+        if self.gguf is None:
+            refuse_odd_files(directory)
+            self.config = read_json(directory, CONFIG)
+            self.quantization = _quantization(directory, self.config)
+        else:
+            self.config, self.quantization = self.gguf.companions.config, self.gguf.quantization
         self.format = format_of(self.quantization)
-        self.files: SafetensorsDirectory | ModelFiles = self._open_files()
+        self.files: CheckpointFiles | ModelFiles = self._open_files()
         suffix = f".{self.format.TENSOR_SUFFIXES[0]}"
         self.linears = sorted(name.removesuffix(suffix) for name in self.files.names() if name.endswith(suffix))
         if not self.linears:
             raise CheckpointError(f"{directory} holds no layer packed as {self.format.METHOD}, although it says so")
         self.schemes = schemes_of(self.quantization, self.linears)
 
-    def _open_files(self) -> SafetensorsDirectory:
-        return SafetensorsDirectory(self.directory)
+    def _open_files(self) -> CheckpointFiles:
+        return self.gguf or SafetensorsDirectory(self.directory)
 
     def for_model(self, model: Any) -> Checkpoint:
         """Return this checkpoint with the names that its tensors and linears have in a model."""
         view = copy(self)
-        view.files = files = ModelFiles(self.files, model, (self.linears, self.format.TENSOR_SUFFIXES))
+        packed = self.linears, self.format.TENSOR_SUFFIXES
+        view.files = files = ModelFiles(self.files, model, packed, renamed=self.gguf is None)
         view.linears = sorted(files.linears)
         view.schemes = {name: self.schemes[files.linears[name]] for name in view.linears}
         for cached in ("packed_names", "other_names"):
@@ -69,7 +80,8 @@ class Checkpoint:
         names = {f"{name}.{suffix}" for suffix in self.format.TENSOR_SUFFIXES} & self.files.names()
         if instead is None or not names <= instead.keys():
             instead = {n: tensor.to(device) for n, tensor in self.files.read_all(names).items()}
-        return self.format.decode(name, instead, self.schemes[name])
+        weight = self.format.decode(name, instead, self.schemes[name])
+        return weight if self.gguf is None else replace(weight, scale=weight.scale.to(self.gguf.scale_dtype))
 
     @property
     def model_files(self) -> ModelFiles:
@@ -98,17 +110,35 @@ class Checkpoint:
 
 
 def is_packed(path: Path) -> bool:
-    """Return whether the directory holds a quantized checkpoint of any method."""
+    """Return whether a path holds a quantized checkpoint: of any method, or a .gguf file whose blocks stay packed."""
     try:
+        if (file := gguf_in(path)) is not None:
+            from llmq.checkpoint.gguf_reader import holds_blocks
+
+            return holds_blocks(file)
         config = read_json(path, CONFIG)
-        return bool(config.get("quantization_config")) or any((path / name).exists() for name in LEGACY)
+        return bool(config.get("quantization_config") or config.get(mlx.SETTINGS)) or any(
+            (path / name).exists() for name in LEGACY
+        )
     except CheckpointError:  # not a packed checkpoint; ModelSource explains what is wrong with it
         return False
+
+
+def _opened_gguf(path: Path) -> GgufCheckpointFiles | None:
+    """Return the .gguf file that a path means, None if it means a directory of other files."""
+    if (file := gguf_in(path)) is None:
+        return None
+    from llmq.checkpoint.gguf_reader import GgufCheckpointFiles  # it needs transformers, and `llmq.inspect` does not
+
+    return GgufCheckpointFiles(file)
 
 
 def _quantization(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the quantization, from config.json or the file of an older tool."""
     settings = config.get("quantization_config")
+    # mlx_lm writes its settings into both entries, and reads this one.
+    if isinstance(config.get(mlx.SETTINGS), dict) and not (isinstance(settings, dict) and "quant_method" in settings):
+        return config[mlx.SETTINGS]
     if isinstance(settings, dict):
         return settings
     if settings is None:

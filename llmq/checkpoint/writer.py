@@ -23,6 +23,7 @@ from llmq.checkpoint.output_dir import (
     Claim,
     check_output,
     clear,
+    holds_checkpoint,
     remove_leftovers,
     sync,
     unfinished_work,
@@ -32,6 +33,7 @@ from llmq.checkpoint.output_dir import (
 from llmq.checkpoint.reader import CONFIG, LEGACY
 from llmq.checkpoint.shard_join import join_shards, tensors_in
 from llmq.core.errors import CheckpointError
+from llmq.formats import method_of, mlx
 
 SHARD_BYTES = 5_000_000_000
 # Tensors wait in memory until a part is full. They are there twice while safetensors writes them.
@@ -196,13 +198,20 @@ class Writer:
     @property
     def is_finished(self) -> bool:
         """Whether the checkpoint is published."""
-        return (self.directory / CONFIG).exists() and not self.is_checked
+        return holds_checkpoint(self.directory) and not self.is_checked
+
+    def finish_gguf(self, write: Callable[[Path], dict[str, Any]]) -> None:
+        """Publish a .gguf file. `write` puts it into a directory, checked, and returns the report."""
+        self._clear_stage()
+        report = write(self.stage)
+        write_json(self.stage / REPORT, report | {"copied": [path.name for path in self.stage.glob("*.gguf")]})
+        self.publish()
 
     def publish(self) -> None:
-        """Move the checked files into the output directory, config.json last."""
+        """Move the checked files into the output directory; last what makes a checkpoint: config.json, or a .gguf."""
         self._checked.touch()
-        for path in sorted(self.stage.iterdir(), key=lambda path: path.name == CONFIG):
-            if path.name == CONFIG:
+        for path in sorted(self.stage.iterdir(), key=_comes_last):
+            if _comes_last(path):
                 sync(self.directory)
             if path.is_dir():
                 shutil.rmtree(self.directory / path.name, ignore_errors=True)
@@ -223,6 +232,10 @@ class Writer:
         shutil.rmtree(room, ignore_errors=True)
 
 
+def _comes_last(path: Path) -> bool:
+    return path.name == CONFIG or path.suffix == ".gguf"
+
+
 def _config(
     config: dict[str, Any], dtype: torch.dtype | None, quantization_config: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -230,4 +243,9 @@ def _config(
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")
         config = config | {"dtype": name, "torch_dtype": name}  # old readers know torch_dtype, new ones dtype
-    return config if quantization_config is None else config | {"quantization_config": quantization_config}
+    if quantization_config is None:
+        return config
+    config = {**config, "quantization_config": quantization_config}
+    config.pop(mlx.SETTINGS, None)
+    is_mlx = method_of(quantization_config) == mlx.METHOD
+    return mlx.with_settings(config, quantization_config) if is_mlx else config

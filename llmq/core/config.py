@@ -6,13 +6,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmq.core.errors import RequestError
-from llmq.core.settings import BITS, Awq, Calibration, Gptq, Grid, Tuned, at_revision, listed, one_of
+from llmq.core.settings import (
+    BITS,
+    GGUF_GROUPS,
+    MLX_GROUPS,
+    Awq,
+    Calibration,
+    Gptq,
+    Grid,
+    Tuned,
+    at_revision,
+    listed,
+    one_of,
+)
 
 VERSION = "0.1.0"
 
 METHODS = ("gptq", "awq", "awq+gptq", "tuned", "rtn")
 EFFORTS = ("fast", "normal", "best")
-FORMATS = ("auto", "compressed-tensors", "gptq", "awq")
+FORMATS = ("auto", "compressed-tensors", "gptq", "awq", "mlx", "gguf")
 EFFORT_STEPS = ("match", "sequential")
 EXPERT_STATISTICS = ("routed", "layer", "all-tokens")
 
@@ -58,8 +70,10 @@ class QuantizeConfig:
     all experts as far as these are few. layer: the tokens of all experts. all-tokens: every expert runs on every token,
     which takes many times as long. The last two are for comparisons."""
     format: str = "auto"
-    """Checkpoint format: compressed-tensors (read by transformers, vLLM and SGLang), gptq or awq (4 bit only). auto:
-    compressed-tensors for symmetric weights; otherwise the format that engines serve: awq at 4 bit, else gptq."""
+    """Checkpoint format: compressed-tensors (read by transformers, vLLM and SGLang), gptq or awq (4 bit only); mlx
+    (symmetric, read by mlx_lm); gguf (symmetric; read by llama.cpp: Q4_0 at 4 bit, Q8_0 at 8, Q2_0 at 2, in groups of
+    the size that these types have). auto: compressed-tensors for symmetric weights; otherwise the format that engines
+    serve: awq at 4 bit, else gptq."""
     calibration: str = Calibration.text
     """Calibration text: wikitext2, c4 or pile (downloaded); pydoc or pytopics (offline); a .txt, .jsonl or .parquet
     file, whose rows hold a `text` or a conversation (`messages`, `conversations`, or `prompt` and `completion`); or
@@ -109,6 +123,11 @@ class QuantizeConfig:
             raise RequestError(f"awq works with grid minmax only; got {self.grid}; use minmax, or another method")
         if self.stored_as == "awq" and (self.bits != 4 or self.layer_bits):
             raise RequestError("format awq stores 4-bit weights only; use gptq or compressed-tensors for others")
+        if self.stored_as == "mlx" and not (self.symmetric and self.group_size in MLX_GROUPS):
+            what = f"groups of {self.group_size}" if self.symmetric else "zero points"
+            raise RequestError(f"format mlx stores symmetric weights in groups of {listed(MLX_GROUPS)}; got {what}")
+        if self.stored_as == "gguf":
+            self._check_gguf()
         if self.resume and self.overwrite:
             raise RequestError("resume continues the earlier run, overwrite removes it; pass only one of the two")
         # The nested settings check themselves when they are made.
@@ -153,10 +172,31 @@ class QuantizeConfig:
             # Attention and MLP would each correct all of the error in the residual stream: twice too much.
             raise RequestError("match needs sequential; to leave out both: --without match sequential")
 
+    def _check_gguf(self) -> None:
+        """Raise RequestError if llmq does not write such weights as GGUF."""
+        every = tuple(sorted({self.bits, *self.other_bits.values()}))
+        if not self.symmetric or not GGUF_GROUPS.keys() >= set(every):
+            what = f"{listed(every)} bit" + ("" if self.symmetric else " with zero points")
+            raise RequestError(f"format gguf stores symmetric weights of {listed((*GGUF_GROUPS,))} bit; got {what}")
+        if self.group_size not in (QuantizeConfig.group_size, self._gguf_group):
+            rule = f"format gguf has groups of {self._gguf_group} at {listed(every)} bit"
+            raise RequestError(f"{rule}, which llmq chooses itself; got {self.group_size}; remove --group-size")
+
+    @property
+    def _gguf_group(self) -> int:
+        """Return the group size of a GGUF file: what the largest of its blocks holds."""
+        return max(GGUF_GROUPS.get(bits, 0) for bits in {self.bits, *self.other_bits.values()})
+
     @property
     def grid_settings(self) -> Grid:
         """Return the settings of the rounding grid."""
-        return Grid(self.bits, self.group_size, self.symmetric, self.grid)
+        group_size = self._gguf_group if self.stored_as == "gguf" else self.group_size
+        return Grid(self.bits, group_size, self.symmetric, self.grid)
+
+    @property
+    def streamed_as(self) -> str:
+        """Return the format that blocks are written in as they are finished. A GGUF file is made of all of them."""
+        return "compressed-tensors" if self.stored_as == "gguf" else self.stored_as
 
     @property
     def source(self) -> str:

@@ -10,6 +10,10 @@ from llmq.core.errors import RequestError
 BITS = (2, 3, 4, 8)
 GRIDS = ("auto", "minmax", "mse", "hessian", "common")
 ORDERS = ("group", "static", "natural")
+MLX_GROUPS = (32, 64, 128)
+"""The group sizes that MLX has."""
+GGUF_GROUPS = {2: 64, 4: 32, 8: 32}
+"""The group size of each number of bits that llmq writes as GGUF: what a block of llama.cpp holds."""
 
 
 @dataclass(frozen=True)

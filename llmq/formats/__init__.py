@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.formats import auto_round, awq, compressed_tensors, gptq
+from llmq.formats import auto_round, awq, compressed_tensors, gguf, gptq, mlx
 from llmq.formats.scheme import Scheme, Schemes
 
 
@@ -29,8 +29,19 @@ class Format(Protocol):
     schemes_of: Callable[[Mapping[str, Any], Iterable[str]], dict[str, Scheme]]
 
 
-FORMATS: dict[str, Format] = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq}
+FORMATS: dict[str, Format] = {
+    "compressed-tensors": compressed_tensors,
+    "gptq": gptq,
+    "awq": awq,
+    "mlx": mlx,
+    "gguf": gguf,
+}
 """The formats that llmq writes and reads."""
+
+
+def method_of(config: Mapping[str, Any]) -> Any:
+    """Return the method that a quantization_config names. MLX's is the one that names none."""
+    return config.get("quant_method", mlx.METHOD if {"group_size", "bits"} <= config.keys() else None)
 
 
 def format_of(config: Mapping[str, Any]) -> Format:
@@ -38,7 +49,7 @@ def format_of(config: Mapping[str, Any]) -> Format:
 
     Raises CheckpointError for a method that llmq does not read.
     """
-    method = config.get("quant_method")
+    method = method_of(config)
     if method == auto_round.METHOD:
         return FORMATS[auto_round.packed_as(config)]
     if not isinstance(method, str) or method not in FORMATS:

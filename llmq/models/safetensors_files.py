@@ -40,6 +40,17 @@ class TensorFiles(Protocol):
         ...
 
 
+@runtime_checkable
+class CheckpointFiles(TensorFiles, Protocol):
+    """What a packed checkpoint needs in addition: facts about tensors, and several of them at once."""
+
+    def read_all(self, names: Iterable[str]) -> dict[str, Tensor]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def is_float(self, name: str) -> bool: ...
+
+
 class SafetensorsDirectory:
     """`model.safetensors`, or the shards that `model.safetensors.index.json` lists.
 

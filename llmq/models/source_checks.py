@@ -20,9 +20,9 @@ def without_rescaling(config: Any) -> dict[str, Any]:
 
 
 def refuse_quantized(config: Any, path: Path) -> None:
-    quantized = getattr(config, "quantization_config", None)
+    quantized = getattr(config, "quantization_config", None) or getattr(config, "quantization", None)  # MLX's entry
     if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
+        method = quantized.get("quant_method", "mlx") if isinstance(quantized, dict) else type(quantized).__name__
         raise RequestError(f"{path} is quantized already ({method}); start from the original weights")
 
 

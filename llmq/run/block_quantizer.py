@@ -21,7 +21,7 @@ from llmq.core.config import QuantizeConfig
 from llmq.core.distributed import ALONE, Ranks
 from llmq.core.memory import release_memory
 from llmq.core.timing import Clock
-from llmq.formats import FORMATS
+from llmq.formats import FORMATS, gptq
 from llmq.models.block_structure import Group
 from llmq.models.experts import layouts
 from llmq.models.model_source import ModelSource
@@ -67,10 +67,12 @@ class Run:
         """Names of the blocks to quantize."""
         self.bits = bits_of_linears(config, source)
         self.grid, notes = fitted_grid(config, source, self.chosen, self.bits)
-        self.format = FORMATS[config.stored_as]
+        self.format = FORMATS[config.streamed_as]
         self.tensors = BlockTensors(source, self.format, self.grid)
         # float32 scales would double the cost of a group; the codes have no use for the extra digits.
-        self.scale_dtype = torch.float16 if source.dtype == torch.float32 else source.dtype
+        # GGUF stores float16.
+        to_float16 = source.dtype == torch.float32 or config.stored_as == "gguf"
+        self.scale_dtype = torch.float16 if to_float16 else source.dtype
         self.matching = self.algorithm.includes("match", config)
         """Whether weights move towards the original model's outputs before they are rounded."""
         self.sequential = self.algorithm.includes("sequential", config)
@@ -81,6 +83,8 @@ class Run:
             notes += ["the training of single blocks leaves experts as they are"] * (self.refine is not None)
         if self.matching and config.samples < 2:
             notes.append("a single sample leaves none to hold out: outputs are not matched")
+        if self.format is gptq and not self.grid.symmetric:
+            notes.append(gptq.ASYMMETRIC_NOTE)
         self.report.note("model", notes)
 
     def linear_dtype(self, compute: Compute) -> torch.dtype:

@@ -1,15 +1,17 @@
 """Converts a packed checkpoint to another format. Codes, scales and zero points stay the same."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from tqdm import tqdm
 from tyro.conf import Positional
 
 from llmq.checkpoint.digests import digests_of
+from llmq.checkpoint.gguf_writer import GgufSettings
 from llmq.checkpoint.model_files import companions_in
 from llmq.checkpoint.module_matching import is_harmless
 from llmq.checkpoint.output_dir import check_output
@@ -17,12 +19,16 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.writer import Writer
 from llmq.core.config import VERSION
 from llmq.core.errors import RequestError
-from llmq.formats import FORMATS
+from llmq.core.settings import one_of
+from llmq.formats import FORMATS, gptq, method_of
 from llmq.formats.scheme import Scheme
+from llmq.models.gguf_converter import FLOATS
+from llmq.models.locate import gguf_in
 from llmq.models.model_source import build_skeleton
 from llmq.models.packable import config_names
 from llmq.models.stock_loading import unreadable
 from llmq.models.stored_names import has_no_place
+from llmq.run.gguf_export import model_name, write_gguf
 from llmq.runtime.model_config import model_config
 from llmq.verification.check import DIGESTS, check
 
@@ -32,11 +38,15 @@ class ConvertConfig:
     """Write a packed checkpoint in another format. Nothing is rounded. What the format cannot store is refused."""
 
     directory: Annotated[Path, Positional]
-    """The checkpoint: compressed-tensors, gptq, awq or auto-round."""
+    """The checkpoint: compressed-tensors, gptq, awq, auto-round, mlx or a .gguf file."""
     output: Path
     """Directory for the result. Must be new or empty unless --overwrite is given."""
     format: str
-    """compressed-tensors, gptq or awq (4 bit)."""
+    """compressed-tensors, gptq, awq (4 bit), mlx (symmetric, groups of 32, 64, 128) or gguf (llama.cpp; symmetric 2,
+    4 and 8 bit; asymmetric 4 bit where scale * zero is a float16 number)."""
+    gguf_floats: str = "auto"
+    """How embeddings and other tensors that are not packed are stored in a .gguf file: auto (as they are), f32, f16,
+    bf16 or q8_0 (8 bit, rounded to nearest)."""
     overwrite: bool = False
     """Replace a checkpoint that is already in the output directory."""
     trust_remote_code: bool = False
@@ -45,11 +55,16 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise RequestError(f"format must be one of {', '.join(FORMATS)}; got {self.format!r}")
+        one_of("gguf floats", self.gguf_floats, FLOATS)
+        if self.output.suffix == ".gguf":
+            raise RequestError(f"output {self.output} must be a directory; the file in it is named after the model")
 
 
 @torch.no_grad()
-def convert(config: ConvertConfig, progress: bool = False) -> Path:
-    """Convert a checkpoint; return the directory of the result.
+def convert(config: ConvertConfig, progress: bool = False, tell: Callable[[str], object] = lambda _: None) -> Path:
+    """Convert a checkpoint; return the directory of the result, or the .gguf file.
+
+    `tell` is called with what the user should know.
 
     Raises RequestError if the output directory cannot be used. Raises CheckpointError if the checkpoint is damaged, or
     holds something that the format cannot store. In both cases no checkpoint is left in the output directory.
@@ -58,8 +73,10 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
     if config.directory.resolve() == config.output.resolve():
         raise RequestError("the output directory is the checkpoint's own; choose another")
     checkpoint, target = Checkpoint(config.directory), FORMATS[config.format]
-    before = str(checkpoint.quantization.get("checkpoint_format") or checkpoint.quantization.get("quant_method"))
+    before = str(checkpoint.quantization.get("checkpoint_format") or method_of(checkpoint.quantization))
     schemes = _schemes(checkpoint)
+    if config.format == "gguf":
+        return _to_gguf(config, schemes, before, progress, tell)
     model = build_skeleton(model_config(checkpoint, config.trust_remote_code), config.trust_remote_code)
     view = checkpoint.for_model(model)
     state = model.state_dict()
@@ -71,6 +88,8 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
     if config.format == "compressed-tensors" and (fault := unreadable(model, view.model_files, symmetry.get)):
         raise RequestError(fault)
     quantization = target.hf_config(*config_names(model, view.model_files, schemes_in_model, carried))
+    if target is gptq and not all(scheme.symmetric for scheme in schemes.values()):
+        tell(f"note: {gptq.ASYMMETRIC_NOTE}")
     computed = {name: value for name, value in digests_of(checkpoint).items() if name in schemes or name in kept}
     with Writer(config.output, config.overwrite) as writer:
         for _, names in groupby(kept, key=lambda name: name.rpartition(".")[0]):
@@ -78,13 +97,34 @@ def convert(config: ConvertConfig, progress: bool = False) -> Path:
         for name in tqdm(checkpoint.linears, "layers", disable=not progress, unit="layer"):
             writer.put(target.encode(name, checkpoint.weight(name), schemes[name]))
         writer.finish(
-            companions_in(config.directory),
+            companions_in(config.directory) if checkpoint.gguf is None else checkpoint.gguf.companions,
             None,
             quantization,
             lambda: {"llmq": VERSION, "converted_from": before, DIGESTS: computed},
             lambda directory: check(directory, computed, config.trust_remote_code),
         )
     return config.output
+
+
+def _to_gguf(
+    config: ConvertConfig, schemes: dict[str, Scheme], before: str, progress: bool, tell: Callable[[str], object]
+) -> Path:
+    """Convert a checkpoint to a .gguf file; return its path."""
+    if gguf_in(config.directory) is not None:
+        raise RequestError(f"{config.directory} is a .gguf file already")
+    name, written = model_name(config.directory), list[Path]()
+    settings = GgufSettings(name, config.gguf_floats, config.trust_remote_code, progress)
+
+    def write(target: Path) -> dict[str, Any]:
+        made, said = write_gguf(config.directory, target, schemes, settings)
+        for note in said["notes"]:
+            tell(f"note: {note}")
+        written.append(config.output / made.path.name)
+        return {"llmq": VERSION, "converted_from": before} | said
+
+    with Writer(config.output, config.overwrite) as writer:
+        writer.finish_gguf(write)
+    return written[0]
 
 
 def _schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:

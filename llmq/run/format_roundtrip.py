@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from llmq.algorithms.problem import Problem, round_to_nearest
 from llmq.core.errors import CheckpointError, WorkError
 from llmq.core.quantized_weight import QuantizedWeight
+from llmq.formats import gguf
 from llmq.formats.scheme import Scheme
 from llmq.models.packable import can_pack
 from llmq.run.block_quantizer import Run
@@ -46,8 +47,23 @@ def _prove(run: Run, name: str, weight: QuantizedWeight) -> None:
         before, after = getattr(weight, field).cpu(), getattr(back, field)
         if before.dtype != after.dtype or not torch.equal(before, after):
             raise WorkError(f"{wrong}: other {what} come back; please report this, and choose another --format")
+    if run.config.stored_as == "gguf":
+        _prove_blocks(run, name, weight, wrong)
     if not bool(torch.isfinite(back.dequantize()).all()):
         raise WorkError(f"{wrong}: its weights are not finite; choose another --group-size or --format")
+
+
+def _prove_blocks(run: Run, name: str, weight: QuantizedWeight, wrong: str) -> None:
+    """Raise WorkError unless blocks of GGUF give a weight back."""
+    scheme = Scheme(weight.bits, run.grid.group_size, run.grid.symmetric)
+    weight = replace(weight, q=weight.q.cpu(), scale=weight.scale.cpu(), zero=weight.zero.cpu())
+    config = gguf.hf_config({name: scheme}, [])
+    try:
+        back = gguf.decode(name, gguf.encode(name, weight, scheme), gguf.schemes_of(config, [name])[name])
+    except CheckpointError as error:
+        raise WorkError(f"{wrong}: {error}") from None
+    if not gguf.is_same(back, weight):
+        raise WorkError(f"{wrong}: other codes or scales come back; please report this, and choose another --format")
 
 
 def nearest(run: Run, W: Tensor, bits: int) -> QuantizedWeight:

@@ -14,7 +14,16 @@ from llmq.algorithms import ALGORITHMS
 from llmq.calibration.block_runner import Compute
 from llmq.calibration.self_generated import SELF, sample_sequences
 from llmq.calibration.texts import MORE, Tokens, check_context, check_tokens, hold_out, windows
-from llmq.checkpoint.output_dir import PROGRESS, REPORT, check_output, existing_parent, unfinished_work, written_whole
+from llmq.checkpoint.model_files import companions_of
+from llmq.checkpoint.output_dir import (
+    PROGRESS,
+    REPORT,
+    check_output,
+    existing_parent,
+    holds_checkpoint,
+    unfinished_work,
+    written_whole,
+)
 from llmq.core.config import QuantizeConfig
 from llmq.core.device import multiplies_bfloat16
 from llmq.core.distributed import Ranks
@@ -22,6 +31,7 @@ from llmq.core.errors import CheckpointError, RequestError
 from llmq.core.memory import release_memory
 from llmq.core.settings import Calibration
 from llmq.core.timing import Clock
+from llmq.models.gguf_converter import check_converter
 from llmq.models.model_source import ModelSource
 from llmq.models.stock_loading import unreadable
 from llmq.models.untrusted_files import read_json
@@ -83,8 +93,10 @@ def open_request(config: QuantizeConfig, device: torch.device, ranks: Ranks, pro
 def _with_format(config: QuantizeConfig, source: ModelSource) -> QuantizeConfig:
     """Choose a format for models that transformers does not open as compressed-tensors.
 
-    Raises RequestError if the request chose that one.
+    Raises RequestError if the request chose that one, or GGUF for a model that llama.cpp's converter does not know.
     """
+    if config.stored_as == "gguf":
+        check_converter(companions_of(source).config)
     if config.stored_as != "compressed-tensors":
         return config
     fault = unreadable(source.skeleton, source.files, lambda _: config.symmetric)
@@ -129,7 +141,7 @@ def _earlier(config: QuantizeConfig, identity: dict[str, Any]) -> tuple[list[Ste
         before, steps = read_journal(output / PROGRESS)
         if not before:  # the run was killed before it wrote anything down
             return [], False
-    elif (output / REPORT).exists() and (output / "config.json").exists():
+    elif (output / REPORT).exists() and holds_checkpoint(output):
         is_met = True
         try:
             before = read_json(output, REPORT).get(FINGERPRINT)

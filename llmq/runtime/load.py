@@ -11,7 +11,7 @@ from llmq.checkpoint.module_matching import LinearMaker, check_fit, replace_line
 from llmq.checkpoint.reader import CONFIG, Checkpoint, is_packed
 from llmq.core.device import pick_device
 from llmq.core.errors import CheckpointError, RequestError
-from llmq.models.locate import locate
+from llmq.models.locate import gguf_in, locate
 from llmq.models.model_source import ModelSource, build_skeleton, move_buffers, read_generation_config
 from llmq.runtime.fused_siblings import merge_linears
 from llmq.runtime.model_config import checked_config, failure
@@ -47,7 +47,7 @@ def load(
     write text, only worse.
     """
     target, path = pick_device(device), Path(directory)
-    if not path.is_dir():
+    if not path.is_dir() or gguf_in(path):
         path = locate(str(directory), trust_remote_code)
         if not is_packed(path):
             source = ModelSource(str(directory), trust_remote_code)
@@ -110,8 +110,10 @@ def _dtype_for(asked: torch.dtype | str | None, device: torch.device, config: An
 
 
 def open_tokenizer(path: Path, trust_remote_code: bool) -> Any:
-    """Open the tokenizer in a directory. Raises CheckpointError if transformers cannot."""
+    """Open the tokenizer in a directory or a .gguf file. Raises CheckpointError if transformers cannot."""
     try:
+        if (file := gguf_in(path)) is not None:
+            return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a dozen tokenizer classes, each with its own way to fail
         raise CheckpointError(f"{path} holds no tokenizer transformers can read ({type(error).__name__})") from None

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -49,7 +50,10 @@ def checked_config(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any
         _refuse_absurd(checkpoint.config)
         if "configuration_files" in checkpoint.config:  # transformers would open these instead
             raise ValueError("it names other configuration files")
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        if checkpoint.gguf is not None:
+            config = deepcopy(checkpoint.gguf.source.config)
+        else:
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         if hasattr(config, "quantization_config"):
             delattr(config, "quantization_config")
         depth = config.get_text_config().num_hidden_layers

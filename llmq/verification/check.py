@@ -20,7 +20,6 @@ DIGESTS = "digests"  # key of the report entry with the digests of all computed 
 _TOKENS = 16
 
 
-@torch.no_grad()
 def check(directory: Path, digests: Mapping[str, str] | None, trust_remote_code: bool = False) -> list[str]:
     """Run a checkpoint with one block in memory at a time, and compare what was read with what was computed.
 
@@ -31,6 +30,14 @@ def check(directory: Path, digests: Mapping[str, str] | None, trust_remote_code:
     Raises CheckpointError if a tensor cannot be decoded, is missing, does not fit the model or differs from the
     computed one, or if the logits of the model are not finite.
     """
+    return check_and_digest(directory, digests, trust_remote_code)[0]
+
+
+@torch.no_grad()
+def check_and_digest(
+    directory: Path, digests: Mapping[str, str] | None, trust_remote_code: bool = False
+) -> tuple[list[str], dict[str, str]]:
+    """Return what `check` returns, and the digests of all tensors that were read."""
     checkpoint = DigestingCheckpoint(directory)
     if digests is not None:
         names = [*checkpoint.linears, *checkpoint.other_names]
@@ -46,7 +53,7 @@ def check(directory: Path, digests: Mapping[str, str] | None, trust_remote_code:
     if not finite:
         raise CheckpointError(f"{directory}: the model computes NaN or infinity")
     others = sorted(set(view.other_names) - model.state_dict().keys())
-    return [name for name in others if has_no_place(model, name) and not is_computed(model, name)]
+    return [n for n in others if has_no_place(model, n) and not is_computed(model, n)], checkpoint.digests
 
 
 def tokenizer_fault(directory: Path, trust_remote_code: bool = False) -> str | None:

@@ -53,6 +53,15 @@ def test_it_reads_our_gptq_checkpoints(source, tmp_path, bits, symmetric):
     assert_same_weights(model, directory)
 
 
+def test_it_refuses_asymmetric_v1_files_of_others(source, tmp_path):
+    """So llmq writes asymmetric weights as v2, even where no zero point is 0."""
+    directory = pack(source, tmp_path / "gptq", format="gptq", symmetric=False)
+    for path in (directory / "config.json", directory / "quantize_config.json"):
+        path.write_text(path.read_text().replace("gptq_v2", "gptq"))
+    with pytest.raises(ValueError, match="Loading of a sym=False model"):
+        opened(directory)
+
+
 @pytest.mark.parametrize("group_size", [-1, 16])
 def test_it_reads_our_other_group_sizes(source, tmp_path, group_size):
     directory = pack(source, tmp_path / "gptq", format="gptq", group_size=group_size)

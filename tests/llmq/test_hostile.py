@@ -91,6 +91,7 @@ def sound(tmp_path_factory):
         "gptq": (pack(llama, root / "b", format="gptq", bits=3), "gptq", 3),
         "awq": (pack(llama, root / "c", format="awq", symmetric=False), "awq", 4),
         "auto-round": (pack(llama, root / "d", format="gptq"), "gptq", 4),
+        "mlx": (pack(qwen, root / "e", format="mlx", bits=3), "mlx", 3),
     }
     _shard(root / "a")
     _act_order(root / "b")
@@ -179,7 +180,7 @@ def same_as_reference(found: tuple[Any, torch.Tensor], original: Sound, director
         assert float((actual - expected).abs().nan_to_num(float("inf")).max()) <= 10 * noise
 
 
-FORMATS = ["compressed-tensors", "gptq", "awq", "auto-round"]
+FORMATS = ["compressed-tensors", "gptq", "awq", "auto-round", "mlx"]
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,11 @@ def test_each_layer_is_described_as_it_decodes_and_every_byte_is_counted(llama, 
     assert said["packed_bytes"] + said["other_bytes"] == stored
 
 
+def test_zero_points_in_the_middle_are_symmetric_whatever_the_format_says_of_them(llama, tmp_path):
+    said = describe(pack(llama, tmp_path / "packed", format="mlx", layer_bits=("down_proj=2",)))
+    assert (said["quant_method"], said["format"], said["bits"], said["symmetric"]) == ("mlx", "mlx", [2, 4], True)
+
+
 def test_one_group_per_row_is_as_long_as_the_row(llama, tmp_path):
     said = describe(pack(llama, tmp_path / "packed", group_size=-1))
     assert all(layer["group_size"] == layer["in"] for layer in said["layers"])

@@ -57,6 +57,15 @@ def test_is_packed_tells_packed_from_plain_and_from_nothing(packed, llama, tmp_p
     assert not is_packed(tmp_path / "missing")
 
 
+def test_settings_of_mlx_are_found_where_its_tools_write_them(llama, tmp_path):
+    directory = pack(llama, tmp_path / "mlx", format="mlx")
+    config = json.loads((directory / "config.json").read_text())
+    del config["quantization_config"]  # as mlx_lm did once
+    (directory / "config.json").write_text(json.dumps(config))
+    assert is_packed(directory)
+    assert Checkpoint(directory).quantization == {"bits": 4, "group_size": 32, "mode": "affine"}
+
+
 def test_a_plain_model_is_no_checkpoint(llama):
     with pytest.raises(CheckpointError, match="is not a quantized checkpoint"):
         Checkpoint(llama)

@@ -51,6 +51,18 @@ def test_only_gptq_keeps_a_second_copy_of_its_config_where_its_tools_look_first(
     assert method != "gptq" or json.loads(second.read_text()) == config
 
 
+def test_settings_of_mlx_are_where_its_tools_look_and_no_others_stay_there(tmp_path, source):
+    settings = {"bits": 4, "group_size": 64, "mode": "affine"}
+    write(tmp_path / "mlx", source, {"a": numbers(4)}, quantization_config=settings)
+    config = json.loads((tmp_path / "mlx/config.json").read_text())
+    assert config["quantization"] == config["quantization_config"] == settings
+    companions = replace(companions_of(source), config=config)
+    with Writer(tmp_path / "other") as writer:
+        writer.put({"a": numbers(4)})
+        writer.finish(companions, quantization_config={"quant_method": "awq"})
+    assert "quantization" not in json.loads((tmp_path / "other/config.json").read_text())
+
+
 def test_a_failure_while_finishing_leaves_nothing_either(tmp_path, source, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -142,6 +142,15 @@ def test_short_and_long_texts_may_have_divisors_of_their_own(tmp_path):
     assert (stored["short_factor"], stored["long_factor"]) == tuple(extra.values())
 
 
+@pytest.mark.parametrize("extra", [{}, {"rope_freqs.weight": [1.0, 1.0, 1.0, 1.5, 2.0, 8.0, 8.0, 8.0]}])
+def test_readers_of_older_configs_find_the_same_rotary_settings(extra, tmp_path):
+    stored = json.loads((pack(write_gguf(tmp_path / "m.gguf", extra), tmp_path / "out") / "config.json").read_text())
+    assert stored["rope_theta"] == THETA
+    assert ("rope_scaling" in stored) == bool(extra)
+    newer = LlamaConfig(**stored).rope_parameters
+    assert newer == stored.pop("rope_parameters") == LlamaConfig(**stored).rope_parameters
+
+
 def test_without_such_tensors_the_frequencies_are_the_usual_ones(tmp_path):
     output = pack(write_gguf(tmp_path / "m.gguf", {}), tmp_path / "out")
     torch.testing.assert_close(frequencies(output), THETA ** (-torch.arange(0, WIDTH, 2) / WIDTH))

@@ -102,6 +102,11 @@ BROKEN = {
         RequestError,
         ["quantized already", "awq", "original weights"],
     ),
+    "quantized by MLX": (
+        with_config(quantization={"group_size": 64, "bits": 4}),
+        RequestError,
+        ["quantized already", "mlx", "original weights"],
+    ),
     "missing shard": (lambda m: shards_of(m)[1].unlink(), CheckpointError, ["model-00002-of-", "missing", "fetch"]),
     "truncated shard": (truncated, CheckpointError, ["model-00003-of-", "corrupt or truncated"]),
     "no safetensors": (

@@ -13,6 +13,7 @@ from tiny import save_tiny
 from llmq.checkpoint.output_dir import REPORT
 from llmq.core.errors import RequestError
 from llmq.core.settings import Tuned
+from llmq.formats import gptq
 from llmq.run import block_quantizer
 from llmq.run.block_quantizer import Run
 from llmq.run.layer_problem import packable_groups
@@ -123,6 +124,13 @@ def test_linears_that_share_an_input_need_the_same_bits(llama, text_file, tmp_pa
     with pytest.raises(RequestError, match=r"self_attn.q_proj, .* share an input .*; give all the same bits"):
         run(llama, text_file, tmp_path / "out", layer_bits=("q_proj=8",))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_only_who_gets_asymmetric_gptq_is_told_what_misreads_it(symmetric, llama, text_file, tmp_path):
+    output = run(llama, text_file, tmp_path / "out", method="rtn", format="gptq", symmetric=symmetric)
+    note = {"where": "model", "note": gptq.ASYMMETRIC_NOTE}
+    assert (note in json.loads((output / REPORT).read_text())["notes"]) is not symmetric
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tiny import save_tiny
 import llmq
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import CheckpointError, RequestError
-from llmq.formats import FORMATS
+from llmq.formats import FORMATS, gptq
 from llmq.run.convert import ConvertConfig, convert
 
 # name -> options of `pack`
@@ -26,8 +26,15 @@ KINDS = {
     "gptq v2": {"format": "gptq", "symmetric": False, "bits": 8},
     "awq": {"format": "awq"},
     "awq asymmetric": {"format": "awq", "symmetric": False},
+    "mlx": {"format": "mlx"},
+    "mlx mixed": {"format": "mlx", "layer_bits": ("down_proj=8", "layers.0.*=2")},
 }
 FOUR_BIT = [kind for kind, options in KINDS.items() if not {"bits", "layer_bits"} & options.keys()]
+TAKEN = {
+    "awq": FOUR_BIT,
+    "mlx": [kind for kind, options in KINDS.items() if not {"symmetric", "group_size"} & options.keys()],
+}
+"""The kinds that a format can store, if it cannot store all."""
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,7 @@ def assert_same_weights(one, other):
 
 @pytest.mark.parametrize(
     ("kind", "through"),
-    [(k, f) for k, f in itertools.product(KINDS, FORMATS) if (f != "awq" or k in FOUR_BIT) and not k.startswith(f)],
+    [(k, f) for k, f in itertools.product(KINDS, FORMATS) if k in TAKEN.get(f, KINDS) and not k.startswith(f)],
 )
 def test_there_and_back_gives_the_same_bytes_and_nothing_is_lost_on_the_way(packed, tmp_path, kind, through):
     there = converted(packed(kind), tmp_path / "there", through)
@@ -77,16 +84,27 @@ def test_there_and_back_gives_the_same_bytes_and_nothing_is_lost_on_the_way(pack
     back = converted(there, tmp_path / "back", Checkpoint(packed(kind)).format.METHOD)
     assert_same_tensors(packed(kind), back)
     configs = [json.loads((directory / "config.json").read_text()) for directory in (packed(kind), back)]
+    # MLX needs an older entry for what rope_parameters says, too. It stays.
+    older = {config.pop("rope_theta", None) for config in configs}
+    assert older <= {None, configs[0]["rope_parameters"]["rope_theta"]}
     assert configs[0] == configs[1]
+
+
+def test_only_who_gets_asymmetric_gptq_is_told_what_misreads_it(packed, tmp_path):
+    told = []
+    for kind, target in (("awq asymmetric", "gptq"), ("gptq v2", "compressed-tensors"), ("awq", "gptq")):
+        convert(ConvertConfig(packed(kind), tmp_path / kind, target), tell=told.append)
+    assert told == [f"note: {gptq.ASYMMETRIC_NOTE}"]
 
 
 @pytest.mark.parametrize("target", FORMATS)
 def test_the_converted_model_computes_the_same(packed, tmp_path, target):
-    expected = logits(llmq.load(packed("awq asymmetric"), "cpu"), some_tokens())
-    result = converted(packed("awq asymmetric"), tmp_path / "out", target)
+    source = packed("awq" if target == "mlx" else "awq asymmetric")
+    expected = logits(llmq.load(source, "cpu"), some_tokens())
+    result = converted(source, tmp_path / "out", target)
     assert torch.equal(logits(llmq.load(result, "cpu"), some_tokens()), expected)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (result / name).read_bytes() == (packed("awq asymmetric") / name).read_bytes()
+        assert (result / name).read_bytes() == (source / name).read_bytes()
 
 
 def change_config(directory, change):
@@ -109,6 +127,8 @@ def test_zero_points_that_are_all_in_the_middle_become_symmetric(packed, tmp_pat
         ("gptq v2", "awq", "4-bit"),
         ("compressed-tensors 3 bit", "awq", "4-bit"),
         ("compressed-tensors mixed", "awq", "one number of bits"),
+        ("compressed-tensors 3 bit", "mlx", "groups of 32, 64, 128, not whole rows; quantize again with --group-size"),
+        ("compressed-tensors asymmetric", "mlx", "-scale .* zero, which bfloat16 cannot hold"),
     ],
 )
 def test_what_a_format_cannot_say_is_refused_and_leaves_nothing(packed, tmp_path, kind, target, reason):
@@ -117,7 +137,7 @@ def test_what_a_format_cannot_say_is_refused_and_leaves_nothing(packed, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("target", ["compressed-tensors", "awq"])
+@pytest.mark.parametrize("target", ["compressed-tensors", "awq", "mlx"])
 def test_act_order_stays_gptq(act_order, tmp_path, target):
     with pytest.raises(CheckpointError, match="contiguous groups"):
         converted(act_order, tmp_path / "out", target)

@@ -14,7 +14,12 @@ from llmq.run.format_roundtrip import prove
 
 
 def test_a_checkpoint_is_only_begun_if_its_format_gives_back_what_it_is_given(llama, text_file, tmp_path, monkeypatch):
-    for stored_as, part in (("compressed-tensors", "weight_packed"), ("gptq", "scales"), ("awq", "qzeros")):
+    for stored_as, part in (
+        ("compressed-tensors", "weight_packed"),
+        ("gptq", "scales"),
+        ("awq", "qzeros"),
+        ("mlx", "biases"),
+    ):
         module = formats.FORMATS[stored_as]
         encode = module.encode
 

@@ -113,7 +113,7 @@ def test_a_packed_linear_that_the_model_has_not_is_refused(checkpoint):
 @pytest.mark.parametrize("method", ["gguf", "", None, 4])
 def test_an_unknown_quantization_method_is_refused(checkpoint, method):
     change_config(checkpoint, lambda config: config["quantization_config"].update(quant_method=method))
-    refused(checkpoint, "is not one of compressed-tensors, gptq, awq, auto-round")
+    refused(checkpoint, "is not one of compressed-tensors, gptq, awq, mlx, auto-round")
 
 
 @pytest.mark.parametrize("value", [None, {}, [], "compressed-tensors"], ids=str)

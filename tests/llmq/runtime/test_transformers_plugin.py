@@ -49,8 +49,8 @@ def assert_same_tensors(old, new):
     for name in packed:
         assert before[name].dtype == after[name].dtype
         assert torch.equal(before[name], after[name]), name
-    leaves = {name.rpartition(".")[2] for name in after} - {"weight", "bias", "g_idx"}
-    assert leaves == {name.rpartition(".")[2] for name in packed} - {"g_idx"}
+    leaves, expected = ({name.rpartition(".")[2] for name in names} for names in (after, packed))
+    assert leaves - {"weight", "bias", "g_idx"} == expected - {"weight", "g_idx"}
 
 
 @pytest.mark.parametrize("kind", [*WRITTEN, *FOREIGN])
@@ -72,7 +72,8 @@ def test_a_saved_model_is_the_one_that_was_opened(checkpoints, tmp_path, kind, r
     model.save_pretrained(tmp_path)
     assert_same_tensors(checkpoints(kind), tmp_path)
     if kind in WRITTEN:
-        assert quantization(tmp_path) == quantization(checkpoints(kind))
+        for key in ("quantization_config", "quantization"):  # MLX's second place
+            assert quantization(tmp_path, key) == quantization(checkpoints(kind), key)
     else:
         assert quantization(tmp_path)["quant_method"] == "gptq"
     assert torch.equal(logits(llmq.load(tmp_path, "cpu"), some_tokens()), logits(model, some_tokens()))
@@ -87,6 +88,11 @@ def test_stock_transformers_opens_a_saved_model(checkpoints, tmp_path, route):
     assert torch.equal(
         logits(stock, some_tokens()), logits(dequantized_model(checkpoints.source, tmp_path), some_tokens())
     )
+
+
+def test_stock_transformers_refuses_mlx_in_words(checkpoints):
+    with pytest.raises(ValueError, match=r"quantization config .* has no `quant_method` attribute"):
+        AutoModelForCausalLM.from_pretrained(checkpoints("mlx"))
 
 
 ALONE = """

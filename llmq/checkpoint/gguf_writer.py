@@ -1,0 +1,190 @@
+"""Writes a packed checkpoint as one GGUF file, and reads it back.
+
+The converter of llama.cpp says what the file holds (models/gguf_converter.py), models/gguf_layout.py where the rows of
+packed linears go in it. Codes and scales are those of the checkpoint. One tensor is in memory at a time.
+"""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmq.checkpoint.gguf_reader import SCALES
+from llmq.checkpoint.reader import Checkpoint
+from llmq.core.config import VERSION
+from llmq.core.errors import CheckpointError, RequestError
+from llmq.formats import gguf as blocks
+from llmq.formats.scheme import Scheme
+from llmq.models.gguf_converter import Added, Converted, Leaf, as_request_errors, check_converter, open_converter
+from llmq.models.gguf_header import read_header
+from llmq.models.gguf_layout import Laid, lay_out
+from llmq.models.untrusted_files import read_json
+
+
+@dataclass(frozen=True)
+class Linear:
+    """What is known of a packed linear beside its tensors."""
+
+    scheme: Scheme
+    shape: tuple[int, int]  # (out, in)
+    transposed: bool = False  # Hugging Face stores it as [in, out]: Conv1D of GPT-2
+
+
+@dataclass(frozen=True)
+class GgufSettings:
+    """How a file is written."""
+
+    name: str
+    """The name of the model, for people and for the file."""
+    floats: str = "auto"
+    """How tensors that are not packed are stored; one of `gguf_converter.FLOATS`."""
+    trust_remote_code: bool = False
+    progress: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: the file, and the linears that are in it as float numbers."""
+
+    path: Path
+    in_float: list[str]
+
+
+class GgufWriter:
+    """Writes a checkpoint, with the names of its files, into one GGUF file.
+
+    Args:
+        linears: the packed linears, by their names in the files.
+
+    Raises RequestError if llmq or llama.cpp's converter cannot write this model as GGUF.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, linears: Mapping[str, Linear], settings: GgufSettings) -> None:
+        self._checkpoint, self._linears, self._settings = checkpoint, linears, settings
+        check_converter(checkpoint.config)
+        if not settings.trust_remote_code:
+            _refuse_code(checkpoint)
+        config = blocks.hf_config({name: linear.scheme for name, linear in linears.items()}, [])
+        self._kinds: dict[str, str] = config["types"]
+        files = checkpoint.files
+        floats = {
+            name: Leaf(tuple(files.shape(name)), files.dtype(name), partial(files.read, name))
+            for name in checkpoint.other_names
+            if files.is_float(name)
+        }
+        self._model = Converted(checkpoint.directory, settings.name, floats, settings.floats)
+        kinds = {name: (kind, blocks.TYPES[kind].weights) for name, kind in self._kinds.items()}
+        shapes = {name: linear.shape for name, linear in linears.items()}
+        transposed = {name for name, linear in linears.items() if linear.transposed}
+        with as_request_errors(checkpoint.directory):
+            self._laid, self._in_float = lay_out(self._model, shapes, kinds, transposed)
+        self._digests, self._sizes = dict[str, str](), dict[str, int]()
+
+    @property
+    def file_name(self) -> str:
+        """Return the name of the file: the model, and the type of most blocks."""
+        return f"{self._model.name}-{self._usual_kind}.gguf"
+
+    @property
+    def _usual_kind(self) -> str:
+        return Counter(self._kinds.values()).most_common(1)[0][0]
+
+    def write(self, directory: Path) -> Written:
+        """Write the file and read it back. Raises CheckpointError if it is not what was written."""
+        import gguf
+
+        path = directory / self.file_name
+        with as_request_errors(self._checkpoint.directory):
+            made = open_converter(self._model, self._leaves(), self._add, path)
+            made.prepare_tensors()
+            made.ftype = gguf.LlamaFileType[f"MOSTLY_{self._usual_kind}"]
+            made.prepare_metadata(vocab_only=False)
+            writer = made.gguf_writer
+            writer.add_quantized_by(f"llmq {VERSION}")
+            scale = self._checkpoint.weight(self._checkpoint.linears[0]).scale.dtype
+            if scale != torch.float16:
+                writer.add_string(SCALES, str(scale).removeprefix("torch."))
+            writer.write_header_to_file(path=path)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file(progress=self._settings.progress)
+            writer.close()
+        self._check(path)
+        return Written(path, sorted(self._in_float))
+
+    def _leaves(self) -> dict[str, Leaf]:
+        """Return what the converter is given for packed linears. It only looks at the shapes of most."""
+
+        def weight(name: str) -> Tensor:
+            W = self._checkpoint.weight(name).dequantize()
+            return W.T if self._linears[name].transposed else W
+
+        turned = {n: each.shape[::-1] if each.transposed else each.shape for n, each in self._linears.items()}
+        return {name: Leaf(shape, torch.float32, partial(weight, name)) for name, shape in turned.items()}
+
+    def _add(self, add: Callable[..., None], added: Added) -> None:
+        """Add a tensor to the file: blocks where the converter would put the weights of packed linears."""
+        import gguf
+
+        if (laid := self._laid.get(added.name)) is not None:
+            kind = blocks.TYPES[self._kinds[laid.linears[0]]]
+            shape = (*added.data.shape[:-1], added.data.shape[-1] // kind.weights * kind.nbytes)
+            meta = gguf.LazyNumpyTensor.meta_with_dtype_and_shape(np.uint8, shape)
+            data = gguf.LazyNumpyTensor(meta=meta, args=(0,), func=lambda _: laid.placed(self._blocks).reshape(shape))
+            self._sizes[added.name] = math.prod(shape)
+            add(added.name, data, raw_dtype=gguf.GGMLQuantizationType(kind.number))
+            return
+
+        def remembered(data: np.ndarray) -> np.ndarray:
+            self._digests[added.name] = _digest(data)
+            return data
+
+        self._sizes[added.name] = added.data.nbytes
+        data = gguf.LazyNumpyTensor(meta=added.data._meta, args=(added.data,), func=remembered)
+        add(added.name, data, raw_dtype=added.dtype)
+
+    def _blocks(self, name: str) -> np.ndarray:
+        """Return the blocks of a linear. [out, blocks, bytes]"""
+        stored = blocks.encode(name, self._checkpoint.weight(name), self._linears[name].scheme)[f"{name}.blocks"]
+        return stored.unflatten(1, (-1, blocks.TYPES[self._kinds[name]].nbytes)).numpy()
+
+    def _check(self, path: Path) -> None:
+        """Raise CheckpointError unless the file holds the codes, scales and zero points of every packed linear."""
+        stored, content = read_header(path).tensors, np.memmap(path, mode="r")
+        if stored.keys() != self._laid.keys() | self._sizes.keys():
+            raise CheckpointError(f"{path} does not hold the tensors that were written; write it again")
+        for name, tensor in stored.items():
+            data = content[tensor.start : tensor.start + self._sizes[name]]
+            if (laid := self._laid.get(name)) is None:
+                same = self._digests[name] == _digest(data)
+            else:
+                same = all(self._same(laid, data, linear) for linear in laid.linears)
+            if not same:
+                raise CheckpointError(f"{path}: {name} is not what was written; write it again")
+
+    def _same(self, laid: Laid, stored: np.ndarray, name: str) -> bool:
+        """Tell whether a tensor of the file holds this linear."""
+        kind = self._kinds[name]
+        rows = laid.taken(name, stored.reshape(len(laid.row), len(laid.blocks), -1))
+        scheme = blocks.schemes_of({"types": {name: kind}}, [name])[name]
+        found = blocks.decode(name, {f"{name}.blocks": torch.from_numpy(rows).flatten(1)}, scheme)
+        return blocks.is_same(found, self._checkpoint.weight(name))
+
+
+def _digest(data: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()
+
+
+def _refuse_code(checkpoint: Checkpoint) -> None:
+    """Raise RequestError for a model with code of its own: the converter would run it."""
+    configs = [checkpoint.config]
+    if (checkpoint.directory / "tokenizer_config.json").exists():
+        configs.append(read_json(checkpoint.directory, "tokenizer_config.json"))
+    if any("auto_map" in config for config in configs):
+        raise RequestError("llama.cpp's converter would run the code of this model; --trust-remote-code allows it")

@@ -1,0 +1,137 @@
+"""MLX's affine quantization: read by mlx_lm, and by all that is built on MLX (LM Studio, mlx-swift).
+
+    NAME.weight  uint32 [out, in*bits/32]  codes along the inputs, one bit stream per row
+    NAME.scales  float [out, groups]
+    NAME.biases  float [out, groups]       -scale * zero
+
+w = scale * q + bias. MLX keeps no zero points, so only those are stored that come back: where -scale * zero is exact in
+the dtype of the scales. It is for every symmetric weight, whose zero point is a power of two. A linear in float has a
+NAME.weight as well, so NAME.scales is what marks a packed one. mlx 0.32.4 and mlx-lm 0.32.2 are in `make interop`.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.core.errors import CheckpointError
+from llmq.core.quantized_weight import QuantizedWeight
+from llmq.core.settings import MLX_GROUPS, listed
+from llmq.formats.packing import pack_stream, packed_length, unpack_stream
+from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, expect_words, part_of
+
+METHOD = "mlx"
+SETTINGS = "quantization"  # entry of config.json where MLX looks for what other tools keep in quantization_config
+TENSOR_SUFFIXES = ("scales", "weight", "biases")
+_MODE = "affine"
+
+
+def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
+    """Return the tensors of one linear by their full names. The weight is not changed.
+
+    Raises CheckpointError for what the format cannot store: groups of other sizes or spread over the row, zero points
+    that are lost in the biases.
+    """
+    if weight.group_of is not None:
+        raise CheckpointError(f"{name}: mlx stores contiguous groups of one size; use gptq for others")
+    if weight.group_size not in MLX_GROUPS or weight.group_size != scheme.group_size:
+        fits = next((size for size in MLX_GROUPS[::-1] if weight.q.shape[1] % size == 0), None)
+        advice = "no other fits" if fits is None else f"quantize again with --group-size {fits}"
+        what = "whole rows" if weight.scale.shape[1] == 1 else str(weight.group_size)
+        raise CheckpointError(f"{name}: mlx stores groups of {listed(MLX_GROUPS)}, not {what}; {advice}")
+    scale = weight.scale.contiguous()
+    biases = -scale * weight.zero.to(scale.dtype)
+    # The sizes of a file are found out on the meta device, where there are no numbers.
+    if not scale.is_meta and not bool((biases.double() == -scale.double() * weight.zero).all()):
+        dtype = str(scale.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{name}: mlx stores -scale * zero, which {dtype} cannot hold here; use another format")
+    return {
+        f"{name}.weight": pack_stream(weight.q, weight.bits).view(torch.uint32),
+        f"{name}.scales": scale,
+        f"{name}.biases": biases,
+    }
+
+
+def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+    """Return the weight that `encode` wrote, or another tool if its biases are whole multiples of its scales.
+
+    Raises CheckpointError if they are not, or if tensors are missing or do not fit together.
+    """
+    words, scales, biases = (part_of(name, tensors, suffix) for suffix in ("weight", "scales", "biases"))
+    if words.dtype != torch.uint32 or words.ndim != 2 or not words.numel() or 32 * words.shape[1] % scheme.bits:
+        found = f"{words.dtype} {tuple(words.shape)}"
+        raise CheckpointError(f"{name}.weight: expected uint32 rows of {scheme.bits}-bit codes, found {found}")
+    rows, columns = words.shape[0], 32 * words.shape[1] // scheme.bits
+    if columns % scheme.group_size:
+        raise CheckpointError(f"{name}: group size {scheme.group_size} does not divide {columns} inputs")
+    expect_words(f"{name}.weight", words.view(torch.int32), (rows, packed_length(columns, scheme.bits)))
+    for suffix, grid in (("scales", scales), ("biases", biases)):
+        expect_scales(f"{name}.{suffix}", grid, (rows, columns // scheme.group_size))
+    scale = scales.double()
+    # A group of zeros needs no zero point.
+    zero = torch.where(scale == 0, 2 ** (scheme.bits - 1), (-biases.double() / scale).round())
+    whole = (scale * zero == -biases.double()) & (zero >= 0) & (zero < 2**scheme.bits)
+    if bool(torch.isfinite(scale).all()) and not bool(whole.all()):
+        fault = "its zero points (-biases / scales) are no codes"
+        raise CheckpointError(f"{name}: {fault}; llmq reads only MLX files in which they are, such as its own")
+    codes = unpack_stream(words.view(torch.int32), scheme.bits, columns)
+    return checked(name, QuantizedWeight(codes, scales, zero.to(torch.uint8), scheme.bits), scheme)
+
+
+def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:  # noqa: ARG001 what has no scales is in float
+    """Return what config.json holds as `quantization`, and as `quantization_config` for tools of the hub.
+
+    Layers that differ from most have entries of their own. mlx_lm 0.32.2 finds them out from the sizes of the tensors;
+    other readers need the entries.
+    """
+    most = max(schemes.values(), key=list(schemes.values()).count)
+    return _settings(most) | {name: _settings(schemes[name]) for name in sorted(schemes) if schemes[name] != most}
+
+
+def with_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json with these settings where mlx_lm looks for them.
+
+    transformers 5 writes the base of the rotary frequencies into `rope_parameters`. mlx_lm 0.32.2 looks for it there in
+    17 of its models; Llama, Qwen2 and Mixtral silently take a default. So the older entries are written, too.
+    """
+    text = {key: _with_older_rope(config[key]) for key in ("text_config",) if isinstance(config.get(key), dict)}
+    return _with_older_rope(config) | text | {SETTINGS: settings}
+
+
+def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+    """Return the scheme of each packed linear.
+
+    The config does not say which weights are symmetric, so none is said to be. Raises CheckpointError for other modes
+    (mxfp4, nvfp4, mxfp8) and for packed linears that the config leaves in float.
+    """
+    most, schemes = _scheme(METHOD, config), dict[str, Scheme]()
+    for name in names:
+        own = config.get(name, True)
+        if own is False:
+            raise CheckpointError(f"{name} is packed, although the config leaves it in float")
+        schemes[name] = most if own is True else _scheme(name, own)
+    return schemes
+
+
+def _with_older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:  # one for each kind of attention has no older entry
+        return dict(config)
+    older = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    scaling = {} if rope.get("rope_type", "default") == "default" else {"rope_scaling": rope}
+    return {**older, **scaling, **config}
+
+
+def _settings(scheme: Scheme) -> dict[str, Any]:
+    return {"group_size": scheme.group_size, "bits": scheme.bits, "mode": _MODE}
+
+
+def _scheme(name: str, settings: Any) -> Scheme:
+    """Return the scheme of an entry; the defaults are MLX's. Raises CheckpointError for what llmq does not read."""
+    if not isinstance(settings, Mapping) or entry(settings, "mode", default=_MODE) != _MODE:
+        raise CheckpointError(f"{name}: of MLX's modes llmq reads {_MODE}; found {str(settings)[:80]}")
+    scheme = Scheme.of(entry(settings, "bits", default=4), entry(settings, "group_size", default=64), False)
+    if scheme.group_size not in MLX_GROUPS:
+        raise CheckpointError(f"{name}: MLX has groups of {listed(MLX_GROUPS)}; its config says {scheme.group_size}")
+    return scheme

