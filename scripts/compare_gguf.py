@@ -38,16 +38,8 @@ from llmq.models.model_source import ModelSource
 from llmq.runtime.evaluation import evaluate, logits_of, remembered, score
 
 _RTN, _GPTQ = "llmq rtn: --method rtn", "llmq gptq: --method gptq"
-_MIXED = "llmq gptq, down_proj in 8 bit: --method gptq --layer-bits down_proj=8"
-# By bits and group: settings, and the types of the linears.
-_OURS = {
-    (4, 32): {_RTN: "Q4_0", _GPTQ: "Q4_0", _MIXED: "Q4_0, Q8_0"},
-    (2, 64): {_GPTQ: "Q2_0"},
-    (8, 32): {_RTN: "Q8_0"},
-}
-_THEIRS = ("Q4_0 --pure", "Q4_0 --pure --imatrix", "IQ4_NL --pure --imatrix", "Q4_K_M", "Q4_K_M --imatrix")
-_THEIRS += ("Q8_0 --pure", "Q2_0 --pure")
-_SHAPE = 16  # bytes of compressed-tensors' weight_shape, which a .gguf file has not
+_OURS = {"Q4_0": ((_RTN, _GPTQ), 4, 32), "Q2_0": ((_GPTQ,), 2, 64), "Q8_0": ((_RTN,), 8, 32)}
+_THEIRS = ("Q4_0 --pure", "Q4_0 --pure --imatrix", "Q4_K_M", "Q4_K_M --imatrix", "Q8_0 --pure", "Q2_0 --pure")
 
 
 @dataclass(frozen=True)
@@ -83,10 +75,10 @@ def compare(config: CompareGgufConfig) -> None:
     linears = sum(theirs[0]["types"].values())
     other_bytes = theirs[0]["file_bytes"] - theirs[0]["linear_bytes"]  # embeddings in F16, norms, tokenizer
     rows = theirs
-    for (bits, group), settings in _OURS.items():
-        ours = rows_of(replace(shared, settings=tuple(settings), bits=(bits,), group_sizes=(group,)))
-        for row, types in zip(ours, settings.values(), strict=True):
-            linear = round(row["bits_per_weight"] * row["packed_weights"] / 8) - _SHAPE * linears
+    for kind, (settings, bits, group) in _OURS.items():
+        for row in rows_of(replace(shared, settings=settings, bits=(bits,), group_sizes=(group,))):
+            linear = row["packed_weights"] // group * (bits * group // 8 + 2)  # codes, and a scale in float16
+            types = {kind: linears}
             rows.append(row | {"types": types, "linear_bytes": linear, "file_bytes": linear + other_bytes})
     print(*_table(rows), sep="\n")
     print()
@@ -101,7 +93,7 @@ def compare(config: CompareGgufConfig) -> None:
 
 def _rows_of_llama_cpp(config: CompareConfig) -> list[Row]:
     """Return a row for each of llama.cpp's files. Rows that --results lacks are measured and added to it."""
-    keys = {flags: (f"llama.cpp {flags}", int(flags.partition("Q")[2][0]), 0, 0) for flags in _THEIRS}
+    keys = {flags: (f"llama.cpp {flags}", int(flags[1]), 0, 0) for flags in _THEIRS}
     rows = finished(config, {key[0]: flags for flags, key in keys.items()})
     missing = [flags for flags, key in keys.items() if key not in rows]
     if missing:
@@ -205,9 +197,7 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
     yield "| by | types of the linears | bits per weight | linears | file | KL | perplexity |"
     yield "|---|---|---|---|---|---|---|"
     for row in rows:
-        types = row["types"]
-        if not isinstance(types, str):
-            types = ", ".join(f"{count} {name}" for name, count in types.items())
+        types = ", ".join(f"{count} {name}" for name, count in row["types"].items())
         bits = 8 * row["linear_bytes"] / row["packed_weights"]
         sizes = f"{row['linear_bytes'] / 1e6:.1f} MB | {row['file_bytes'] / 1e6:.1f} MB"
         yield f"| {row['name']} | {types} | {bits:.2f} | {sizes} | {row['kl']:.4f} | {row['perplexity']:.3f} |"
