@@ -25,6 +25,7 @@ from llmq.core.quantized_weight import QuantizedWeight
 from llmq.core.settings import MLX_GROUPS, listed
 from llmq.formats.packing import pack_stream, packed_length, unpack_stream
 from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, expect_words, part_of
+from llmq.models.older_config import with_older_rope
 
 METHOD = "mlx"
 SETTINGS = "quantization"  # entry of config.json where MLX looks for what other tools keep in quantization_config
@@ -109,8 +110,8 @@ def with_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
     transformers 5 writes the base of the rotary frequencies into `rope_parameters`. mlx_lm 0.32.2 looks for it there in
     17 of its models; Llama, Qwen2 and Mixtral silently take a default. So the older entries are written, too.
     """
-    text = {key: _with_older_rope(config[key]) for key in ("text_config",) if isinstance(config.get(key), dict)}
-    return _with_older_rope(config) | text | {SETTINGS: settings}
+    text = {key: with_older_rope(config[key]) for key in ("text_config",) if isinstance(config.get(key), dict)}
+    return with_older_rope(config) | text | {SETTINGS: settings}
 
 
 def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
@@ -156,15 +157,6 @@ def _module(linear: str) -> str:
     """Return the name that the module of a linear has in MLX."""
     found = _EXPERT.fullmatch(linear)
     return linear if found is None else f"{found[1]}.switch_mlp.{_IN_MLX.get(found[3], found[3])}"
-
-
-def _with_older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:  # one for each kind of attention has no older entry
-        return dict(config)
-    older = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-    scaling = {} if rope.get("rope_type", "default") == "default" else {"rope_scaling": rope}
-    return {**older, **scaling, **config}
 
 
 def _settings(scheme: Scheme) -> dict[str, Any]:
