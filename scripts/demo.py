@@ -1,5 +1,7 @@
 """`make demo`: quantize the demo model in two ways, compare each result with the original, and let the last one talk.
 
+Its codes are also written as a .gguf file, for llama.cpp.
+
 The model is SmolLM2-135M-Instruct. The calibration text is Python's docstrings (`pydoc`). The evaluation text is
 Python's language reference (`pytopics`).
 """
@@ -54,6 +56,9 @@ def demo(config: DemoConfig) -> None:
     print(f"\n{config.bits} bit, measured on {config.chunks} chunks of 1024 tokens of pytopics:")
     print("\n".join(table) + "\n")
     _llmq("generate", "--model", str(outputs[-1]), "--prompt", "Name the capital of France.")
+    for_llama = config.output / "gguf"
+    _llmq("convert", str(outputs[-1]), "--format", "gguf", "--output", str(for_llama), "--overwrite")
+    print(f"\nThe same codes for llama.cpp. To chat: llama-cli -m {next(for_llama.glob('*.gguf'))}")
 
 
 def _quantize(method: str, output: Path, config: DemoConfig) -> None:

@@ -20,7 +20,18 @@ from llama_library import Batch, Importance, defaults, failed, library
 
 from llmq.core.errors import RequestError, WorkError
 
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K_S": 14, "Q4_K_M": 15, "Q6_K": 18, "Q2_0": 41}
+FILE_TYPES = {
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q4_K_S": 14,
+    "Q4_K_M": 15,
+    "Q6_K": 18,
+    "IQ4_NL": 25,
+    "Q2_0": 41,
+}
 _TENSOR_TYPES = {"F32": 0, "F16": 1, "Q8_0": 8}
 
 

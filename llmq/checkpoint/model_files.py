@@ -9,6 +9,7 @@ from typing import Any
 
 from llmq.core.errors import CheckpointError
 from llmq.models.model_source import ModelSource
+from llmq.models.older_config import with_older_rope
 from llmq.models.untrusted_files import read_json, regular_file
 
 COPIED = (
@@ -48,16 +49,7 @@ def companions_of(source: ModelSource) -> Companions:
     config = source.config.to_dict() | {"architectures": [type(source.skeleton).__name__]}
     config.pop("_name_or_path", None)
     # A file whose tokenizer does not open has a model all the same.
-    return Companions(config | _older_rope(config), lambda target: source.tokenizer.save_pretrained(target))
-
-
-def _older_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the rotary settings as they were named before transformers 5. mistralrs 0.9.5 knows only these names."""
-    rope = dict[str, Any](config.get("rope_parameters") or {})
-    if "rope_theta" not in rope:  # the model has none, or others for each kind of layer
-        return {}
-    theta = {"rope_theta": rope.pop("rope_theta")}
-    return theta if rope.get("rope_type", "default") == "default" else theta | {"rope_scaling": rope}
+    return Companions(with_older_rope(config), lambda target: source.tokenizer.save_pretrained(target))
 
 
 def _untied(config: dict[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,12 @@ class Checkpoint:
         self.schemes = schemes_of(self.quantization, self.linears)
 
     def _open_files(self) -> CheckpointFiles:
-        return self.gguf or SafetensorsDirectory(self.directory)
+        if self.gguf is not None:
+            return self.gguf
+        files = SafetensorsDirectory(self.directory)
+        if self.format.METHOD == mlx.METHOD:
+            files.split(mlx.in_stack)
+        return files
 
     def for_model(self, model: Any) -> Checkpoint:
         """Return this checkpoint with the names that its tensors and linears have in a model."""

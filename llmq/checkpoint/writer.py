@@ -160,7 +160,9 @@ class Writer:
         self.flush()
         self._clear_stage()
         parts = [self._part(i) for i in range(self.parts)]
-        join_shards(parts, self.work / "shards.json", self.stage, self._shard_bytes)
+        is_mlx = quantization_config is not None and method_of(quantization_config) == mlx.METHOD
+        stack_of = mlx.stack_of if is_mlx and companions.config.get("model_type") in mlx.STACKED else None
+        join_shards(parts, self.work / "shards.json", self.stage, self._shard_bytes, stack_of)
         companions.write(self.stage)
         copied = sorted(path.name for path in self.stage.iterdir() if path.suffix != ".safetensors")
         if quantization_config is not None and quantization_config.get("quant_method") == "gptq":

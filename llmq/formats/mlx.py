@@ -7,8 +7,13 @@
 w = scale * q + bias. MLX keeps no zero points, so only those are stored that come back: where -scale * zero is exact in
 the dtype of the scales. It is for every symmetric weight, whose zero point is a power of two. A linear in float has a
 NAME.weight as well, so NAME.scales is what marks a packed one. mlx 0.32.4 and mlx-lm 0.32.2 are in `make interop`.
+
+mlx_lm stacks the experts of a block: `experts.{0, 1, …}.up_proj.scales` become `switch_mlp.up_proj.scales`. For most
+models it does so itself when it opens a file. For a few it stacks only the weights, not the scales: see STACKED.
 """
 
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,11 +25,17 @@ from llmq.core.quantized_weight import QuantizedWeight
 from llmq.core.settings import MLX_GROUPS, listed
 from llmq.formats.packing import pack_stream, packed_length, unpack_stream
 from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, expect_words, part_of
+from llmq.models.older_config import with_older_rope
 
 METHOD = "mlx"
 SETTINGS = "quantization"  # entry of config.json where MLX looks for what other tools keep in quantization_config
 TENSOR_SUFFIXES = ("scales", "weight", "biases")
+STACKED = ("qwen3_moe", "ernie4_5_moe", "granitemoe", "mellum")
+"""Types of models of which mlx_lm 0.32.2 finds packed experts only if they are stacked in the file (its `sanitize`)."""
 _MODE = "affine"
+_EXPERT = re.compile(r"(.+)\.experts\.([0-9]{1,6})\.(\w+)")
+_STACK = re.compile(r"(.+)\.switch_mlp\.(\w+\.(?:weight|scales|biases))")
+_IN_MLX = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
@@ -33,6 +44,8 @@ def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tens
     Raises CheckpointError for what the format cannot store: groups of other sizes or spread over the row, zero points
     that are lost in the biases.
     """
+    if name.endswith(".kv_b_proj"):
+        raise CheckpointError(f"{name}: mlx_lm rounds this layer of latent attention once more; use another format")
     if weight.group_of is not None:
         raise CheckpointError(f"{name}: mlx stores contiguous groups of one size; use gptq for others")
     if weight.group_size not in MLX_GROUPS or weight.group_size != scheme.group_size:
@@ -86,7 +99,9 @@ def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:  # noqa: A
     other readers need the entries.
     """
     most = max(schemes.values(), key=list(schemes.values()).count)
-    return _settings(most) | {name: _settings(schemes[name]) for name in sorted(schemes) if schemes[name] != most}
+    return _settings(most) | {
+        _module(name): _settings(schemes[name]) for name in sorted(schemes) if schemes[name] != most
+    }
 
 
 def with_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,8 +110,8 @@ def with_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
     transformers 5 writes the base of the rotary frequencies into `rope_parameters`. mlx_lm 0.32.2 looks for it there in
     17 of its models; Llama, Qwen2 and Mixtral silently take a default. So the older entries are written, too.
     """
-    text = {key: _with_older_rope(config[key]) for key in ("text_config",) if isinstance(config.get(key), dict)}
-    return _with_older_rope(config) | text | {SETTINGS: settings}
+    text = {key: with_older_rope(config[key]) for key in ("text_config",) if isinstance(config.get(key), dict)}
+    return with_older_rope(config) | text | {SETTINGS: settings}
 
 
 def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
@@ -107,20 +122,41 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
     """
     most, schemes = _scheme(METHOD, config), dict[str, Scheme]()
     for name in names:
-        own = config.get(name, True)
+        own = config.get(name, config.get(_module(name), True))
         if own is False:
             raise CheckpointError(f"{name} is packed, although the config leaves it in float")
         schemes[name] = most if own is True else _scheme(name, own)
     return schemes
 
 
-def _with_older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:  # one for each kind of attention has no older entry
-        return dict(config)
-    older = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-    scaling = {} if rope.get("rope_type", "default") == "default" else {"rope_scaling": rope}
-    return {**older, **scaling, **config}
+def stack_of(name: str) -> tuple[str, int] | None:
+    """Return the stack that a tensor of an expert belongs to, and the expert's number; None for any other tensor."""
+    linear, _, suffix = name.rpartition(".")
+    found = _EXPERT.fullmatch(linear) if suffix in TENSOR_SUFFIXES else None
+    return None if found is None else (f"{_module(linear)}.{suffix}", int(found[2]))
+
+
+def in_stack(name: str) -> tuple[str, str] | None:
+    """Return what stands before and after the number in the names of a stack's parts; None if it is no stack."""
+    found = _STACK.fullmatch(name)
+    return None if found is None else (f"{found[1]}.experts.", f".{found[2]}")
+
+
+def stacked(tensors: Mapping[str, Tensor], model_type: str) -> dict[str, Tensor]:
+    """Return the tensors of a model as its file holds them: experts are stacked if its type is in STACKED."""
+    found = {name: stack_of(name) if model_type in STACKED else None for name in tensors}
+    parts: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for name, place in found.items():
+        if place is not None:
+            parts[place[0]][place[1]] = tensors[name]
+    stacks = {name: torch.stack([each[number] for number in sorted(each)]) for name, each in parts.items()}
+    return {name: tensor for name, tensor in tensors.items() if found[name] is None} | stacks
+
+
+def _module(linear: str) -> str:
+    """Return the name that the module of a linear has in MLX."""
+    found = _EXPERT.fullmatch(linear)
+    return linear if found is None else f"{found[1]}.switch_mlp.{_IN_MLX.get(found[3], found[3])}"
 
 
 def _settings(scheme: Scheme) -> dict[str, Any]:
@@ -133,5 +169,7 @@ def _scheme(name: str, settings: Any) -> Scheme:
         raise CheckpointError(f"{name}: of MLX's modes llmq reads {_MODE}; found {str(settings)[:80]}")
     scheme = Scheme.of(entry(settings, "bits", default=4), entry(settings, "group_size", default=64), False)
     if scheme.group_size not in MLX_GROUPS:
-        raise CheckpointError(f"{name}: MLX has groups of {listed(MLX_GROUPS)}; its config says {scheme.group_size}")
+        raise CheckpointError(
+            f"{name}: MLX has groups of {listed(MLX_GROUPS)}; its config says {str(scheme.group_size)[:20]}"
+        )
     return scheme

@@ -121,7 +121,7 @@ def open_converter(
             self.ftype = gguf.LlamaFileType[_KINDS[own if model.floats_as == "auto" else model.floats_as]]
             return super().tensor_force_quant(name, new_name, bid, n_dims)
 
-    made = Ours(model.directory, gguf.LlamaFileType.MOSTLY_F16, path, hparams=hparams, model_name=model.name)
+    made: Any = Ours(model.directory, gguf.LlamaFileType.MOSTLY_F16, path, hparams=hparams, model_name=model.name)
     usual = made.gguf_writer.add_tensor
     made.gguf_writer.add_tensor = lambda name, data, raw_dtype: add(
         usual, Added(name, *made_of.get(name, (None, None)), data, raw_dtype)
@@ -144,9 +144,10 @@ def _class_for(hparams: dict[str, Any]) -> Any:
         try:
             return conversion.get_model_class(architecture)
         except AttributeError as error:
-            if error.obj not in (gguf.MODEL_ARCH, gguf.MODEL_TENSOR) or hasattr(error.obj, error.name):
+            name, asked = str(error.name), error.obj
+            if not (asked is gguf.MODEL_ARCH or asked is gguf.MODEL_TENSOR) or hasattr(asked, name):
                 raise
-            setattr(error.obj, error.name, f"{error.name}, which this gguf does not know")
+            setattr(asked, name, f"{name}, which this gguf does not know")
 
 
 def _lazy(leaf: Leaf) -> Any:

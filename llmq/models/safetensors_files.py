@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +17,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+_MOST_PARTS = 4096
 _HOW = "convert it once with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
 
 
@@ -62,6 +63,7 @@ class SafetensorsDirectory:
         self.directory = directory
         self._shard_of: dict[str, Path] = {}
         self._about: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._stack_of: dict[str, tuple[str, int]] = {}
         for shard, names in _names_by_shard(directory).items():
             path = regular_file(directory, shard)
             present = _described(path)
@@ -70,6 +72,26 @@ class SafetensorsDirectory:
                 raise CheckpointError(f"{path} lacks {absent[0]}, which the index promises; fetch it again")
             for name in names or present:
                 self._shard_of[name], self._about[name] = path, present[name]
+
+    def split(self, parts_of: Callable[[str], tuple[str, str] | None]) -> None:
+        """Give the parts of stacked tensors names of their own.
+
+        `parts_of` returns what stands before and after the number in the names of a stack's parts; None for any other
+        tensor. Raises CheckpointError for an absurd number of parts.
+        """
+        for stack, around in [(name, parts_of(name)) for name in sorted(self._about)]:
+            if around is None:
+                continue
+            shape, kind = self._about.pop(stack)
+            shard = self._shard_of.pop(stack)
+            if len(shape) < 2 or shape[0] > _MOST_PARTS:
+                raise CheckpointError(f"{self.directory}: {stack} is {shape}, and no stack of at most {_MOST_PARTS}")
+            for number in range(shape[0]):
+                name = f"{number}".join(around)
+                if name in self._about:
+                    raise CheckpointError(f"{self.directory}: {name} is stored twice, once in {stack}")
+                self._about[name], self._shard_of[name] = (shape[1:], kind), shard
+                self._stack_of[name] = stack, number
 
     @property
     def paths(self) -> list[Path]:
@@ -93,7 +115,8 @@ class SafetensorsDirectory:
             try:
                 with _open(shard) as file:
                     for name in inside:
-                        tensors[name] = file.get_tensor(name)
+                        stack, number = self._stack_of.get(name, (None, 0))
+                        tensors[name] = file.get_tensor(name) if stack is None else file.get_slice(stack)[number]
             except (SafetensorError, RuntimeError, OSError, AttributeError, TypeError, ValueError) as error:
                 # The last three come from the bindings, for types that torch has not.
                 raise CheckpointError(f"{self.directory}: tensor {name} cannot be read ({error})") from None

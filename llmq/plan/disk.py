@@ -66,10 +66,10 @@ def disks(request: Request, states: States, output: int) -> list[Disk]:
     """Return what the run writes to each file system, less the bytes that are there already or make room.
 
     The checkpoint is written in parts. Joining them to shards needs room for one more shard. Training from end to end
-    needs the checkpoint twice: the one made block by block stays until the trained one is finished.
+    needs the checkpoint twice: the one made block by block stays until the trained one is finished. So does GGUF.
     """
     config, local = request.config, processes_here(request.ranks)
-    copies = 2 if config.end_to_end else 1
+    copies = 2 if config.end_to_end or config.stored_as == "gguf" else 1
     needed = [(config.output, "the checkpoint", copies * output + min(output, SHARD_BYTES) - _existing_bytes(request))]
     if states.directory is not None:
         existing = sum(path.stat().st_size for path in states.directory.glob("*.states"))

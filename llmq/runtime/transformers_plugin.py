@@ -30,7 +30,7 @@ from llmq.checkpoint.module_matching import check_fit, replace_linears
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import CheckpointError, RequestError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.formats import format_of
+from llmq.formats import format_of, mlx
 from llmq.formats.scheme import Scheme
 from llmq.models.conv1d import linears_for_conv1d, stored_transposed
 from llmq.models.experts import experts_to_linears, layouts
@@ -190,6 +190,9 @@ class LlmqQuantizer(HfQuantizer):
             stored = self._files.before_saving(self._files.stored_linear(name)) if name.startswith(experts) else name
             tensors = form.encode(stored, _codes(name, linear), self._schemes[name])
             state.update({key: tensor.cpu() for key, tensor in tensors.items()})
+        if form.METHOD == mlx.METHOD:
+            model.config.quantization = self.quantization_config.stored
+            state = mlx.stacked(state, model.config.model_type)
         return state, {}
 
 

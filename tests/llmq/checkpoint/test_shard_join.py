@@ -11,12 +11,16 @@ from llmq.checkpoint import shard_join
 from llmq.checkpoint.model_files import companions_of
 from llmq.checkpoint.shard_join import grouped, join, join_shards
 from llmq.checkpoint.writer import Writer
+from llmq.core.errors import CheckpointError
 from llmq.models.safetensors_files import INDEX, SINGLE
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     return complete_source(tmp_path_factory.mktemp("source"))
+
+
+TYPES = {"a": torch.float16, "b": torch.float32, "c": torch.float16}
 
 
 def parts_of(directory, count):
@@ -90,11 +94,11 @@ def test_a_join_that_stops_between_two_shards_is_continued_to_the_same_bytes(joi
     directory.mkdir()
     done = []
 
-    def join_some(members, path):
+    def join_some(members, path, stack_of):
         if len(done) == joined:
             raise KeyboardInterrupt
         done.append(path.name)
-        join(members, path)
+        join(members, path, stack_of)
 
     with monkeypatch.context() as patch:
         patch.setattr(shard_join, "join", join_some)
@@ -112,6 +116,42 @@ def test_a_join_that_stops_between_two_shards_is_continued_to_the_same_bytes(joi
 def test_parts_are_grouped_in_their_order_and_one_that_is_too_large_is_alone():
     assert grouped([3, 4, 3, 11, 1, 9, 1], 10) == [[0, 1, 2], [3], [4, 5], [6]]
     assert grouped([], 10) == []
+
+
+def test_bound_parts_are_with_the_ones_before_them_whatever_their_size():
+    bound = [False, False, True, True, False, True, False]
+    assert grouped([3, 8, 3, 11, 1, 9, 1], 10, bound) == [[0], [1, 2, 3], [4, 5], [6]]
+
+
+def stack_of(name):
+    stack, _, number = name.partition("#")
+    return (stack, int(number)) if number else None
+
+
+def test_the_parts_of_a_stack_become_one_tensor_in_one_shard(tmp_path):
+    parts = [tmp_path / f"part-{i}.safetensors" for i in range(4)]
+    halves = {f"{name}#{i}": numbers(6, i).view(2, 3).to(dtype) for name, dtype in TYPES.items() for i in range(12)}
+    names = sorted(halves, key=lambda name: int(name.partition("#")[2]))
+    for part, own in zip(parts[1:], (names[:9], names[9:20], names[20:]), strict=True):
+        save_file({name: halves[name] for name in own}, part)
+    save_file({"alone": numbers(100)}, parts[0])
+    (tmp_path / "shards").mkdir()
+    join_shards(parts, tmp_path / "plan.json", tmp_path / "shards", 300, stack_of)
+    first, second = (load_file(path) for path in sorted((tmp_path / "shards").glob("*.safetensors")))
+    assert list(first) == ["alone"]
+    assert second.keys() == TYPES.keys()
+    for name in TYPES:
+        assert torch.equal(second[name], torch.stack([halves[f"{name}#{i}"] for i in range(12)]))
+    assert json.loads((tmp_path / "shards" / INDEX).read_text())["weight_map"].keys() == {"alone", *TYPES}
+
+
+@pytest.mark.parametrize(
+    "odd", [{}, {"a#1": numbers(3)}, {"a#1": numbers(2).half()}], ids=["missing", "shape", "dtype"]
+)
+def test_parts_that_make_no_stack_are_refused(tmp_path, odd):
+    save_file({"a#0": numbers(2), "a#2": numbers(2), **odd}, tmp_path / "part.safetensors")
+    with pytest.raises(CheckpointError, match="a: its parts are not all there, or differ"):
+        join([tmp_path / "part.safetensors"], tmp_path / "joined", stack_of)
 
 
 def test_a_part_that_was_cut_off_is_an_error(tmp_path):

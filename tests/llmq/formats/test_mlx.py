@@ -219,6 +219,42 @@ def test_layers_that_differ_have_entries_of_their_own():
     assert format_of(config) is mlx
 
 
+def test_experts_share_an_entry_under_the_name_that_they_have_in_mlx():
+    experts = [f"model.layers.0.block_sparse_moe.experts.{i}.{leaf}" for i in range(3) for leaf in ("w1", "w2", "w3")]
+    schemes = dict.fromkeys(LAYERS, Scheme(4, 64, False)) | dict.fromkeys(experts, Scheme(2, 64, False))
+    config = mlx.hf_config(schemes, [])
+    module = "model.layers.0.block_sparse_moe.switch_mlp"
+    assert config.keys() - {"group_size", "bits", "mode"} == {
+        f"{module}.{name}" for name in ("gate_proj", "up_proj", "down_proj")
+    }
+    assert mlx.schemes_of(config, schemes) == schemes
+
+
+def test_the_names_of_stacks_and_their_parts_lead_to_each_other():
+    parts = [f"model.layers.3.mlp.experts.{i}.up_proj.{part}" for i in (0, 11) for part in mlx.TENSOR_SUFFIXES]
+    for name in parts:
+        stack, number = mlx.stack_of(name)
+        assert stack == f"model.layers.3.mlp.switch_mlp.up_proj.{name.rpartition('.')[2]}"
+        assert str(number).join(mlx.in_stack(stack)) == name
+    for name in (
+        f"{NAME}.weight",
+        f"a.experts.{'1' * 5000}.b.weight",
+        "model.layers.3.mlp.experts.0.up_proj.bias",
+        "model.layers.3.mlp.gate.weight",
+    ):
+        assert mlx.stack_of(name) is None
+        assert mlx.in_stack(name) is None
+
+
+@pytest.mark.parametrize(("model_type", "is_stacked"), [("qwen3_moe", True), ("mixtral", False)])
+def test_experts_are_stacked_only_where_mlx_lm_does_not(model_type, is_stacked):
+    parts = {f"a.experts.{i}.up_proj.{part}": torch.full((2, 3), i) for i in (10, 9) for part in mlx.TENSOR_SUFFIXES}
+    found = mlx.stacked({"b.weight": torch.zeros(1), **parts}, model_type)
+    whole = {f"a.switch_mlp.up_proj.{part}" for part in mlx.TENSOR_SUFFIXES}
+    assert found.keys() == {"b.weight", *(whole if is_stacked else parts)}
+    assert all(found[name][:, 0, 0].tolist() == [9, 10] for name in whole & found.keys())
+
+
 ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
 
 

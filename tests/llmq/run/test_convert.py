@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from mixtures import Mixtures
 from packed import logits, pack, some_tokens
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
@@ -105,6 +106,18 @@ def test_the_converted_model_computes_the_same(packed, tmp_path, target):
     assert torch.equal(logits(llmq.load(result, "cpu"), some_tokens()), expected)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (result / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_a_mixture_keeps_its_bytes_through_mlx_whether_its_experts_are_stacked_there_or_not(tmp_path, name):
+    mixtures = Mixtures(tmp_path)
+    options = {"blocks": "1", "layer_bits": ("experts.*=2",)}  # the experts of the other block stay in float
+    directory = mixtures(name, format="compressed-tensors", **options)
+    there = converted(directory, tmp_path / "there", "mlx")
+    assert any("switch_mlp" in tensor for tensor in load_file(there / "model.safetensors")) == (name == "qwen3_moe")
+    assert_same_weights(directory, there)
+    assert_same_tensors(converted(there, tmp_path / "back", "compressed-tensors"), directory)
+    assert_same_tensors(mixtures(name, format="mlx", **options), there)
 
 
 def change_config(directory, change):

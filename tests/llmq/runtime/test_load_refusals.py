@@ -10,6 +10,7 @@ from tiny import save_tiny
 
 import llmq
 from llmq.core.errors import CheckpointError
+from llmq.run.convert import ConvertConfig, convert
 
 LINEAR = "model.layers.1.self_attn.q_proj"
 NORM = "model.layers.0.input_layernorm.weight"
@@ -108,6 +109,17 @@ def test_a_linear_of_another_model_is_refused(checkpoint):
 def test_a_packed_linear_that_the_model_has_not_is_refused(checkpoint):
     change_config(checkpoint, lambda config: config.update(num_hidden_layers=1, layer_types=["full_attention"]))
     refused(checkpoint, "model.layers.1.mlp.down_proj is packed, but the model has no such linear")
+
+
+def test_a_packed_head_of_a_tied_model_is_refused_though_its_words_are_called_weight(sound, tmp_path):
+    directory = convert(ConvertConfig(sound, tmp_path / "mlx", "mlx"))
+
+    def add_head(tensors):
+        linear = "model.layers.0.self_attn.o_proj"
+        tensors |= {n.replace(linear, "lm_head"): t.clone() for n, t in tensors.items() if n.startswith(linear)}
+
+    rewrite(directory, add_head)
+    refused(directory, "lm_head is packed, but the model ties it to its embeddings")
 
 
 @pytest.mark.parametrize("method", ["gguf", "", None, 4])

@@ -12,15 +12,17 @@ from llmq.runtime.plugin_experts import return_experts
 
 # One block of two: the experts of the other stay in float, in the layout of the original.
 CASES = [
-    ("mixtral", ""),
-    ("mixtral", "1"),
-    ("gpt_oss", ""),
-    ("gpt_oss", "1"),
-    ("granitemoe", "1"),
-    ("llama4_text", ""),
-    ("nemotron_h", ""),
-    ("dbrx", ""),
-    ("dbrx", "1"),
+    ("mixtral", "", "auto"),
+    ("mixtral", "1", "auto"),
+    ("gpt_oss", "", "auto"),
+    ("gpt_oss", "1", "auto"),
+    ("granitemoe", "1", "auto"),
+    ("llama4_text", "", "auto"),
+    ("nemotron_h", "", "auto"),
+    ("dbrx", "", "auto"),
+    ("dbrx", "1", "auto"),
+    ("mixtral", "", "mlx"),
+    ("qwen3_moe", "", "mlx"),  # experts are stacked
 ]
 
 
@@ -29,9 +31,9 @@ def mixtures(tmp_path_factory):
     return Mixtures(tmp_path_factory.mktemp("mixtures"))
 
 
-@pytest.mark.parametrize(("name", "blocks"), CASES)
-def test_transformers_opens_what_llmq_load_does_and_either_is_saved_as_it_was(mixtures, tmp_path, name, blocks):
-    directory = mixtures(name, blocks=blocks)
+@pytest.mark.parametrize(("name", "blocks", "form"), CASES)
+def test_transformers_opens_what_llmq_load_does_and_either_is_saved_as_it_was(mixtures, tmp_path, name, blocks, form):
+    directory = mixtures(name, blocks=blocks, format=form)
     ours = llmq.load(directory, "cpu", torch.float32)
     theirs, notes = opened(directory, dtype=torch.float32, output_loading_info=True)
     assert not any(notes.values())

@@ -1,0 +1,161 @@
+"""mlx_lm opens our checkpoints and computes what llmq does; we read its own where that is exact (`make interop`).
+
+MLX runs in float32 here. llmq multiplies more than 64 tokens in float32, so more are compared.
+"""
+
+import json
+
+import pytest
+import torch
+from architectures.tiny_models import save_tiny as save_mixture
+from hf_checkpoints import change_config
+from packed import assert_same_weight, logits, pack, put_dequantized, random_weight, some_tokens
+from test_demo import PARIS
+from tiny import save_tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import llmq
+from llmq.checkpoint.reader import Checkpoint
+from llmq.core.errors import CheckpointError
+
+pytestmark = pytest.mark.peers
+
+DEMO = {
+    "4 bit": {"bits": 4, "group_size": 64},
+    "3 bit, and others": {"bits": 3, "group_size": 64, "layer_bits": ("layers.0.*=8", "down_proj=4", "o_proj=2")},
+}
+
+
+def theirs(directory):
+    """The model and the tokenizer as mlx_lm opens them, in float32."""
+    import mlx.core as mx
+    from mlx_lm.utils import load_model, load_tokenizer
+
+    model, _ = load_model(directory)
+    model.set_dtype(mx.float32)
+    return model, load_tokenizer(directory) if (directory / "tokenizer.json").exists() else None
+
+
+def their_logits(model, ids):
+    import mlx.core as mx
+    import numpy as np
+
+    return torch.from_numpy(np.array(model(mx.array(ids.numpy()))))
+
+
+def assert_close(actual, expected):
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def kinds_of(model):
+    return {name: type(module).__name__ for name, module in model.named_modules()}
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize("kind", DEMO)
+def test_the_demo_model_computes_and_writes_the_same_in_mlx(tmp_path, kind):
+    from mlx_lm import generate
+
+    directory = pack("demo", tmp_path / "demo", format="mlx", **DEMO[kind])
+    (model, tokenizer), ours = theirs(directory), llmq.load(directory, "cpu", torch.float32)
+    assert list(kinds_of(model).values()).count("QuantizedLinear") == 30 * 7
+    ids = AutoTokenizer.from_pretrained(directory)(PARIS, return_tensors="pt")["input_ids"]
+    assert_close(their_logits(model, ids), logits(ours, ids))
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)
+    written = ours.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]
+    text = tokenizer.decode(written.tolist(), skip_special_tokens=True)
+    assert generate(model, tokenizer, prompt, max_tokens=24) == text
+    assert ("Paris" in text) == (kind == "4 bit")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("qwen2", torch.bfloat16), ("qwen3", torch.float16), ("phi3", torch.float32)]
+)
+def test_every_width_computes_the_same_in_mlx(tmp_path, name, dtype, bits):
+    """Among them biases, tied embeddings and linears that other models hold as three."""
+    source = save_tiny(tmp_path / "source", name, dtype)
+    directory = pack(source, tmp_path / "packed", format="mlx", bits=bits)
+    assert_close(their_logits(theirs(directory)[0], some_tokens()), logits(llmq.load(directory, "cpu"), some_tokens()))
+
+
+# transformers 5 no longer writes these entries, which mlx_lm needs and the configs on the hub have.
+MIXTURES = {
+    "qwen3_moe": {"num_experts": 4, "head_dim": 16},
+    "ernie4_5_moe": {},
+    "granitemoe": {},
+    "mellum": {"num_experts": 4},
+    "mixtral": {"sliding_window": None},  # which mlx_lm ignores
+    "olmoe": {},
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_compute_the_same_in_mlx(tmp_path, name):
+    save_mixture(name, tmp_path / "source")
+    change_config(tmp_path / "source", lambda config: config.update(MIXTURES[name]))
+    options = {"format": "mlx", "layer_bits": ("experts.*=8", "o_proj=2")}
+    directory = pack(tmp_path / "source", tmp_path / "packed", **options)
+    model, _ = theirs(directory)
+    assert "QuantizedSwitchLinear" in kinds_of(model).values()
+    assert_close(their_logits(model, some_tokens()), logits(llmq.load(directory, "cpu"), some_tokens()))
+
+
+def on_the_grid(directory):
+    """Give every linear weights whose scales and zero points MLX finds exactly: each group uses all 16 codes' range."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    weights = {}
+    for seed, (name, linear) in enumerate(m for m in model.named_modules() if isinstance(m[1], torch.nn.Linear)):
+        rows, columns = linear.weight.shape
+        weight = random_weight(rows, columns, columns // 32, dtype=torch.bfloat16, seed=seed)
+        weight.q[:, ::32], weight.q[:, 1::32] = 0, 15
+        weight.scale.copy_(weight.scale.sign() * 2.0 ** (weight.scale.abs().log2().round() - 2))
+        linear.weight.data = weight.dequantize(torch.bfloat16)
+        weights[name] = weight
+    model.save_pretrained(directory)
+    return weights
+
+
+def converted_by_mlx(source, directory, embeddings=False):
+    import mlx.nn as nn
+    from mlx_lm import convert
+
+    keep = None if embeddings else lambda _, module: isinstance(module, nn.Linear)
+    convert(str(source), str(directory), quantize=True, q_group_size=32, q_bits=4, quant_predicate=keep)
+    return directory
+
+
+def test_we_read_what_mlx_quantized_where_its_zero_points_are_whole(tmp_path):
+    source = save_tiny(tmp_path / "source", "llama-gqa", torch.bfloat16)
+    weights = on_the_grid(source)
+    checkpoint = Checkpoint(converted_by_mlx(source, tmp_path / "theirs"))
+    assert checkpoint.linears == sorted(weights)
+    for name, weight in weights.items():
+        assert_same_weight(checkpoint.weight(name), weight)
+    ours = llmq.load(checkpoint.directory, "cpu")
+    dense = put_dequantized(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), checkpoint.directory)
+    assert torch.equal(logits(ours, some_tokens()), logits(dense, some_tokens()))
+    assert_close(their_logits(theirs(checkpoint.directory)[0], some_tokens()), logits(ours, some_tokens()))
+
+
+def test_what_mlx_rounded_otherwise_is_refused(tmp_path):
+    source = save_tiny(tmp_path / "source", "llama-gqa", torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"zero points \(-biases / scales\) are no codes"):
+        llmq.load(converted_by_mlx(source, tmp_path / "theirs"), "cpu")
+
+
+def test_packed_embeddings_are_refused(tmp_path):
+    source = save_tiny(tmp_path / "source", "llama-gqa", torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens is packed, but the model has no such linear"):
+        llmq.load(converted_by_mlx(source, tmp_path / "theirs", embeddings=True), "cpu")
+
+
+def test_our_settings_are_those_that_mlx_writes(tmp_path):
+    source = save_tiny(tmp_path / "source", "llama-gqa", torch.bfloat16)
+    ours, written = (
+        json.loads((directory / "config.json").read_text())
+        for directory in (pack(source, tmp_path / "ours", format="mlx"), converted_by_mlx(source, tmp_path / "theirs"))
+    )
+    for key in ("quantization", "quantization_config"):
+        assert ours[key] == written[key] == {"group_size": 32, "bits": 4, "mode": "affine"}
