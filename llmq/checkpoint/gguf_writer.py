@@ -19,13 +19,20 @@ from torch import Tensor
 from llmq.checkpoint.gguf_reader import SCALES
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.config import VERSION
-from llmq.core.errors import CheckpointError, RequestError
+from llmq.core.errors import CheckpointError
 from llmq.formats import gguf as blocks
 from llmq.formats.scheme import Scheme
-from llmq.models.gguf_converter import Added, Converted, Leaf, as_request_errors, check_converter, open_converter
+from llmq.models.gguf_converter import (
+    Added,
+    Converted,
+    Leaf,
+    as_request_errors,
+    check_converter,
+    open_converter,
+    refuse_code,
+)
 from llmq.models.gguf_header import read_header
 from llmq.models.gguf_layout import Laid, Source, lay_out
-from llmq.models.untrusted_files import read_json
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class GgufWriter:
         self._checkpoint, self._schemes, self._sources, self._settings = checkpoint, schemes, sources, settings
         check_converter(checkpoint.config)
         if not settings.trust_remote_code:
-            _refuse_code(checkpoint)
+            refuse_code(checkpoint.directory)
         self._kinds: dict[str, str] = blocks.hf_config(schemes, [])["types"]
         files = checkpoint.files
         floats = {
@@ -174,12 +181,3 @@ class GgufWriter:
 
 def _digest(data: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()
-
-
-def _refuse_code(checkpoint: Checkpoint) -> None:
-    """Raise RequestError for a model with code of its own: the converter would run it."""
-    configs = [checkpoint.config]
-    if (checkpoint.directory / "tokenizer_config.json").exists():
-        configs.append(read_json(checkpoint.directory, "tokenizer_config.json"))
-    if any("auto_map" in config for config in configs):
-        raise RequestError("llama.cpp's converter would run the code of this model; --trust-remote-code allows it")

@@ -75,6 +75,27 @@ def check_converter(config: Mapping[str, Any]) -> None:
         raise RequestError(f"llama.cpp's converter ({PACKAGE}) does not know {names[0]}; choose another format")
 
 
+def refuse_code(directory: Path) -> None:
+    """Raise RequestError for a model with code of its own: the converter would run it."""
+    names = ("config.json", "tokenizer_config.json")
+    if any("auto_map" in read_json(directory, name) for name in names if (directory / name).exists()):
+        raise RequestError("llama.cpp's converter would run the code of this model; --trust-remote-code allows it")
+
+
+def check_tokenizer(directory: Path, model: str) -> None:
+    """Raise RequestError if llama.cpp's converter does not know a model's tokenizer, or lacks a package for it.
+
+    `directory`: where config.json and the tokenizer are. `model`: what the user calls it.
+    """
+    with as_request_errors(model):
+        try:
+            open_converter(Converted(directory, "model", {}), {}, lambda *_: None).set_vocab()
+        except (NotImplementedError, ImportError):
+            raise
+        except Exception:  # some classes ask for tensors, which are not there yet; what else fails will fail again
+            return
+
+
 def open_converter(
     model: Converted,
     packed: Mapping[str, Leaf],
@@ -163,7 +184,7 @@ def layer_of(name: str) -> int | None:
 
 
 @contextmanager
-def as_request_errors(directory: Path) -> Generator[None]:
+def as_request_errors(model: Path | str) -> Generator[None]:
     """Turn what the converter raises into RequestError, and keep its log off the screen."""
     log = logging.getLogger("hf-to-gguf")
     level = log.level
@@ -174,6 +195,6 @@ def as_request_errors(directory: Path) -> Generator[None]:
         raise
     except Exception as error:  # of any of a hundred model classes
         what = first_line(error) if str(error).strip() else type(error).__name__
-        raise RequestError(f"llama.cpp's converter ({PACKAGE}) cannot convert {directory}: {what}") from None
+        raise RequestError(f"llama.cpp's converter ({PACKAGE}) cannot convert {model}: {what}") from None
     finally:
         log.setLevel(level)

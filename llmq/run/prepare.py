@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from llmq.checkpoint.output_dir import (
     existing_parent,
     holds_checkpoint,
     unfinished_work,
+    write_json,
     written_whole,
 )
 from llmq.core.config import QuantizeConfig
@@ -31,7 +33,7 @@ from llmq.core.errors import CheckpointError, RequestError
 from llmq.core.memory import release_memory
 from llmq.core.settings import Calibration
 from llmq.core.timing import Clock
-from llmq.models.gguf_converter import check_converter
+from llmq.models.gguf_converter import check_converter, check_tokenizer, refuse_code
 from llmq.models.model_source import ModelSource
 from llmq.models.stock_loading import unreadable
 from llmq.models.untrusted_files import read_json
@@ -96,13 +98,24 @@ def _with_format(config: QuantizeConfig, source: ModelSource) -> QuantizeConfig:
     Raises RequestError if the request chose that one, or GGUF for a model that llama.cpp's converter does not know.
     """
     if config.stored_as == "gguf":
-        check_converter(companions_of(source).config)
+        _check_gguf(config, source)
     if config.stored_as != "compressed-tensors":
         return config
     fault = unreadable(source.skeleton, source.files, lambda _: config.symmetric)
     if fault and config.format != "auto":
         raise RequestError(fault)
     return replace(config, format="gptq") if fault else config
+
+
+def _check_gguf(config: QuantizeConfig, source: ModelSource) -> None:
+    """Raise RequestError if llama.cpp's converter does not know the model or its tokenizer: no hours go into it."""
+    check_converter((companions := companions_of(source)).config)
+    with TemporaryDirectory() as name:
+        companions.write(directory := Path(name))
+        write_json(directory / "config.json", companions.config)
+        if not config.trust_remote_code:
+            refuse_code(directory)
+        check_tokenizer(directory, config.model)
 
 
 def _check_offload(directory: Path) -> None:

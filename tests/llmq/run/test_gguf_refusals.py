@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,30 +89,25 @@ def test_an_unknown_architecture_is_named(tmp_path):
     both_ways("does not know XGLMForCausalLM; choose another format", model, pack(model, tmp_path / "t"), tmp_path)
 
 
-def test_an_unknown_tokenizer_is_said(twin, tmp_path, monkeypatch):
+def test_an_unknown_tokenizer_is_said_before_any_work(model, twin, tmp_path, monkeypatch):
     from conversion.base import TextModel
 
     def unknown(*_):
         raise NotImplementedError("BPE pre-tokenizer was not recognized - update get_vocab_base_pre()")
 
     monkeypatch.setattr(TextModel, "get_vocab_base_pre", unknown)
-    refused(
-        r"converter .* cannot convert .*twin: .*pre-tokenizer was not recognized",
-        lambda: convert(ConvertConfig(twin, tmp_path / "out", "gguf")),
+    both_ways(
+        "converter .* cannot convert .*/(model|twin): BPE pre-tokenizer was not recognized", model, twin, tmp_path
     )
-    assert not (tmp_path / "out").exists()
 
 
-def test_code_of_the_model_is_not_run_unasked(twin, tmp_path):
-    for path in twin.iterdir():
-        (tmp_path / "model" / path.name).parent.mkdir(exist_ok=True)
-        (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
-    said = tmp_path / "model" / "tokenizer_config.json"
-    said.write_text(json.dumps(json.loads(said.read_text()) | {"auto_map": {"AutoTokenizer": ["x.Tokenizer", None]}}))
-    refused(
-        "would run the code of this model; --trust-remote-code",
-        lambda: convert(ConvertConfig(tmp_path / "model", tmp_path / "out", "gguf")),
-    )
+def test_code_of_the_model_is_not_run_unasked(model, twin, tmp_path):
+    copies = [shutil.copytree(each, tmp_path / each.name) for each in (model, twin)]
+    for copy in copies:
+        said = copy / "tokenizer_config.json"
+        automatic = {"auto_map": {"AutoTokenizer": ["x.Tokenizer", None]}}
+        said.write_text(json.dumps(json.loads(said.read_text()) | automatic))
+    both_ways("would run the code of this model; --trust-remote-code", *copies, tmp_path)
 
 
 def test_requests_that_make_no_sense_are_refused(twin, tmp_path):
