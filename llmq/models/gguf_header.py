@@ -17,7 +17,7 @@ from llmq.core.errors import CheckpointError
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS, _ALIGNMENT = 4, 32
-_TENSORS, _KEYS = 1_000_000, 100_000  # more than any model has
+_TENSORS, _KEYS, _ITEMS = 1_000_000, 100_000, 1 << 21  # more than any model has; items of all arrays together
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Cursor:
     """Reads a file from its beginning. Raises ValueError for what goes beyond its end."""
 
     def __init__(self, content: Any) -> None:
-        self._content, self._at = content, 0
+        self._content, self._at, self._items = content, 0, 0
 
     def header(self) -> GgufHeader:
         if self._content[:4] != b"GGUF":
@@ -101,11 +101,12 @@ class _Cursor:
         if kind != _ARRAY:
             raise ValueError(f"a value of type {kind}")
         kind, count = self._number("<I"), self._number("<Q")
+        self._items += count
+        if self._items > _ITEMS:  # the package gguf makes several objects of each
+            raise ValueError(f"an array of {count} values")
         if kind in _NUMBERS:
             self._skip(count * struct.calcsize(_NUMBERS[kind]))
         elif kind == _STRING:
-            if count > len(self._content):
-                raise ValueError(f"an array of {count} texts")
             for _ in range(count):
                 self._skip(self._number("<Q"))
         else:
