@@ -18,8 +18,11 @@ def _set_rope(config: Any, reader: Any) -> None:
     rope_freqs.weight (Llama 3.1) divides each frequency. rope_factors_short.weight and rope_factors_long.weight (Phi-3)
     do so for texts within the original context and for longer ones.
     """
+    from gguf import dequantize
+
     kinds = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
-    factors = {t.name.removesuffix(".weight"): t.data.tolist() for t in reader.tensors if t.name in kinds}
+    found = [tensor for tensor in reader.tensors if tensor.name in kinds]
+    factors = {t.name.removesuffix(".weight"): dequantize(t.data, t.tensor_type).tolist() for t in found}
     if not factors:
         return
     of_all = factors.get("rope_freqs", [])
