@@ -1,5 +1,6 @@
 """Makes a .gguf file of a packed checkpoint in a directory."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import LlmqError
 from llmq.formats.scheme import Scheme
 from llmq.models.gguf_layout import sources_of
-from llmq.models.locate import locate
 from llmq.models.model_source import build_skeleton
 from llmq.models.untrusted_files import read_json
 from llmq.run.block_quantizer import Run
 from llmq.run.prepare import Request
 from llmq.runtime.model_config import model_config
 from llmq.verification.check import DIGESTS, check_and_digest
+
+_DEMO = "SmolLM2-135M-Instruct"
 
 
 @torch.no_grad()
@@ -74,13 +76,13 @@ def _read_again(written: Written, trust_remote_code: bool) -> dict[str, Any]:
 def model_name(directory: Path, spec: str | None = None) -> str:
     """Return the name of a model for people. `spec`: what the user called it; else the report of its checkpoint tells.
 
-    `org/name@revision`, a directory and a .gguf file are named by their last part.
+    `org/name@revision`, a directory and a .gguf file are named by their last part, without a type such as Q4_0.
     """
-    if spec is None and (directory / REPORT).exists():
-        config = read_json(directory, REPORT).get("config")
-        spec = config.get("model") if isinstance(config, dict) else None
-    spec = str(locate("demo")) if spec == "demo" else spec or directory.resolve().name
-    last = Path(spec).name.partition("@")[0].removesuffix(".gguf")
-    parts = last.split(".")
-    is_type = len(parts) > 1 and parts[-1].upper().startswith(("Q", "F16", "BF16", "F32", "IQ"))
-    return ".".join(parts[:-1]) if is_type else last
+    if spec is None:
+        report = read_json(directory, REPORT) if (directory / REPORT).exists() else {}
+        config = report.get("config")
+        told = config.get("model") if isinstance(config, dict) else None
+        spec = told if isinstance(told, str) and Path(told).name else str(directory.resolve())
+    last = _DEMO if spec == "demo" else Path(spec).name or Path(spec).resolve().name
+    name = re.sub(r"(\.(I?Q\d\w*|B?F16|F32))?(\.gguf)?$", "", last.partition("@")[0], flags=re.IGNORECASE)
+    return re.sub(r"[^\w.+-]", "_", name) or "model"

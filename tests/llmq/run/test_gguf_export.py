@@ -18,6 +18,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.formats.gguf import TYPES
 from llmq.models.gguf_header import read_header
 from llmq.run.convert import ConvertConfig, convert
+from llmq.run.gguf_export import model_name
 from llmq.runtime.load import open_tokenizer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -183,3 +184,33 @@ def test_a_file_that_transformers_cannot_read_is_written_with_a_note(tmp_path):
 
 def tensor_of(path, name):
     return next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == name)
+
+
+NAMES = {
+    "demo": "SmolLM2-135M-Instruct",
+    "org/Name-7B@main": "Name-7B",
+    "/x/Model.Q4_K_M.gguf": "Model",
+    "/x/Model.F16.gguf": "Model",
+    "/x/Llama-3.2-1B": "Llama-3.2-1B",
+    "/x/m.v1.gguf": "m.v1",
+    "/x/Qwen2.5-7B.Quantized": "Qwen2.5-7B.Quantized",
+    "a\0b\nc d": "a_b_c_d",
+}
+
+
+@pytest.mark.parametrize("spec", NAMES)
+def test_a_file_is_named_after_the_model(spec, tmp_path):
+    assert model_name(tmp_path, spec) == NAMES[spec]
+    (tmp_path / REPORT).write_text(json.dumps({"config": {"model": spec}}))
+    assert model_name(tmp_path) == NAMES[spec]
+
+
+@pytest.mark.parametrize("report", [{}, {"config": 5}, {"config": {"model": 5}}, {"config": {"model": "."}}])
+def test_else_after_its_directory(report, tmp_path, monkeypatch):
+    directory = tmp_path / "mine"
+    directory.mkdir()
+    assert model_name(directory) == "mine"
+    (directory / REPORT).write_text(json.dumps(report))
+    assert model_name(directory) == "mine"
+    monkeypatch.chdir(directory)
+    assert model_name(tmp_path, ".") == "mine"
