@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import resource
+import signal
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,41 @@ from strange import MODEL_KEYS, MODEL_TYPES, PATTERNS, QUANTIZATION_KEYS, VALUES
 INDEX = "model.safetensors.index.json"
 OUTSIDE = "outside"
 """Beside the damaged directory: a sound copy of all of its files, which must not be read."""
+SECONDS = 20  # for one of them; a fiftieth is usual
+MEMORY = 1 << 30  # bytes more than there were before
+
+
+@contextmanager
+def bounds() -> Generator[None]:
+    """End what takes too long or too much memory."""
+
+    class Hang(BaseException):
+        pass
+
+    def hang(*_: object) -> None:
+        raise Hang
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before, limits = signal.signal(signal.SIGALRM, hang), resource.getrlimit(resource.RLIMIT_AS)
+    signal.alarm(SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def plain_words(error: Exception) -> str:
+    """The message of an error, after checking that it can be shown to people."""
+    message = str(error)
+    assert len(message.splitlines()) <= 2, message
+    assert len(message) < 1500
+    assert message.replace("\n", "").isprintable(), message
+    assert "MemoryError" not in message
+    assert "allocate" not in message, message
+    return message
 
 
 def write(files: Files, directory: Path) -> None:

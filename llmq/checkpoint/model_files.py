@@ -48,7 +48,8 @@ def companions_of(source: ModelSource) -> Companions:
         return replace(companions, config=_untied(config) if source.is_untied else config)
     config = source.config.to_dict() | {"architectures": [type(source.skeleton).__name__]}
     config.pop("_name_or_path", None)
-    return Companions(with_older_rope(config), source.tokenizer.save_pretrained)
+    # A file whose tokenizer does not open has a model all the same.
+    return Companions(with_older_rope(config), lambda target: source.tokenizer.save_pretrained(target))
 
 
 def _untied(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """One GGUF file, its tensors dequantized one at a time as they are read."""
 
 import importlib.util
-import math
 import mmap
 import os
 import re
@@ -9,7 +8,7 @@ from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,22 +70,23 @@ class GgufFile:
     def __init__(self, path: Path, reader: Any, skeleton: nn.Module) -> None:
         from transformers import modeling_gguf_pytorch_utils as hf_gguf
 
-        config: Any = skeleton.config
-        architecture = hf_gguf.read_field(reader, "general.architecture")[0]
-        processor = hf_gguf.TENSOR_PROCESSORS.get(architecture, hf_gguf.TensorProcessor)
+        architecture = str(hf_gguf.read_field(reader, "general.architecture")[0])
         self.paths, self._mapped = [path], reader.data._mmap
-        self._processor = processor(config=config.to_dict())
-        # Asked for a whole model, transformers maps the names of every submodule anew: seconds for nothing on most.
-        leaf = _Leaf(skeleton)
-        names = hf_gguf.get_gguf_hf_weights_map(cast(Any, leaf), self._processor)
-        if len(names) < len(leaf.state_dict()):
-            names = hf_gguf.get_gguf_hf_weights_map(cast(Any, skeleton), self._processor)
+        try:
+            self._processor, names = _as_transformers_has_it(architecture, skeleton)
+        except Exception as error:  # transformers reads the config of more architectures than the names
+            reason = f"transformers cannot read its {architecture!r} ({first_line(error)})"
+            raise CheckpointError(f"{path}: {reason}") from None
         together = {hf: gguf for gguf, hf in names.items()}
         whole = {name: _EXPERT.sub("experts.", name) for name in skeleton.state_dict() if _EXPERT.search(name)}
         self._experts = Counter(whole.values())  # by the name of the tensor that holds them
         self._gguf_name = {name: gguf for name, gguf in together.items() if name not in self._experts}
         self._gguf_name |= {name: together[stored] for name, stored in whole.items() if stored in together}
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        left = {name for name in self._tensors if name.startswith("blk.")}.difference(self._gguf_name.values())
+        if left:  # llama.cpp would compute with it
+            has_no = f"transformers' {type(skeleton).__name__} has no place for {min(left)}"
+            raise CheckpointError(f"{path}: {has_no}; the file is damaged, or of another model than it says")
         linears = {t.tensor_type.name for t in reader.tensors if t.name.startswith("blk.") and len(t.shape) > 1}
         embeddings = {t.tensor_type.name for t in reader.tensors if t.name == "token_embd.weight"}
         is_bfloat16 = architecture.startswith("gemma") or {"BF16"} in (linears, embeddings)
@@ -128,7 +128,11 @@ class GgufFile:
             ) from None
         # The pages just read would count as this program's memory for as long as the file is mapped.
         self._mapped.madvise(mmap.MADV_DONTNEED)
-        return torch.tensor(self._processor.process(weights, stored.name).weights).to(self.dtype(name))
+        tensor = torch.tensor(self._processed(weights, stored))
+        made = tensor.to(self.dtype(name))
+        if made.dtype == torch.float16 and bool((made.isinf() & ~tensor.isinf()).any()):
+            raise CheckpointError(f"{self.paths[0]}: {stored.name} holds numbers that are too large for float16")
+        return made
 
     def stored_nbytes(self, name: str) -> int:
         """Return the bytes that a tensor takes in the file."""
@@ -138,7 +142,7 @@ class GgufFile:
         """Return for each row of a linear in the model its row in the file. None if rows do not stay whole."""
         data, stored = self._data(name)
         numbers = np.arange(len(data), dtype=np.float32)
-        order = self._processor.process(numbers[:, None], stored.name).weights.ravel()
+        order = self._processed(numbers[:, None], stored).ravel()
         return order.astype(np.int64) if np.array_equal(np.sort(order), numbers) else None
 
     def row_blocks(self, name: str) -> Tensor:
@@ -146,6 +150,14 @@ class GgufFile:
         blocks = torch.from_numpy(self._data(name)[0][self.row_order(name)])  # a copy
         self._mapped.madvise(mmap.MADV_DONTNEED)
         return blocks
+
+    def _processed(self, values: np.ndarray, stored: Any) -> np.ndarray:
+        """Return what transformers makes of a tensor: rows in the order of the model's, norms without llama.cpp's 1."""
+        try:
+            return self._processor.process(values, stored.name).weights
+        except Exception as error:  # a processor divides by what the header says, any architecture's its own way
+            what = f"{stored.name} does not fit the model that its header describes ({first_line(error)})"
+            raise CheckpointError(f"{self.paths[0]}: {what}") from None
 
     def _data(self, name: str) -> tuple[Any, Any]:
         """Return the bytes of a tensor, and what the file says of it. Of experts, those of one."""
@@ -161,6 +173,19 @@ class GgufFile:
         return data, stored
 
 
+def _as_transformers_has_it(architecture: str, skeleton: Any) -> tuple[Any, dict[str, str]]:
+    """Return what changes an architecture's tensors as they are read, and the model's names by those in the file."""
+    from transformers import modeling_gguf_pytorch_utils as hf_gguf
+
+    processor = hf_gguf.TENSOR_PROCESSORS.get(architecture, hf_gguf.TensorProcessor)(config=skeleton.config.to_dict())
+    # Asked for a whole model, transformers maps the names of every submodule anew: seconds for nothing on most.
+    leaf: Any = _Leaf(skeleton)
+    names = hf_gguf.get_gguf_hf_weights_map(leaf, processor)
+    if len(names) < len(leaf.state_dict()):
+        names = hf_gguf.get_gguf_hf_weights_map(skeleton, processor)
+    return processor, names
+
+
 class _Leaf:
     """A model that owns up to its parameters, but not to its submodules. GGUF holds all experts in one tensor."""
 
@@ -172,49 +197,3 @@ class _Leaf:
 
     def named_children(self) -> list[tuple[str, nn.Module]]:
         return []
-
-
-def set_rope(config: Any, reader: Any) -> None:
-    """Give a config the rotary frequencies that a GGUF file holds as tensors, which transformers does not look at.
-
-    rope_freqs.weight (Llama 3.1) divides each frequency. rope_factors_short.weight and rope_factors_long.weight (Phi-3)
-    do so for texts within the original context and for longer ones.
-    """
-    kinds = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
-    factors = {t.name.removesuffix(".weight"): t.data.tolist() for t in reader.tensors if t.name in kinds}
-    if not factors:
-        return
-    of_all = factors.get("rope_freqs", [])
-    rope = dict(config.rope_parameters)
-    for factor in (8.0, 32.0):  # of Llama 3.1 and 3.2, which engines know by this name
-        wanted = _llama3(rope["rope_theta"], len(of_all), factor)
-        if of_all and all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(of_all, wanted, strict=True)):
-            kind = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-            config.rope_parameters = rope | kind | {"original_max_position_embeddings": _LLAMA3_CONTEXT}
-            return
-    scaling = f"{reader.fields['general.architecture'].contents()}.rope.scaling"
-    context = reader.fields.get(f"{scaling}.original_context_length")
-    attention = reader.fields.get(f"{scaling}.attn_factor")
-    config.rope_parameters = rope | {
-        "rope_type": "longrope",
-        "short_factor": factors.get("rope_factors_short", of_all),
-        "long_factor": factors.get("rope_factors_long", of_all),
-        "factor": 1.0,
-        "attention_factor": 1.0 if attention is None else float(attention.contents()),
-        "original_max_position_embeddings": config.max_position_embeddings
-        if context is None
-        else int(context.contents()),
-    }
-
-
-_LLAMA3_CONTEXT = 8192
-
-
-def _llama3(theta: float, count: int, factor: float) -> list[float]:
-    """Return what Llama 3.1 divides its frequencies by: 1 for short waves, `factor` for long ones, and between them."""
-    divisors: list[float] = []
-    for i in range(count):
-        waves = _LLAMA3_CONTEXT / (2 * math.pi * theta ** (i / count))  # in the original context
-        smooth = min(1.0, max(0.0, (waves - 1) / 3))
-        divisors.append(1 / ((1 - smooth) / factor + smooth))
-    return divisors

@@ -16,7 +16,8 @@ from llmq.core.errors import CheckpointError, RequestError, WorkError, first_lin
 from llmq.models.conv1d import linears_for_conv1d
 from llmq.models.decoder_blocks import find_blocks, refuse_without_linears, shared_by_blocks
 from llmq.models.experts import experts_to_linears
-from llmq.models.gguf_file import GgufFile, open_gguf, parsed_once, set_rope
+from llmq.models.gguf_config import complete_config
+from llmq.models.gguf_file import GgufFile, open_gguf, parsed_once
 from llmq.models.gguf_header import read_header
 from llmq.models.locate import locate
 from llmq.models.model_class import model_class
@@ -58,7 +59,10 @@ class ModelSource:
         self.config_changes = without_rescaling(self.config)
         """What config.json of the result says otherwise."""
         if reader is not None:
-            set_rope(self.config, reader)
+            try:
+                complete_config(self.config, reader)
+            except Exception as error:  # anything may stand in a header
+                raise CheckpointError(f"{path}: its header describes no model ({first_line(error)})") from None
         refuse_quantized(self.config, path)
         self.skeleton = build_skeleton(self.config, trust_remote_code)
         files: TensorFiles = GgufFile(path, reader, self.skeleton) if reader else SafetensorsDirectory(path)
@@ -114,7 +118,7 @@ class ModelSource:
     def tokenizer(self) -> Any:
         try:
             return AutoTokenizer.from_pretrained(self.directory, **self._hf_arguments)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # a dozen tokenizer classes, each with its own way to fail
             raise CheckpointError(f"{self.directory} has no tokenizer that opens: {first_line(error)}") from None
 
     def outer_names(self) -> list[str]:

@@ -66,7 +66,8 @@ def _read_again(written: Written, trust_remote_code: bool) -> dict[str, Any]:
     try:
         return {DIGESTS: check_and_digest(written.path, None, trust_remote_code)[1], "notes": notes}
     except LlmqError as error:
-        notes.append(f"llmq wrote this file and compared its codes, but cannot load it: {error}")
+        reason = str(error).replace(str(written.path), written.path.name)  # which moves to another place
+        notes.append(f"llmq wrote this file and compared its codes, but cannot load it: {reason}")
         return {"notes": notes}
 
 
