@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.formats import format_of, mlx, schemes_of
+from llmq.formats import Format, format_of, gguf, mlx, schemes_of
 from llmq.models.locate import gguf_in
 from llmq.models.model_files import ModelFiles
 from llmq.models.safetensors_files import CheckpointFiles, SafetensorsDirectory
@@ -48,13 +48,14 @@ class Checkpoint:
             self.quantization = _quantization(directory, self.config)
         else:
             self.config, self.quantization = self.gguf.companions.config, self.gguf.quantization
-        self.format = format_of(self.quantization)
+        self.format: Format = format_of(self.quantization) if self.gguf is None else gguf
         self.files: CheckpointFiles | ModelFiles = self._open_files()
         suffix = f".{self.format.TENSOR_SUFFIXES[0]}"
         self.linears = sorted(name.removesuffix(suffix) for name in self.files.names() if name.endswith(suffix))
         if not self.linears:
             raise CheckpointError(f"{directory} holds no layer packed as {self.format.METHOD}, although it says so")
-        self.schemes = schemes_of(self.quantization, self.linears)
+        of_linears = schemes_of if self.gguf is None else gguf.schemes_of
+        self.schemes = of_linears(self.quantization, self.linears)
 
     def _open_files(self) -> CheckpointFiles:
         if self.gguf is not None:

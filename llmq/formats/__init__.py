@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.formats import auto_round, awq, compressed_tensors, gguf, gptq, mlx
+from llmq.formats import auto_round, awq, compressed_tensors, gptq, mlx
 from llmq.formats.scheme import Scheme, Schemes
 
 
@@ -34,9 +34,8 @@ FORMATS: dict[str, Format] = {
     "gptq": gptq,
     "awq": awq,
     "mlx": mlx,
-    "gguf": gguf,
 }
-"""The formats that llmq writes and reads."""
+"""The formats of directories that llmq writes and reads. A .gguf file is another kind of thing; see gguf.py."""
 
 
 def method_of(config: Mapping[str, Any]) -> Any:

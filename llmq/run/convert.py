@@ -20,7 +20,7 @@ from llmq.checkpoint.writer import Writer
 from llmq.core.config import VERSION
 from llmq.core.errors import RequestError
 from llmq.core.settings import one_of
-from llmq.formats import FORMATS, gptq, method_of
+from llmq.formats import FORMATS, gguf, gptq, method_of
 from llmq.formats.scheme import Scheme
 from llmq.models.gguf_converter import FLOATS
 from llmq.models.locate import gguf_in
@@ -53,8 +53,7 @@ class ConvertConfig:
     """Run modelling code that ships with the checkpoint. Only for sources you trust."""
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise RequestError(f"format must be one of {', '.join(FORMATS)}; got {self.format!r}")
+        one_of("format", self.format, (*FORMATS, gguf.METHOD))
         one_of("gguf floats", self.gguf_floats, FLOATS)
         if self.output.suffix == ".gguf":
             raise RequestError(f"output {self.output} must be a directory; the file in it is named after the model")
@@ -72,11 +71,12 @@ def convert(config: ConvertConfig, progress: bool = False, tell: Callable[[str],
     check_output(config.output, config.overwrite)
     if config.directory.resolve() == config.output.resolve():
         raise RequestError("the output directory is the checkpoint's own; choose another")
-    checkpoint, target = Checkpoint(config.directory), FORMATS[config.format]
+    checkpoint = Checkpoint(config.directory)
     before = str(checkpoint.quantization.get("checkpoint_format") or method_of(checkpoint.quantization))
     schemes = _schemes(checkpoint)
-    if config.format == "gguf":
+    if config.format == gguf.METHOD:
         return _to_gguf(config, schemes, before, progress, tell)
+    target = FORMATS[config.format]
     model = build_skeleton(model_config(checkpoint, config.trust_remote_code), config.trust_remote_code)
     view = checkpoint.for_model(model)
     state = model.state_dict()

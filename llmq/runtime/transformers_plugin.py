@@ -30,7 +30,7 @@ from llmq.checkpoint.module_matching import check_fit, replace_linears
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import CheckpointError, RequestError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.formats import format_of, mlx
+from llmq.formats import compressed_tensors, format_of, mlx
 from llmq.formats.scheme import Scheme
 from llmq.models.conv1d import linears_for_conv1d, stored_transposed
 from llmq.models.experts import experts_to_linears, layouts
@@ -91,8 +91,10 @@ class LlmqQuantizer(HfQuantizer):
 
     def remember(self, checkpoint: Checkpoint) -> None:
         """Keep what saving needs besides the model."""
-        self._schemes, self.quantization_config.stored = checkpoint.schemes, checkpoint.quantization
-        self._files = checkpoint.model_files
+        self._schemes, self._files, stored = checkpoint.schemes, checkpoint.model_files, checkpoint.quantization
+        if checkpoint.gguf is not None:  # transformers writes directories only
+            stored = compressed_tensors.hf_config(checkpoint.schemes, [])
+        self.quantization_config.stored = stored
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         """Raise RequestError if weights would be offloaded to a disk or a CPU. "auto" is checked after loading."""
