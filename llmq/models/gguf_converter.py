@@ -82,15 +82,17 @@ def refuse_code(directory: Path) -> None:
         raise RequestError("llama.cpp's converter would run the code of this model; --trust-remote-code allows it")
 
 
-def check_tokenizer(directory: Path, model: str) -> None:
-    """Raise RequestError if llama.cpp's converter does not know a model's tokenizer, or lacks a package for it.
+def check_metadata(directory: Path, model: str) -> None:
+    """Raise RequestError if llama.cpp's converter does not know a model's tokenizer, or misses a setting or a file.
 
     `directory`: where config.json and the tokenizer are. `model`: what the user calls it.
     """
     with as_request_errors(model):
         try:
-            open_converter(Converted(directory, "model", {}), {}, lambda *_: None).set_vocab()
-        except (NotImplementedError, ImportError):
+            made = open_converter(Converted(directory, "model", {}), {}, lambda *_: None)
+            made.set_gguf_parameters()
+            made.set_vocab()
+        except (NotImplementedError, ImportError, FileNotFoundError, KeyError):
             raise
         except Exception:  # some classes ask for tensors, which are not there yet; what else fails will fail again
             return
@@ -191,10 +193,12 @@ def as_request_errors(model: Path | str) -> Generator[None]:
     log.setLevel(logging.CRITICAL)
     try:
         yield
-    except (LlmqError, OSError):
+    except LlmqError:
         raise
     except Exception as error:  # of any of a hundred model classes
-        what = first_line(error) if str(error).strip() else type(error).__name__
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):  # as when the disk is full
+            raise
+        what = f"{type(error).__name__}: {first_line(error)}"
         raise RequestError(f"llama.cpp's converter ({PACKAGE}) cannot convert {model}: {what}") from None
     finally:
         log.setLevel(level)

@@ -33,7 +33,7 @@ from llmq.core.errors import CheckpointError, RequestError
 from llmq.core.memory import release_memory
 from llmq.core.settings import Calibration
 from llmq.core.timing import Clock
-from llmq.models.gguf_converter import check_converter, check_tokenizer, refuse_code
+from llmq.models.gguf_converter import check_converter, check_metadata, refuse_code
 from llmq.models.model_source import ModelSource
 from llmq.models.stock_loading import unreadable
 from llmq.models.untrusted_files import read_json
@@ -115,7 +115,7 @@ def _check_gguf(config: QuantizeConfig, source: ModelSource) -> None:
         write_json(directory / "config.json", companions.config)
         if not config.trust_remote_code:
             refuse_code(directory)
-        check_tokenizer(directory, config.model)
+        check_metadata(directory, config.model)
 
 
 def _check_offload(directory: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from gguf_models import file_in, known_words, save_model
 from killed import interrupted, quantize_until, result_of, small_run
 from packed import pack
+from tiny import save_tiny
 
 import llmq
 from llmq.checkpoint.gguf_writer import GgufWriter
@@ -97,8 +98,19 @@ def test_an_unknown_tokenizer_is_said_before_any_work(model, twin, tmp_path, mon
 
     monkeypatch.setattr(TextModel, "get_vocab_base_pre", unknown)
     both_ways(
-        "converter .* cannot convert .*/(model|twin): BPE pre-tokenizer was not recognized", model, twin, tmp_path
+        "converter .* cannot convert .*/(model|twin): NotImplementedError: BPE pre-tokenizer was not recognized",
+        model,
+        twin,
+        tmp_path,
     )
+
+
+@pytest.mark.parametrize(("name", "lacks"), [("gemma2", "tokenizer.model"), ("gpt2", "n_ctx")])
+def test_what_the_converter_misses_is_said_before_any_work(name, lacks, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmq.pipeline.quantize_blocks", None)
+    model = save_tiny(tmp_path / "model", name)
+    refused(f"cannot convert .*/model: .*{lacks}", lambda: pack(model, tmp_path / "out", format="gguf", group_size=128))
+    assert not (tmp_path / "out").exists()
 
 
 def test_code_of_the_model_is_not_run_unasked(model, twin, tmp_path):
