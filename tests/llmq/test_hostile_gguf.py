@@ -51,12 +51,32 @@ def opened(path):
         return None
 
 
+OTHERS = {
+    "output.weight": "lm_head.weight",
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "blk.0.attn_norm.weight": "model.layers.0.input_layernorm.weight",
+    "blk.0.ffn_norm.weight": "model.layers.0.post_attention_layernorm.weight",
+}
+"""All but the packed linears."""
+
+
 def reference(path):
-    """The logits of a dense model that transformers makes of the file, and of the divisors that it does not look at."""
+    """The logits of a dense model that transformers makes of the file.
+
+    It does not look at divisors of rotary frequencies. And it keeps float32 where llmq takes float16: see GgufFile.
+    """
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-    for tensor in gguf.GGUFReader(path).tensors:
-        if tensor.name == "rope_freqs.weight":
-            model.model.rotary_emb.inv_freq /= torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    if divisors := stored.get("rope_freqs.weight"):
+        model.model.rotary_emb.inv_freq /= torch.tensor(gguf.dequantize(divisors.data, divisors.tensor_type))
+    kinds = {OTHERS[name]: tensor.tensor_type.name for name, tensor in stored.items() if name in OTHERS}
+    embeddings = kinds["model.embed_tokens.weight"]
+    usual = torch.bfloat16 if embeddings == "BF16" else torch.float16
+    for name, parameter in model.named_parameters():
+        is_rounded = kinds.get(name) not in ("F32", "BF16") or (parameter.ndim == 1 and embeddings != "F32")
+        if name in kinds and is_rounded:
+            parameter.data = parameter.to(usual).float()
     return logits(model, IDS)
 
 
