@@ -13,29 +13,37 @@ from llmq.core.errors import WorkError
 from llmq.models.model_source import ModelSource
 
 KL = {"Q4_0 --pure": 1.0, "Q4_0 --pure --imatrix": 0.56, "Q4_K_M": 0.36, "Q4_K_M --imatrix": 0.3, "Q8_0 --pure": 0.01}
-KL |= {"Q2_0 --pure": 8.0}
+KL |= {"IQ4_NL --pure --imatrix": 0.5, "Q2_0 --pure": 8.0}
 
 
 def compare_rows(directory, changes=None, bytes_of_q4_k_m=141):
-    """Compare rows of a model with 320 weights, which take 180 bytes in Q4_0, and 1000 other bytes."""
+    """Compare rows of a model with 320 weights, which take 180 bytes in Q4_0 (220 with Q8_0), and 1000 other bytes."""
     kl = KL | {"llmq": 0.28} | (changes or {})
     config = CompareGgufConfig("valid.txt", "test.txt", directory, results=directory / "rows.jsonl")
     settings = common(CompareConfig(str(directory), "valid.txt", "test.txt", limit=4))
     shared = {"settings": settings, "seed": 0, "perplexity": 20.0, "original_perplexity": 19.0, "packed_weights": 320}
     for flags in KL:
-        linear = 40 + bytes_of_q4_k_m if flags.startswith("Q4_K_M") else 180
+        linear = 80 + bytes_of_q4_k_m if flags.startswith("Q4_K_M") else 180
         row = {
             "name": f"llama.cpp {flags}",
             "flags": flags,
-            "bits": int(flags[1]),
+            "bits": int(flags.partition("Q")[2][0]),
             "group_size": 0,
             "kl": kl[flags],
         }
         row |= {"types": {"Q5_0": 2, "Q8_0": 1}, "linear_bytes": linear, "file_bytes": linear + 1000}
         write(config.results, shared | row)
-    for name, bits, group in (("rtn", 4, 32), ("gptq", 4, 32), ("gptq", 2, 64), ("rtn", 8, 32)):
-        row = {"name": f"llmq {name}", "flags": f"--method {name}", "bits": bits, "group_size": group}
-        write(config.results, shared | row | {"kl": kl["llmq"]})
+    mixed = ("gptq, down_proj in 8 bit", "gptq --layer-bits down_proj=8", 4, 32, 5.5)
+    for name, method, bits, group, size in (
+        ("rtn", "rtn", 4, 32, 4.5),
+        ("gptq", "gptq", 4, 32, 4.5),
+        mixed,
+        ("gptq", "gptq", 2, 64, 2.25),
+        ("rtn", "rtn", 8, 32, 8.5),
+    ):
+        row = {"name": f"llmq {name}", "flags": f"--method {method}", "bits": bits, "group_size": group}
+        # compressed-tensors stores two numbers of 8 bytes for each of the three linears.
+        write(config.results, shared | row | {"kl": kl["llmq"], "bits_per_weight": size + 3 * 16 * 8 / 320})
     compare(config)
 
 
@@ -49,10 +57,9 @@ def test_rows_that_satisfy_every_claim_pass(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("\nholds ") == 4
     assert "holds     0.500 <= 0.5      KL of llmq's Q4_0 / of llama.cpp Q4_0 --pure --imatrix" in printed
-    assert "| llama.cpp Q4_K_M | 2 Q5_0, 1 Q8_0 | 4.53 | 0.0 MB | 0.0 MB | 0.3600 | 20.000 |" in printed
-    # Two bytes of scale for each group of 32 or 64.
-    for kind, bits in (("Q4_0", "4.50"), ("Q2_0", "2.25"), ("Q8_0", "8.50")):
-        assert f"| 3 {kind} | {bits} |" in printed
+    assert "| llama.cpp Q4_K_M | 2 Q5_0, 1 Q8_0 | 5.53 | 0.0 MB | 0.0 MB | 0.3600 | 20.000 |" in printed
+    for types, bits in (("Q4_0", "4.50"), ("Q4_0, Q8_0", "5.50"), ("Q2_0", "2.25"), ("Q8_0", "8.50")):
+        assert f"| {types} | {bits} |" in printed
 
 
 @pytest.mark.parametrize(
@@ -60,8 +67,8 @@ def test_rows_that_satisfy_every_claim_pass(tmp_path, capsys):
     [
         ({"Q4_0 --pure": 0.99}, 141, "llama.cpp Q4_0 --pure"),
         ({"Q4_0 --pure --imatrix": 0.55}, 141, "llama.cpp Q4_0 --pure --imatrix"),
-        ({"Q4_K_M": math.nan}, 141, "KL of llmq's Q4_0 / of llama.cpp Q4_K_M"),
-        ({}, 140, "bytes of llmq's Q4_0 / of llama.cpp Q4_K_M"),
+        ({"Q4_K_M": math.nan}, 141, "KL of llmq's Q4_0, down_proj in Q8_0 / of llama.cpp Q4_K_M"),
+        ({}, 140, "bytes of llmq's Q4_0, down_proj in Q8_0 / of llama.cpp Q4_K_M"),
     ],
 )
 def test_a_claim_that_does_not_hold_is_named_and_is_an_error(tmp_path, capsys, changes, bytes_of_q4_k_m, claim):
