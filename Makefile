@@ -15,8 +15,8 @@ test: lint         ## lint, check types and import directions, run all tests
 interop: peers     ## test other people's engines and quantizers with our files, and that we read theirs
 	GPTQMODEL_CPU_WORKERS=2 .venv-peers/bin/python -m pytest -m peers -rs tests/interop
 
-# vLLM multiplies by packed weights only on CPUs with AVX-512.
-peers: .venv-peers/done $(shell grep -qs avx512f /proc/cpuinfo && echo .venv-vllm/done)
+# vLLM multiplies by packed weights only on CPUs with AVX-512. WITHOUT_VLLM=1 leaves it out.
+peers: .venv-peers/done $(if $(WITHOUT_VLLM),,$(shell grep -qs avx512f /proc/cpuinfo && echo .venv-vllm/done))
 
 soak: .venv/demo   ## kill runs of the demo model 20 times; each must end with the bytes of a run that nobody killed
 	$(BIN)/python scripts/soak.py --offload

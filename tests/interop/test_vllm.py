@@ -4,6 +4,7 @@ Its kernel for packed weights needs AVX-512. Without that, the test says so in t
 """
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -22,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif(
         not CPU.is_file() or "avx512f" not in CPU.read_text(), reason="not run: this CPU has no AVX-512"
     ),
+    pytest.mark.skipif(bool(os.environ.get("WITHOUT_VLLM")), reason="not run: WITHOUT_VLLM is set"),
 ]
 
 
