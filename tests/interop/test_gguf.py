@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from bench_engines import BenchEnginesConfig, bench
 from llama_cpp import Llama, quantize
 from packed import logits, pack
 from test_demo import PARIS
 from test_llama_cpp import kl
 
 from llmq.models.locate import gguf_in
+from llmq.run.convert import ConvertConfig, convert
 from llmq.runtime.load import load_any
 
 pytestmark = pytest.mark.peers
@@ -51,3 +53,13 @@ def test_it_writes_the_same_answer(ours):
     answer = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :].tolist()
     with Llama(file) as llama:
         assert llama.generate(prompt, len(answer)) == answer
+
+
+@pytest.mark.parametrize("ours", ["Q4_0"], indirect=True)
+def test_the_speed_of_the_same_codes_is_measured_in_three_engines(ours, tmp_path, capsys):
+    packed = convert(ConvertConfig(ours[0], tmp_path / "packed", "compressed-tensors"))
+    mlx = convert(ConvertConfig(packed, tmp_path / "mlx", "mlx"))
+    bench(BenchEnginesConfig(packed, ours[0], mlx, prompt_tokens=16, tokens=4, runs=1))
+    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    assert [name.strip() for name, _, _ in rows] == ["llmq", "llama.cpp", "MLX"]
+    assert all(float(speed) > 0 for _, *speeds in rows for speed in speeds)
