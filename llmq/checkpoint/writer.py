@@ -223,11 +223,16 @@ class Writer:
 
     @contextmanager
     def workroom(self) -> Generator[Writer]:
-        """Yield a Writer of a first checkpoint, from which this one is made. It is removed when the work is done."""
+        """Yield a Writer of a first checkpoint, from which this one is made. It is removed when the work is done.
+
+        If an interrupted run finished it, it is published.
+        """
         room = self.work / "first"
         inner = Writer(room, resume=room.exists())
         try:
             with self._nothing_to_resume_if_damaged(), inner:
+                if inner.is_checked:
+                    inner.publish()
                 yield inner
         finally:
             self.resumable |= inner.resumable

@@ -53,7 +53,8 @@ def speeds_of(run: Run, widest: int) -> Speeds:
         product=product,
         addition=_seconds(lambda: A.add_(A)) / A.numel(),
         solve=_solve_factors(run, product, *widths),
-        weight=_seconds(lambda: (digest(weight), digest(there_and_back(run, "linear", weight)))) / weight.q.numel(),
+        weight=_seconds(lambda: (digest(weight), digest(there_and_back(run, run.format, "linear", weight))))
+        / weight.q.numel(),
         byte=_seconds(lambda: (torch.isfinite(plain).all(), digest(plain), digest(plain))) / plain.nbytes,
     )
 

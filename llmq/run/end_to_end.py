@@ -149,8 +149,6 @@ def quantize_and_train(
     with writer.workroom() as first:
         progress = Progress(run, first, journal, request.steps)
         if not progress.is_done(TRAINING):
-            if first.is_checked:
-                first.publish()
             if not first.is_finished:
                 quantize_blocks(request, run, progress, states_dir, states_nbytes)
                 finish(request, run, first)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from llmq.algorithms.problem import Problem, round_to_nearest
 from llmq.core.errors import CheckpointError, WorkError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.formats import gguf
+from llmq.formats import Format, gguf
 from llmq.formats.scheme import Scheme
 from llmq.models.packable import can_pack
 from llmq.run.block_quantizer import Run
@@ -40,30 +40,18 @@ def _prove(run: Run, name: str, weight: QuantizedWeight) -> None:
     """Raise WorkError unless the format gives a weight back as it was."""
     wrong = f"{name} does not survive being written in format {run.config.stored_as}"
     try:
-        back = there_and_back(run, name, weight)
+        back = there_and_back(run, run.format, name, weight)
+        blocks = there_and_back(run, gguf, name, weight) if run.config.stored_as == gguf.METHOD else None
     except CheckpointError as error:
         raise WorkError(f"{wrong}: {error}") from None
     for field, what in (("q", "codes"), ("scale", "scales"), ("zero", "zero points")):
         before, after = getattr(weight, field).cpu(), getattr(back, field)
         if before.dtype != after.dtype or not torch.equal(before, after):
             raise WorkError(f"{wrong}: other {what} come back; please report this, and choose another --format")
-    if run.config.stored_as == "gguf":
-        _prove_blocks(run, name, weight, wrong)
+    if blocks is not None and not gguf.is_same(blocks, back):
+        raise WorkError(f"{wrong}: other codes or scales come back; please report this, and choose another --format")
     if not bool(torch.isfinite(back.dequantize()).all()):
         raise WorkError(f"{wrong}: its weights are not finite; choose another --group-size or --format")
-
-
-def _prove_blocks(run: Run, name: str, weight: QuantizedWeight, wrong: str) -> None:
-    """Raise WorkError unless blocks of GGUF give a weight back."""
-    scheme = Scheme(weight.bits, run.grid.group_size, run.grid.symmetric)
-    weight = replace(weight, q=weight.q.cpu(), scale=weight.scale.cpu(), zero=weight.zero.cpu())
-    config = gguf.hf_config({name: scheme}, [])
-    try:
-        back = gguf.decode(name, gguf.encode(name, weight, scheme), gguf.schemes_of(config, [name])[name])
-    except CheckpointError as error:
-        raise WorkError(f"{wrong}: {error}") from None
-    if not gguf.is_same(back, weight):
-        raise WorkError(f"{wrong}: other codes or scales come back; please report this, and choose another --format")
 
 
 def nearest(run: Run, W: Tensor, bits: int) -> QuantizedWeight:
@@ -74,9 +62,9 @@ def nearest(run: Run, W: Tensor, bits: int) -> QuantizedWeight:
     return QuantizedWeight(solution.q, solution.scale, solution.zero, bits)
 
 
-def there_and_back(run: Run, name: str, weight: QuantizedWeight) -> QuantizedWeight:
-    """Return a weight as a reader of the checkpoint will see it."""
+def there_and_back(run: Run, form: Format, name: str, weight: QuantizedWeight) -> QuantizedWeight:
+    """Return a weight as a reader of this format will see it."""
     scheme = Scheme(weight.bits, run.grid.group_size, run.grid.symmetric)
-    tensors = {key: tensor.cpu() for key, tensor in run.format.encode(name, weight, scheme).items()}
-    config = run.format.hf_config({name: scheme}, [])
-    return run.format.decode(name, tensors, run.format.schemes_of(config, [name])[name])
+    tensors = {key: tensor.cpu() for key, tensor in form.encode(name, weight, scheme).items()}
+    config = form.hf_config({name: scheme}, [])
+    return form.decode(name, tensors, form.schemes_of(config, [name])[name])

@@ -54,10 +54,11 @@ def export(request: Request, run: Run, first: Path, target: Path) -> dict[str, A
     name = model_name(first, config.model)
     settings = GgufSettings(name, trust_remote_code=config.trust_remote_code, progress=request.progress)
     _, said = write_gguf(first, target, checkpoint.schemes, settings)
+    told = len(run.report.notes)
     run.report.note("model", said.pop("notes"))
-    report = read_json(first, REPORT)
+    report = read_json(first, REPORT)  # after an interruption, it alone has the notes on the blocks
     report.pop(DIGESTS, None)
-    return report | said | {"notes": run.report.notes}
+    return report | said | {"notes": report["notes"] + run.report.notes[told:]}
 
 
 def _read_again(written: Written, trust_remote_code: bool) -> dict[str, Any]:
