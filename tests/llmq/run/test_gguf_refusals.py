@@ -15,10 +15,12 @@ from tiny import save_tiny
 
 import llmq
 from llmq.checkpoint.gguf_writer import GgufWriter
+from llmq.checkpoint.output_dir import REPORT
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import CheckpointError, LlmqError, RequestError
 from llmq.formats import gguf as blocks
 from llmq.models.gguf_header import read_header
+from llmq.models.untrusted_files import read_json
 from llmq.run.convert import ConvertConfig, convert
 
 
@@ -193,6 +195,8 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(config, tmp_path):
 
 
 def test_blocks_are_not_quantized_again_if_only_the_file_is_missing(config, tmp_path, monkeypatch):
+    odd = save_tiny(tmp_path / "model", intermediate_size=100)  # which gives the blocks notes: the MLP stays in float
+    config = replace(config, model=str(odd))
     llmq.quantize(replace(config, output=tmp_path / "whole"))
 
     def stop(*_):
@@ -207,6 +211,9 @@ def test_blocks_are_not_quantized_again_if_only_the_file_is_missing(config, tmp_
     monkeypatch.setattr("llmq.pipeline.quantize_blocks", stop)
     llmq.quantize(replace(config, resume=True))
     assert result_of(config.output) == result_of(tmp_path / "whole")
+    resumed, whole = (read_json(path, REPORT)["notes"] for path in (config.output, tmp_path / "whole"))
+    assert resumed == whole
+    assert any("left in float" in note["note"] for note in resumed)
 
 
 def test_an_interrupted_run_goes_on(config, tmp_path, monkeypatch):
