@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 
+from llmq.calibration.hidden_states import States
 from llmq.checkpoint.output_dir import PROGRESS, remove_leftovers
 from llmq.checkpoint.writer import Writer
 from llmq.core.config import QuantizeConfig
-from llmq.core.device import pick_device
+from llmq.core.device import full_float32, pick_device
 from llmq.core.distributed import joined_ranks, local_rank
-from llmq.plan import States, check_plan, lines, plan_of
+from llmq.plan import check_plan, lines, plan_of
 from llmq.run.block_loop import finish, quantize_blocks
 from llmq.run.block_quantizer import Run
 from llmq.run.end_to_end import quantize_and_train
@@ -44,7 +45,7 @@ def quantize(config: QuantizeConfig, progress: bool = False) -> Path:
     the output directory looks like a finished checkpoint. Finished blocks stay there, and `resume` continues with them.
     """
     device = pick_device(config.device, local_rank())
-    with joined_ranks(device) as ranks, torch.no_grad():
+    with joined_ranks(device) as ranks, torch.no_grad(), full_float32():
         request = open_request(config, device, ranks, progress and ranks.is_first)
         if not request.is_met:
             _plan_and_work(request)
@@ -73,10 +74,10 @@ def _plan_and_work(request: Request) -> None:
 def _work_into(request: Request, run: Run, writer: Writer | None, journal: Journal, states: States) -> None:
     """Write a checkpoint into the directory of a writer, in the process that has one."""
     if request.config.end_to_end and writer is not None:
-        quantize_and_train(request, run, writer, journal, states.directory, states.nbytes)
+        quantize_and_train(request, run, writer, journal, states)
     else:
         progress = Progress(run, writer, journal, request.steps)
-        quantize_blocks(request, run, progress, states.directory, states.nbytes)
+        quantize_blocks(request, run, progress, states)
     finish(request, run, writer)
 
 

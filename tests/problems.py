@@ -24,7 +24,7 @@ def make_problem(X, rows=24, bits=4, group_size=32, symmetric=True, seed=1, sear
     generator = torch.Generator().manual_seed(seed)
     W = torch.randn(rows, X.shape[1], generator=generator, dtype=torch.float64).to(X.dtype)
     H = X.T @ X / len(X)
-    stats = InputStatistics(H, H, X.abs().mean(0), len(X), 0)
+    stats = InputStatistics(H, H, len(X), 0, mean_abs=X.abs().mean(0))
     scale_dtype = torch.float32 if X.dtype == torch.float64 else torch.float16
     return Problem(W, stats, Grid(bits, group_size, symmetric, search), scale_dtype, torch.ones(rows, dtype=torch.bool))
 

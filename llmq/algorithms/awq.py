@@ -64,7 +64,7 @@ def transform(block: Block, groups: list[Group], problems: list[Problem], settin
         block.folds[group.linears[0]] = s
         stats = problem.statistics
         H, H_val = (moments / torch.outer(s, s) for moments in (stats.H, stats.H_val))
-        problem.statistics = replace(stats, H=H, H_val=H_val, mean_abs=stats.mean_abs / s)
+        problem.statistics = replace(stats, H=H, H_val=H_val, mean_abs=None)
     for group, problem in zip(groups, problems, strict=True):
         # After all folds, because a fold may change the rows of another group (v_proj, up_proj).
         problem.W = torch.cat([linear_of(block.module, name).weight.float() for name in group.linears])
@@ -81,6 +81,7 @@ def _drift(block: Block, sample: Tensor, expected: Tensor) -> float:
 def search_scales(problem: Problem, ratios: int) -> Float[Tensor, "in"]:
     """Return the s = mean|x|^ratio with the smallest output error. Ratio 0 is plain rounding to nearest."""
     assert problem.statistics is not None, "awq needs input statistics"
+    assert problem.statistics.mean_abs is not None, "awq needs the magnitudes of inputs"
     x = problem.statistics.mean_abs.clamp(min=1e-4)
     best, best_error = torch.ones_like(x), float("inf")
     for i in range(ratios):
@@ -95,7 +96,7 @@ def search_scales(problem: Problem, ratios: int) -> Float[Tensor, "in"]:
 def _scaled_error(problem: Problem, W: Tensor, s: Tensor) -> float:
     assert problem.statistics is not None
     W_hat = nearest_points(problem, grid.group_view(W * s, problem.grid.group_size)).flatten(-2) / s
-    return energy(W - W_hat, problem.statistics.H)
+    return float(energy(W - W_hat, problem.statistics.H))
 
 
 def solve(problem: Problem, settings: Awq) -> Solution:

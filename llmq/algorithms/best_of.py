@@ -57,4 +57,4 @@ def _best_damping(problem: Problem, settings: Gptq) -> float:
 def held_out_loss(problem: Problem, solution: Solution) -> float:
     """Return the loss on held-out tokens, tr(ΔW H_val ΔWᵀ)."""
     assert problem.statistics is not None
-    return lost_energy(problem, solution, problem.statistics.H_val)
+    return float(lost_energy(problem, solution, problem.statistics.H_val))

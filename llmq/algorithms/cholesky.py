@@ -12,6 +12,9 @@ it gets only small blocks and one thread. The rest is matrix products with a blo
 order if all sides are multiples of 16 (torch 2.13 with MKL, 1 to 64 threads). The inputs of packable linears are.
 Otherwise a thread sums its last few rows in another way. Long inner sides in float64 have the same problem.
 
+A GPU gets the whole matrix in one call: that is what its library is fast at, and its bits need not be a CPU's. Nothing
+is read there, so that it does not wait: a matrix without a factor gives NaN.
+
 Factor and inverse take 0.8 of LAPACK's time at n = 576, half of it at 1536 and 4096 (one AVX-512 core, 2026-11-25).
 """
 
@@ -32,11 +35,19 @@ class Factor:
     """L of A = L Lᵀ, with zeros above the diagonal."""
 
     L: Float[Tensor, "n n"]
-    inverses: list[Tensor]  # L_kk⁻¹ of each block on the diagonal
+    inverses: list[Tensor]  # L_kk⁻¹ of each block on the diagonal; empty on a GPU
+
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether the matrix was factorised in one call, on a GPU."""
+        return not self.inverses
 
     def invert_(self) -> Float[Tensor, "n n"]:
         """Overwrite L with V = L⁻¹ and return it: V_kk = L_kk⁻¹ and V_k = -V_kk Σ_j<k L_kj V_j, summed where L was."""
         V = self.L
+        if self.is_whole:
+            identity = torch.eye(len(V), dtype=V.dtype, device=V.device)
+            return V.copy_(torch.linalg.solve_triangular(V, identity, upper=False))
         for k, V_kk in self._blocks():
             V[k, : k.start].copy_(-V_kk @ V[k, : k.start])
             V[k, k] = V_kk
@@ -47,6 +58,8 @@ class Factor:
 
     def solve_(self, B: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
         """Overwrite B with the X of X A = B and return it: Y Lᵀ = B from left to right, then X L = Y back."""
+        if self.is_whole:
+            return B.copy_(torch.cholesky_solve(B.T, self.L).T)
         for k, V_kk in self._blocks():
             B[:, k] = B[:, k] @ V_kk.T
             B[:, k.stop :].addmm_(B[:, k], self.L[k.stop :, k].T, alpha=-1)
@@ -62,8 +75,12 @@ class Factor:
 def cholesky_(A: Float[Tensor, "n n"]) -> Factor | None:
     """Overwrite a symmetric A with its factor and return it. Only the lower triangle of A is read.
 
-    Return None if A is not positive definite within rounding, or not finite. A is overwritten in this case too.
+    Return None if A is not positive definite within rounding, or not finite. A is overwritten in this case too. On a
+    GPU return a factor of NaN instead.
     """
+    if A.device.type != "cpu":
+        L, failed = torch.linalg.cholesky_ex(A)
+        return Factor(A.copy_(L.masked_fill_(failed != 0, torch.nan)), [])
     inverses: list[Tensor] = []
     for k in _slices(0, len(A), _BLOCK):
         with _one_thread(A.device):

@@ -59,6 +59,7 @@ from llmq.algorithms.coordinate_descent import descend
 from llmq.algorithms.gptq_columns import round_columns
 from llmq.algorithms.problem import Problem, Solution, joined
 from llmq.algorithms.stable_sums import mean
+from llmq.core.device import numbers
 from llmq.core.errors import WorkError
 from llmq.core.settings import Gptq
 
@@ -78,9 +79,7 @@ def solve(problem: Problem, settings: Gptq) -> Solution:
     H = problem.statistics.H
     diagonal, dead = _without_dead_columns(H.diagonal())
     order = visiting_order(settings.order, diagonal, problem.grid.group_size)
-    U, damping, fallbacks = factorise(H, diagonal, order, settings.damping)
-    if dead:
-        fallbacks.append(f"{dead} input channels never active: rounded to nearest")
+    U, damping, fallbacks = factorise(H, diagonal, order, settings.damping, dead)
     together = rows_per_solve(H.device)
     strips = [problem.rows(start, start + together) for start in range(0, max(1, len(problem.W)), together)]
     solutions = [Solution(*_round_columns(strip, order, U, settings), damping, fallbacks) for strip in strips]
@@ -101,12 +100,14 @@ def rows_per_solve(device: torch.device) -> int:
     return _ROWS_PER_SOLVE if device.type == "cpu" else sys.maxsize
 
 
-def _without_dead_columns(diagonal: Float[Tensor, "columns"]) -> tuple[Float[Tensor, "columns"], int]:
+def _without_dead_columns(
+    diagonal: Float[Tensor, "columns"],
+) -> tuple[Float[Tensor, "columns"], Int64[Tensor, ""]]:
     """Return the diagonal with its zeros set to the average, and their count. This makes these columns independent."""
     dead = diagonal == 0
-    count = int(dead.sum())
-    average = mean(diagonal) * len(diagonal) / max(1, len(diagonal) - count)
-    return diagonal.where(~dead, average or 1.0), count
+    count = dead.sum()
+    average = mean(diagonal) * len(diagonal) / (len(diagonal) - count).clamp(min=1)
+    return diagonal.where(~dead, average.where(average != 0, 1.0)), count
 
 
 def visiting_order(kind: str, diagonal: Float[Tensor, "columns"], group_size: int) -> Int64[Tensor, "columns"]:
@@ -122,35 +123,49 @@ def visiting_order(kind: str, diagonal: Float[Tensor, "columns"], group_size: in
 
 
 def factorise(
-    H: Float[Tensor, "n n"], diagonal: Float[Tensor, "n"], order: Int64[Tensor, "n"], damping: float
+    H: Float[Tensor, "n n"],
+    diagonal: Float[Tensor, "n"],
+    order: Int64[Tensor, "n"],
+    damping: float,
+    dead: Int64[Tensor, ""] | None = None,
 ) -> tuple[Float[Tensor, "n n"], float, list[str]]:
-    """Return upper triangular U with (H + damping·mean(diag H)·I)⁻¹ = Uᵀ U, the damping used, and failed attempts.
+    """Return upper triangular U with (H + damping·mean(diag H)·I)⁻¹ = Uᵀ U, the damping used, and notes.
 
-    It tries float32, then float64 with the same damping, then float64 with more damping. H is not modified. `diagonal`
-    replaces the diagonal of H; `order` is the order of U's columns.
+    It tries float32, then float64 with the same damping, then float64 with more damping. H is not modified.
+
+    Args:
+        diagonal: replaces the diagonal of H.
+        order: of U's columns.
+        dead: the number of columns that never saw an activation, for the notes. It may be on a GPU; it is read together
+            with the success of the factorisation.
     """
     fallbacks: list[str] = []
     for multiple, dtype in _DAMPING_LADDER:
         raised = diagonal.double() + damping * multiple * mean(diagonal)
-        U = _upper_factor_of_inverse(H, raised, order, torch.promote_types(dtype, H.dtype))
-        if U is not None:
+        U, good = _upper_factor_of_inverse(H, raised, order, torch.promote_types(dtype, H.dtype))
+        is_good, unseen = numbers([good, 0 if dead is None else dead])
+        if is_good and U is not None:
+            if unseen:
+                fallbacks.append(f"{unseen:.0f} input channels never active: rounded to nearest")
             return U.to(H.dtype), damping * multiple, fallbacks
         fallbacks.append(f"Cholesky failed in {str(dtype).removeprefix('torch.')} at damping {damping * multiple:g}")
     raise WorkError("; ".join(fallbacks) + ": the input statistics are not finite or not positive")
 
 
-def _upper_factor_of_inverse(H: Tensor, diagonal: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return U for H with this diagonal, or None if it has none. The one copy of H is overwritten at each stage."""
+def _upper_factor_of_inverse(
+    H: Tensor, diagonal: Tensor, order: Tensor, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | bool]:
+    """Return U for H with this diagonal, and whether it has one. The one copy of H is overwritten at each stage."""
     A, order = torch.empty(H.shape, dtype=dtype, device=H.device), order.flip(0)
     for rows in (slice(start, start + _ROWS) for start in range(0, len(H), _ROWS)):
         A[rows] = H.index_select(0, order[rows]).index_select(1, order)
     A.diagonal().copy_(diagonal[order])
     factor = cholesky_(A)
     if factor is None:
-        return None
+        return None, False
     U = _turn_(factor.invert_())
     # A sum is finite only if every term is.
-    return U if bool(torch.isfinite(U.sum(1)).all()) else None
+    return U, torch.isfinite(U.sum(1)).all()
 
 
 def _turn_(A: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
@@ -187,12 +202,16 @@ def _round_columns(
         for here in _within_groups(start, stop, size):
             if not static and here.start % size == 0:
                 group = slice(here.start, here.start + size)
-                scale[group_of[here.start]], zero[group_of[here.start]] = problem.searched_grid(Wt[group].T, D[group])
-            groups = group_of[here] if static else group_of[here.start : here.start + 1]
+                turn = here.start // size
+                scale[turn], zero[turn] = problem.searched_grid(Wt[group].T, D[group])
+            groups = group_of[here] if static else slice(here.start // size, here.start // size + 1)
             Q[here], errors = round_columns(Wt[here], U[here, here], scale[groups], zero[groups], problem.grid.bits)
             Err[here.start - start : here.stop - start] = errors
             Wt[here.stop : stop].addmm_(U[here, here.stop : stop].T, errors, alpha=-1)
         Wt[stop:].addmm_(U[start:stop, stop:].T, Err, alpha=-1)
+    if not static:  # they were noted in the order of visits: to look up each place would be to wait for a GPU
+        turns = torch.argsort(group_of[::size])
+        scale, zero = scale[turns], zero[turns]
     return Q[torch.argsort(order)].T.contiguous(), scale.T.contiguous(), zero.T.contiguous()
 
 

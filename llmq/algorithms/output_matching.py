@@ -15,15 +15,16 @@ W X_o, with the inputs X_o of the original model. These weights W* come closest 
   * The correction comes before rounding and is the same for every method. It is not part of GPTQ's loop.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from jaxtyping import Float
 from torch import Tensor
 
-from llmq.algorithms.cholesky import cholesky_
+from llmq.algorithms.cholesky import Factor, cholesky_
 from llmq.algorithms.problem import Problem, damped, spread
 from llmq.algorithms.stable_sums import energy, inner
 from llmq.calibration.input_statistics import InputStatistics
+from llmq.core.device import numbers
 from llmq.core.distributed import ALONE, Ranks
 
 _DAMPINGS = (0.01, 0.05, 0.25)
@@ -36,6 +37,7 @@ class Match:
 
     damping: float  # λ, as a fraction of mean(diag H)
     alpha: float  # α, 0 to 1: the fraction of the way. 0 keeps the original weights.
+    factor: Factor | None = field(default=None, repr=False, compare=False)  # of H + λI, if it was kept
 
 
 def choose(problem: Problem, ranks: Ranks = ALONE) -> Match:
@@ -50,21 +52,38 @@ def choose(problem: Problem, ranks: Ranks = ALONE) -> Match:
         return none
     rows, mine = spread(len(problem.W)), _DAMPINGS[ranks.rank :: ranks.size]
     moments = stats.target_moment[rows], stats.target_moment_val[rows]
-    tried = ranks.each([_tried(stats, *moments, damping) for damping in mine])
-    gains = [(0.0, none), *(gain for of_process in tried for gain in of_process)]
-    return max(gains, key=lambda gain: (gain[0], -gain[1].damping))[1]
+    factors, terms = dict[float, Factor | None](), list[float | Tensor]()
+    for damping in mine:
+        factor, *both = _tried(stats, *moments, damping)
+        terms += both
+        # Three matrices of H's size are too much memory for a CPU, where it takes a fifth of all factorisations.
+        factors[damping] = factor if factor is not None and factor.is_whole else None
+        del factor
+    read = numbers(terms)
+    gains = [_gain(*each) for each in zip(read[::2], read[1::2], mine, strict=True)]
+    every = [(0.0, none), *(gain for of_process in ranks.each(gains) for gain in of_process)]
+    best = max(every, key=lambda gain: (gain[0], -gain[1].damping))[1]
+    return replace(best, factor=factors.get(best.damping))
 
 
-def _tried(stats: InputStatistics, moment: Tensor, moment_val: Tensor, damping: float) -> tuple[float, Match]:
-    """Return the gain of some rows on held-out tokens with this damping and its best α, and the match of both."""
+def _tried(
+    stats: InputStatistics, moment: Tensor, moment_val: Tensor, damping: float
+) -> tuple[Factor | None, float | Tensor, float | Tensor]:
+    """Return the factor of H with this damping, and ⟨P, TᵀX⟩ and ⟨P H, P⟩ on held-out tokens, of some rows."""
     factor = cholesky_(damped(stats.H, damping))
     if factor is None:
-        return 0.0, Match(damping, 0.0)
+        return None, 0.0, 0.0
     P = factor.solve_(moment.clone())
-    # |T - X αPᵀ|² = |T|² - 2α⟨P, TᵀX⟩ + α²⟨P H, P⟩ on held-out tokens
-    along, across = inner(P, moment_val), energy(P, stats.H_val)
+    return factor, inner(P, moment_val), energy(P, stats.H_val)
+
+
+def _gain(along: float, across: float, damping: float) -> tuple[float, Match]:
+    """Return the gain on held-out tokens with this damping and its best α, and the match of both.
+
+    |T - X αPᵀ|² = |T|² - 2α⟨P, TᵀX⟩ + α²⟨P H, P⟩. Without a factor of H these are 0 or NaN, and there is no gain.
+    """
     alpha = min(1.0, max(0.0, along / across)) if across > 0 else 0.0
-    return 2 * alpha * along - alpha**2 * across, Match(damping, alpha)
+    return (2 * alpha * along - alpha**2 * across if alpha else 0.0), Match(damping, alpha)
 
 
 def matched(problem: Problem, match: Match) -> Float[Tensor, "out in"]:
@@ -72,7 +91,7 @@ def matched(problem: Problem, match: Match) -> Float[Tensor, "out in"]:
     stats, W = problem.statistics, problem.W
     if stats is None or stats.target_moment is None or match.alpha == 0:
         return W
-    factor = cholesky_(damped(stats.H, match.damping))
+    factor = match.factor or cholesky_(damped(stats.H, match.damping))
     assert factor is not None, "H had a factor when the damping was chosen"
     moved = W.clone()
     for rows in (slice(start, start + _ROWS) for start in range(0, len(W), _ROWS)):

@@ -85,7 +85,7 @@ def expected_loss(H: Float[Tensor, "n n"], V: Float[Tensor, "n n"], damping: flo
     diagonal = H.diagonal().where(H.diagonal() > 0, 1.0)
     order = visiting_order("static", diagonal, len(H))
     U, _, _ = factorise(H, diagonal, order, damping)
-    return energy(U / U.diagonal()[:, None], V.index_select(0, order).index_select(1, order))
+    return float(energy(U / U.diagonal()[:, None], V.index_select(0, order).index_select(1, order)))
 
 
 def share_of_layer(tokens: int, width: int, strength: float) -> float:

@@ -1,7 +1,11 @@
-"""Sums with the same bits for any number of threads: torch orders the terms of a long sum by the number of threads."""
+"""Sums with the same bits for any number of threads: torch orders the terms of a long sum by the number of threads.
+
+They are float64 tensors without dimensions. On a GPU, to read one is to wait for all work that is queued.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,23 +33,28 @@ def computable(W: Tensor) -> Tensor:
     return W.to(torch.promote_types(W.dtype, torch.float32))
 
 
-def mean(terms: Float[Tensor, "n"]) -> float:
+def mean(terms: Float[Tensor, "n"]) -> Float[Tensor, ""]:
     """Return the mean of the terms, summed in float64 in pieces that one thread adds up."""
-    return sum(float(piece.sum(dtype=torch.float64)) for piece in terms.split(_ROWS)) / len(terms)
+    return _total(piece.sum(dtype=torch.float64) for piece in terms.split(_ROWS)) / len(terms)
 
 
-def lost_energy(problem: Problem, solution: Solution, H: Tensor | None) -> float:
+def lost_energy(problem: Problem, solution: Solution, H: Tensor | None) -> Float[Tensor, ""]:
     """Return the loss of a solution, tr(ΔW H ΔWᵀ). H None means the identity."""
     size, starts = problem.grid.group_size, range(0, len(problem.W), _ROWS)
     strips = ((problem.W[at : at + _ROWS], solution.rows(at, at + _ROWS)) for at in starts)
-    return sum((energy(W - rounded.dequantize(size), H) for W, rounded in strips), 0.0)
+    return _total(energy(W - rounded.dequantize(size), H) for W, rounded in strips)
 
 
-def energy(W: Tensor, H: Tensor | None) -> float:
+def energy(W: Tensor, H: Tensor | None) -> Float[Tensor, ""]:
     """Return tr(W H Wᵀ), the mean squared output of a layer with these weights. H None means the identity."""
-    return sum(inner(w, w if H is None else w @ H) for w in map(computable, W.split(_ROWS)))
+    return _total(inner(w, w if H is None else w @ H) for w in map(computable, W.split(_ROWS)))
 
 
-def inner(A: Float[Tensor, "rows in"], B: Float[Tensor, "rows in"]) -> float:
+def inner(A: Float[Tensor, "rows in"], B: Float[Tensor, "rows in"]) -> Float[Tensor, ""]:
     """Return ⟨A, B⟩, summed within each row first: a direct sum to one number depends on the number of threads."""
-    return sum((float((A[rows] * B[rows]).sum(-1, dtype=torch.float64).sum()) for rows in strips(A)), 0.0)
+    return _total((A[rows] * B[rows]).sum(-1, dtype=torch.float64).sum() for rows in strips(A))
+
+
+def _total(terms: Iterable[Tensor]) -> Tensor:
+    """Add numbers one after the other. They stay where they are: a GPU is not waited for."""
+    return sum(terms, torch.zeros((), dtype=torch.float64))

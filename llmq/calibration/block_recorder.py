@@ -128,7 +128,7 @@ class Recording:
         calls = self._calls(ids)
         for argument, call, position in self._per_batch:
             argument.values[i] = calls[call].leaves[position]
-        return calls[0].hidden.cpu()
+        return calls[0].hidden
 
     def _calls(self, ids: Tensor, form: _Form | None = None, move: float = 0.0) -> list[_Call]:
         """Run the decoder and return the calls of its blocks. Only `forward` changes: attributes stay readable."""

@@ -6,6 +6,7 @@ It runs in two models: "this model" is quantized up to this block; "the original
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from math import fsum
 
 import torch
@@ -26,6 +27,7 @@ from llmq.calibration.block_arguments import (
 from llmq.calibration.hidden_states import HiddenStates
 from llmq.calibration.kept_inputs import KeptInputs
 from llmq.calibration.work_split import Share, shares_of
+from llmq.core.device import numbers, on_host
 from llmq.core.distributed import ALONE, Ranks
 from llmq.core.errors import LlmqError, RequestError, first_line
 from llmq.models.block_structure import Group, linear_of
@@ -82,12 +84,14 @@ class Block:
         """Return Σ (x - x_o)² / Σ x_o² over held-out hidden states x; None if the original ones, x_o, are not known."""
         if self.original is None:
             return None
-        energies: list[tuple[float, float]] = []
+        lost, whole = list[float | Tensor](), list[float | Tensor]()
         for i in range(self.held_out_from, len(self.hidden)):
             original = self.original[i].float()
-            energies.append((float((self.hidden[i] - original).square().sum()), float(original.square().sum())))
-        lost, whole = zip(*(pair for pairs in self.ranks.each(energies) for pair in pairs), strict=True)
-        return fsum(lost) / fsum(whole)  # fsum is exact, so the order of the processes does not matter
+            lost.append(on_host((self.hidden[i] - original).square().sum()))
+            whole.append(on_host(original.square().sum()))
+        energies = self.ranks.each((numbers(lost), numbers(whole)))
+        lost, whole = zip(*energies, strict=True)
+        return fsum(chain(*lost)) / fsum(chain(*whole))  # fsum is exact, so the order of the processes does not matter
 
     def many_runs(self) -> AbstractContextManager[None]:
         """Hold the weights in the dtype of matmuls, so that they are not cast again for every micro-batch."""

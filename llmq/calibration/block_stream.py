@@ -15,7 +15,7 @@ from torch import nn
 
 from llmq.calibration.block_recorder import Recording, recorded
 from llmq.calibration.block_runner import Block, Compute
-from llmq.calibration.hidden_states import HiddenDir, HiddenStates, StoredStates
+from llmq.calibration.hidden_states import HiddenDir, HiddenStates, PinnedStates, StoredStates
 from llmq.calibration.texts import Tokens
 from llmq.calibration.work_split import portion_of
 from llmq.core.distributed import ALONE, Ranks
@@ -37,6 +37,7 @@ class StreamSettings:
     restore: Callable[[Block], None] = lambda _: None  # gives a finished block its final weights
     passed: Callable[[], None] = lambda: None  # called when the hidden states have passed a block, which is done
     hidden_dir: HiddenDir | None = None  # directory for hidden states; None to keep them in memory
+    resident: bool = False  # if in memory, keep hidden states on the device of the computation
 
     @property
     def has_states(self) -> bool:
@@ -82,7 +83,7 @@ def _pass_through(block: Block, original: bool = False) -> None:
     if states is not None:
         with block.many_runs():
             for i in range(len(states)):
-                states[i] = block.run_batch(i, original, leave=True).cpu()
+                states[i] = block.run_batch(i, original, leave=True)
 
 
 class _StreamedStates:
@@ -103,12 +104,14 @@ class _StreamedStates:
             self.sample = settings.ranks.share(recording.sample).cpu()
 
     def _room_for(self, kind: str, recording: Recording) -> HiddenStates:
-        """Return a list, in memory or on disk, with room for the hidden states of each micro-batch."""
-        batches = self.portion.batches
-        if self.settings.hidden_dir is None:
-            return [torch.empty(0)] * len(batches)
+        """Return a list, on the device, in memory or on disk, with room for the hidden states of each micro-batch."""
+        batches, device = self.portion.batches, self.compute.device
         shapes = [recording.shape_for(len(batch)) for batch in batches]
-        return StoredStates(self.settings.hidden_dir, kind, shapes, self.compute.dtype)
+        if self.settings.hidden_dir is not None:
+            return StoredStates(self.settings.hidden_dir, kind, shapes, self.compute.dtype)
+        if device.type == "cpu" or self.settings.resident:
+            return [torch.empty(0)] * len(batches)
+        return PinnedStates(shapes, self.compute.dtype, device)
 
     def _record(self, recording: Recording) -> None:
         """Set the first block's inputs, unless later ones are on disk, and keep the arguments that depend on tokens."""

@@ -57,7 +57,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What entered the experts for one micro-batch, where the hidden states are: in memory or on disk."""
+    """What entered the experts for one micro-batch, where the hidden states are (a device, memory, disk)."""
 
     X: Tensor | StoredRows  # [rows, in]
     X_o: Tensor | StoredRows | None  # the same rows in the original model
@@ -67,6 +67,8 @@ class _Kept:
 
     def put(self, i: int, states: HiddenStates) -> _Kept:
         """Return it where the hidden states are; i: the number of the micro-batch."""
+        if isinstance(states, list):
+            return self
 
         def moved(tensor: Any, kind: str) -> Any:
             if isinstance(states, StoredStates) and tensor is not None:
@@ -201,7 +203,7 @@ def _run_apart(block: Block, i: int, name: str, clock: Clock) -> tuple[Routed, R
 
     with clock("forward"), module.register_forward_hook(note):
         end = block.run_batch(i, original=True, leave=True)
-        block.original[i] = end.cpu()
+        block.original[i] = end
         with returning(module, torch.zeros_like):
             R = block.run_batch(i)
     (original, output), (entering, _) = seen

@@ -1,4 +1,6 @@
-"""Hidden states of the calibration text, kept on disk if memory has no room for them.
+"""Hidden states of the calibration text: on the device, else in memory, else on disk.
+
+On disk:
 
     file 0:  inputs of block k      ◄── read
     file 1:  inputs of block k+1    ◄── written; read for the next block
@@ -39,6 +41,17 @@ class HiddenDir:
     def files(self, kind: str) -> list[Path]:
         """Return the paths of the two files of one kind of states (`quantized` or `original`)."""
         return [self.directory / f"{self.name}-{kind}-{turn}.states" for turn in (0, 1)]
+
+
+@dataclass(frozen=True)
+class States:
+    """Size of what waits for the next block in this process, mostly hidden states, and where it waits."""
+
+    nbytes: int
+    directory: Path | None  # None if they wait in memory
+    arguments: int = 0  # bytes of them that are no hidden states: arguments of blocks that depend on the tokens
+    experts: int = 0  # bytes beside them: what enters the experts of a block waits in the same place for their turn
+    resident: bool = False  # all but the arguments wait on the GPU
 
 
 def new_hidden_dir(directory: Path, name: str) -> HiddenDir:
@@ -87,7 +100,7 @@ class StoredStates:
 
     def __setitem__(self, i: int, tensor: Tensor) -> None:
         assert tensor.shape == self._shapes[i], (tensor.shape, self._shapes[i])
-        turn, view, at = 1 - self._turns[i], _bytes(tensor.to(self._dtype).contiguous()), self._offsets[i]
+        turn, view, at = 1 - self._turns[i], _bytes(tensor.to("cpu", self._dtype).contiguous()), self._offsets[i]
         with _disk_errors(self.hidden_dir.directory):
             while view:
                 count = os.pwrite(self._files[turn], view, at)
@@ -105,7 +118,46 @@ class StoredStates:
             os.close(self._files.pop())
 
 
-HiddenStates = list[Tensor] | StoredStates  # micro-batches [samples, tokens, features] on the CPU, in memory or on disk
+class PinnedStates:
+    """A list of tensors in memory whose items come to a GPU and go back beside its work, on a stream of their own.
+
+    While one item is being used, the next one is on its way. The memory is pinned: other memory is copied twice, and
+    the program waits for that.
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
+        self._items = [torch.empty(shape, dtype=dtype, pin_memory=True) for shape in shapes]
+        self._device, self._side = device, torch.cuda.Stream(device)
+        self._coming: dict[int, tuple[Tensor, torch.Event]] = {}  # what is on its way to the device
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, i: int) -> Tensor:
+        work = torch.cuda.current_stream(self._device)
+        tensor, arrived = self._coming.pop(i, None) or self._fetch(i)
+        work.wait_event(arrived)
+        tensor.record_stream(work)  # nothing else gets its memory before the work that is queued now is done
+        if i + 1 < len(self._items):
+            self._coming = {i + 1: self._coming.get(i + 1) or self._fetch(i + 1)}
+        return tensor
+
+    def __setitem__(self, i: int, tensor: Tensor) -> None:
+        self._coming.pop(i, None)
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side):
+            self._items[i].copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._side)
+
+    def _fetch(self, i: int) -> tuple[Tensor, torch.Event]:
+        """Start a copy to the device. It comes after all earlier copies from there, so it reads the newest state."""
+        with torch.cuda.stream(self._side):
+            tensor = self._items[i].to(self._device, non_blocking=True)
+            return tensor, torch.cuda.current_stream(self._device).record_event()
+
+
+# Micro-batches [samples, tokens, features]. A list holds them on the device of the computation.
+HiddenStates = list[Tensor] | PinnedStates | StoredStates
 
 
 class StoredRows:

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 
 from llmq.calibration.block_runner import Block
 from llmq.calibration.ordered_sums import ShareSums
+from llmq.calibration.products import add_lower, add_product, mirrored
+from llmq.core.device import numbers, on_host
 from llmq.core.memory import release_memory
 from llmq.core.timing import Clock
 from llmq.models.block_structure import Group, linear_of
 from llmq.models.experts import layout_of, routed
-
-# Only the lower triangle of XᵀX is computed, in strips of this many columns: a third less arithmetic at 1536 columns
-# and still wide enough for full matmul speed (2-core AVX2 machine, 2026-11: 256 and 512 alike, 128 a tenth slower).
-_STRIP = 256
 
 _Inputs = dict[str, Any]  # by the name of a linear, or "" for the block: a tensor; of experts: what is routed where
 
@@ -35,20 +33,24 @@ class InputStatistics:
 
     H: Float[Tensor, "in in"]  # XᵀX / tokens in float32 (half the Hessian of the layer's squared output error)
     H_val: Float[Tensor, "in in"]  # the same over held-out tokens; equal to H if none are held out
-    mean_abs: Float[Tensor, "in"]  # mean |x| of each input channel
     tokens: int
     dropped: int  # number of tokens that were left out because of NaN or infinity
     target_moment: Float[Tensor, "out in"] | None = None  # TᵀX / tokens; None if the original model does not run
     target_moment_val: Float[Tensor, "out in"] | None = None  # the same over held-out tokens
+    mean_abs: Float[Tensor, "in"] | None = None  # mean |x| of each input channel, for methods that ask for it
     borrowed: float = 0.0  # the share of H that comes from all experts of the layer; see expert_statistics.py
 
 
-def collect_statistics(block: Block, groups: list[Group], clock: Clock, last: bool = True) -> list[InputStatistics]:
+def collect_statistics(
+    block: Block, groups: list[Group], clock: Clock, last: bool = True, magnitudes: bool = False
+) -> list[InputStatistics]:
     """Run the block over all micro-batches, up to the last group's input, and return the statistics of each group.
 
-    `last`: the original model runs for the last time, so its hidden states are replaced by the block's outputs.
+    Args:
+        last: the original model runs for the last time, so its hidden states are replaced by the block's outputs.
+        magnitudes: also return `mean_abs`.
     """
-    sums = [GroupSums(group, block) for group in groups]
+    sums = [GroupSums(group, block, magnitudes) for group in groups]
     names = {name for group in groups for name in (group.linears[0], group.residual) if name}
     with block.many_runs():
         for share in block.shares:
@@ -78,7 +80,7 @@ def run_both(block: Block, i: int, names: set[str], clock: Clock, last: bool) ->
         with clock("forward"), _inputs(block, names, originals, stop=not last):
             output = block.run_batch(i, original=True, leave=last)
             if last:
-                block.original[i] = output.cpu()
+                block.original[i] = output
     inputs: _Inputs = {"": block.hidden[i]}
     if names:
         with clock("forward"), _inputs(block, names, inputs, stop=True):
@@ -107,16 +109,21 @@ def _inputs(block: Block, names: set[str], inputs: _Inputs, stop: bool) -> Gener
 
 
 class GroupSums:
-    """Sums of H, |x| and the target moment over the tokens of one group. Of H, only the lower triangle is summed."""
+    """Sums of H and the target moment over the tokens of one group. Of H, only the lower triangle is summed.
 
-    def __init__(self, group: Group, block: Block) -> None:
+    On a GPU nothing is read before `finish`: to read a number is to wait for all work that is queued.
+    """
+
+    def __init__(self, group: Group, block: Block, magnitudes: bool = False) -> None:
         self.linear, self.ranks, self.device = group.linears[0], block.ranks, block.compute.device
-        self.tokens, self.dropped = {False: 0, True: 0}, 0  # tokens by whether they are held out
-        # Of each micro-batch. Their sum divides the sums; fsum is exact, so that no number of processes changes a bit.
-        self.weights: dict[bool, list[float]] = {False: [], True: []}
+        self.factors, self.entered = block.compute.factors, 0
+        # Of each micro-batch, by whether it is held out: its tokens, and their weights, which divide the sums in the
+        # end. fsum is exact, so that no number of processes changes a bit.
+        self.tokens: dict[bool, list[int | Tensor]] = {False: [], True: []}
+        self.weights: dict[bool, list[float | Tensor]] = {False: [], True: []}
         self.target = None if block.original is None else _TargetMoment(group, block)
         width = linear_of(block.module, self.linear).in_features
-        self.shapes: dict[str, tuple[int, ...]] = {"H": (width, width), "abs": (width,)}
+        self.shapes: dict[str, tuple[int, ...]] = {"H": (width, width)} | ({"abs": (width,)} if magnitudes else {})
         if self.target is not None:
             self.shapes["target_moment"] = self.target.shape
         self.sums = ShareSums(self.shapes, block.ranks, self.device)
@@ -133,50 +140,63 @@ class GroupSums:
     def add_rows(
         self, rows: list[Float[Tensor, "n _"]], held_out: bool, weights: Float[Tensor, "n"] | None = None
     ) -> None:
-        """Add X, X_o - X and R_o - R (the latter two if there is a target) of some tokens. `weights`: 1 if None."""
-        if weights is not None:
-            rows = [*rows, weights[:, None]]
-        X, *differences = _finite_rows(rows)
-        self.dropped += len(rows[0]) - len(X)
-        self.tokens[held_out] += len(X)
+        """Add X, X_o - X and R_o - R (the latter two if there is a target) of some tokens. `weights`: 1 if None.
+
+        X is rounded first, as the linears do that multiply it. Weighted rows are float32.
+        """
+        self.entered += len(rows[0])
+        rows = [rows[0].to(self.factors), *rows[1:]]
         if weights is None:
-            self.weights[held_out].append(len(X))
+            (X, *differences), count = finite_rows(rows)
+            self.weights[held_out].append(count)
         else:
-            weight = differences.pop()
-            self.weights[held_out].append(float(weight.sum(dtype=torch.float64)))
+            (X, *differences, weight), count = finite_rows([*rows, weights[:, None]])
+            self.weights[held_out].append(on_host(weight.sum(dtype=torch.float64)))
             X, *differences = (tensor * weight.sqrt() for tensor in (X, *differences))
-        X32 = X.float()
-        add_lower(self.sums.growing("H"), X32)
-        self.sums.growing("abs").add_(X32.abs().sum(0))
+        self.tokens[held_out].append(count)
+        add_lower(self.sums.growing("H"), X)
+        if "abs" in self.shapes:
+            self.sums.growing("abs").add_(X.float().abs().sum(0))
         if self.target is not None:
             self.target.add_to(self.sums.growing("target_moment"), X, *differences)
 
     def finish(self) -> InputStatistics:
         """Return the statistics over the tokens of all processes, in every process."""
-        totals = self.sums.finish()
-        parts = self.ranks.each((*self.tokens.values(), self.dropped, self.weights))
-        tokens, tokens_val, dropped = (sum(column) for column in list(zip(*parts, strict=True))[:3])
-        weight, weight_val = (fsum(w for *_, weights in parts for w in weights[kind]) for kind in (False, True))
+        totals, parts = self.sums.finish(), self.ranks.each((self.entered, *self._counts()))
+        entered = sum(part[0] for part in parts)
+        tokens, tokens_val = (sum(part[1][kind] for part in parts) for kind in (False, True))
+        weight, weight_val = (fsum(w for part in parts for w in part[2][kind]) for kind in (False, True))
 
         def mean(name: str, held_out: bool = False) -> Tensor:
             total = totals.pop((name, held_out), None)
             total = torch.zeros(self.shapes[name], device=self.device) if total is None else total
             return self.ranks.share(total).div_((weight_val if held_out else weight) or 1)
 
-        H, mean_abs = mirrored(mean("H")), mean("abs")
-        statistics = InputStatistics(H, mirrored(mean("H", True)) if tokens_val else H, mean_abs, tokens, dropped)
+        H = mirrored(mean("H"))
+        H_val = mirrored(mean("H", True)) if tokens_val else H
+        statistics = InputStatistics(H, H_val, tokens, entered - tokens - tokens_val)
+        if "abs" in self.shapes:
+            statistics.mean_abs = mean("abs")
         if self.target is not None:
             statistics.target_moment = self.target.finished(mean("target_moment"))
             if tokens_val:
                 statistics.target_moment_val = self.target.finished(mean("target_moment", True))
         return statistics
 
+    def _counts(self) -> tuple[dict[bool, int], dict[bool, list[float]]]:
+        """Return the number of tokens, and the weight of each micro-batch, of this process."""
+        kinds = (False, True)
+        lists = [each[kind] for each in (self.tokens, self.weights) for kind in kinds]
+        read = iter(numbers([value for values in lists for value in values]))
+        tokens, tokens_val, *weights = ([next(read) for _ in values] for values in lists)
+        return {False: int(sum(tokens)), True: int(sum(tokens_val))}, dict(zip(kinds, weights, strict=True))
+
 
 class _TargetMoment:
     """The sum of TᵀX of one group, computed in the cheaper of two ways (see `target_moment_is_narrow`)."""
 
     def __init__(self, group: Group, block: Block) -> None:
-        self.precision, self.fold = block.compute.precision, block.folds.get(group.linears[0])
+        self.factors, self.fold = block.compute.factors, block.folds.get(group.linears[0])
         self.names = [name for name in (group.linears[0], group.residual) if name is not None]
         self.W = torch.cat([linear_of(block.module, name).weight.data for name in group.linears])
         out, width = self.W.shape
@@ -197,13 +217,19 @@ class _TargetMoment:
         return [(a - inputs[name].to(device)).flatten(0, -2) for a, name in zip(wanted, self.names, strict=True)]
 
     def add_to(self, total: Tensor, X: Tensor, dX: Tensor, dR: Tensor | None = None) -> None:
-        """Add TᵀX of a micro-batch to `total`, or (X_o - X)ᵀX if the sum is wide."""
-        T = self._product(dX, self.W.T) if self.narrow else dX
-        total.add_(self._product((T if dR is None else T + dR).T, X))
+        """Add TᵀX of a micro-batch to `total`, or (X_o - X)ᵀX if the sum is wide.
 
-    def _product(self, A: Tensor, B: Tensor) -> Tensor:
-        """Return A @ B in low precision: rounding is small beside the noise of the differences that are averaged."""
-        return (A.to(self.precision) @ B.to(self.precision)).float()
+        All products are in low precision: rounding is small beside the noise of the differences that are averaged.
+        """
+        T = self._rounded(dX) @ self._rounded(self.W.T) if self.narrow else dX
+        T = self._rounded(T if dR is None else T + dR)
+        if total.device.type == "cpu":
+            total.add_(T.T @ self._rounded(X))
+        else:
+            add_product(total, T.T, self._rounded(X))
+
+    def _rounded(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.factors)
 
     def finished(self, mean: Tensor) -> Tensor:
         """Return TᵀX / tokens, given the mean of the terms that were added."""
@@ -219,27 +245,16 @@ def target_moment_is_narrow(group: Group, out: int, width: int) -> bool:
     return group.residual is not None or group.is_added or 2 * out < width
 
 
-def _finite_rows(tensors: list[Tensor]) -> list[Tensor]:
-    """Return the tensors without the rows of tokens that are not finite in all of them."""
+def finite_rows(tensors: list[Tensor]) -> tuple[list[Tensor], int | Tensor]:
+    """Return the tensors without the rows of tokens that are not finite in all of them, and the number of the others.
+
+    On a GPU these rows are set to zero, and the number stays there: it is waited for when it is read.
+    """
+    if tensors[0].device.type != "cpu":
+        finite = torch.stack([torch.isfinite(tensor.sum(1, dtype=torch.float32)) for tensor in tensors]).all(0)
+        return [torch.where(finite[:, None], tensor, 0) for tensor in tensors], finite.sum()
     # One reduction finds the rare bad batch: a sum is finite only if every term is.
-    if all(bool(torch.isfinite(tensor.sum(dtype=torch.float32))) for tensor in tensors):
-        return tensors
-    finite = torch.stack([torch.isfinite(tensor).all(1) for tensor in tensors]).all(0)
-    return [tensor[finite] for tensor in tensors]
-
-
-def add_lower(H: Float[Tensor, "n n"], X: Float[Tensor, "tokens n"]) -> None:
-    """Add the lower triangle of XᵀX to H."""
-    for start in range(0, len(H), _STRIP):
-        stop = min(start + _STRIP, len(H))
-        H[start:stop, :stop].addmm_(X[:, start:stop].T, X[:, :stop])
-
-
-def mirrored(H: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """Copy the lower triangle of H to above the diagonal, in place, and return H."""
-    for start in range(0, len(H), _STRIP):
-        stop = min(start + _STRIP, len(H))
-        square = H[start:stop, start:stop]  # both halves were summed, but they may differ in the last bit
-        square.copy_(square.tril() + square.tril(-1).T)
-        H[start:stop, stop:] = H[stop:, start:stop].T
-    return H
+    if not all(bool(torch.isfinite(tensor.sum(dtype=torch.float32))) for tensor in tensors):
+        finite = torch.stack([torch.isfinite(tensor).all(1) for tensor in tensors]).all(0)
+        tensors = [tensor[finite] for tensor in tensors]
+    return tensors, len(tensors[0])

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llmq.calibration.block_runner import Block
-from llmq.calibration.input_statistics import add_lower, mirrored
 from llmq.calibration.ordered_sums import ShareSums
+from llmq.calibration.products import add_lower, mirrored
 from llmq.models.block_structure import linear_of
 from llmq.models.experts import DOWN, Layout, activated
 

@@ -112,8 +112,8 @@ def processes_here(ranks: Ranks) -> int:
 def joined_ranks(device: torch.device) -> Generator[Ranks]:
     """Connect the processes that a launcher started, if any; inside the context they can talk to each other.
 
-    CPUs use gloo and split the machine's cores evenly. GPUs use NCCL. Raises RequestError if the environment
-    speaks of several processes but does not say how they meet.
+    CPUs use gloo and split the machine's cores evenly. GPUs use NCCL, and gloo for what is in memory. Raises
+    RequestError if the environment speaks of several processes but does not say how they meet.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -129,7 +129,7 @@ def joined_ranks(device: torch.device) -> Generator[Ranks]:
         torch.set_num_threads(max(1, cores() // processes_here(Ranks(size=size))))
     else:
         torch.cuda.set_device(device)  # by which NCCL tells the processes apart
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         distributed.init_process_group(backend, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:

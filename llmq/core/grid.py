@@ -54,9 +54,13 @@ def _range(W: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
     if not symmetric:
         return low, high
     largest = torch.where(high > -low, high, low)
-    # Of two that are as large the first one counts. torch's argmax is slow: it is asked in these cases only.
+    # Of two that are as large the first one counts. On a CPU torch's argmax is slow: it is asked in these cases only.
+    # To ask a GPU whether there are any would be to wait for it.
     tied = high == -low
-    if bool(tied.any()):
+    if W.device.type != "cpu":
+        first = W.gather(-1, W.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        largest = torch.where(tied, first, largest)
+    elif bool(tied.any()):
         few = W[tied]
         largest[tied] = few.gather(-1, few.abs().argmax(-1, keepdim=True)).squeeze(-1)
     return largest.clamp(max=0), largest.clamp(min=0)

@@ -7,6 +7,5 @@ block_shapes ─► workload ─► memory_model, disk, time_model ─► plan �
 
 from llmq.plan.plan import plan_of
 from llmq.plan.render import check_plan, lines
-from llmq.plan.workload import States
 
-__all__ = ["States", "check_plan", "lines", "plan_of"]
+__all__ = ["check_plan", "lines", "plan_of"]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
+from llmq.calibration.hidden_states import States
 from llmq.checkpoint.output_dir import existing_parent
 from llmq.checkpoint.writer import SHARD_BYTES
 from llmq.core.distributed import processes_here
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.formats.scheme import Scheme
 from llmq.plan.block_shapes import Layout
-from llmq.plan.workload import States
 from llmq.run.block_quantizer import Run
 from llmq.run.prepare import Request
 

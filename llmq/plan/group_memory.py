@@ -5,7 +5,6 @@ See `memory_model.py` for the terms.
 
 from collections.abc import Sequence
 
-from llmq.calibration.kept_inputs import MOST_KEPT
 from llmq.calibration.ordered_sums import shares_ahead
 from llmq.models.block_structure import Group
 from llmq.plan.block_shapes import Layout
@@ -22,7 +21,7 @@ _STRIP = 1024
 
 
 def kept_bytes(load: Workload, layout: Layout, solved: list[Group], stage: list[Group], last: bool) -> int:
-    """Return what a block keeps for its next run, at most MOST_KEPT.
+    """Return what a block keeps for its next run, where it computes.
 
     Attention and MLP end with a linear: what enters it is kept while the linear is being solved, what leaves it after.
     """
@@ -31,7 +30,7 @@ def kept_bytes(load: Workload, layout: Layout, solved: list[Group], stage: list[
     leaving = sum(layout.shape(group)[0] for group in solved if group.ends)
     entering = sum(layout.shape(group)[1] for group in stage if group.ends)
     width = (leaving + entering) * (1 if last else load.streams)
-    return min(MOST_KEPT, (load.tokens + load.held_out) * width * load.factor_bytes)
+    return min(load.most_kept, (load.tokens + load.held_out) * width * load.factor_bytes)
 
 
 def forward_bytes(load: Workload, layout: Layout, groups: Sequence[Group]) -> int:

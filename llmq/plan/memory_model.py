@@ -26,7 +26,7 @@ The program itself takes 0.45 GB more: 4.26 GB. A run of this shape took 3.77 GB
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -66,6 +66,11 @@ class Moment:
 
 def block_moments(load: Workload, layout: Layout, run: Run) -> Iterator[Moment]:
     """Yield the moments while one block is quantized, in order; the table at the top shows two of them."""
+    for moment in _block_moments(load, layout, run):
+        yield replace(moment, device=moment.device + load.resident)
+
+
+def _block_moments(load: Workload, layout: Layout, run: Run) -> Iterator[Moment]:
     weights = layout.weight_count * load.linear_bytes + layout.other_count * load.other_bytes
     if run.algorithm.transform is not None:
         yield from _transform_moments(load, layout, weights)
@@ -76,22 +81,22 @@ def block_moments(load: Workload, layout: Layout, run: Run) -> Iterator[Moment]:
         if stage and stage[0].expert is not None:
             codes = sum(layout.weights_of(group) for group in solved if group.expert is None)
             kept = kept_bytes(load, layout, solved, stage, last)
-            yield from _expert_moments(load, layout, run, stage, weights + codes, kept)
+            yield from _expert_moments(load, layout, run, stage, weights + codes + kept)
             solved += stage
             continue
-        host = load.states + kept_bytes(load, layout, solved, stage, last)
         codes = sum(map(layout.weights_of, solved))
+        kept = kept_bytes(load, layout, solved, stage, last)
         if load.statistics:
             original = codes * load.factor_bytes if load.streams == 2 else 0
             sums = forward_bytes(load, layout, [*solved, *stage]) + sum(sum_bytes(load, layout, g) for g in stage)
-            yield Moment(f"the sums of {_leaves(stage)}", host, weights + codes + original + sums)
+            yield Moment(f"the sums of {_leaves(stage)}", load.states, weights + kept + codes + original + sums)
         # After the last sum of a block the original weights are freed.
-        before = weights + codes + (codes * load.factor_bytes if load.streams == 2 and not last else 0)
+        before = weights + kept + codes + (codes * load.factor_bytes if load.streams == 2 and not last else 0)
         for i, group in enumerate(stage):
             waiting = sum(problem_bytes(load, layout, other) for other in stage[i + 1 :])
             rounded = sum(map(layout.weights_of, stage[:i]))
             needed = before + waiting + rounded + solving_bytes(load, layout, group, run)
-            yield Moment(f"the solving of {_leaves([group])}", host, needed)
+            yield Moment(f"the solving of {_leaves([group])}", load.states, needed)
         solved += stage
     if run.refine is not None:
         # The way back needs the input and output of every linear, in float32.
@@ -120,16 +125,13 @@ def _usual(layout: Layout) -> list[Group]:
     return [group for group in layout.groups if group.expert is None]
 
 
-def _expert_moments(
-    load: Workload, layout: Layout, run: Run, stage: list[Group], weights: int, kept: int
-) -> Iterator[Moment]:
+def _expert_moments(load: Workload, layout: Layout, run: Run, stage: list[Group], weights: int) -> Iterator[Moment]:
     """Yield the moments while the experts of a module are quantized: first their common sums, then one after the other.
 
     What enters the experts is kept for both models, and what the rest of the block lacks. The codes of an expert are
     written as soon as it is solved.
 
-    `weights`: bytes of the block's weights and of the other groups' codes. `kept`: of outputs, for the block's last
-    run.
+    `weights`: bytes of the block's weights, of the other groups' codes, and of outputs kept for the block's last run.
     """
     before, after = stage[:2]  # of the first expert; the others have the same shapes
     (_, width), (_, inner) = layout.shape(before), layout.shape(after)
@@ -139,7 +141,9 @@ def _expert_moments(
     if run.config.expert_statistics == "all-tokens":
         share = busy = 1.0
     # Of each choice of a token: its row and its weight.
-    host = load.states + load.experts + kept + int(12 * tokens * share * number * load.statistics)
+    choices = int(12 * tokens * share * number * load.statistics)
+    host = load.states + (0 if load.resident else load.experts + choices)
+    weights += load.resident_experts + choices if load.resident else 0
     if load.statistics:
         late = shares_ahead({"before": (width, width), "after": (inner, inner)}, load.ranks)
         sums = (load.sums + late) * 4 * (width**2 + inner**2)
@@ -174,7 +178,7 @@ def other_moments(request: Request, run: Run, load: Workload) -> Iterator[Moment
     yield Moment("the reading of embeddings", inside * stored + read - largest * stored)
     yield Moment("the embeddings", inside * stored, inside * dtype * (dtype != stored))
     first = (load.states - load.arguments) // load.streams + load.arguments  # both models begin with the same states
-    yield Moment("the recording of hidden states", first, inside * dtype)
+    yield Moment("the recording of hidden states", first, inside * dtype + load.resident // load.streams)
     yield Moment("the writing of embeddings", read)
     last, sizes = source.block_names.index(run.chosen[-1]), set[tuple[int, int, bool, bool]]()
     for i, name in enumerate(source.block_names):
@@ -183,9 +187,11 @@ def other_moments(request: Request, run: Run, load: Workload) -> Iterator[Moment
         sizes.add((count, _read_at_once(source, inside), name in run.chosen, i < last))
     for count, once, is_chosen, text_passes in sorted(sizes):
         loaded = dtype if load.linear_bytes != stored else stored
-        yield Moment("the reading of a block", load.states + once, count * loaded)
+        yield Moment("the reading of a block", load.states + once, count * loaded + load.resident)
         if not is_chosen and text_passes:
-            yield Moment("the writing of a block that stays", 2 * count * stored + load.states, count * dtype)
+            yield Moment(
+                "the writing of a block that stays", 2 * count * stored + load.states, count * dtype + load.resident
+            )
         if not is_chosen:
             yield Moment("the check of a block that stays", count * (stored + 4))
     if SELF in (config.calibration, config.tuned.end_text if config.end_to_end else ""):

@@ -115,7 +115,7 @@ def _random_problem(run: Run, rows: int, columns: int, grid: Grid) -> Problem:
         H = (X + X.T).mul_(0.2 / columns**0.5)
         H.diagonal().add_(1.0)  # its eigenvalues are positive
         ones, target_moment = torch.ones(columns, device=run.device), W.flip(0) if run.matching else None
-        statistics = InputStatistics(H, H, ones, columns, 0, target_moment, target_moment)
+        statistics = InputStatistics(H, H, columns, 0, target_moment, target_moment, ones)
     return Problem(W, statistics, grid, run.scale_dtype, torch.ones(rows, dtype=torch.bool, device=run.device))
 
 

@@ -11,6 +11,7 @@ from itertools import chain
 import torch
 from torch import nn
 
+from llmq.calibration.hidden_states import States
 from llmq.calibration.work_split import micro_batches
 from llmq.core.distributed import processes_here
 from llmq.core.memory import free_memory, resident_now
@@ -23,7 +24,7 @@ from llmq.plan.disk import Disk, disks, output_bytes, packed_shapes
 from llmq.plan.memory_model import Moment, block_moments, other_moments
 from llmq.plan.microbenchmarks import speeds_of, token_seconds
 from llmq.plan.time_model import Timed, all_seconds
-from llmq.plan.workload import States, Workload, states_of, workload_of
+from llmq.plan.workload import Workload, states_of, workload_of
 from llmq.run.block_quantizer import Run
 from llmq.run.prepare import Request
 

@@ -43,6 +43,7 @@ def _needs(plan: Plan) -> Iterator[str]:
     """Yield the lines about memory and disk."""
     each = " in each process" if plan.processes[0] > 1 else ""
     where = "in memory" if plan.states.directory is None else f"on disk, in {plan.states.directory.parent}"
+    where = f"on the {plan.device} device" if plan.states.resident else where
     experts = f", and {gb(plan.states.experts)} of inputs of experts" if plan.states.experts else ""
     yield f"states    {gb(plan.states.nbytes)} of hidden states{experts}{each} wait {where}"
     peak, (host, device) = plan.program + plan.host_bytes(plan.worst), plan.free

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from llmq.calibration.kept_inputs import MOST_KEPT
+from llmq.calibration.hidden_states import States
 from llmq.models.block_structure import Group
 from llmq.models.experts import DOWN
 from llmq.plan.block_shapes import Layout
 from llmq.plan.microbenchmarks import Speeds
-from llmq.plan.workload import States, Workload, workload_of
+from llmq.plan.workload import Workload, workload_of
 from llmq.run.block_quantizer import Run
 from llmq.run.prepare import Request
 
@@ -58,7 +58,7 @@ def _passes(load: Workload, layout: Layout) -> float:
     """Estimate how often a block runs over the text; a run that ends at a group counts as a fraction.
 
     With kept inputs, each stream passes the block once and each last linear of attention and MLP once more. Without,
-    every group needs a run up to it. Reality lies between: what exceeds MOST_KEPT is not kept.
+    every group needs a run up to it. Reality lies between: what exceeds `most_kept` is not kept.
     """
     runs, before = list[float](), 0.0
     for stage in load.stages(layout):
@@ -72,7 +72,7 @@ def _passes(load: Workload, layout: Layout) -> float:
     ends = layout.used(last_linears) / layout.used_count
     width = sum(layout.shape(group)[1] for group in last_linears)
     wanted = (load.tokens + load.held_out) * width * load.factor_bytes * load.streams
-    share = min(1.0, MOST_KEPT / max(1, wanted))
+    share = min(1.0, load.most_kept / max(1, wanted))
     return share * (load.streams + ends) + (1 - share) * without
 
 

@@ -2,12 +2,13 @@
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from llmq.algorithms.gptq import rows_per_solve
+from llmq.calibration.hidden_states import States
 from llmq.calibration.input_statistics import target_moment_is_narrow
+from llmq.calibration.kept_inputs import most_kept
 from llmq.calibration.work_split import portion_of
 from llmq.checkpoint.output_dir import unfinished_work
 from llmq.core.distributed import Ranks, processes_here
@@ -19,16 +20,7 @@ from llmq.run.layer_problem import stages_of
 from llmq.run.prepare import Request
 
 _MEMORY_SHARE = 0.25  # hidden states that need more than this share of the free memory wait on disk
-
-
-@dataclass(frozen=True)
-class States:
-    """Size of what waits for the next block in this process, mostly hidden states, and where it waits."""
-
-    nbytes: int
-    directory: Path | None  # None if they wait in memory
-    arguments: int = 0  # bytes of them that are no hidden states: arguments of blocks that depend on the tokens
-    experts: int = 0  # bytes beside them: what enters the experts of a block waits in the same place for their turn
+_DEVICE_SHARE = 1 / 3  # those that need no more than this share of a GPU's free memory stay there
 
 
 @dataclass(frozen=True)
@@ -50,6 +42,9 @@ class Workload:
     ranks: Ranks
     arguments: int = 0  # bytes of `states` that are no hidden states: arguments of blocks that depend on the tokens
     experts: int = 0  # bytes in memory of what enters the experts of a block
+    resident: int = 0  # bytes of hidden states that wait on the GPU
+    resident_experts: int = 0  # the same for what enters the experts
+    most_kept: int = 0  # largest number of bytes that a block keeps for its next run, where it computes
 
     def stages(self, layout: Layout) -> list[list[Group]]:
         """Return the groups in the order they are solved; a stage is solved between two runs of the block."""
@@ -65,6 +60,8 @@ class Workload:
 def workload_of(request: Request, run: Run, states: States) -> Workload:
     """Return the work of this process."""
     portion, compute, tokens = portion_of(request.tokens, request.ranks), request.compute, request.tokens
+    in_memory = states.directory is None
+    resident, host = states.resident and in_memory, in_memory and not states.resident
     shares, held_out_shares = (sum(share.held_out == kind for share in portion.shares) for kind in (False, True))
     sizes = [batch.numel() for batch in portion.batches]
     return Workload(
@@ -78,11 +75,14 @@ def workload_of(request: Request, run: Run, states: States) -> Workload:
         other_bytes=compute.dtype.itemsize,
         sequential=run.sequential,
         statistics=run.algorithm.needs_statistics(run.config),
-        states=0 if states.directory is not None else states.nbytes,
+        states=states.nbytes if host else states.arguments if in_memory else 0,
         rows_per_solve=rows_per_solve(compute.device),
         ranks=request.ranks,
-        arguments=0 if states.directory is not None else states.arguments,
-        experts=0 if states.directory is not None else states.experts,
+        arguments=states.arguments if in_memory else 0,
+        experts=states.experts if host else 0,
+        resident=states.nbytes - states.arguments if resident else 0,
+        resident_experts=states.experts if resident else 0,
+        most_kept=most_kept(compute.device),
     )
 
 
@@ -97,7 +97,11 @@ def states_of(request: Request, run: Run) -> States:
     has_statistics = run.algorithm.needs_statistics(config)
     # With the original model also its inputs, and what the block's output lacks without the experts.
     experts = int(tokens * each.experts) * (2 * streams - 1) // ranks.size if has_statistics else 0
-    free = free_memory(torch.device("cpu"))
+    free, device = free_memory(torch.device("cpu")), request.compute.device
+    if config.offload_dir is None and device.type != "cpu":
+        there = size - arguments + experts
+        if there <= _DEVICE_SHARE * free_memory(device):
+            return States(size, None, arguments, experts, resident=True)
     if config.offload_dir is None and (size + experts) * processes_here(ranks) <= _MEMORY_SHARE * free:
         return States(size, None, arguments, experts)
     key = hashlib.sha256(str(config.output.resolve()).encode()).hexdigest()[:12]

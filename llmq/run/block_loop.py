@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llmq.calibration.block_stream import StreamSettings, stream
-from llmq.calibration.hidden_states import remove_states
+from llmq.calibration.hidden_states import States, remove_states
 from llmq.checkpoint.model_files import companions_of
 from llmq.checkpoint.writer import Writer
 from llmq.models.packed_share import packed_share
@@ -20,10 +20,10 @@ from llmq.run.resume import OUTSIDE, Progress
 from llmq.verification.check import DIGESTS, check, tokenizer_fault
 
 
-def quantize_blocks(request: Request, run: Run, progress: Progress, states_dir: Path | None, states_size: int) -> None:
+def quantize_blocks(request: Request, run: Run, progress: Progress, states: States) -> None:
     """Save all tensors of the model, first those outside the blocks, then block by block. Finished steps are left out.
 
-    One block is in memory at a time. `states_dir`: where hidden states wait on disk; None keeps them in memory.
+    One block is in memory at a time. `states`: where hidden states wait.
     """
     names = request.source.block_names
     if not progress.is_done(OUTSIDE):
@@ -33,21 +33,21 @@ def quantize_blocks(request: Request, run: Run, progress: Progress, states_dir: 
             run.report.note("model", [f"{len(carried)} tensors without a place in {model} are copied: {listed}"])
         progress.save(OUTSIDE, _unchanged(run, [*request.source.outer_names(), *carried], lambda name: name))
         progress.commit()
-    if states_dir is not None and request.config.offload_dir is None and not request.steps:
-        size = f"{states_size / 1e9:.1f} GB, more than a quarter of free memory"
+    if states.directory is not None and request.config.offload_dir is None and not request.steps:
+        size = f"{states.nbytes / 1e9:.1f} GB, more than a quarter of free memory"
         run.report.note("model", [f"hidden states wait on disk: {size}"])
     stop = names.index(run.chosen[-1]) + 1
-    _quantize_chosen(request, run, progress, states_dir, stop)
+    _quantize_chosen(request, run, progress, states, stop)
     for name in names[stop:]:
         if not progress.is_done(name):
             tensors = request.source.block_tensor_names(name)
             progress.save(name, _unchanged(run, tensors, lambda tensor: tensor.rpartition(".")[0]))
             progress.commit()
     run.ranks.meet()  # no process needs its hidden states any more
-    remove_states(states_dir)
+    remove_states(states.directory)
 
 
-def _quantize_chosen(request: Request, run: Run, progress: Progress, states_dir: Path | None, stop: int) -> None:
+def _quantize_chosen(request: Request, run: Run, progress: Progress, states: States, stop: int) -> None:
     """Send the hidden states through the first `stop` blocks, and quantize those that are chosen and not finished."""
     finished = sum(map(progress.is_done, request.source.block_names[:stop]))
     if finished == stop:
@@ -61,7 +61,8 @@ def _quantize_chosen(request: Request, run: Run, progress: Progress, states_dir:
         finished=finished,
         restore=progress.restore_block,
         passed=progress.commit,
-        hidden_dir=progress.hidden_dir_for(states_dir),
+        hidden_dir=progress.hidden_dir_for(states.directory),
+        resident=states.resident,
     )
     with closing(stream(request.source, request.tokens, request.compute, request.clock, settings)) as blocks:
         bar = tqdm(blocks, "blocks", total=stop, initial=finished, disable=not request.progress, unit="block")

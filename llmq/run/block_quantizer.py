@@ -6,7 +6,7 @@
 A group is a set of linears that read the same input. They are rounded together, as one stacked matrix.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -129,7 +129,7 @@ class Run:
         """
         if self.algorithm.transform is None:
             return set(), None
-        problems = self._problems(replace(block, original=None), groups, last=False)
+        problems = self._problems(replace(block, original=None), groups, last=False, magnitudes=True)
         block.keep_original()
         with self.clock("solve"):
             changed, notes = self.algorithm.transform(block, groups, problems, self.config)
@@ -139,10 +139,11 @@ class Run:
     def _bits_of(self, block: Block, group: Group) -> int:
         return bits_of_group(self.bits, block.name, group.linears)
 
-    def _problems(self, block: Block, groups: list[Group], last: bool) -> list[Problem]:
+    def _problems(self, block: Block, groups: list[Group], last: bool, magnitudes: bool = False) -> list[Problem]:
         """Return one rounding problem per group, with the statistics that the method needs."""
-        needed = self.algorithm.needs_statistics(self.config)
-        statistics = collect_statistics(block, groups, self.clock, last) if needed else [None] * len(groups)
+        statistics: Sequence[InputStatistics | None] = [None] * len(groups)
+        if self.algorithm.needs_statistics(self.config):
+            statistics = collect_statistics(block, groups, self.clock, last, magnitudes)
         return [self._problem(block, group, stats) for group, stats in zip(groups, statistics, strict=True)]
 
     def _problem(self, block: Block, group: Group, statistics: InputStatistics | None) -> Problem:

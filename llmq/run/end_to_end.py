@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from llmq.calibration.block_runner import Compute
+from llmq.calibration.hidden_states import States
 from llmq.calibration.texts import Tokens
 from llmq.checkpoint.digests import digests_of
 from llmq.checkpoint.reader import Checkpoint
@@ -139,9 +140,7 @@ def distill(
     return train(task, settings.end_steps, settings.end_batch, {}, progress)
 
 
-def quantize_and_train(
-    request: Request, run: Run, writer: Writer, journal: Journal, states_dir: Path | None, states_nbytes: int
-) -> None:
+def quantize_and_train(request: Request, run: Run, writer: Writer, journal: Journal, states: States) -> None:
     """Write a first checkpoint block by block into a workroom, train it, and save the trained tensors with `writer`.
 
     If an interrupted run got that far, the first checkpoint is there already, and perhaps the trained tensors.
@@ -150,7 +149,7 @@ def quantize_and_train(
         progress = Progress(run, first, journal, request.steps)
         if not progress.is_done(TRAINING):
             if not first.is_finished:
-                quantize_blocks(request, run, progress, states_dir, states_nbytes)
+                quantize_blocks(request, run, progress, states)
                 finish(request, run, first)
             _train(request, run, first.directory, writer, progress)
     writer.keep_parts(progress.parts)

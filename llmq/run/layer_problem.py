@@ -15,6 +15,7 @@ from llmq.algorithms.stable_sums import energy, lost_energy
 from llmq.calibration.block_runner import Block
 from llmq.calibration.input_statistics import InputStatistics
 from llmq.core.config import QuantizeConfig
+from llmq.core.device import numbers
 from llmq.core.distributed import Ranks
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.core.settings import Grid
@@ -149,6 +150,6 @@ def errors_of(problem: Problem, solution: Solution, is_nearest: bool, ranks: Ran
     lost = [lost_energy(problem, solution, H)]
     if not is_nearest:
         lost.append(lost_energy(problem, round_to_nearest(problem), H))
-    mine = (lost[0], lost[-1], energy(problem.W, H))
+    mine = numbers([lost[0], lost[-1], energy(problem.W, H)])
     error, nearest_error, whole = (fsum(column) for column in zip(*ranks.each(mine), strict=True))
     return (error / whole, nearest_error / whole) if whole > 0 else (0.0, 0.0)

@@ -84,7 +84,7 @@ def open_request(config: QuantizeConfig, device: torch.device, ranks: Ranks, pro
         source = ModelSource(config.source, config.trust_remote_code)
         if source.directory.resolve() == config.output.resolve():
             raise RequestError("the output directory is the model's own; choose another")
-        compute = compute_for(source, device)
+        compute = compute_for(source, device, config.method == "tuned")
     config = _with_format(config, source)
     tokens, training = ranks.first(lambda: _Text(config, source, compute, clock, progress).tokens())
     identity = fingerprint(config, source, tokens, training, compute)
@@ -129,14 +129,15 @@ def _check_offload(directory: Path) -> None:
         raise RequestError(f"hidden states cannot wait in {directory}: it is not a directory that llmq may write to")
 
 
-def compute_for(source: ModelSource, device: torch.device) -> Compute:
+def compute_for(source: ModelSource, device: torch.device, trains: bool) -> Compute:
     """Return how to compute: in float32, where nothing overflows, with bfloat16 products if the device is fast at them.
 
-    On a GPU, where memory is scarce, bfloat16 models stay bfloat16.
+    On a GPU, where memory is scarce, models of 16 bits compute in their own dtype, as they do when they are served. One
+    of float16 that is to be trained does not: its gradients would be rounded to zero.
     """
     precision = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-    dtype = torch.bfloat16 if device.type == "cuda" and source.dtype == torch.bfloat16 else torch.float32
-    return Compute(device, dtype, precision)
+    own = source.dtype == torch.bfloat16 or (source.dtype == torch.float16 and not trains)
+    return Compute(device, source.dtype if device.type != "cpu" and own else torch.float32, precision)
 
 
 def whole_model(config: QuantizeConfig, device: torch.device, dtype: torch.dtype) -> Any:

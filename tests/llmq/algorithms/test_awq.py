@@ -89,7 +89,7 @@ def first_block(directory, dtype=torch.float32):
     block.module.requires_grad_(False)
     groups = find_groups(block.module, block.run, block.hidden[0][:1])
     problems = []
-    for group, stats in zip(groups, collect_statistics(block, groups, Clock()), strict=True):
+    for group, stats in zip(groups, collect_statistics(block, groups, Clock(), magnitudes=True), strict=True):
         W = torch.cat([linear_of(block.module, name).weight for name in group.linears])
         problems.append(Problem(W, stats, Grid(3, 32, True), torch.float16, torch.ones(len(W), dtype=torch.bool)))
     return block, groups, problems
@@ -114,7 +114,7 @@ def test_the_folded_block_computes_the_same_function(name, tmp_path):
 def test_after_folding_each_problem_describes_the_scaled_block(tmp_path):
     block, groups, problems = first_block(save_tiny(tmp_path, "llama-mha"))
     awq.transform(block, groups, problems, Awq())
-    for group, problem, measured in zip(groups, problems, collect_statistics(block, groups, Clock()), strict=True):
+    for group, problem, measured in zip(groups, problems, collect_statistics(block, groups, Clock(), magnitudes=True), strict=True):
         assert torch.equal(problem.W, torch.cat([linear_of(block.module, name).weight for name in group.linears]))
         assert torch.allclose(problem.statistics.H, measured.H, rtol=1e-3, atol=1e-4 * float(measured.H.max()))
 
@@ -185,6 +185,6 @@ def test_after_folding_the_original_model_is_still_the_target(tmp_path):
     block.original = [hidden.clone() for hidden in block.hidden]
     block.keep_original()
     awq.transform(block, groups, problems, Awq())
-    for statistics in collect_statistics(block, groups, Clock(), last=False):
+    for statistics in collect_statistics(block, groups, Clock(), last=False, magnitudes=True):
         assert statistics.target_moment is not None
         assert statistics.target_moment.abs().max() < 1e-4 * statistics.H.abs().max()

@@ -43,7 +43,7 @@ def moments(tokens, unlike, seed):
 def real_loss(H, V):
     problem = make_problem(torch.ones(1, WIDTH), rows=256)
     problem.statistics = replace(problem.statistics, H=H)
-    return lost_energy(problem, gptq.solve(problem, Gptq(order="static")), V)
+    return float(lost_energy(problem, gptq.solve(problem, Gptq(order="static")), V))
 
 
 @pytest.mark.parametrize("unlike", [0.3, 1.5])
@@ -81,7 +81,7 @@ def test_judges_are_spread_by_tokens_and_have_held_out_ones():
 
 def test_an_expert_that_saw_nothing_gets_the_layers_moments_and_no_target():
     zero, layer = torch.zeros(4, 4), LayerMoments(torch.eye(4), 2 * torch.eye(4))
-    own = InputStatistics(zero, zero, torch.zeros(4), 0, 0, torch.zeros(8, 4), torch.zeros(8, 4))
+    own = InputStatistics(zero, zero, 0, 0, torch.zeros(8, 4), torch.zeros(8, 4))
     result = shrunk(own, layer, held_out=0, strength=2.0)
     assert torch.equal(result.H, layer.H)
     assert torch.equal(result.H_val, layer.H_val)
@@ -90,7 +90,7 @@ def test_an_expert_that_saw_nothing_gets_the_layers_moments_and_no_target():
 
 
 def test_many_tokens_borrow_little():
-    own = InputStatistics(torch.eye(4), torch.eye(4), torch.ones(4), 10**6, 0, torch.ones(8, 4), torch.ones(8, 4))
+    own = InputStatistics(torch.eye(4), torch.eye(4), 10**6, 0, torch.ones(8, 4), torch.ones(8, 4))
     result = shrunk(own, LayerMoments(9 * torch.eye(4), 9 * torch.eye(4)), held_out=10**5, strength=2.0)
     torch.testing.assert_close(result.H, torch.eye(4), rtol=1e-3, atol=0)
     torch.testing.assert_close(result.target_moment, torch.ones(8, 4), rtol=1e-3, atol=0)

@@ -6,24 +6,28 @@ from llmq.algorithms import rtn, stable_sums
 from llmq.algorithms.stable_sums import computable, energy, inner, lost_energy, mean, strips
 
 
+def _energies(problem, solution):
+    H = problem.statistics.H
+    return [*map(float, (energy(problem.W, H), energy(problem.W, None), lost_energy(problem, solution, H)))]
+
+
 def test_energies_are_summed_in_one_order(monkeypatch):
     problem = make_problem(correlated_inputs(width=192, dtype=torch.float32), rows=400)
-    H, solution, found = problem.statistics.H, rtn.solve(problem), []
+    solution, found = rtn.solve(problem), []
     for count in (1, 2, 3):
         with threads(count):
-            found.append((energy(problem.W, H), energy(problem.W, None), lost_energy(problem, solution, H)))
+            found.append(_energies(problem, solution))
     assert found[0] == found[1] == found[2]
     assert found[0][2] == pytest.approx(loss(problem, solution), rel=1e-4)
     monkeypatch.setattr(stable_sums, "_ROWS", 48)
-    in_strips = energy(problem.W, H), energy(problem.W, None), lost_energy(problem, solution, H)
-    assert in_strips == pytest.approx(found[0], rel=1e-12)
+    assert _energies(problem, solution) == pytest.approx(found[0], rel=1e-12)
 
 
 def test_means_of_long_diagonals_are_summed_in_one_order():
     terms, found = torch.rand(100_001, generator=torch.Generator().manual_seed(0)), []
     for count in (1, 2, 3):
         with threads(count):
-            found.append(mean(terms))
+            found.append(float(mean(terms)))
     assert found[0] == found[1] == found[2] == pytest.approx(float(terms.double().mean()), rel=1e-12)
 
 
@@ -32,7 +36,7 @@ def test_an_inner_product_is_summed_in_one_order():
     sums = []
     for count in (1, 2, 3):
         with threads(count):
-            sums.append(inner(A, B))
+            sums.append(float(inner(A, B)))
     assert sums[0] == sums[1] == sums[2] == pytest.approx(float((A.double() * B.double()).sum()), rel=1e-5)
 
 

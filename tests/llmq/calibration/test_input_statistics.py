@@ -17,7 +17,7 @@ def test_moments_equal_those_of_all_inputs_at_once(width, inner):
     hidden = hidden_states(width=width)
     block = block_of(hidden, 2, width, inner)
     for stats, X in zip(
-        collect_statistics(block, GROUPS, Clock()),
+        collect_statistics(block, GROUPS, Clock(), magnitudes=True),
         [hidden, [block.module.a(h).relu() for h in hidden]],
         strict=True,
     ):

@@ -80,7 +80,7 @@ def test_an_input_is_kept_only_when_everything_before_it_is_replaced():
 @torch.no_grad()
 @pytest.mark.parametrize("most", [0, 3 * 2 * 50 * 96 * 4, 1 << 30])
 def test_what_does_not_fit_is_computed_again(most, monkeypatch):
-    monkeypatch.setattr("llmq.calibration.kept_inputs.MOST_KEPT", most)
+    monkeypatch.setattr("llmq.calibration.kept_inputs._MOST_KEPT", most)
     hidden = hidden_states()
     block, groups = block_and_groups(hidden, list(hidden))
     block.expect([[group] for group in groups])
@@ -200,7 +200,7 @@ def test_a_submodule_with_a_residual_that_is_wanted_inside_it_always_runs():
 @torch.no_grad()
 @pytest.mark.parametrize(("room", "runs"), [(0, RUNS_LAST), (-1, RUNS_ALL)])
 def test_an_input_is_kept_if_it_fits_to_the_byte(room, runs, monkeypatch):
-    monkeypatch.setattr("llmq.calibration.kept_inputs.MOST_KEPT", 2 * 50 * 96 * 4 + room)
+    monkeypatch.setattr("llmq.calibration.kept_inputs._MOST_KEPT", 2 * 50 * 96 * 4 + room)
     (kept, module), hidden = expecting(), hidden_states()[0]
     replace(kept, module, "inner.a")
     counted(kept, module, hidden)

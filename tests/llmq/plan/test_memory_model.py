@@ -44,6 +44,7 @@ def test_the_worked_example_is_what_the_code_computes(llama, text_file, tmp_path
         states=2 * 8 * 512 * WIDTH * 4,
         rows_per_solve=4096,
         ranks=ALONE,
+        most_kept=1 << 30,
     )
     _, run = open_run(llama, text_file, tmp_path / "out", method="gptq")
     moments = {m.what: m.host + m.device for m in block_moments(load, block_of_llama_2_7b(), run)}
