@@ -23,20 +23,21 @@ _EXPERT = re.compile(r"experts\.(\d+)\.")  # in the name of what belongs to one 
 def parsed_once() -> Generator[None]:
     """Parse a .gguf file only the first time that it is opened inside, be it by llmq or by transformers.
 
-    transformers parses all of it for the config, and again for the tokenizer. 49,000 words take 4 s each time (2-core
-    AVX2 machine, 2026-11-28).
+    transformers parses all of it for the config, and again for the tokenizer. `read_header` must have let it pass.
     """
     if importlib.util.find_spec("gguf") is None:  # transformers says what is missing
         yield
         return
     import gguf
 
+    from llmq.models.gguf_arrays import QuickReader
+
     make, readers = gguf.GGUFReader, dict[str, Any]()
 
     def opened(path: Any, *_: Any) -> Any:
         where = os.path.abspath(path)
         if where not in readers:
-            readers[where] = make(path)
+            readers[where] = QuickReader(path)
         return readers[where]
 
     gguf.GGUFReader = opened

@@ -107,8 +107,7 @@ class _Cursor:
         if kind in _NUMBERS:
             self._skip(count * struct.calcsize(_NUMBERS[kind]))
         elif kind == _STRING:
-            for _ in range(count):
-                self._skip(self._number("<Q"))
+            self._skip_texts(count)
         else:
             raise ValueError(f"an array of values of type {kind}")
         return count
@@ -123,6 +122,15 @@ class _Cursor:
         start = self._at
         self._skip(length)
         return self._content[start : self._at].decode("utf-8")
+
+    def _skip_texts(self, count: int) -> None:
+        """Go behind texts that follow each other. A loop of its own: a vocabulary has 100,000 and more."""
+        length, content, at, end = struct.Struct("<Q"), self._content, self._at, len(self._content)
+        for _ in range(count):
+            if at > end - length.size:
+                raise ValueError("it ends too early")
+            at += length.size + length.unpack_from(content, at)[0]
+        self._skip(at - self._at)
 
     def _skip(self, count: int) -> None:
         if count > len(self._content) - self._at:

@@ -11,6 +11,8 @@ from llmq.checkpoint.module_matching import LinearMaker, check_fit, replace_line
 from llmq.checkpoint.reader import CONFIG, Checkpoint, is_packed
 from llmq.core.device import pick_device
 from llmq.core.errors import CheckpointError, RequestError
+from llmq.models.gguf_file import parsed_once
+from llmq.models.gguf_header import read_header
 from llmq.models.locate import gguf_in, locate
 from llmq.models.model_source import ModelSource, build_skeleton, move_buffers, read_generation_config
 from llmq.runtime.fused_siblings import merge_linears
@@ -113,7 +115,9 @@ def open_tokenizer(path: Path, trust_remote_code: bool) -> Any:
     """Open the tokenizer in a directory or a .gguf file. Raises CheckpointError if transformers cannot."""
     try:
         if (file := gguf_in(path)) is not None:
-            return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            read_header(file)  # as `parsed_once` wants it
+            with parsed_once():
+                return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a dozen tokenizer classes, each with its own way to fail
         raise CheckpointError(f"{path} holds no tokenizer transformers can read ({type(error).__name__})") from None
