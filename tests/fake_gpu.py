@@ -3,12 +3,16 @@
 Its name is "meta": a torch that is built for CPUs makes no slices of tensors that say they are on CUDA.
 """
 
+from collections import Counter
+
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map
 
 GPU = torch.device("meta")
+# To read a number, or to learn the size of a result, is to wait until the GPU has done all that is queued.
+_WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_dim", "_unique2"}
 
 
 class OnGpu(Tensor):
@@ -23,25 +27,57 @@ class OnGpu(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
+    @property
+    def data(self):
+        return OnGpu(self.inner)
+
+    @data.setter
+    def data(self, other):
+        Tensor.data.__set__(self, other)
+        self.inner = other.inner
+
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         return _run(operation, args, kwargs or {})
 
+    def data_ptr(self):
+        return self.inner.data_ptr()
+
     def tolist(self):
+        if isinstance(mode := _get_current_dispatch_mode(), FakeGpu):
+            mode.waits.append("tolist")
         return self.inner.tolist()
 
 
 class FakeGpu(TorchDispatchMode):
-    """Inside of it, tensors that are made on GPU or moved there are OnGpu. `on_cpu`: operations that gave others."""
+    """Inside of it, tensors that are made on GPU or moved there are OnGpu.
+
+    Attributes:
+        on_cpu: operations that gave others.
+        copies: number of copies by shape and direction, "to" or "from" the GPU. Numbers do not count.
+        waits: operations for which the program waits until the GPU has done all that is queued.
+    """
 
     def __init__(self):
         super().__init__()
-        self.on_cpu = []
+        self.on_cpu, self.copies, self.waits = [], Counter(), []
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         result = _run(operation, args, kwargs or {})
-        if any(isinstance(leaf, Tensor) and leaf.ndim and not isinstance(leaf, OnGpu) for leaf in tree_leaves(result)):
+        name, was_there = operation.overloadpacket.__name__, any(isinstance(tensor, OnGpu) for tensor in tensors)
+        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if any(leaf.ndim and not isinstance(leaf, OnGpu) for leaf in leaves):
             self.on_cpu.append(str(operation))
+        if name in ("_to_copy", "copy_"):
+            source, target = tensors[-1], leaves[0]
+            if isinstance(source, OnGpu) != isinstance(target, OnGpu):
+                self.copies[tuple(target.shape), "to" if isinstance(target, OnGpu) else "from"] += target.ndim > 0
+                if isinstance(source, OnGpu):
+                    self.waits.append(name)
+        by_mask = name in ("index", "index_put_") and any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
+        if was_there and (name in _WAITS or by_mask):
+            self.waits.append(name)
         return result
 
 
@@ -57,7 +93,8 @@ def _run(operation, args, kwargs):
     to_gpu = any(on_gpu[:1] if crosses else on_gpu) if device is None else torch.device(device) == GPU
     kwargs = kwargs if device is None else kwargs | {"device": torch.device("cpu")}
     args, kwargs = tree_map(lambda leaf: leaf.inner if isinstance(leaf, OnGpu) else leaf, (args, kwargs))
-    result = operation(*args, **kwargs)
+    run = _with_float32_result if operation == torch.ops.aten.addmm.dtype_out else operation
+    result = run(*args, **kwargs)
     written = {id(tensor.inner): tensor for tensor in tensors if isinstance(tensor, OnGpu)}  # in place
 
     def placed(leaf):
@@ -66,3 +103,11 @@ def _run(operation, args, kwargs):
         return written[id(leaf)] if id(leaf) in written else OnGpu(leaf)
 
     return tree_map(placed, result)
+
+
+def _with_float32_result(total, A, B, dtype, out):
+    """Add a product of 16 bits to a float32 total: torch has this operation for CUDA alone."""
+    assert A.dtype == B.dtype in (torch.float16, torch.bfloat16)
+    assert dtype == total.dtype == torch.float32
+    assert out.data_ptr() == total.data_ptr()
+    return out.addmm_(A.float(), B.float())

@@ -126,9 +126,9 @@ class PinnedStates:
     """
 
     def __init__(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
-        self._items = [torch.empty(shape, dtype=dtype, pin_memory=True) for shape in shapes]
+        self._items = [_pinned(shape, dtype=dtype) for shape in shapes]
         self._device, self._side = device, torch.cuda.Stream(device)
-        self._coming: dict[int, tuple[Tensor, torch.Event]] = {}  # what is on its way to the device
+        self._coming: dict[int, tuple[Tensor, Any]] = {}  # what is on its way, and the event of its arrival
 
     def __len__(self) -> int:
         return len(self._items)
@@ -149,11 +149,15 @@ class PinnedStates:
             self._items[i].copy_(tensor, non_blocking=True)
         tensor.record_stream(self._side)
 
-    def _fetch(self, i: int) -> tuple[Tensor, torch.Event]:
+    def _fetch(self, i: int) -> tuple[Tensor, Any]:
         """Start a copy to the device. It comes after all earlier copies from there, so it reads the newest state."""
         with torch.cuda.stream(self._side):
             tensor = self._items[i].to(self._device, non_blocking=True)
             return tensor, torch.cuda.current_stream(self._device).record_event()
+
+
+def _pinned(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
 # Micro-batches [samples, tokens, features]. A list holds them on the device of the computation.

@@ -60,8 +60,8 @@ def numbers(values: Sequence[int | float | Tensor]) -> list[float]:
     if not any(isinstance(value, Tensor) for value in values):
         return [float(value) for value in values]
     device = next(value.device for value in values if isinstance(value, Tensor))
-    together = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in values]
-    return torch.stack(together).tolist()
+    whole = {"dtype": torch.float64, "device": device}
+    return torch.stack([v.double() if isinstance(v, Tensor) else torch.full((), v, **whole) for v in values]).tolist()
 
 
 def cores() -> int:

@@ -30,6 +30,11 @@ class PeakMemory:
         return max(self._before, resident_peak())
 
 
+def gpu_peak() -> int | None:
+    """Return the most bytes that tensors have taken on the GPU since the program began; None if it is not in use."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
+
+
 def resident_peak() -> int:
     """Return the peak in bytes since the program began, or since PeakMemory was last asked."""
     if sys.platform == "linux":

@@ -12,7 +12,7 @@ from llmq.algorithms.problem import Solution
 from llmq.calibration.input_statistics import InputStatistics
 from llmq.core.command_line import command_line
 from llmq.core.config import VERSION, QuantizeConfig
-from llmq.core.memory import PeakMemory
+from llmq.core.memory import PeakMemory, gpu_peak
 from llmq.core.timing import Clock
 from llmq.models.block_structure import Group
 from llmq.models.experts import DOWN
@@ -21,6 +21,7 @@ from llmq.run.journal import Line, Pair
 from llmq.verification.stated_share import SHARE
 
 _WORST = 5  # layers and notes that are shown
+_GPU_PEAK = "gpu_peak_bytes"
 
 
 class Report:
@@ -73,13 +74,21 @@ class Report:
 
     def add(self, entry: Line) -> None:
         """Add an entry that is final."""
-        self.groups.append(entry | {"at": self.clock.total, "peak_memory_bytes": self.memory.take()})
+        peak = gpu_peak()
+        on_gpu = {} if peak is None else {_GPU_PEAK: peak}
+        self.groups.append(entry | {"at": self.clock.total, "peak_memory_bytes": self.memory.take()} | on_gpu)
         self.tell(self.groups[-1])
 
     @property
     def peak_memory(self) -> int:
         """Return the peak memory in bytes, of this process and of those that it resumed."""
         return max([self.memory.largest, *(entry["peak_memory_bytes"] for entry in self.groups)])
+
+    @property
+    def gpu_peak(self) -> int | None:
+        """Return the most bytes that tensors took on the GPU, in this process or one that it resumed; None: no GPU."""
+        earlier = [entry[_GPU_PEAK] for entry in self.groups if _GPU_PEAK in entry]
+        return max([*earlier, gpu_peak() or 0]) or None
 
     def to_json(self) -> Line:
         """Return the whole report, ready for json.dump.
@@ -94,6 +103,7 @@ class Report:
             "machine": {"system": platform.platform(), "python": platform.python_version()},
             "seconds": {"total": self.clock.total, **self.clock.seconds},
             "peak_memory_bytes": self.peak_memory,
+            **({} if self.gpu_peak is None else {_GPU_PEAK: self.gpu_peak}),
             "packed_share": self.packed.share,
             "in_float": self.packed.in_float,
             SHARE: str(self.packed),
@@ -124,7 +134,8 @@ class Report:
             say(experts)
         say(self.packed)
         phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.clock.seconds.items())
-        say(f"{self.clock.total:.1f} s ({phases}); peak memory {self.peak_memory / 1e9:.2f} GB")
+        on_gpu = "" if self.gpu_peak is None else f", {self.gpu_peak / 1e9:.2f} GB on the GPU"
+        say(f"{self.clock.total:.1f} s ({phases}); peak memory {self.peak_memory / 1e9:.2f} GB{on_gpu}")
         say(f"wrote {output}")
 
 

@@ -49,6 +49,9 @@ WIDTHS: dict[int, Bar] = {8: (1.7, 1.85), 3: (3.7, 4.3), 2: (4.8, 5.8)}
 # A layer of experts of Qwen3-30B-A3B's shape, by tokens: speed-up over transformers' grouped matmul with bf16 weights.
 EXPERTS = {1: 2.5, 8: 2.5, 32: 2.5}
 
+# Quantizing a block of LLaMA-7B's shape with GPTQ, effort normal, on 128 x 2048 tokens: seconds, and bytes of the GPU.
+BLOCK_SECONDS, BLOCK_BYTES = 3.5, 16e9
+
 # One decode step of a model with LLaMA-7B's shape, batch 1. TIMES_BF16 is the speed-up over the bf16 model.
 # LOADED_TIMES_BF16: the same with llmq.load and llmq.fast_generate, for both models.
 TIMES_BF16: Bar = (2.3, 2.9)

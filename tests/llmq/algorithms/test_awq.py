@@ -114,7 +114,9 @@ def test_the_folded_block_computes_the_same_function(name, tmp_path):
 def test_after_folding_each_problem_describes_the_scaled_block(tmp_path):
     block, groups, problems = first_block(save_tiny(tmp_path, "llama-mha"))
     awq.transform(block, groups, problems, Awq())
-    for group, problem, measured in zip(groups, problems, collect_statistics(block, groups, Clock(), magnitudes=True), strict=True):
+    for group, problem, measured in zip(
+        groups, problems, collect_statistics(block, groups, Clock(), magnitudes=True), strict=True
+    ):
         assert torch.equal(problem.W, torch.cat([linear_of(block.module, name).weight for name in group.linears]))
         assert torch.allclose(problem.statistics.H, measured.H, rtol=1e-3, atol=1e-4 * float(measured.H.max()))
 

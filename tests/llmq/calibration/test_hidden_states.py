@@ -1,9 +1,13 @@
-"""Hidden states on disk are read as they were written, even after a process was killed."""
+"""Hidden states on disk and in pinned memory are read as they were written, even after a process was killed."""
+
+from contextlib import contextmanager
 
 import pytest
 import torch
+from fake_gpu import GPU, FakeGpu
 
-from llmq.calibration.hidden_states import HiddenDir, StoredRows, StoredStates, new_hidden_dir
+from llmq.calibration import hidden_states
+from llmq.calibration.hidden_states import HiddenDir, PinnedStates, StoredRows, StoredStates, new_hidden_dir
 from llmq.core.errors import WorkError
 
 
@@ -87,3 +91,66 @@ def test_rows_are_read_as_those_of_a_tensor_are(dtype, tmp_path):
     StoredRows(HiddenDir(tmp_path, "run"), "experts-0", matrix[:5])
     with pytest.raises(WorkError, match="shorter than it was written"):
         kept[torch.tensor([8])]
+
+
+class Streams:
+    """CUDA's streams, on a CPU. Every copy waits in its stream until another stream waits for it."""
+
+    def __init__(self, monkeypatch):
+        self.work, self.side, self.said = self.Stream(self), None, []
+        self.current = self.work
+        monkeypatch.setattr(torch.cuda, "Stream", self.new)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
+        monkeypatch.setattr(torch.cuda, "stream", self.inside)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+        monkeypatch.setattr(hidden_states, "_pinned", torch.empty)
+
+    class Stream:
+        def __init__(self, owner):
+            self.owner = owner
+
+        def wait_stream(self, other):
+            self.owner.said.append("side waits for work")
+
+        def wait_event(self, event):
+            self.owner.said.append(f"work waits for {event}")
+
+        def record_event(self):
+            self.owner.said.append("a copy begins")
+            return "that copy"
+
+    def new(self, device):
+        self.side = self.Stream(self)
+        return self.side
+
+    @contextmanager
+    def inside(self, stream):
+        self.current = stream
+        yield
+        self.current = self.work
+
+
+def test_pinned_states_come_one_ahead_and_the_newest_is_read(monkeypatch):
+    streams, shapes = Streams(monkeypatch), [torch.Size([2, 3])] * 3
+    with FakeGpu():
+        states = PinnedStates(shapes, torch.float32, GPU)
+        assert len(states) == 3
+        for i in range(3):
+            states[i] = torch.full((2, 3), float(i), device=GPU)
+        assert streams.said == ["side waits for work"] * 3
+        streams.said.clear()
+        assert [float(states[i][0, 0]) for i in range(3)] == [0, 1, 2]
+    begins, waits = "a copy begins", "work waits for that copy"
+    # The first one is fetched when it is wanted, then each comes before it is wanted.
+    assert streams.said == [begins, waits, begins, waits, begins, waits]
+    with FakeGpu():
+        states[0]  # the next one is on its way, and then it changes
+        states[1] = torch.full((2, 3), 9.0, device=GPU)
+        assert float(states[1][0, 0]) == 9
+
+
+def test_memory_for_pinned_states_is_pinned(monkeypatch):
+    asked, made = {}, torch.zeros(2, 3)
+    monkeypatch.setattr(torch, "empty", lambda shape, **kwargs: asked.update(kwargs) or made)
+    assert hidden_states._pinned(made.shape, dtype=torch.float16) is made
+    assert asked == {"dtype": torch.float16, "pin_memory": True}
