@@ -93,7 +93,7 @@ def _run(operation, args, kwargs):
     to_gpu = any(on_gpu[:1] if crosses else on_gpu) if device is None else torch.device(device) == GPU
     kwargs = kwargs if device is None else kwargs | {"device": torch.device("cpu")}
     args, kwargs = tree_map(lambda leaf: leaf.inner if isinstance(leaf, OnGpu) else leaf, (args, kwargs))
-    run = _with_float32_result if operation == torch.ops.aten.addmm.dtype_out else operation
+    run = _with_float32_result if operation == torch.ops.aten.mm.dtype else operation
     result = run(*args, **kwargs)
     written = {id(tensor.inner): tensor for tensor in tensors if isinstance(tensor, OnGpu)}  # in place
 
@@ -105,9 +105,8 @@ def _run(operation, args, kwargs):
     return tree_map(placed, result)
 
 
-def _with_float32_result(total, A, B, dtype, out):
-    """Add a product of 16 bits to a float32 total: torch has this operation for CUDA alone."""
+def _with_float32_result(A, B, dtype):
+    """Multiply factors of 16 bits with a float32 result: torch has this operation for CUDA alone."""
     assert A.dtype == B.dtype in (torch.float16, torch.bfloat16)
-    assert dtype == total.dtype == torch.float32
-    assert out.data_ptr() == total.data_ptr()
-    return out.addmm_(A.float(), B.float())
+    assert dtype == torch.float32
+    return A.float() @ B.float()

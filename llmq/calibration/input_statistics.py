@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmq.calibration.block_runner import Block
 from llmq.calibration.ordered_sums import ShareSums
-from llmq.calibration.products import add_lower, add_product, mirrored
+from llmq.calibration.products import add_lower, add_product, finite_rows, mirrored
 from llmq.core.device import numbers, on_host
 from llmq.core.memory import release_memory
 from llmq.core.timing import Clock
@@ -243,18 +243,3 @@ def target_moment_is_narrow(group: Group, out: int, width: int) -> bool:
     residual stream only the narrow sum is possible, because W does not multiply R_o - R.
     """
     return group.residual is not None or group.is_added or 2 * out < width
-
-
-def finite_rows(tensors: list[Tensor]) -> tuple[list[Tensor], int | Tensor]:
-    """Return the tensors without the rows of tokens that are not finite in all of them, and the number of the others.
-
-    On a GPU these rows are set to zero, and the number stays there: it is waited for when it is read.
-    """
-    if tensors[0].device.type != "cpu":
-        finite = torch.stack([torch.isfinite(tensor.sum(1, dtype=torch.float32)) for tensor in tensors]).all(0)
-        return [torch.where(finite[:, None], tensor, 0) for tensor in tensors], finite.sum()
-    # One reduction finds the rare bad batch: a sum is finite only if every term is.
-    if not all(bool(torch.isfinite(tensor.sum(dtype=torch.float32))) for tensor in tensors):
-        finite = torch.stack([torch.isfinite(tensor).all(1) for tensor in tensors]).all(0)
-        tensors = [tensor[finite] for tensor in tensors]
-    return tensors, len(tensors[0])

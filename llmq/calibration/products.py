@@ -1,4 +1,4 @@
-"""Products of inputs, summed in float32.
+"""Products of inputs, summed in float32, and which rows of inputs have some.
 
 Factors of 16 bits have exact products in float32; only the sum rounds.
 
@@ -35,7 +35,9 @@ def add_product(total: Float[Tensor, "n m"], A: Float[Tensor, "n k"], B: Float[T
     if A.dtype == torch.float32:
         total.addmm_(A, B)
     else:
-        torch.addmm(total, A, B, out_dtype=torch.float32, out=total)
+        # Not torch.addmm, which would save a pass over the total: in torch 2.8 it refused totals of another dtype than
+        # its factors, and when that changed was not tried.
+        total.add_(torch.mm(A, B, out_dtype=torch.float32))
 
 
 def mirrored(H: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
@@ -50,3 +52,18 @@ def mirrored(H: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 def _strips(H: Tensor) -> list[tuple[int, int]]:
     size = _STRIP if H.device.type == "cpu" else _GPU_STRIP
     return [(start, min(start + size, len(H))) for start in range(0, len(H), size)]
+
+
+def finite_rows(tensors: list[Tensor]) -> tuple[list[Tensor], int | Tensor]:
+    """Return the tensors without the rows of tokens that are not finite in all of them, and the number of the others.
+
+    On a GPU these rows are set to zero, and the number stays there: it is waited for when it is read.
+    """
+    if tensors[0].device.type != "cpu":
+        finite = torch.stack([torch.isfinite(tensor.sum(1, dtype=torch.float32)) for tensor in tensors]).all(0)
+        return [torch.where(finite[:, None], tensor, 0) for tensor in tensors], finite.sum()
+    # One reduction finds the rare bad batch: a sum is finite only if every term is.
+    if not all(bool(torch.isfinite(tensor.sum(dtype=torch.float32))) for tensor in tensors):
+        finite = torch.stack([torch.isfinite(tensor).all(1) for tensor in tensors]).all(0)
+        tensors = [tensor[finite] for tensor in tensors]
+    return tensors, len(tensors[0])

@@ -2,7 +2,7 @@
 
 Started by `torchrun --nproc-per-node N -m llmq.quantize …` or `accelerate launch`, on one node or several. Calibration
 batches and the rows of each solve are split over them; the first writes. What floating-point sums depend on never
-depends on how many there are: see `shares` and statistics.py.
+depends on how many there are: see calibration/work_split.py.
 """
 
 import os

@@ -66,9 +66,12 @@ def solving_bytes(load: Workload, layout: Layout, group: Group, run: Run) -> int
     size, square, strip = rows * columns, columns**2, 4 * _STRIP * columns
     if not load.statistics:
         return problem + size + strip
-    moving = problem + 4 * (size + square) + strip if load.streams == 2 else 0  # the moved W, a factor of H
-    # W, H twice and its factor; the rows being solved, transposed, and their errors; codes, transposed and not.
-    rounding = 4 * (size + 3 * square + 2 * min(rows, load.rows_per_solve) * columns) + 2 * size
+    # The moved W and a factor of H. On a GPU: three factors, and the next one while it replaces H.
+    moving = problem + 4 * (size + square * (4 if load.on_gpu else 1)) + strip if load.streams == 2 else 0
+    # W, H twice and its factor (on a GPU also its inverse, and the identity that it is made of); the rows being solved,
+    # transposed, and their errors; codes, transposed and not.
+    squares = 5 if load.on_gpu else 3
+    rounding = 4 * (size + squares * square + 2 * min(rows, load.rows_per_solve) * columns) + 2 * size
     if run.config.effort == "best" or run.config.gptq.passes:
         rounding += 3 * 4 * size  # coordinate descent: the rounded W, its error, and the error times H
     # W and its codes; one linear dequantized, then in the dtype of the block; H twice.

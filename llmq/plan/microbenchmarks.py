@@ -11,6 +11,7 @@ from llmq.algorithms.problem import Problem, round_to_nearest
 from llmq.algorithms.stable_sums import energy, lost_energy
 from llmq.calibration.block_runner import Block
 from llmq.calibration.input_statistics import InputStatistics
+from llmq.calibration.products import add_lower
 from llmq.checkpoint.digests import digest
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.core.settings import Grid
@@ -31,6 +32,7 @@ class Speeds:
     """Seconds that each unit of work takes here."""
 
     product: float  # one multiplication of a large float32 matmul
+    moment: float  # one multiplication of XᵀX, of which half the matrix is summed
     addition: float  # one number added to another in a large tensor
     solve: tuple[float, float, float, float]  # (a, b, c, d) of `solving`
     weight: float  # one weight of a linear: encoded, hashed, decoded and hashed again
@@ -42,15 +44,17 @@ class Speeds:
         return columns * (a + b * columns**2 + rows * (c + d * columns))
 
 
-def speeds_of(run: Run, widest: int) -> Speeds:
-    """Time every kind of work, for linears of up to `widest` columns."""
+def speeds_of(run: Run, widest: int, factors: torch.dtype) -> Speeds:
+    """Time every kind of work, for linears of up to `widest` columns. `factors`: the dtype of matmuls in blocks."""
     drawn = torch.Generator().manual_seed(0)
     A, H = torch.randn(1024, 2048, generator=drawn).to(run.device), torch.zeros(256, 2048, device=run.device)
+    X, whole = A[:, :1024].to(factors), torch.zeros(1024, 1024, device=run.device)
     plain, widths = A.to(run.scale_dtype), (512, 1024) if widest <= 2048 else (1024, 2048)
     weight = _some_weight(run)
     product = _seconds(lambda: H.addmm_(A[:, :256].T, A)) / (A.numel() * 256)
     return Speeds(
         product=product,
+        moment=_seconds(lambda: add_lower(whole, X)) / (X.numel() * len(whole) / 2),
         addition=_seconds(lambda: A.add_(A)) / A.numel(),
         solve=_solve_factors(run, product, *widths),
         weight=_seconds(lambda: (digest(weight), digest(there_and_back(run, run.format, "linear", weight))))

@@ -121,7 +121,7 @@ def _timed(request: Request, run: Run) -> tuple[list[Layout], Timed]:
         seen.append(layout_of(names, block, run))
         tokens.append(token_seconds(block))
     widest = max((columns for layout in seen for _, columns in layout.shapes.values()), default=0)
-    return seen, Timed(speeds_of(run, widest), tokens)
+    return seen, Timed(speeds_of(run, widest, request.compute.factors), tokens)
 
 
 def _used_weights(block: nn.Module) -> float:

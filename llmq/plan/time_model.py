@@ -44,7 +44,7 @@ def block_seconds(load: Workload, layout: Layout, token: float, run: Run, speeds
         ):  # the search for scales tries every ratio on all rows
             tries = run.config.awq.ratios * rows * columns
             seconds["solve"] += tries * (columns * speeds.product + 8 * speeds.addition)
-            seconds["statistics"] += tokens * columns**2 / 2 * speeds.product
+            seconds["statistics"] += tokens * columns**2 / 2 * speeds.moment
     if run.refine is not None:
         tuned, checks = run.config.tuned, min(_CHECKS, run.config.tuned.steps)
         # The forward and the way back take about 4 forwards; then some 20 operations on each weight.
@@ -80,7 +80,8 @@ def _sum_seconds(load: Workload, layout: Layout, group: Group, product: float, s
     """Estimate the seconds of summing a group's statistics, from those of a `product` in the block's dtype."""
     (rows, columns), (target_moment, multiplied) = layout.shape(group), load.target_moment(layout, group)
     tokens = (load.tokens + load.held_out) * layout.share(group)
-    seconds = tokens * (columns**2 / 2 * speeds.product + 8 * columns * speeds.addition)  # half of H; it is symmetric
+    square = speeds.moment if group.expert is None else speeds.product  # tokens of experts have weights, in float32
+    seconds = tokens * (columns**2 / 2 * square + 8 * columns * speeds.addition)  # half of H; it is symmetric
     if target_moment:
         seconds += tokens * product * (columns**2 if multiplied else 2 * rows * columns)
         seconds += 2 * rows * columns**2 * speeds.product if multiplied else 0

@@ -44,6 +44,7 @@ class Workload:
     experts: int = 0  # bytes in memory of what enters the experts of a block
     resident: int = 0  # bytes of hidden states that wait on the GPU
     resident_experts: int = 0  # the same for what enters the experts
+    on_gpu: bool = False
     most_kept: int = 0  # largest number of bytes that a block keeps for its next run, where it computes
 
     def stages(self, layout: Layout) -> list[list[Group]]:
@@ -82,6 +83,7 @@ def workload_of(request: Request, run: Run, states: States) -> Workload:
         experts=states.experts if host else 0,
         resident=states.nbytes - states.arguments if resident else 0,
         resident_experts=states.experts if resident else 0,
+        on_gpu=compute.device.type != "cpu",
         most_kept=most_kept(compute.device),
     )
 

@@ -38,7 +38,7 @@ class Step:
 # The most valuable first.
 STEPS = (
     Step("smoke", 45, ("-m", "gpu and smoke", "tests/kernels")),
-    Step("pipeline", 50, ("-m", "gpu", "tests/llmq/runtime/test_cuda.py")),
+    Step("pipeline", 70, ("-m", "gpu", "tests/llmq/runtime/test_cuda.py")),
     Step("speed", 120),
     Step("decode", 110),
     Step("quantize", 80, least=30),

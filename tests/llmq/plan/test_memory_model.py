@@ -3,8 +3,10 @@
 import re
 
 import pytest
+import torch
 from planned import open_run
 
+from llmq.calibration.kept_inputs import most_kept
 from llmq.core.distributed import ALONE
 from llmq.core.settings import Tuned
 from llmq.models.block_structure import Group, Submodule
@@ -57,6 +59,33 @@ def test_the_worked_example_is_what_the_code_computes(llama, text_file, tmp_path
     assert max(moments, key=moments.get) == "the sums of down_proj"
     assert moments["the sums of down_proj"] / 1e9 == pytest.approx(sum_of_sums, abs=0.0006)
     assert moments["the solving of down_proj"] / 1e9 == pytest.approx(sum_of_solving, abs=0.0006)
+
+
+def test_a_7b_model_needs_no_more_of_a_gpu_than_16_gb(llama, text_file, tmp_path):
+    """With 128 x 2048 tokens, and the hidden states of both models on the GPU."""
+    load = Workload(
+        tokens=115 * 2048,
+        held_out=13 * 2048,
+        batch=2048,
+        sums=3,
+        streams=2,
+        linear_bytes=2,
+        factor_bytes=2,
+        other_bytes=2,
+        sequential=True,
+        statistics=True,
+        states=0,
+        rows_per_solve=1 << 40,
+        ranks=ALONE,
+        resident=(resident := 2 * 128 * 2048 * WIDTH * 2),
+        on_gpu=True,
+        most_kept=most_kept(torch.device("cuda")),
+    )
+    _, run = open_run(llama, text_file, tmp_path / "out", method="gptq")
+    moments = list(block_moments(load, block_of_llama_2_7b(), run))
+    assert max(moment.device for moment in moments) < 16e9
+    assert min(moment.device for moment in moments) > resident
+    assert all(moment.host == 0 for moment in moments)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq+gptq", "tuned", "rtn"])

@@ -18,7 +18,7 @@ def fit(monkeypatch, llama, text_file, tmp_path):
         monkeypatch.setattr(microbenchmarks, "_fixed_and_per_row", fixed_and_per_row)
         _, run = open_run(llama, text_file, tmp_path / "out", **options)
         factors = microbenchmarks._solve_factors(run, 1e-9, 512, 1024)
-        return Speeds(product=1e-9, addition=1e-9, solve=factors, weight=0.0, byte=0.0)
+        return Speeds(product=1e-9, moment=1e-9, addition=1e-9, solve=factors, weight=0.0, byte=0.0)
 
     return fitted
 

@@ -15,7 +15,7 @@ from llmq.plan.microbenchmarks import Speeds
 from llmq.plan.time_model import block_seconds
 from llmq.plan.workload import Workload, states_of, workload_of
 
-SPEEDS = Speeds(product=1e-10, addition=1e-10, solve=(1e-6, 1e-10, 1e-8, 1e-9), weight=0.0, byte=0.0)
+SPEEDS = Speeds(product=1e-10, moment=1e-10, addition=1e-10, solve=(1e-6, 1e-10, 1e-8, 1e-9), weight=0.0, byte=0.0)
 
 
 def open_tiny(name, text, tmp_path, **options):

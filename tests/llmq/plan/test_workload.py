@@ -1,11 +1,16 @@
 """The work of one process: hidden states, and its share of the text."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 from architectures.tiny_models import save_tiny
+from fake_gpu import GPU
 from planned import open_run
 
 from llmq.core.distributed import ALONE, Ranks
-from llmq.plan import lines, plan_of
+from llmq.core.memory import free_memory
+from llmq.plan import lines, plan_of, workload
 from llmq.plan.workload import states_of, workload_of
 from llmq.run import prepare
 
@@ -55,3 +60,21 @@ def test_all_that_waits_for_the_next_block_is_counted(name, shared, text_file, t
     assert states.nbytes == 2 * tokens * (64 + shared) * 4 + states.arguments
     assert workload_of(request, run, states).arguments == states.arguments
     plan_of(request, run)
+
+
+@pytest.mark.parametrize(("free", "where"), [(10**9, "on the meta device"), (10**5, "in memory")])
+def test_states_stay_on_a_gpu_if_a_third_of_its_free_memory_holds_them(
+    free, where, llama, text_file, tmp_path, monkeypatch
+):
+    request, run = open_run(llama, text_file, tmp_path / "out")
+    host, each = free_memory(torch.device("cpu")), workload.token_bytes(request, run)
+    monkeypatch.setattr(workload, "token_bytes", lambda request, run: each)
+    monkeypatch.setattr(workload, "free_memory", lambda device: free if device == GPU else host)
+    request = replace(request, compute=replace(request.compute, device=GPU))
+    states = states_of(request, run)
+    assert 10**5 < states.nbytes < 10**9 / 3
+    work = workload_of(request, run, states)
+    assert (work.resident, work.states) == ((states.nbytes, 0) if states.resident else (0, states.nbytes))
+    request, run = open_run(llama, text_file, tmp_path / "other")
+    plan = replace(plan_of(request, run), states=states, device="meta")
+    assert f"wait {where}" in "\n".join(lines(plan))

@@ -1,6 +1,7 @@
 """A tiny model on a GPU from end to end: quantized, resumed, loaded and continued as on a CPU."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -8,11 +9,16 @@ import torch
 from killed import interrupted
 from packed import logits, pack, some_tokens
 from small_runs import small_config
+from tiny import save_tiny
 
 import llmq
+from llmq.calibration.products import add_lower, mirrored
 from llmq.checkpoint.output_dir import REPORT
 from llmq.checkpoint.reader import Checkpoint
+from llmq.core.settings import Tuned
+from llmq.plan import workload
 from llmq.run import prepare
+from llmq.run.block_quantizer import Run
 
 pytestmark = pytest.mark.gpu
 # Relative error of logits whose activations are rounded to the dtype in each of about thirty layers and norms.
@@ -63,12 +69,59 @@ def test_codes_of_a_block_are_those_of_a_cpu(llama, text_file, tmp_path, monkeyp
     torch.testing.assert_close(errors(tmp_path / "cuda"), errors(tmp_path / "cpu"), rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize("effort", ["normal", "best"])
-def test_a_whole_model_is_quantized_as_well_as_on_a_cpu(llama, text_file, tmp_path, effort):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"effort": "best"},
+        {"symmetric": False},
+        {"method": "awq+gptq"},
+        {"method": "rtn", "grid": "hessian"},
+        {"method": "tuned", "tuned": Tuned(steps=5, end_steps=5)},
+    ],
+    ids=str,
+)
+def test_a_whole_model_is_quantized_as_well_as_on_a_cpu(llama, text_file, tmp_path, options):
     for device in ("cpu", "cuda"):
-        llmq.quantize(small_config(llama, text_file, tmp_path / device, device=device, effort=effort))
+        llmq.quantize(small_config(llama, text_file, tmp_path / device, device=device, **options))
     here, there = (errors(tmp_path / device).mean() for device in ("cuda", "cpu"))
     torch.testing.assert_close(here, there, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_a_model_of_16_bits_waits_four_times_a_group_wherever_its_states_are(text_file, tmp_path, monkeypatch, dtype):
+    model, solve, waits = save_tiny(tmp_path / "model", dtype=dtype), Run._solve, list[int]()
+
+    def counted(*args):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                return solve(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                waits.append(len(seen))
+
+    monkeypatch.setattr(Run, "_solve", counted)
+    for name, share in (("gpu", 1.0), ("pinned", 0.0)):
+        monkeypatch.setattr(workload, "_DEVICE_SHARE", share)
+        llmq.quantize(small_config(model, text_file, tmp_path / name, device="cuda"))
+    assert max(waits) <= 3  # and one for the statistics
+    assert equal_codes(tmp_path / "gpu", tmp_path / "pinned") >= 0.99
+    report = json.loads((tmp_path / "gpu" / REPORT).read_text())
+    assert 0 < report["gpu_peak_bytes"] < 1e9
+    config = small_config(model, text_file, tmp_path / "cpu", device="cpu")
+    llmq.quantize(config)
+    torch.testing.assert_close(errors(tmp_path / "gpu").mean(), errors(tmp_path / "cpu").mean(), rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_sums_of_16_bits_are_those_of_float64(dtype):
+    X = torch.randn(3000, 5000, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
+    H = torch.zeros(5000, 5000, device="cuda")
+    for rows in X.split(1000):
+        add_lower(H, rows)
+    exact = X.double().T @ X.double()
+    assert (mirrored(H).double() - exact).norm() / exact.norm() < 2e-6
 
 
 def test_an_interrupted_run_is_resumed(llama, text_file, tmp_path, monkeypatch):
