@@ -201,6 +201,8 @@ class _TargetMoment:
         self.W = torch.cat([linear_of(block.module, name).weight.data for name in group.linears])
         out, width = self.W.shape
         self.narrow = target_moment_is_narrow(group, out, width)
+        if self.narrow:  # rounded once, not for every micro-batch
+            self.W = self.W.to(self.factors)
         self.shape = (out if self.narrow else width, width)
 
     def differences(self, inputs: dict[str, Tensor], originals: dict[str, Tensor]) -> list[Tensor]:
@@ -221,7 +223,7 @@ class _TargetMoment:
 
         All products are in low precision: rounding is small beside the noise of the differences that are averaged.
         """
-        T = self._rounded(dX) @ self._rounded(self.W.T) if self.narrow else dX
+        T = self._rounded(dX) @ self.W.T if self.narrow else dX
         T = self._rounded(T if dR is None else T + dR)
         if total.device.type == "cpu":
             total.add_(T.T @ self._rounded(X))
