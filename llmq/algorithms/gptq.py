@@ -200,11 +200,11 @@ def _round_columns(
         stop = min(start + block_size, columns)
         Err = torch.empty_like(Wt[start:stop])
         for here in _within_groups(start, stop, size):
+            turn = here.start // size
             if not static and here.start % size == 0:
                 group = slice(here.start, here.start + size)
-                turn = here.start // size
                 scale[turn], zero[turn] = problem.searched_grid(Wt[group].T, D[group])
-            groups = group_of[here] if static else slice(here.start // size, here.start // size + 1)
+            groups = group_of[here] if static else slice(turn, turn + 1)
             Q[here], errors = round_columns(Wt[here], U[here, here], scale[groups], zero[groups], problem.grid.bits)
             Err[here.start - start : here.stop - start] = errors
             Wt[here.stop : stop].addmm_(U[here, here.stop : stop].T, errors, alpha=-1)

@@ -62,7 +62,7 @@ def workload_of(request: Request, run: Run, states: States) -> Workload:
     """Return the work of this process."""
     portion, compute, tokens = portion_of(request.tokens, request.ranks), request.compute, request.tokens
     in_memory = states.directory is None
-    resident, host = states.resident and in_memory, in_memory and not states.resident
+    host = in_memory and not states.resident
     shares, held_out_shares = (sum(share.held_out == kind for share in portion.shares) for kind in (False, True))
     sizes = [batch.numel() for batch in portion.batches]
     return Workload(
@@ -81,8 +81,8 @@ def workload_of(request: Request, run: Run, states: States) -> Workload:
         ranks=request.ranks,
         arguments=states.arguments if in_memory else 0,
         experts=states.experts if host else 0,
-        resident=states.nbytes - states.arguments if resident else 0,
-        resident_experts=states.experts if resident else 0,
+        resident=states.nbytes - states.arguments if states.resident else 0,
+        resident_experts=states.experts if states.resident else 0,
         on_gpu=compute.device.type != "cpu",
         most_kept=most_kept(compute.device),
     )

@@ -1,6 +1,7 @@
 """Peak memory: the worked example of memory_model.py, and what makes it grow."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,26 +31,29 @@ def block_of_llama_2_7b():
     return Layout(("model.layers.0",), groups, shapes, {}, 2 * WIDTH)
 
 
+# The work of the example in the docstring of memory_model.py.
+EXAMPLE = Workload(
+    tokens=7 * 512,
+    held_out=512,
+    batch=1024,
+    sums=3,
+    streams=2,
+    linear_bytes=2,
+    factor_bytes=2,
+    other_bytes=4,
+    sequential=True,
+    statistics=True,
+    states=2 * 8 * 512 * WIDTH * 4,
+    rows_per_solve=4096,
+    ranks=ALONE,
+    most_kept=1 << 30,
+)
+
+
 def test_the_worked_example_is_what_the_code_computes(llama, text_file, tmp_path):
     """Both columns of the table in the docstring of memory_model.py, and its last line."""
-    load = Workload(
-        tokens=7 * 512,
-        held_out=512,
-        batch=1024,
-        sums=3,
-        streams=2,
-        linear_bytes=2,
-        factor_bytes=2,
-        other_bytes=4,
-        sequential=True,
-        statistics=True,
-        states=2 * 8 * 512 * WIDTH * 4,
-        rows_per_solve=4096,
-        ranks=ALONE,
-        most_kept=1 << 30,
-    )
     _, run = open_run(llama, text_file, tmp_path / "out", method="gptq")
-    moments = {m.what: m.host + m.device for m in block_moments(load, block_of_llama_2_7b(), run)}
+    moments = {m.what: m.host + m.device for m in block_moments(EXAMPLE, block_of_llama_2_7b(), run)}
     table = memory_model.__doc__.split("solving down_proj")[1].split("The program")[0].splitlines()
     figures = [(cell.start(), float(cell[0])) for line in table for cell in re.finditer(r"\b\d\.\d{3}\b", line)]
     *sums, sum_of_sums = (value for column, value in figures if column < 50)
@@ -63,20 +67,14 @@ def test_the_worked_example_is_what_the_code_computes(llama, text_file, tmp_path
 
 def test_a_7b_model_needs_no_more_of_a_gpu_than_16_gb(llama, text_file, tmp_path):
     """With 128 x 2048 tokens, and the hidden states of both models on the GPU."""
-    load = Workload(
+    load = replace(
+        EXAMPLE,
         tokens=115 * 2048,
         held_out=13 * 2048,
         batch=2048,
-        sums=3,
-        streams=2,
-        linear_bytes=2,
-        factor_bytes=2,
         other_bytes=2,
-        sequential=True,
-        statistics=True,
         states=0,
         rows_per_solve=1 << 40,
-        ranks=ALONE,
         resident=(resident := 2 * 128 * 2048 * WIDTH * 2),
         on_gpu=True,
         most_kept=most_kept(torch.device("cuda")),
