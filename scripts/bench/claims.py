@@ -137,7 +137,8 @@ def _quantization(results: Results, plan: Plan) -> Iterator[Claim]:
 def _phases(seconds: dict[str, float]) -> str:
     """Return the share of each phase in the blocks of the run."""
     inside = {name: seconds[name] for name in ("read", "forward", "statistics", "solve", "write") if name in seconds}
-    return ", ".join(f"{name} {value / sum(inside.values()):.0%}" for name, value in inside.items())
+    whole = sum(inside.values()) or 1.0  # in the toy round each rounds to 0
+    return ", ".join(f"{name} {value / whole:.0%}" for name, value in inside.items())
 
 
 def _speeds(rows: list[dict[str, float] | None]) -> tuple[float | None, float | None]:
