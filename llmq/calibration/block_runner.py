@@ -24,7 +24,7 @@ from llmq.calibration.block_arguments import (
     SharedStates,
     as_float32,
 )
-from llmq.calibration.causal_attention import CausalInStrips
+from llmq.calibration.causal_attention import causal_in_strips
 from llmq.calibration.hidden_states import HiddenStates
 from llmq.calibration.kept_inputs import KeptInputs
 from llmq.calibration.work_split import Share, shares_of
@@ -146,9 +146,9 @@ class Block:
         factors = self.compute.factors
         return torch.autocast(self.compute.device.type, factors, enabled=factors != self.compute.dtype)
 
-    def _attention(self) -> AbstractContextManager[object]:
+    def _attention(self) -> AbstractContextManager[None]:
         in_strips = self.compute.device.type == "cpu" and self.compute.factors == torch.bfloat16
-        return CausalInStrips() if in_strips else nullcontext()
+        return causal_in_strips() if in_strips else nullcontext()
 
     def run_together(self, weights: dict[str, Tensor], batches: list[int]) -> Float[Tensor, "*batch tokens features"]:
         """Return the outputs of `run_with` for these micro-batches, side by side in dimension `batch_dim`."""

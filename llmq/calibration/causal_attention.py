@@ -11,20 +11,20 @@ for several heads, and sees only the keys up to its end:
 As in torch's kernel, scores and sums are float32, and probabilities are rounded to bfloat16.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Generator
+from contextlib import contextmanager
 from math import inf
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import BFloat16
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 
 from llmq.core.device import bfloat16_products
 
-# Queries of a strip, and bytes of the scores that are computed together. Milliseconds for 2048 tokens, torch's kernel ->
-# these strips, in sequences of 512 and of 2048 tokens (2 cores of an AMD EPYC with AVX512_BF16, torch 2.13,
+# Queries of a strip, and bytes of the scores that are computed together. Milliseconds for 2048 tokens, torch's kernel
+# -> these strips, in sequences of 512 and of 2048 tokens (2 cores of an AMD EPYC with AVX512_BF16, torch 2.13,
 # 2026-11-29). Of 128 queries and 1 to 8 MiB none was better for all of these shapes.
 #
 #     heads, of keys, width     512 tokens     2048 tokens
@@ -32,23 +32,31 @@ from llmq.core.device import bfloat16_products
 #       32      8      128      102 -> 37      238 -> 110
 #       32     32      128      103 -> 50      246 -> 137
 #       16      8      256       99 -> 35      227 ->  99
-_STRIP, _SCORES = 256, 1 << 22
+_STRIP, _SCORES = 256, 5 << 20
 
 
-class CausalInStrips(TorchFunctionMode):
-    """Within it, `scaled_dot_product_attention` on a CPU runs in strips, wherever they compute the same."""
+@contextmanager
+def causal_in_strips() -> Generator[None]:
+    """Let models on a CPU compute `scaled_dot_product_attention` in strips inside, wherever this gives the same.
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        """Call a function of torch, or what stands in for it."""
-        if func is F.scaled_dot_product_attention:
-            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-            given = dict(zip(names, args, strict=False)) | (kwargs or {})
-            if _is_plain(given):
-                Q, K, V = (given[name].bfloat16() for name in names[:3])
-                return causal_attention(Q, K, V, given.get("scale"))
-        return func(*args, **(kwargs or {}))
+    The function is replaced in its module, where models look it up. A TorchFunctionMode would see every other call of
+    torch too, and cost a third of what is saved.
+    """
+    usual = functional.scaled_dot_product_attention
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+    def attention(*args: Any, **kwargs: Any) -> Tensor:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if not _is_plain(given):
+            return usual(*args, **kwargs)
+        Q, K, V = (given[name].bfloat16() for name in names[:3])
+        return causal_attention(Q, K, V, given.get("scale"))
+
+    functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = usual
 
 
 def _is_plain(given: dict[str, Any]) -> bool:
@@ -77,17 +85,17 @@ def causal_attention(
     together = min(kv_heads, max(1, _SCORES // (4 * shared * rows * tokens)))
     scores = torch.empty(together * shared * rows * tokens)
     # In the order in which models read it: [batch, tokens, heads, out].
-    O = torch.empty(batch, tokens, heads, out, dtype=torch.bfloat16).transpose(1, 2)
-    Q_of, O_of = Q.unflatten(1, (kv_heads, shared)), O.unflatten(1, (kv_heads, shared))
+    outputs = torch.empty(batch, tokens, heads, out, dtype=torch.bfloat16).transpose(1, 2)
+    queries, into = Q.unflatten(1, (kv_heads, shared)), outputs.unflatten(1, (kv_heads, shared))
     for b in range(batch):
         for h in range(0, kv_heads, together):
             some = slice(h, h + together)
-            _attend(Q_of[b, some], K[b, some].float(), V[b, some], O_of[b, some], scores, scale or width**-0.5)
-    return O
+            _attend(queries[b, some], K[b, some].float(), V[b, some], into[b, some], scores, scale or width**-0.5)
+    return outputs
 
 
-def _attend(Q: Tensor, K: Tensor, V: Tensor, O: Tensor, scores: Tensor, scale: float) -> None:
-    """Compute the outputs of some heads into O [n, shared, tokens, out]. `scores` is room for those of a strip."""
+def _attend(Q: Tensor, K: Tensor, V: Tensor, into: Tensor, scores: Tensor, scale: float) -> None:
+    """Compute the outputs of some heads into `into` [n, shared, tokens, out]. `scores` is room for those of a strip."""
     n, shared, tokens, width = Q.shape
     after = torch.full((_STRIP, _STRIP), -inf).triu(1)
     for start in range(0, tokens, _STRIP):
@@ -95,8 +103,8 @@ def _attend(Q: Tensor, K: Tensor, V: Tensor, O: Tensor, scores: Tensor, scale: f
         rows = stop - start
         S = scores[: n * shared * rows * stop].view(n, shared * rows, stop)
         with bfloat16_products():
-            queries = Q[:, :, start:stop].reshape(n, shared * rows, width).float()
-            torch.baddbmm(S, queries, K[:, :stop].transpose(1, 2), beta=0, alpha=scale, out=S)
+            strip = Q[:, :, start:stop].reshape(n, shared * rows, width).float()
+            torch.baddbmm(S, strip, K[:, :stop].transpose(1, 2), beta=0, alpha=scale, out=S)
         S.view(n, shared, rows, stop)[..., start:].add_(after[:rows, :rows])
         P = torch.softmax(S, -1, out=S).bfloat16()
-        O[:, :, start:stop] = torch.bmm(P, V[:, :stop]).view(n, shared, rows, -1)
+        into[:, :, start:stop] = torch.bmm(P, V[:, :stop]).view(n, shared, rows, -1)
