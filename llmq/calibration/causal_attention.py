@@ -87,14 +87,17 @@ def causal_attention(
     # In the order in which models read it: [batch, tokens, heads, out].
     outputs = torch.empty(batch, tokens, heads, out, dtype=torch.bfloat16).transpose(1, 2)
     queries, into = Q.unflatten(1, (kv_heads, shared)), outputs.unflatten(1, (kv_heads, shared))
-    for b in range(batch):
-        for h in range(0, kv_heads, together):
-            some = slice(h, h + together)
-            _attend(queries[b, some], K[b, some].float(), V[b, some], into[b, some], scores, scale or width**-0.5)
+    with torch.autocast("cpu", enabled=False), bfloat16_products():
+        for b in range(batch):
+            for h in range(0, kv_heads, together):
+                some = slice(h, h + together)
+                # The ones sum the probabilities as they are after rounding, to divide by that sum instead of 1.
+                values = functional.pad(V[b, some].float(), (0, 1), value=1.0)
+                _attend(queries[b, some], K[b, some].float(), values, into[b, some], scores, scale or width**-0.5)
     return outputs
 
 
-def _attend(Q: Tensor, K: Tensor, V: Tensor, into: Tensor, scores: Tensor, scale: float) -> None:
+def _attend(Q: Tensor, K: Tensor, values: Tensor, into: Tensor, scores: Tensor, scale: float) -> None:
     """Compute the outputs of some heads into `into` [n, shared, tokens, out]. `scores` is room for those of a strip."""
     n, shared, tokens, width = Q.shape
     after = torch.full((_STRIP, _STRIP), -inf).triu(1)
@@ -102,9 +105,8 @@ def _attend(Q: Tensor, K: Tensor, V: Tensor, into: Tensor, scores: Tensor, scale
         stop = min(start + _STRIP, tokens)
         rows = stop - start
         S = scores[: n * shared * rows * stop].view(n, shared * rows, stop)
-        with bfloat16_products():
-            strip = Q[:, :, start:stop].reshape(n, shared * rows, width).float()
-            torch.baddbmm(S, strip, K[:, :stop].transpose(1, 2), beta=0, alpha=scale, out=S)
+        strip = Q[:, :, start:stop].reshape(n, shared * rows, width).float()
+        torch.baddbmm(S, strip, K[:, :stop].transpose(1, 2), beta=0, alpha=scale, out=S)
         S.view(n, shared, rows, stop)[..., start:].add_(after[:rows, :rows])
-        P = torch.softmax(S, -1, out=S).bfloat16()
-        into[:, :, start:stop] = torch.bmm(P, V[:, :stop]).view(n, shared, rows, -1)
+        sums = torch.bmm(torch.softmax(S, -1, out=S), values[:, :stop]).view(n, shared, rows, -1)
+        torch.div(sums[..., :-1], sums[..., -1:], out=into[:, :, start:stop])

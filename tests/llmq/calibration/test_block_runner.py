@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from blocks import CPU, block_of, hidden_states, paired_block
+from torch.nn import functional
 
 from llmq.calibration.block_runner import Block, Compute
+from llmq.calibration.causal_attention import causal_attention
 from llmq.calibration.input_statistics import collect_statistics
 from llmq.core.distributed import ALONE
 from llmq.core.errors import RequestError
@@ -115,3 +117,22 @@ def test_a_block_whose_code_fails_is_named_in_a_line():
         RequestError, match=r"model.layers.7 does not run .*\(NotImplementedError: no kernel for this\)"
     ):
         block.run(block.hidden[0])
+
+
+class Attention(torch.nn.Module):
+    """Attention of hidden states to themselves, in 4 heads."""
+
+    def forward(self, hidden):
+        heads = hidden.unflatten(-1, (4, -1)).transpose(1, 2)
+        return functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
+def test_on_a_cpu_attention_runs_in_strips_if_matmuls_take_bfloat16():
+    states = hidden_states()
+    expected = [causal_attention(*[h.bfloat16().unflatten(-1, (4, -1)).transpose(1, 2)] * 3) for h in states]
+    low = Compute(torch.device("cpu"), precision=torch.bfloat16)
+    in_strips, usual = (Block("block", Attention(), states, 2, ((), {}), compute) for compute in (low, CPU))
+    for i, hidden in enumerate(states):
+        assert torch.equal(in_strips.run_batch(i), expected[i].transpose(1, 2).flatten(2))
+        assert torch.equal(usual.run_batch(i), usual.module(hidden))
