@@ -29,7 +29,8 @@ DEVICES = (
     Device("RTX 4090", 89, 128, 99 << 10),
     Device("H200", 90, 132, 227 << 10),
 )
-BITS, DTYPES, GROUPS, TOKENS = (2, 3, 4, 8), ("float16", "bfloat16"), (16, 32, 64, 128, 256, -1), (1, 16, 32, 64, 256)
+BITS, DTYPES, TOKENS = (2, 3, 4, 5, 6, 8), ("float16", "bfloat16"), (1, 16, 32, 64, 256)
+GROUPS = (16, 32, 64, 128, 256, -1)
 SPLIT_N, WHOLE_N = 1024, 1 << 16
 """Rows of W: with SPLIT_N the rule splits K on every device, with WHOLE_N on none."""
 
@@ -101,7 +102,7 @@ def cover(device: Device) -> Iterator[Case]:
         yield Case(device, problem(bits, 128, bits == 3, dtype, 1), None)
     if few:
         return
-    for bits in (2, 3, 8):
+    for bits in (2, 3, 5, 6, 8):
         yield by_rule(device, problem(bits, 128, bits == 2, "float16", 16))
     for group in (group for group in GROUPS if group != 128):
         yield by_rule(device, problem(4, group, True, "float16", 1))

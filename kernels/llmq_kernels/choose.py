@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llmq_kernels.layout import block_of, plane_of
+from llmq_kernels.layout import WIDTHS, block_of, plane_of
 
 # Programs per multiprocessor that the rule splits K for: enough 16-byte copies in flight to cover memory latency
 # (4 x 3 stages x 8 KB of words, where an H200 needs about 30 KB), few enough that the sums stay small beside the words.
@@ -112,7 +112,7 @@ def rule(device: Device, problem: Problem) -> Tile | None:
         return None
     # A tall tile does not go into registers with sixteen planes, as many groups, or sums of splits for such an odd N.
     tall = 64 if problem.N % 16 == 0 else 32
-    tallest = (tall if problem.plane > 16 else 16) if problem.bits != 3 else (16 if problem.plane > 16 else 8)
+    tallest = (tall if problem.plane > 16 else 16) if problem.planes < 16 else (16 if problem.plane > 16 else 8)
     BM = min(tallest, max(8, 1 << math.ceil(math.log2(problem.M))))
     BN, warps = (128, 8) if BM == 64 else (64, 4)
     older = device.arch < 90
@@ -120,10 +120,10 @@ def rule(device: Device, problem: Problem) -> Tile | None:
     many = problem.group_size == 64
     # Sixteen whole planes at a time spill a few registers for sm_80, for groups that span blocks, for groups of 64 with
     # zero points or a K that does not fill them. For sm_80 three stages do, too, and 16 tokens with groups of 64.
-    half = problem.bits == 3 and problem.plane > 16
+    half = problem.planes == 16 and problem.plane > 16
     half &= older or uneven or problem.group_size > 128 or (many and not problem.symmetric)
     chunk = problem.plane // 2 if half else problem.plane
-    tight = older and (BM == 64 or (problem.bits == 3 and BM == 16 and many))
+    tight = older and (BM == 64 or (problem.planes == 16 and BM == 16 and many))
     most = _TOKENS_PER_WARP * warps // (2 if tight else 1)
     while problem.planes * chunk * BM > most and chunk > 16:
         chunk //= 2
@@ -131,14 +131,16 @@ def rule(device: Device, problem: Problem) -> Tile | None:
     def shared(stages: int) -> int:
         return shared_bytes(problem, BM, BN, stages - 1, chunk, device.arch)
 
-    places = 2 if problem.bits == 3 else {8: _PROGRAMS_PER_SM, 16: 3, 32: 2, 64: 1}[BM]  # by their registers
+    # By their registers. Four programs of 6 bit leave too few for two arrays of words.
+    places = {8: 3 if problem.bits == 6 else _PROGRAMS_PER_SM, 16: 3, 32: 2, 64: 1}[BM]
+    places = 2 if problem.planes == 16 else places
     stages = 2 if older and BM == 8 else 3
     while stages > 2 and _resident(device, shared(stages)) < places:
         stages -= 1
     while chunk > 16 and shared(stages) > device.shared_bytes:
         chunk //= 2
     programs = min(places, _resident(device, shared(stages)))
-    registers = None if problem.bits == 3 and chunk == 64 else registers_for(BM, warps, places)
+    registers = None if problem.planes == 16 and chunk == 64 else registers_for(BM, warps, places)
     tile = Tile(BM, BN, warps, stages, chunk=chunk, registers=registers)
     tile = split(tile, device, problem, programs)
     if older and problem.bits == 2 and BM in (16, 32) and tile.splits == 1:
@@ -167,7 +169,9 @@ def shared_bytes(problem: Problem, BM: int, BN: int, buffers: int, chunk: int | 
         arch: on sm_90 tokens have one buffer more for the tensor cores to read from.
     """
     chunk = chunk or problem.plane
-    words = BN * chunk * 2 * (3 if problem.bits == 3 else 1)
+    words = (
+        BN * chunk * 2 * (1 if len(WIDTHS[problem.bits]) == 1 else 1 + problem.planes * WIDTHS[problem.bits][0] // 16)
+    )
     tokens = problem.planes * chunk * BM * 2
     groups = 0 if problem.group_size >= problem.K else max(1, problem.planes * problem.plane // problem.group_size)
     scales = groups * BN * 4 * (1 if problem.symmetric else 2)  # one copy to scale sums, one to subtract zero points

@@ -10,7 +10,7 @@
 #define MOST 4  // rows, and tokens, at a time
 
 typedef struct {
-    const uint16_t *words, *top;  // `top`: the words with the third bits of 3-bit codes
+    const uint16_t *words, *top;  // `top`: the high words of codes in two arrays, 3, 5 and 6 bit
     const uint32_t *grid;         // [groups, N]
     const int64_t *permutation;   // [K] or NULL
     int64_t N, K, group, plane;
@@ -29,30 +29,35 @@ INLINE float as_float(uint32_t bits) {
     return value;
 }
 
-// Words per row and plane of the arrays of layout.py, and where plane q of row n begins.
-INLINE int planes_per_block(int bits) { return bits == 3 ? 16 : 16 / bits; }
+// Bits of a code in a low word and in a high one, words per row and plane, and where plane q of row n begins.
+INLINE int low_of(int bits) { return bits == 3 ? 2 : bits == 8 ? 8 : bits > 4 ? 4 : bits; }
+INLINE int high_of(int bits) { return bits - low_of(bits); }
+INLINE int per_word(int bits) { return 16 / low_of(bits); }
+INLINE int planes_per_block(int bits) { return high_of(bits) ? 16 / high_of(bits) : per_word(bits); }
 INLINE int64_t blocks_of(const Weight *w, int bits) {
     const int64_t block = planes_per_block(bits) * w->plane;
     return (w->K + block - 1) / block;
 }
 INLINE const uint16_t *words_of(const Weight *w, int64_t n, int64_t q, int bits) {
-    const int64_t b = n * blocks_of(w, bits) + q / planes_per_block(bits);
-    return w->words + (bits == 3 ? 2 * b + q % 16 / 8 : b) * w->plane;
+    const int64_t b = n * blocks_of(w, bits) + q / planes_per_block(bits), sets = planes_per_block(bits) / per_word(bits);
+    return w->words + (b * sets + q % planes_per_block(bits) / per_word(bits)) * w->plane;
 }
-INLINE const uint16_t *top_of(const Weight *w, int64_t n, int64_t q) {
-    return w->top + (n * blocks_of(w, 3) + q / 16) * w->plane;
+INLINE const uint16_t *top_of(const Weight *w, int64_t n, int64_t q, int bits) {
+    return high_of(bits) ? w->top + (n * blocks_of(w, bits) + q / planes_per_block(bits)) * w->plane : w->top;
 }
 
 // Eight codes of plane p of a block, times 2**(p's shift).
 INLINE floats codes(const uint16_t *words, const uint16_t *top, int64_t c, int bits, int p) {
-    if (bits == 3) {
-        const int low = 2 * (p % 8), high = p / 8 * 8 + p % 4 * 2 + p % 8 / 4;
-        const ints two = widened(words + c) >> low & 3, one = widened(top + c) >> high & 1;
-        return __builtin_convertvector(two | one << 2, floats);
+    const int low = low_of(bits), high = high_of(bits);
+    if (high) {
+        const int in_byte = 8 / low, below = low * (p % (2 * in_byte));
+        const int above = low * (p % in_byte) + high * (p / in_byte % (low / high)) + 8 * (p / (8 / high));
+        const ints first = widened(words + c) >> below & ((1 << low) - 1);
+        return __builtin_convertvector(first | (widened(top + c) >> above & ((1 << high) - 1)) << low, floats);
     }
     return __builtin_convertvector(widened(words + c) & (((1 << bits) - 1) << bits * p), floats);
 }
-INLINE float unshift(int bits, int p) { return bits == 3 ? 1.0f : as_float((uint32_t)(127 - bits * p) << 23); }
+INLINE float unshift(int bits, int p) { return high_of(bits) ? 1.0f : as_float((uint32_t)(127 - bits * p) << 23); }
 
 INLINE void cell(const Weight *w, int64_t n, int64_t q, int bits, float *scale, float *zero) {
     const uint32_t bits_of = w->grid[q * w->plane / w->group * w->N + n];
@@ -64,10 +69,10 @@ INLINE void cell(const Weight *w, int64_t n, int64_t q, int bits, float *scale, 
 // step through a 135M model took 16.2 instead of 13.0 ms (AVX2 machine, one thread, 2026-11-28).
 INLINE void rows(const Weight *w, const Tokens *t, const float *bias, float *y, int64_t n, int R, int M, int bits) {
     const int per_block = planes_per_block(bits);
-    const int64_t step = words_of(w, 1, 0, bits) - w->words, top_step = bits == 3 ? top_of(w, 1, 0) - w->top : 0;
+    const int64_t step = words_of(w, 1, 0, bits) - w->words, top_step = top_of(w, 1, 0, bits) - w->top;
     const int64_t plane = w->plane, planes = t->planes, stride = t->stride, N = w->N;
     const int64_t per_group = w->group < plane ? 1 : (w->group + plane - 1) / plane;
-    const uint16_t *words = words_of(w, n, 0, bits), *top = bits == 3 ? top_of(w, n, 0) : w->top;
+    const uint16_t *words = words_of(w, n, 0, bits), *top = top_of(w, n, 0, bits);
     const uint32_t *cells = w->grid + n, sign = w->symmetric ? 0 : 0xFF;
     const float *x = t->x, middle = w->symmetric ? (float)(1 << (bits - 1)) : 0;
     floats total[MOST][MOST];  // not [R][M], which would be on the stack
@@ -105,8 +110,8 @@ INLINE void rows(const Weight *w, const Tokens *t, const float *bias, float *y, 
             }
         }
         if (--left == 0) left = per_group, cells += N;
-        if (bits == 3 && p == 7) words += plane;  // the second set of 2-bit words
-        if (++p == per_block) p = 0, words += plane, top += plane;
+        if (++p % per_word(bits) == 0) words += plane;  // of low words, a block may have several sets
+        if (p == per_block) p = 0, top += plane;
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
@@ -124,13 +129,13 @@ INLINE void rows(const Weight *w, const Tokens *t, const float *bias, float *y, 
         for (int64_t n = whole * R; n < N; n++) rows(w, t, bias, y, n, 1, M, BITS); \
     }
 #define WIDTH(BITS) MATMUL(1, 4, BITS) MATMUL(2, 4, BITS) MATMUL(4, 2, BITS)
-WIDTH(2) WIDTH(3) WIDTH(4) WIDTH(8)
+WIDTH(2) WIDTH(3) WIDTH(4) WIDTH(5) WIDTH(6) WIDTH(8)
 
 typedef void (*Matmul)(const Weight *, const Tokens *, const float *, float *);
-static const Matmul MATMULS[3][4] = {
-    {matmul_1_2, matmul_1_3, matmul_1_4, matmul_1_8},
-    {matmul_2_2, matmul_2_3, matmul_2_4, matmul_2_8},
-    {matmul_4_2, matmul_4_3, matmul_4_4, matmul_4_8},
+static const Matmul MATMULS[3][6] = {
+    {matmul_1_2, matmul_1_3, matmul_1_4, matmul_1_5, matmul_1_6, matmul_1_8},
+    {matmul_2_2, matmul_2_3, matmul_2_4, matmul_2_5, matmul_2_6, matmul_2_8},
+    {matmul_4_2, matmul_4_3, matmul_4_4, matmul_4_5, matmul_4_6, matmul_4_8},
 };
 
 // x [M, K], bias [N] or NULL, y [M, N]. Returns 1 if there is no memory.
@@ -156,7 +161,7 @@ int llmq_matmul(const Weight *w, const float *x, const float *bias, float *y, in
                 sums[m * planes + q] = total_of(sum);
             }
         }
-        MATMULS[kind][w->bits == 8 ? 3 : w->bits - 2](w, &t, bias, y + done * w->N);
+        MATMULS[kind][w->bits == 8 ? 5 : w->bits - 2](w, &t, bias, y + done * w->N);
         done += 1 << kind;
     }
     free(room);
@@ -166,7 +171,7 @@ int llmq_matmul(const Weight *w, const float *x, const float *bias, float *y, in
 // Plane q of row n, dequantized; `size` of its inputs exist.
 INLINE void plane_of_row(const Weight *w, int64_t n, int64_t q, int64_t size, float *out, int bits) {
     const int p = (int)(q % planes_per_block(bits));
-    const uint16_t *words = words_of(w, n, q, bits), *top = bits == 3 ? top_of(w, n, q) : w->top;
+    const uint16_t *words = words_of(w, n, q, bits), *top = top_of(w, n, q, bits);
     float scale, zero;
     cell(w, n, q, bits, &scale, &zero);
     int64_t c = 0;
@@ -189,13 +194,15 @@ INLINE void plane_of_row(const Weight *w, int64_t n, int64_t q, int64_t size, fl
                 plane_of_row(w, start + n, k / w->plane, size, out + n * K + k, BITS); \
             } \
     }
-DEQUANTIZE(2) DEQUANTIZE(3) DEQUANTIZE(4) DEQUANTIZE(8)
+DEQUANTIZE(2) DEQUANTIZE(3) DEQUANTIZE(4) DEQUANTIZE(5) DEQUANTIZE(6) DEQUANTIZE(8)
 
 void llmq_dequantize(const Weight *w, int64_t start, int64_t stop, float *out) {
     switch (w->bits) {
         case 2: dequantize_2(w, start, stop - start, out); break;
         case 3: dequantize_3(w, start, stop - start, out); break;
         case 4: dequantize_4(w, start, stop - start, out); break;
+        case 5: dequantize_5(w, start, stop - start, out); break;
+        case 6: dequantize_6(w, start, stop - start, out); break;
         case 8: dequantize_8(w, start, stop - start, out); break;
     }
 }

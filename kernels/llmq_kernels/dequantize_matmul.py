@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmq_kernels.layout import PackedWeight, block_of
 from llmq_kernels.packed_matmul import grid_at, group_of, uses_asm
-from llmq_kernels.planes import plane_values
+from llmq_kernels.planes import in_two, low_width, plane_values, planes_of
 
 _SCRATCH_BYTES = 20 << 20  # a third of an H200's L2, not measured yet
 # But as many rows as give each multiprocessor one of the library's tiles, 128 x 128 of y: not measured either.
@@ -36,13 +36,12 @@ def dequantize_kernel(
     BN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Compute W[row - first_row, k] = scale * (code - zero). Program: BN rows from first_row on, a block of K."""
-    WORD: tl.constexpr = 2 if BITS == 3 else BITS
-    PER_WORD: tl.constexpr = 16 // WORD
-    PLANES: tl.constexpr = 16 if BITS == 3 else PER_WORD
+    PER_WORD: tl.constexpr = 16 // low_width(BITS)
+    PLANES: tl.constexpr = planes_of(BITS)
     BLOCK: tl.constexpr = PLANES * PLANE
     i, block = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1)
     row, c = tl.minimum(first_row + i, N - 1), tl.arange(0, PLANE)
-    top = tl.load(tops + row[:, None] * top_stride + block * PLANE + c[None, :]) if BITS == 3 else 0
+    top = tl.load(tops + row[:, None] * top_stride + block * PLANE + c[None, :]) if in_two(BITS) else 0
     for p in tl.static_range(PLANES):
         if p % PER_WORD == 0:
             column = (block * (PLANES // PER_WORD) + p // PER_WORD) * PLANE

@@ -9,8 +9,15 @@ that share the words of `plane` columns make a block. 4 bit, plane 64, so a bloc
 Two neighbouring words are one 32-bit register, and the same nibble of both is one fp16 pair: `and`, `or` and `fma` turn
 it into two exact halves of a tensor-core operand. Codes of other layouts need shuffles or conversions here.
 
-3-bit codes are their low two bits in 2-bit words and their top bit in 1-bit words (`top_bit` says where): exactly three
-bits per weight. A plane never straddles two groups, so groups of 16 and 32 have planes of 16 and 32.
+Codes of 3, 5 and 6 bits have two arrays of words, so that they take exactly 3, 5 and 6 bits per weight: their low two
+or four bits, and the one or two bits above (`top_bits` says where):
+
+    bits   words     codes in a low word, a high word    planes in a block
+    3      2 + 1             8             16                   16
+    5      4 + 1             4             16                   16
+    6      4 + 2             4              8                    8
+
+A plane never straddles two groups, so groups of 16 and 32 have planes of 16 and 32.
 
 Grid. A symmetric weight stores the float32 scale, whose zero point is 2**(bits-1). Otherwise the low 8 bits of the
 float32 scale are the zero point: exact for float16 and bfloat16 scales; a float32 scale keeps 16 significant bits.
@@ -41,19 +48,22 @@ import torch
 from jaxtyping import Float, Int16, Int32, Int64, UInt8
 from torch import Tensor
 
-WIDTHS = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+WIDTHS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 """Bits per word field, low bits of the code first."""
 _ZERO_MASK = 0xFF
 # Codes packed at a time on a CPU: few enough for its cache, enough for several threads. On a GPU 16 times as many.
 _CODES = 1 << 21
 
 
-def top_bit(plane: int) -> int:
-    """Return the bit of a 1-bit word that holds the top bit of 3-bit plane 0..15.
+def top_bits(bits: int, plane: int) -> int:
+    """Return the lowest bit that a plane's code has in a high word, for codes in two arrays of words.
 
-    The bits are spread so that four shifts serve all sixteen planes.
+    It is as far from the code's low bits in the low word as for other planes, for as many planes as possible: four
+    shifts serve all planes of 3 and 6 bits, eight those of 5 bits.
     """
-    return plane // 8 * 8 + plane % 4 * 2 + plane % 8 // 4
+    low, high = WIDTHS[bits]
+    in_byte = 8 // low
+    return low * (plane % in_byte) + high * (plane // in_byte % (low // high)) + 8 * (plane // (8 // high))
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,7 @@ def pack(
     Args:
         group_of: the group of every input, where groups are not contiguous; groups must have equal sizes.
 
-    Raises ValueError for bits other than 2, 3, 4, 8, or groups that do not divide the inputs.
+    Raises ValueError for bits that WIDTHS lacks, or groups that do not divide the inputs.
     """
     (rows, columns), groups = codes.shape, scale.shape[1]
     if bits not in WIDTHS:
@@ -191,13 +201,14 @@ def _pack_grid(scale: Tensor, zero: Tensor, symmetric: bool) -> Tensor:
 
 def _shifts(width: int, bits: int) -> list[int]:
     """Return for every plane the lowest bit of its field in the word."""
-    return [top_bit(p) if bits == 3 and width == 1 else p * width for p in range(16 // width)]
+    low = width == WIDTHS[bits][0]
+    return [p * width if low else top_bits(bits, p) for p in range(16 // width)]
 
 
 def _pack_words(fields: Tensor, width: int, plane: int, bits: int) -> Tensor:
     """Return the words of uint8 fields. Both bytes of a word are put together in uint8, at the same shifts."""
     half = 8 // width
-    # 2-bit words of a 3-bit weight: two sets of planes per block.
+    # Low words of a code in two arrays: several sets of planes per block.
     planes = fields.reshape(len(fields), -1, 2, half, plane)
     octets = planes[:, :, :, 0].clone()
     for p, shift in enumerate(_shifts(width, bits)[1:half], 1):

@@ -28,7 +28,7 @@ from torch import Tensor
 from llmq_kernels.choose import Tile
 from llmq_kernels.experts import ExpertWeights
 from llmq_kernels.layout import PackedWeight, block_of
-from llmq_kernels.planes import plane_values
+from llmq_kernels.planes import in_two, low_width, plane_values, planes_of
 
 
 @triton.jit
@@ -85,9 +85,8 @@ def sum_of_products(
         x_row: the rows [BM] of x; those whose m is M or more are zeros and not read.
         row: the rows [BN] of W.
     """
-    WORD: tl.constexpr = 2 if BITS == 3 else BITS
-    PER_WORD: tl.constexpr = 16 // WORD
-    PLANES: tl.constexpr = 16 if BITS == 3 else PER_WORD
+    PER_WORD: tl.constexpr = 16 // low_width(BITS)
+    PLANES: tl.constexpr = planes_of(BITS)
     SETS: tl.constexpr = PLANES // PER_WORD
     BLOCK: tl.constexpr = PLANES * PLANE
     tl.static_assert(PLANE % CHUNK == 0)
@@ -103,7 +102,7 @@ def sum_of_products(
     for step in tl.range(first * (PLANE // CHUNK), last * (PLANE // CHUNK), num_stages=STAGES):
         block = step if CHUNK == PLANE else step * CHUNK // PLANE
         start = 0 if CHUNK == PLANE else tl.multiple_of(step * CHUNK % PLANE, CHUNK)
-        top = tl.load(top_row + block * PLANE + start) if BITS == 3 else 0
+        top = tl.load(top_row + block * PLANE + start) if in_two(BITS) else 0
         word = tl.load(word_row + block * (SETS * PLANE) + start)
         for p in tl.static_range(PLANES):
             if p > 0 and p % PER_WORD == 0:

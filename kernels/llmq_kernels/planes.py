@@ -23,7 +23,25 @@ import triton.language as tl
 from llmq_kernels import layout
 from llmq_kernels.layout import WIDTHS
 
-top_bit = triton.constexpr_function(layout.top_bit)
+top_bits = triton.constexpr_function(layout.top_bits)
+
+
+@triton.constexpr_function
+def low_width(bits):
+    """Return the bits of a code in a low word."""
+    return WIDTHS[bits][0]
+
+
+@triton.constexpr_function
+def in_two(bits):
+    """Return whether codes have high words too."""
+    return len(WIDTHS[bits]) == 2
+
+
+@triton.constexpr_function
+def planes_of(bits):
+    """Return the planes in a block."""
+    return 16 // WIDTHS[bits][-1]
 
 
 @triton.constexpr_function
@@ -38,7 +56,7 @@ def shift_of(bits, plane, mantissa):
 
 @triton.constexpr_function
 def plane_asm(bits, plane, bf16, zero):
-    """Return PTX that turns $1 (word pair), $2 (pair of 1-bit words, 3 bit only) and the last operand (-zero, or
+    """Return PTX that turns $1 (word pair), $2 (pair of high words, if there are any) and the last operand (-zero, or
     -(2**(m-b) + zero), unless `zero` is known now) into the pair $0."""
     if bf16 and bits == 8:
         return _byte_asm(plane, zero)
@@ -46,14 +64,16 @@ def plane_asm(bits, plane, bf16, zero):
     shift, position = shift_of(bits, plane, mantissa)
     mask = (2 ** WIDTHS[bits][0] - 1) << position
     lines = [f"shr.b32 a, $1, {shift};", f"lop3.b32 a, a, {_pair(mask)}, {_power(mantissa, bf16)}, 0xea;"]
-    if bits == 3:
-        top = top_bit(plane) - position - 2
+    two = len(WIDTHS[bits]) == 2
+    if two:
+        low, high = WIDTHS[bits]
+        top = top_bits(bits, plane) - position - low
         lines += [
             f"{'shr' if top >= 0 else 'shl'}.b32 h, $2, {abs(top)};",
-            f"lop3.b32 a, h, {_pair(4 << position)}, a, 0xea;",
+            f"lop3.b32 a, h, {_pair((2**high - 1) << low + position)}, a, 0xea;",
         ]
     if zero is None:
-        offset = "$3" if bits == 3 else "$2"
+        offset = "$3" if two else "$2"
     else:
         offset = _half(-(2.0 ** (mantissa - position) + zero), bf16)
     kind = "bf16x2" if bf16 else "f16x2"
@@ -95,9 +115,9 @@ def offset_of(bits, plane, bf16):
 
 @triton.constexpr_function
 def field_of(bits, plane):
-    """Return (shift, mask, shift of the top bit) of a plane, for the twin."""
-    width = WIDTHS[bits][0]
-    return width * (plane % (16 // width)), 2**width - 1, top_bit(plane)
+    """Return (shift, mask) of a plane in the low words, then in the high words, for the twin."""
+    width, *high = WIDTHS[bits]
+    return width * (plane % (16 // width)), 2**width - 1, *((top_bits(bits, plane), 2 ** high[0] - 1) if high else ())
 
 
 @triton.constexpr_function
@@ -130,7 +150,7 @@ def plane_values(
     """Return code - zero of plane P, exactly, in DTYPE.
 
     Args:
-        words, tops: int16 [rows, plane]; tops are the 1-bit words, read at 3 bit only.
+        words, tops: int16 [rows, plane]; tops are the high words, read if there are any.
         zero: float32 [rows], read if not SYMMETRIC.
     """
     MIDDLE: tl.constexpr = 2 ** (BITS - 1)
@@ -138,12 +158,12 @@ def plane_values(
         BF16: tl.constexpr = DTYPE == tl.bfloat16
         if SYMMETRIC:
             code: tl.constexpr = plane_asm(BITS, P, BF16, MIDDLE)
-            inputs = [words, tops] if BITS == 3 else [words]
+            inputs = [words, tops] if in_two(BITS) else [words]
         else:
             code: tl.constexpr = plane_asm(BITS, P, BF16, None)
             offset = (-offset_of(BITS, P, BF16) - zero).to(DTYPE)
             offset = tl.broadcast_to(offset[:, None], words.shape)
-            inputs = [words, tops, offset] if BITS == 3 else [words, offset]
+            inputs = [words, tops, offset] if in_two(BITS) else [words, offset]
         constraints: tl.constexpr = "=r" + ",r" * len(inputs)
         if BF16:  # Triton 3.6 and 3.7 do not unwrap a constexpr dtype here
             values = tl.inline_asm_elementwise(code, constraints, inputs, dtype=tl.bfloat16, is_pure=True, pack=2)
@@ -152,8 +172,8 @@ def plane_values(
     else:
         FIELD: tl.constexpr = field_of(BITS, P)
         codes = words >> FIELD[0] & FIELD[1]
-        if BITS == 3:
-            codes = codes | (tops >> FIELD[2] & 1) << 2
+        if in_two(BITS):
+            codes = codes | (tops >> FIELD[2] & FIELD[3]) << low_width(BITS)
         if SYMMETRIC:
             values = (codes.to(tl.float32) - MIDDLE).to(DTYPE)
         else:

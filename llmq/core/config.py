@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmq.core.errors import RequestError
+from llmq.core.format_limits import check_format, gguf_group
 from llmq.core.settings import (
     BITS,
-    GGUF_GROUPS,
-    MLX_GROUPS,
+    GPTQ_BITS,
     Awq,
     Calibration,
     Gptq,
@@ -41,7 +41,7 @@ class QuantizeConfig:
     """How to choose the codes. gptq: the best result for its time. tuned: gptq, then training (minutes to hours). awq:
     for models with outliers in the activations. awq+gptq: both. rtn: plain rounding, seconds, no calibration text."""
     bits: int = 4
-    """Bits per weight: 2, 3, 4 or 8."""
+    """Bits per weight: 2, 3, 4, 5, 6 or 8."""
     group_size: int = 128
     """Number of consecutive inputs that share one scale; -1: the whole row. Lowered to 64 or 32 if 128 does not divide
     the input size of every layer."""
@@ -70,10 +70,10 @@ class QuantizeConfig:
     all experts as far as these are few. layer: the tokens of all experts. all-tokens: every expert runs on every token,
     which takes many times as long. The last two are for comparisons."""
     format: str = "auto"
-    """Checkpoint format: compressed-tensors (read by transformers, vLLM and SGLang), gptq or awq (4 bit only); mlx
-    (symmetric, read by mlx_lm); gguf (symmetric; read by llama.cpp: Q4_0 at 4 bit, Q8_0 at 8, Q2_0 at 2, in groups of
-    the size that these types have). auto: compressed-tensors for symmetric weights; otherwise the format that engines
-    serve: awq at 4 bit, else gptq."""
+    """Checkpoint format: compressed-tensors (read by transformers, vLLM and SGLang); gptq (2, 3, 4, 8 bit); awq (4
+    bit); mlx (symmetric; read by mlx_lm); gguf (symmetric; read by llama.cpp: Q4_0 at 4 bit, Q8_0 at 8, Q2_0 at 2, in
+    groups of the size that these types have). auto: compressed-tensors for symmetric weights; otherwise the format that
+    engines serve: awq at 4 bit, gptq at 2, 3 and 8."""
     calibration: str = Calibration.text
     """Calibration text: wikitext2, c4 or pile (downloaded); pydoc or pytopics (offline); a .txt, .jsonl or .parquet
     file, whose rows hold a `text` or a conversation (`messages`, `conversations`, or `prompt` and `completion`); or
@@ -121,13 +121,8 @@ class QuantizeConfig:
             raise RequestError("grid common is symmetric; with --no-symmetric, use grid minmax")
         if self.method == "awq" and self.grid not in ("auto", "minmax"):
             raise RequestError(f"awq works with grid minmax only; got {self.grid}; use minmax, or another method")
-        if self.stored_as == "awq" and (self.bits != 4 or self.layer_bits):
-            raise RequestError("format awq stores 4-bit weights only; use gptq or compressed-tensors for others")
-        if self.stored_as == "mlx" and not (self.symmetric and self.group_size in MLX_GROUPS):
-            what = f"groups of {self.group_size}" if self.symmetric else "zero points"
-            raise RequestError(f"format mlx stores symmetric weights in groups of {listed(MLX_GROUPS)}; got {what}")
-        if self.stored_as == "gguf":
-            self._check_gguf()
+        asked = Grid(self.bits, self.group_size, self.symmetric, self.grid)
+        check_format(self.stored_as, self.all_bits, asked, QuantizeConfig.group_size)
         if self.resume and self.overwrite:
             raise RequestError("resume continues the earlier run, overwrite removes it; pass only one of the two")
         # The nested settings check themselves when they are made.
@@ -172,25 +167,15 @@ class QuantizeConfig:
             # Attention and MLP would each correct all of the error in the residual stream: twice too much.
             raise RequestError("match needs sequential; to leave out both: --without match sequential")
 
-    def _check_gguf(self) -> None:
-        """Raise RequestError if llmq does not write such weights as GGUF."""
-        every = tuple(sorted({self.bits, *self.other_bits.values()}))
-        if not self.symmetric or not GGUF_GROUPS.keys() >= set(every):
-            what = f"{listed(every)} bit" + ("" if self.symmetric else " with zero points")
-            raise RequestError(f"format gguf stores symmetric weights of {listed((*GGUF_GROUPS,))} bit; got {what}")
-        if self.group_size not in (QuantizeConfig.group_size, self._gguf_group):
-            rule = f"format gguf has groups of {self._gguf_group} at {listed(every)} bit"
-            raise RequestError(f"{rule}, which llmq chooses itself; got {self.group_size}; remove --group-size")
-
     @property
-    def _gguf_group(self) -> int:
-        """Return the group size of a GGUF file: what the largest of its blocks holds."""
-        return max(GGUF_GROUPS.get(bits, 0) for bits in {self.bits, *self.other_bits.values()})
+    def all_bits(self) -> tuple[int, ...]:
+        """Return all numbers of bits that layers may have, from the fewest."""
+        return tuple(sorted({self.bits, *self.other_bits.values()}))
 
     @property
     def grid_settings(self) -> Grid:
         """Return the settings of the rounding grid."""
-        group_size = self._gguf_group if self.stored_as == "gguf" else self.group_size
+        group_size = gguf_group(self.all_bits) if self.stored_as == "gguf" else self.group_size
         return Grid(self.bits, group_size, self.symmetric, self.grid)
 
     @property
@@ -210,7 +195,9 @@ class QuantizeConfig:
             return self.format
         if self.symmetric:
             return "compressed-tensors"
-        return "awq" if self.bits == 4 and not self.layer_bits else "gptq"
+        if self.bits == 4 and not self.layer_bits:
+            return "awq"
+        return "gptq" if set(self.all_bits) <= set(GPTQ_BITS) else "compressed-tensors"
 
     @property
     def other_bits(self) -> dict[str, int]:

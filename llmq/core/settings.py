@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 
 from llmq.core.errors import RequestError
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
+GPTQ_BITS = (2, 3, 4, 8)
+"""The bits of GPTQ checkpoints: what GPTQModel and its kernels know."""
 GRIDS = ("auto", "minmax", "mse", "hessian", "common")
 ORDERS = ("group", "static", "natural")
 MLX_GROUPS = (32, 64, 128)

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llmq.core.errors import CheckpointError
+from llmq.core.settings import GPTQ_BITS
 from llmq.formats.name_patterns import Patterns
-from llmq.formats.scheme import Scheme, entry, tables
+from llmq.formats.scheme import Scheme, entry, tables, with_known_bits
 
 METHOD = "auto-round"
 _PACKINGS = {
@@ -49,7 +50,8 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
     expressions = [key for key in extra if not _NAME.fullmatch(key)]
     fitting = {name: next((key for key in expressions if patterns.search(key, name)), None) for name in names}
     changes = {name: extra.get(name, extra.get(pattern or "", {})) for name, pattern in fitting.items()}
-    return {name: _changed(name, most, changes[name]) for name in changes}
+    schemes = {name: _changed(name, most, changes[name]) for name in changes}
+    return with_known_bits(METHOD, schemes, GPTQ_BITS)
 
 
 def _changed(name: str, most: Scheme, changes: dict[str, Any]) -> Scheme:

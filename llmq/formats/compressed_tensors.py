@@ -50,9 +50,10 @@ def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
     groups = scheme.groups(columns)
     if columns % groups or (groups > 1 and columns // groups != scheme.group_size):
         raise CheckpointError(f"{name}: group size {scheme.group_size} does not divide {columns} inputs")
-    if bits == 3 and packed.shape[-1] == -(-columns // 10) != packed_length(columns, bits):
+    whole = 32 // bits  # codes that fit into a word; the rest of its bits was left unused
+    if packed.shape[-1] == -(-columns // whole) != packed_length(columns, bits):
         raise CheckpointError(
-            f"{name}: packed by compressed-tensors before 0.18, which puts ten 3-bit codes into a word; "
+            f"{name}: packed by compressed-tensors before 0.18, which puts {whole} {bits}-bit codes into a word; "
             "write it again with 0.18 or later"
         )
     expect_words(f"{name}.weight_packed", packed, (rows, packed_length(columns, bits)))

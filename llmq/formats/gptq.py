@@ -22,9 +22,20 @@ from torch import Tensor
 from llmq.core.config import VERSION
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
+from llmq.core.settings import GPTQ_BITS
 from llmq.formats.name_patterns import Patterns, pattern_of_experts, without_experts
 from llmq.formats.packing import pack_stream, packed_length, unpack_stream
-from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, expect_words, part_of, tables
+from llmq.formats.scheme import (
+    Scheme,
+    Schemes,
+    checked,
+    entry,
+    expect_scales,
+    expect_words,
+    part_of,
+    tables,
+    with_known_bits,
+)
 
 METHOD = "gptq"
 TENSOR_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
@@ -86,10 +97,11 @@ def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
 def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
     """Return the `quantization_config` of config.json. Layers that differ from most become `dynamic` rules.
 
-    transformers does not know such rules. Raises CheckpointError if only some layers are symmetric: a file has one
-    meaning of zero points.
+    transformers does not know such rules. Raises CheckpointError for bits that engines do not read in this format, and
+    if only some layers are symmetric: a file has one meaning of zero points.
     """
     most = max(schemes.values(), key=list(schemes.values()).count)
+    with_known_bits(METHOD, schemes, GPTQ_BITS)
     if any(scheme.symmetric != most.symmetric for scheme in schemes.values()):
         raise CheckpointError("gptq stores one kind of zero points; make all layers symmetric, or none")
     others: dict[Scheme, list[str]] = defaultdict(list)
@@ -125,7 +137,8 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
     flags = entry(config, "sym", default=True), entry(config, "desc_act", default=False)
     most = Scheme.of(config.get("bits", 4), size, *flags, zero_offset=int(dialect == "gptq"))
     rules, patterns = tables("dynamic", entry(config, "dynamic", default={})), Patterns()
-    return {name: _overridden(name, most, rules, patterns) for name in names}
+    schemes = {name: _overridden(name, most, rules, patterns) for name in names}
+    return with_known_bits(METHOD, schemes, GPTQ_BITS)
 
 
 def _overridden(name: str, most: Scheme, rules: dict[str, Any], patterns: Patterns) -> Scheme:

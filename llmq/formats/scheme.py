@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.core.settings import BITS
+from llmq.core.settings import BITS, listed
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,14 @@ def checked(name: str, weight: QuantizedWeight, scheme: Scheme) -> QuantizedWeig
         middle = 2 ** (weight.bits - 1)
         raise CheckpointError(f"{name}: its zero points are not all {middle}, although the config says symmetric")
     return weight
+
+
+def with_known_bits(method: str, schemes: Schemes, known: tuple[int, ...]) -> dict[str, Scheme]:
+    """Return the schemes. Raises CheckpointError if one has bits that engines do not read in this format."""
+    for name, scheme in schemes.items():
+        if scheme.bits not in known:
+            raise CheckpointError(f"{name}: {scheme.bits} bits per weight; {method} stores {listed(known)}")
+    return dict(schemes)
 
 
 def the_only(schemes: Schemes, what: Callable[[Scheme], Any], why: str) -> Any:

@@ -69,7 +69,7 @@ def test_the_demo_model_computes_and_writes_the_same_in_mlx(tmp_path, kind):
     assert ("Paris" in text) == (kind == "4 bit")
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize(
     ("name", "dtype"), [("qwen2", torch.bfloat16), ("qwen3", torch.float16), ("phi3", torch.float32)]
 )

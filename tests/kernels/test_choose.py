@@ -38,7 +38,7 @@ def tiled(BN):
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: slug(device.name))
 def test_every_tile_of_the_rule_can_be_launched(device):
-    kinds = list(itertools.product((2, 3, 4, 8), (16, 32, 128, -1)))
+    kinds = list(itertools.product((2, 3, 4, 5, 6, 8), (16, 32, 128, -1)))
     every_M = zip(range(1, 301), itertools.cycle(kinds), itertools.cycle(SHAPES), strict=False)
     for M, (bits, group), (N, K) in (*every_M, *itertools.product((1, 16, 17, 64, 256), kinds, SHAPES)):
         size = K if group < 0 or group > K else group
@@ -54,12 +54,12 @@ def assert_launchable(tile, problem, device):
     assert tile.stages >= 2
     assert tile.BN in (64, 128)
     assert tile.warps == tile.BN // 16
-    programs = 2 if problem.bits == 3 else {8: 4, 16: 3, 32: 2, 64: 1}[tile.BM]
+    programs = 2 if problem.planes == 16 else {8: 3 if problem.bits == 6 else 4, 16: 3, 32: 2, 64: 1}[tile.BM]
     if device.arch < 90 and problem.bits == 2 and tile.BM in (16, 32) and tile.splits == 1:
         assert tile.registers == 200
         programs = 2
     else:
-        assert (tile.registers is None) == (tile.BM > 16 or (problem.bits == 3 and tile.chunk == 64))
+        assert (tile.registers is None) == (tile.BM > 16 or (problem.planes == 16 and tile.chunk == 64))
     assert tile.registers is None or 32 * tile.warps * tile.registers * programs <= 65536
     buffers = tile.stages - 1
     assert shared_bytes(problem, tile.BM, tile.BN, buffers, tile.chunk, device.arch) <= device.shared_bytes
@@ -158,7 +158,7 @@ def test_shapes_too_far_from_every_row_go_by_the_rule(factor):
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 5, 7, 16, 40])
 def test_a_measured_tile_is_fitted_to_the_problem(splits):
-    for bits, group, K in itertools.product((2, 3, 4, 8), (16, 32, 128), (2048, 4096, 5120, 8192)):
+    for bits, group, K in itertools.product((2, 3, 4, 5, 6, 8), (16, 32, 128), (2048, 4096, 5120, 8192)):
         problem = Problem(bits, group, True, "float16", 1, 4096, K)
         rows = table(row(K=4096, bits=bits, group=group, tile=TILE | {"splits": splits}))
         tile = choose(H200, problem, (rows,))

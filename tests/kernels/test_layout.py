@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmq_kernels import PackedWeight, dequantize, layout, pack, stack
-from llmq_kernels.layout import block_of, plane_of, top_bit, unpack
-from weights import BITS, dense, shuffled_groups, some_codes, some_grid, some_weight
+from llmq_kernels.layout import block_of, plane_of, top_bits, unpack
+from weights import BITS, WIDTHS, dense, shuffled_groups, some_codes, some_grid, some_weight
 
 GROUPS = (1, 7, 16, 32, 64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -49,12 +49,12 @@ def test_codes_and_zero_points_come_back_exactly(problem):
 def words_one_by_one(codes, bits, plane):
     """The words of one row, by the pictures in layout.py: each bit of each code is put where it belongs."""
     arrays, shift = [], 0
-    for width in {2: [2], 3: [2, 1], 4: [4], 8: [8]}[bits]:
-        per_word, block = 16 // width, plane * {2: 8, 3: 16, 4: 4, 8: 2}[bits]
+    for width in WIDTHS[bits]:
+        per_word, block = 16 // width, plane * 16 // WIDTHS[bits][-1]
         words = [0] * (-(-len(codes) // block) * block // per_word)
         for column, code in enumerate(codes):
             p, c = column // plane % per_word, column % plane
-            at = top_bit(p) if bits == 3 and width == 1 else p * width
+            at = p * width if width == WIDTHS[bits][0] else top_bits(bits, p)
             words[column // (plane * per_word) * plane + c] |= (code >> shift & (1 << width) - 1) << at
         arrays.append([signed(word) for word in words])
         shift += width
@@ -150,10 +150,10 @@ def test_memory_is_exactly_bits_per_weight_and_a_word_per_group(rows, blocks, bi
 def test_rows_are_padded_to_whole_blocks(bits, size):
     weight = packed(some_codes(5, 3 * size, bits), bits, 3)
     plane = size if size in (16, 32) else 64
-    block = plane * {2: 8, 3: 16, 4: 4, 8: 2}[bits]
+    block = plane * {2: 8, 3: 16, 4: 4, 5: 16, 6: 8, 8: 2}[bits]
     assert (weight.plane, block_of(bits, weight.plane)) == (plane, block)
     padded = -(-3 * size // block) * block
-    widths = (2, 1) if bits == 3 else (bits,)
+    widths = WIDTHS[bits]
     assert [tuple(words.shape) for words in weight.words] == [(5, padded * width // 16) for width in widths]
     assert all(words.dtype == torch.int16 and words.is_contiguous() for words in weight.words)
     assert weight.grid.dtype == torch.int32
@@ -206,8 +206,29 @@ def test_three_bit_codes_are_two_bit_words_and_one_bit_words_whose_bits_are_spre
     assert top[0, :8].tolist() == [0b1_0000_0110] * 4 + [0b1_0000_0011] * 4
 
 
-def test_the_top_bits_of_sixteen_planes_have_a_place_each():
-    assert [top_bit(plane) for plane in range(16)] == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]
+def test_five_and_six_bit_codes_are_four_bit_words_and_words_of_what_is_above():
+    codes = torch.zeros(1, 256, dtype=torch.uint8)
+    codes[0, :256:16] = torch.arange(16, 32)  # plane 0: 16, plane 1: 17, …
+    low, top = packed(codes, 5, 16).words
+    assert low[0, ::16].tolist() == [signed(word) for word in (0x3210, 0x7654, 0xBA98, 0xFEDC)]
+    assert top[0, 0].item() == signed(0xFFFF)
+    codes[0, :256:16] = torch.tensor([0x1A, 0x2B, 0x3C, 0x0D, 0x11, 0x22, 0x33, 0x04] * 2)
+    low, top = packed(codes, 6, 16).words
+    assert low[0, ::16].tolist() == [signed(word) for word in (0xDCBA, 0x4321) * 2]
+    # Bits 0 and 1: plane 0. 2 and 3: plane 2. 4 and 5: plane 1. 6 and 7: plane 3. Then planes 4 to 7 likewise.
+    assert top[0, 0].item() == 0b00_10_11_01_00_10_11_01
+
+
+@pytest.mark.parametrize(
+    ("bits", "places"),
+    [
+        (3, [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]),
+        (5, [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]),
+        (6, [0, 4, 2, 6, 8, 12, 10, 14]),
+    ],
+)
+def test_the_top_bits_of_all_planes_have_a_place_each(bits, places):
+    assert [top_bits(bits, plane) for plane in range(len(places))] == places
 
 
 def test_a_grid_word_is_the_scale_with_the_zero_point_in_its_last_byte():
@@ -240,7 +261,7 @@ def test_shuffled_groups_of_unequal_sizes_are_refused(group_of):
         pack(some_codes(3, 4, 4), *some_grid(3, 2, 4), 4, torch.tensor(group_of, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("bits", [0, 1, 5, 16])
+@pytest.mark.parametrize("bits", [0, 1, 7, 16])
 def test_other_bits_are_refused(bits):
     with pytest.raises(ValueError, match="bits must be one of"):
         packed(some_codes(2, 8, 1), bits)

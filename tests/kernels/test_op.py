@@ -12,7 +12,7 @@ from llmq_kernels.choose import Device
 from llmq_kernels.layout import PackedWeight
 from oracle import ONE_ROUNDING, TWO_ROUNDINGS, WHERE, expected, relative_error, some_problem
 from packed import random_weight
-from weights import BITS, shuffled_groups, some_weight
+from weights import BITS, WIDTHS, shuffled_groups, some_weight
 
 from llmq.runtime.packed_linear import PackedLinear
 
@@ -183,7 +183,7 @@ def test_a_layer_that_is_moved_gives_the_same_results(move, used, bits):
 def test_a_layers_state_is_all_it_needs(bits):
     layer, other = (PackedLinear.from_codes(random_weight(48, 96, 3, bits, False, seed=seed)) for seed in (0, 1))
     state = layer.state_dict()
-    assert state.keys() == {"grid", *(f"words{i}" for i in range(2 if bits == 3 else 1))}
+    assert state.keys() == {"grid", *(f"words{i}" for i in range(len(WIDTHS[bits])))}
     other.load_state_dict(state)
     for tokens in (3, 70):
         x = torch.randn(tokens, 96)

@@ -7,7 +7,7 @@ import ptx
 import pytest
 import torch
 from llmq_kernels import pack
-from llmq_kernels.layout import WIDTHS, block_of, top_bit, unpack
+from llmq_kernels.layout import WIDTHS, block_of, top_bits, unpack
 from llmq_kernels.planes import field_of, offset_of, plane_asm, shift_of
 from weights import BITS, some_codes
 
@@ -18,14 +18,15 @@ PLANES = [(bits, plane) for bits in BITS for plane in range(16 // WIDTHS[bits][-
 
 
 def words_with(codes, bits, plane, generator):
-    """(registers of two words that hold `codes` at a plane and noise elsewhere, the same for 1-bit words)."""
+    """(registers of two words that hold `codes` at a plane and noise elsewhere, the same for high words)."""
     width = WIDTHS[bits][0]
     low = generator.integers(0, 2**16, codes.shape, dtype=np.uint32)
     top = generator.integers(0, 2**16, codes.shape, dtype=np.uint32)
     shift = np.uint32(width * (plane % (16 // width)))
     low = low & ~np.uint32((2**width - 1) << shift) | (codes & np.uint32(2**width - 1)) << shift
-    if bits == 3:
-        top = top & ~np.uint32(1 << top_bit(plane)) | codes >> np.uint32(2) << np.uint32(top_bit(plane))
+    if len(WIDTHS[bits]) == 2:
+        at, mask = np.uint32(top_bits(bits, plane)), np.uint32(2 ** WIDTHS[bits][1] - 1)
+        top = top & ~(mask << at) | codes >> np.uint32(width) << at
     return pair(low), pair(top)
 
 
@@ -58,7 +59,7 @@ def test_the_asm_gives_code_minus_a_zero_point_known_beforehand(bits, plane, bf1
     for zero in zeros_of(bits):
         if bits == 8 and bf16 and zero == 0:
             continue  # a zero point known beforehand is the middle code; 0 is no literal of the asm's
-        value = ptx.run(plane_asm(bits, plane, bf16, zero), *([words, tops] if bits == 3 else [words]))
+        value = ptx.run(plane_asm(bits, plane, bf16, zero), *([words, tops] if len(WIDTHS[bits]) == 2 else [words]))
         assert np.array_equal(unpair(value, bf16), codes.astype(np.float64) - zero)
 
 
@@ -71,7 +72,7 @@ def test_the_asm_gives_code_minus_a_zero_point_handed_over(bits, plane, bf16):
     for zero in zeros_of(bits):
         zeros = np.broadcast_to([zero, 2.0**bits - 1 - zero], codes.shape)  # nothing mixes the two halves
         offset = pair(exactly(-offset_of(bits, plane, bf16) - zeros, bf16).astype(np.uint32))
-        operands = [words, tops, offset] if bits == 3 else [words, offset]
+        operands = [words, tops, offset] if len(WIDTHS[bits]) == 2 else [words, offset]
         value = ptx.run(plane_asm(bits, plane, bf16, None), *operands)
         assert np.array_equal(unpair(value, bf16), codes - zeros)
 
@@ -119,10 +120,10 @@ def test_the_fields_are_where_the_layout_puts_them(bits, size):
     per_word, planes, plane = 16 // WIDTHS[bits][0], 16 // WIDTHS[bits][-1], weight.plane
     for block, p in itertools.product(range(3), range(planes)):
         at = (block * (planes // per_word) + p // per_word) * plane  # as the kernels step through the words
-        shift, mask, top = field_of(bits, p)
+        shift, mask, *high = field_of(bits, p)
         values = words[:, at : at + plane] >> shift & mask
-        if bits == 3:
-            values |= (tops[:, block * plane : (block + 1) * plane] >> top & 1) << 2
+        if high:
+            values |= (tops[:, block * plane : (block + 1) * plane] >> high[0] & high[1]) << WIDTHS[bits][0]
         first = (block * planes + p) * plane
         assert np.array_equal(values, unpack(weight)[:, first : first + plane].numpy())
         assert np.array_equal(values, codes[:, first : first + plane].numpy())

@@ -3,7 +3,9 @@
 import torch
 from llmq_kernels import PackedWeight, pack
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
+WIDTHS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+"""Bits of a code in each array of words, the low ones first."""
 
 
 def some_codes(out, inputs, bits, seed=0):

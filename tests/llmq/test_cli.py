@@ -38,7 +38,7 @@ def packed(llama, text_file, tmp_path_factory):
 
 REFUSED = {
     "method": (("--method", "gtpq"), ("method", "gptq, awq, awq+gptq, tuned, rtn", "gtpq")),
-    "bits": (("--bits", "5"), ("bits", "2, 3, 4, 8", "5")),
+    "bits": (("--bits", "7"), ("bits", "2, 3, 4, 5, 6, 8", "7")),
     "format": (("--format", "ggml"), ("format", "compressed-tensors", "gguf", "ggml")),
     "without": (("--without", "sequential"), ("match needs sequential", "--without match sequential")),
     "group_size": (("--group-size", "24"), ("group size 24", "64, 96")),

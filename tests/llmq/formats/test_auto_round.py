@@ -8,7 +8,7 @@ from packed import assert_same_weight, random_weight
 from stored import NAME
 
 from llmq.core.errors import CheckpointError
-from llmq.core.settings import BITS
+from llmq.core.settings import GPTQ_BITS
 from llmq.formats import awq, format_of, gptq, schemes_of
 from llmq.formats.scheme import Scheme
 
@@ -53,7 +53,7 @@ def test_asymmetric_zero_points_are_read_as_they_are_zero_included(packing):
     assert_same_weight(read(config, stored(PACKINGS[packing][0], weight, 0)), weight)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", GPTQ_BITS)
 @pytest.mark.parametrize("size", [-1, 32])
 def test_without_a_packing_it_is_gptq_of_any_bits(bits, size):
     weight = random_weight(32, 96, 1 if size == -1 else 3, bits)

@@ -150,10 +150,11 @@ def test_decode_refuses_a_group_size_that_does_not_divide_the_inputs():
     check_refused(compressed_tensors, tensors, Scheme(4, 48, True), "group size 48 does not divide 64")
 
 
-def test_the_packing_of_versions_before_0_18_is_named():
-    """Ten 3-bit codes a word, and two bits unused; now codes follow each other in one stream of bits."""
-    weight = weight_of(32, 64, 32, bits=3)
-    tensors = encode(NAME, weight, Scheme(3, 32, True))
-    tensors[f"{NAME}.weight_packed"] = torch.zeros(32, 7, dtype=torch.int32)
-    with pytest.raises(CheckpointError, match=r"packed by compressed-tensors before 0\.18"):
-        compressed_tensors.decode(NAME, tensors, Scheme(3, 32, True))
+@pytest.mark.parametrize(("bits", "words"), [(3, 7), (5, 11), (6, 13)])
+def test_the_packing_of_versions_before_0_18_is_named(bits, words):
+    """Whole codes in a word (ten of 3 bits), and two bits unused; now codes follow each other in one stream of bits."""
+    weight = weight_of(32, 64, 32, bits)
+    tensors = encode(NAME, weight, Scheme(bits, 32, True))
+    tensors[f"{NAME}.weight_packed"] = torch.zeros(32, words, dtype=torch.int32)
+    with pytest.raises(CheckpointError, match=rf"before 0\.18, which puts {32 // bits} {bits}-bit codes into a word"):
+        compressed_tensors.decode(NAME, tensors, Scheme(bits, 32, True))

@@ -175,7 +175,7 @@ def test_schemes_of_refuses_configs_it_does_not_read(case):
 
 
 WEIGHTS = [
-    {"num_bits": 5},
+    {"num_bits": 7},
     {"num_bits": "4"},
     {"num_bits": True},
     {"num_bits": None},

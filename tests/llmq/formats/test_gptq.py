@@ -21,7 +21,7 @@ from stored import (
 )
 
 from llmq.core.errors import CheckpointError
-from llmq.core.settings import BITS
+from llmq.core.settings import GPTQ_BITS
 from llmq.formats import compressed_tensors, gptq
 from llmq.formats.scheme import Scheme
 
@@ -91,7 +91,7 @@ def test_codes_and_zero_points_are_the_golden_integers(version):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", GPTQ_BITS)
 def test_symmetric_zero_points_are_the_words_that_readers_compare_with(bits, version):
     weight = random_weight(64, 64, 2, bits)
     words = gptq.encode(NAME, weight, written_as(version, bits, 32))[f"{NAME}.qzeros"].tolist()
@@ -99,7 +99,7 @@ def test_symmetric_zero_points_are_the_words_that_readers_compare_with(bits, ver
     assert words == [constant * (2 * bits // len(constant))] * 2
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", GPTQ_BITS)
 def test_the_tensors_are_those_of_compressed_tensors_transposed(bits):
     weight, scheme = random_weight(33, 96, 3, bits, symmetric=False), Scheme(bits, 32, False)
     ours, theirs = gptq.encode(NAME, weight, scheme), compressed_tensors.encode(NAME, weight, scheme)
@@ -122,7 +122,7 @@ def test_encode_writes_the_parts_of_the_format_in_their_dtypes():
 @st.composite
 def weights(draw):
     """A weight with its scheme: odd numbers of outputs, inputs that just fill words, groups of any size."""
-    bits, symmetric, dtype = (draw(st.sampled_from(choices)) for choices in (BITS, [True, False], DTYPES))
+    bits, symmetric, dtype = (draw(st.sampled_from(choices)) for choices in (GPTQ_BITS, [True, False], DTYPES))
     rows = draw(st.sampled_from([1, 2, 7, 31, 32, 33, 40]))
     columns = 32 // math.gcd(bits, 32) * draw(st.integers(1, 9))
     size = draw(st.sampled_from([-1, 1, 5, 8, 16, 24, 32, 128, columns]))
@@ -196,7 +196,7 @@ def test_group_indices_that_do_not_fit_are_refused(case):
     check_refused(gptq, tensors, ACT_ORDER)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", GPTQ_BITS)
 def test_a_zero_point_of_minus_one_is_refused_in_version_1_and_is_the_largest_code_in_version_2(bits):
     weight = random_weight(32, 32, 2, bits, symmetric=False)
     zero = weight.zero.clone()

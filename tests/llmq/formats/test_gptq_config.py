@@ -9,7 +9,7 @@ from stored import LAYERS, NAME
 from transformers import GPTQConfig
 
 from llmq.core.errors import CheckpointError
-from llmq.core.settings import BITS
+from llmq.core.settings import GPTQ_BITS
 from llmq.formats import gptq
 from llmq.formats.scheme import Scheme
 
@@ -19,7 +19,7 @@ def stored(schemes):
     return {name: dataclasses.replace(s, zero_offset=int(s.symmetric)) for name, s in schemes.items()}
 
 
-@pytest.mark.parametrize(("bits", "size", "symmetric"), itertools.product(BITS, [-1, 32], [True, False]))
+@pytest.mark.parametrize(("bits", "size", "symmetric"), itertools.product(GPTQ_BITS, [-1, 32], [True, False]))
 def test_the_config_is_read_back_and_accepted_by_transformers(bits, size, symmetric):
     schemes = dict.fromkeys(LAYERS, Scheme(bits, size, symmetric))
     config = gptq.hf_config(schemes, ["lm_head"])

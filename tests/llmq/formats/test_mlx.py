@@ -35,11 +35,13 @@ WORDS = {
         1927121136 3144031431 1157277008 3632479897 1629255664 4199874742 871273551 3430034904
     """,
 }
-SHA_8 = "6bd05fe286a47998"
+SHAS = {5: "6d9fa786763a681e", 6: "e8f34ff0d275b93d", 8: "6bd05fe286a47998"}
 BIASES = {
     2: [[-0.125, 0.15625], [0.15625, -0.1875], [-0.1875, 0.21875]],
     3: [[-0.25, 0.3125], [0.3125, -0.375], [-0.375, 0.4375]],
     4: [[-0.5, 0.625], [0.625, -0.75], [-0.75, 0.875]],
+    5: [[-1.0, 1.25], [1.25, -1.5], [-1.5, 1.75]],
+    6: [[-2.0, 2.5], [2.5, -3.0], [-3.0, 3.5]],
     8: [[-8.0, 10.0], [10.0, -12.0], [-12.0, 14.0]],
 }
 
@@ -62,7 +64,7 @@ def test_words_and_biases_are_those_of_mlx(bits):
     if bits in WORDS:
         assert words.flatten().tolist() == [int(word) for word in WORDS[bits].split()]
     else:
-        assert sha(words.view(torch.int32)) == SHA_8
+        assert sha(words.view(torch.int32)) == SHAS[bits]
     assert tensors[f"{NAME}.biases"].tolist() == BIASES[bits]
     assert torch.equal(tensors[f"{NAME}.scales"], weight.scale)
     assert_same_weight(mlx.decode(NAME, tensors, Scheme(bits, 32, False)), weight)
@@ -301,7 +303,7 @@ def test_configs_of_mlx_lm_are_read(case):
     ("changes", "reason"),
     [
         ({"mode": "mxfp4"}, "mlx: of MLX's modes llmq reads affine; found .*mxfp4"),
-        ({"bits": 5}, "5 bits per weight"),
+        ({"bits": 7}, "7 bits per weight"),
         ({"bits": "4"}, "'4' bits per weight"),
         ({"group_size": 16}, "mlx: MLX has groups of 32, 64, 128; its config says 16"),
         ({"group_size": -1}, "its config says -1"),
@@ -310,7 +312,7 @@ def test_configs_of_mlx_lm_are_read(case):
         ({NAME: {"group_size": 32, "bits": 4, "mode": "nvfp4"}}, f"{NAME}: of MLX's modes"),
         ({NAME: [4]}, f"{NAME}: of MLX's modes"),
         ({NAME: None}, f"{NAME}: of MLX's modes"),
-        ({NAME: {"bits": 6}}, "6 bits per weight"),
+        ({NAME: {"bits": 1}}, "1 bits per weight"),
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ def test_the_last_group_of_a_row_may_be_short_and_minus_one_is_one_group():
 def test_a_change_keeps_all_other_fields_and_is_checked_like_a_config():
     scheme = Scheme(4, 32, False, act_order=True, zero_offset=1)
     assert scheme.changed({"bits": 8}) == Scheme(8, 32, False, act_order=True, zero_offset=1)
-    with pytest.raises(CheckpointError, match="7 bits per weight; llmq reads 2, 3, 4, 8"):
+    with pytest.raises(CheckpointError, match="7 bits per weight; llmq reads 2, 3, 4, 5, 6, 8"):
         scheme.changed({"bits": 7})
 
 
