@@ -94,7 +94,7 @@ class Tile:
     registers: int | None = None
     """Most that a thread may have. Told nothing, the compiler aims at round numbers: it takes more than the resident
     programs have, or spills a value. Told 128, it needs 1.95 instead of 2.05 instructions per 4-bit weight. But told
-    255, it loads so far ahead for tall tiles and whole planes of 3 bit that they spill."""
+    255, it loads so far ahead for tall tiles and whole planes of 3 bit that they spill; told 168, for 6 bit."""
 
 
 def choose(device: Device, problem: Problem, tables: Sequence[dict[str, Any]] = ()) -> Tile | None:
@@ -140,7 +140,7 @@ def rule(device: Device, problem: Problem) -> Tile | None:
     while chunk > 16 and shared(stages) > device.shared_bytes:
         chunk //= 2
     programs = min(places, _resident(device, shared(stages)))
-    registers = None if problem.planes == 16 and chunk == 64 else registers_for(BM, warps, places)
+    registers = None if len(WIDTHS[problem.bits]) == 2 and chunk == 64 else registers_for(BM, warps, places)
     tile = Tile(BM, BN, warps, stages, chunk=chunk, registers=registers)
     tile = split(tile, device, problem, programs)
     if older and problem.bits == 2 and BM in (16, 32) and tile.splits == 1:

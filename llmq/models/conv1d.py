@@ -8,7 +8,7 @@ from torch import nn
 
 CONV1D = (
     "this model is made of Conv1D, and transformers opens compressed-tensors only for nn.Linear: it would put random "
-    "weights there; choose --format gptq"
+    "weights there; choose --format gptq (2, 3, 4, 8 bit)"
 )
 
 

@@ -9,9 +9,12 @@ from llmq.models.model_files import ModelFiles
 
 EXPERTS = (
     "transformers finds no packed experts of {} in compressed-tensors: it would put random weights there; choose "
-    "--format gptq"
+    "--format gptq (2, 3, 4, 8 bit)"
 )
-ZEROS = "transformers reads no zero points of packed experts in compressed-tensors; choose --format awq (4 bit) or gptq"
+ZEROS = (
+    "transformers reads no zero points of packed experts in compressed-tensors; choose --format awq (4 bit) or gptq "
+    "(2, 3, 4, 8 bit)"
+)
 
 
 def unreadable(model: Any, files: ModelFiles, symmetry: Callable[[str], bool | None]) -> str | None:

@@ -6,7 +6,7 @@ from agreement import assert_same_weights
 from packed import dequantized_model, logits, pack, some_tokens
 from tiny import save_tiny
 
-from llmq.core.settings import BITS
+from llmq.core.settings import GPTQ_BITS
 from llmq.formats.scheme import Scheme
 from llmq.run.convert import ConvertConfig, convert
 
@@ -43,7 +43,7 @@ def quantized_by_gptqmodel(source, directory, **settings):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", GPTQ_BITS)
 def test_it_reads_our_gptq_checkpoints(source, tmp_path, bits, symmetric):
     directory = pack(source, tmp_path / "gptq", format="gptq", bits=bits, symmetric=symmetric)
     model = opened(directory)

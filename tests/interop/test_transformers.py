@@ -56,7 +56,7 @@ def assert_opens_exactly(source, directory):
     return model
 
 
-@pytest.mark.parametrize(("name", "bits"), [*zip(ARCHITECTURES, BITS, strict=True), ("qwen2", 4), ("phi3", 3)])
+@pytest.mark.parametrize(("name", "bits"), [*zip(ARCHITECTURES * 2, (*BITS, 3, 4), strict=True)])
 def test_logits_equal_those_of_the_dequantized_model(sources, tmp_path, name, bits):
     directory = pack(sources(name), tmp_path / "packed", bits=bits)
     model = assert_opens_exactly(sources(name), directory)

@@ -59,7 +59,7 @@ def assert_launchable(tile, problem, device):
         assert tile.registers == 200
         programs = 2
     else:
-        assert (tile.registers is None) == (tile.BM > 16 or (problem.planes == 16 and tile.chunk == 64))
+        assert (tile.registers is None) == (tile.BM > 16 or (problem.bits in (3, 5, 6) and tile.chunk == 64))
     assert tile.registers is None or 32 * tile.warps * tile.registers * programs <= 65536
     buffers = tile.stages - 1
     assert shared_bytes(problem, tile.BM, tile.BN, buffers, tile.chunk, device.arch) <= device.shared_bytes

@@ -10,7 +10,7 @@ from llmq_kernels import trial as module
 from llmq_kernels.choose import Problem, Tile
 from llmq_kernels.layout import unpack
 from llmq_kernels.trial import Trial, least_seconds, nbytes, random_codes, rotated, time_graph
-from weights import some_weight
+from weights import BITS, some_weight
 
 CPU = torch.device("cpu")
 PROBLEM = Problem(4, 64, True, "float16", 3, 24, 128)
@@ -37,7 +37,7 @@ def one_each(launches, least, replays=20):
     return [1.0, 2.0, 3.0]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_random_weights_are_those_of_the_problem(bits, symmetric):
     codes, scale, zero = random_codes(replace(PROBLEM, bits=bits, symmetric=symmetric), CPU)

@@ -30,7 +30,7 @@ def plain_bfloat16(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
 def test_methods_with_statistics_beat_rtn_on_held_out_tokens_on_average(bits, method, tmp_path, llama, text_file):
     report = json.loads((run(llama, text_file, tmp_path / "out", method=method, bits=bits) / REPORT).read_text())
     assert len(report["groups"]) == 2 * 4

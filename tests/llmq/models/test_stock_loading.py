@@ -57,6 +57,7 @@ def test_such_experts_are_stored_as_gptq_which_transformers_does_not_open_withou
         AutoModelForCausalLM.from_pretrained(packed)
     for attempt in (
         lambda: pack(tmp_path / "model", tmp_path / "again"),
+        lambda: pack(tmp_path / "model", tmp_path / "again", format="auto", bits=5),
         lambda: convert(ConvertConfig(packed, tmp_path / "again", "compressed-tensors")),
     ):
         with pytest.raises(RequestError, match="choose --format gptq") as caught:

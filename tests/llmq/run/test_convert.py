@@ -22,6 +22,7 @@ KINDS = {
     "compressed-tensors 3 bit": {"bits": 3, "group_size": -1},
     "compressed-tensors asymmetric": {"symmetric": False},
     "compressed-tensors mixed": {"layer_bits": ("down_proj=8", "layers.0.*=2")},
+    "compressed-tensors 5 and 6 bit": {"bits": 5, "layer_bits": ("down_proj=6",)},
     "gptq": {"format": "gptq"},
     "gptq mixed": {"format": "gptq", "bits": 2, "layer_bits": ("layers.1.mlp.*=3",)},
     "gptq v2": {"format": "gptq", "symmetric": False, "bits": 8},
@@ -33,6 +34,7 @@ KINDS = {
 FOUR_BIT = [kind for kind, options in KINDS.items() if not {"bits", "layer_bits"} & options.keys()]
 TAKEN = {
     "awq": FOUR_BIT,
+    "gptq": [kind for kind, options in KINDS.items() if options.get("bits") != 5],
     "mlx": [kind for kind, options in KINDS.items() if not {"symmetric", "group_size"} & options.keys()],
 }
 """The kinds that a format can store, if it cannot store all."""
@@ -139,6 +141,7 @@ def test_zero_points_that_are_all_in_the_middle_become_symmetric(packed, tmp_pat
     [
         ("gptq v2", "awq", "4-bit"),
         ("compressed-tensors 3 bit", "awq", "4-bit"),
+        ("compressed-tensors 5 and 6 bit", "gptq", "[56] bits per weight; gptq stores 2, 3, 4, 8"),
         ("compressed-tensors mixed", "awq", "one number of bits"),
         ("compressed-tensors 3 bit", "mlx", "groups of 32, 64, 128, not whole rows; quantize again with --group-size"),
         ("compressed-tensors asymmetric", "mlx", "-scale .* zero, which bfloat16 cannot hold"),

@@ -13,6 +13,7 @@ from tiny import save_tiny
 from torch import nn
 
 import llmq
+from llmq.core.settings import BITS
 from llmq.runtime.fused_siblings import MergedLinear, MergedSibling, merge_linears
 from llmq.runtime.packed_linear import PackedLinear
 
@@ -42,7 +43,7 @@ def count_calls(block):
     return calls
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_parts_give_what_the_linears_gave_from_one_matmul(bits, symmetric):
     block = Block(*alike(bits=bits, symmetric=symmetric), biases=[torch.randn(n) for n in (48, 16, 33)])

@@ -64,7 +64,7 @@ def test_few_tokens_take_the_int4_path_and_agree_up_to_bf16_rounding(llama, chec
 def test_every_linear_of_the_blocks_holds_packed_words_and_no_dense_weight(checkpoints, bits, symmetric):
     model = llmq.load(checkpoints(bits, symmetric), "cpu")
     logits(model, some_tokens(1, 3))
-    block = {2: 256, 3: 512, 4: 128, 8: 64}[bits]  # for groups of 32
+    block = {2: 256, 3: 512, 4: 128, 5: 512, 6: 256, 8: 64}[bits]  # for groups of 32
     linears = packed_linears(model)
     assert len(linears) == 2 * 7
     assert [name for name, module in model.named_modules() if isinstance(module, nn.Linear)] == ["lm_head"]
