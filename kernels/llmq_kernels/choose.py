@@ -94,7 +94,7 @@ class Tile:
     registers: int | None = None
     """Most that a thread may have. Told nothing, the compiler aims at round numbers: it takes more than the resident
     programs have, or spills a value. Told 128, it needs 1.95 instead of 2.05 instructions per 4-bit weight. But told
-    255, it loads so far ahead for tall tiles and whole planes of 3 bit that they spill; told 168, for 6 bit."""
+    255, it loads so far ahead for tall tiles and whole planes of 3 bit that they spill."""
 
 
 def choose(device: Device, problem: Problem, tables: Sequence[dict[str, Any]] = ()) -> Tile | None:
@@ -113,6 +113,7 @@ def rule(device: Device, problem: Problem) -> Tile | None:
     # A tall tile does not go into registers with sixteen planes, as many groups, or sums of splits for such an odd N.
     tall = 64 if problem.N % 16 == 0 else 32
     tallest = (tall if problem.plane > 16 else 16) if problem.planes < 16 else (16 if problem.plane > 16 else 8)
+    in_two = len(WIDTHS[problem.bits]) == 2
     BM = min(tallest, max(8, 1 << math.ceil(math.log2(problem.M))))
     BN, warps = (128, 8) if BM == 64 else (64, 4)
     older = device.arch < 90
@@ -122,6 +123,7 @@ def rule(device: Device, problem: Problem) -> Tile | None:
     # zero points or a K that does not fill them. For sm_80 three stages do, too, and 16 tokens with groups of 64.
     half = problem.planes == 16 and problem.plane > 16
     half &= older or uneven or problem.group_size > 128 or (many and not problem.symmetric)
+    half |= problem.bits == 6 and many and uneven
     chunk = problem.plane // 2 if half else problem.plane
     tight = older and (BM == 64 or (problem.planes == 16 and BM == 16 and many))
     most = _TOKENS_PER_WARP * warps // (2 if tight else 1)
@@ -131,16 +133,15 @@ def rule(device: Device, problem: Problem) -> Tile | None:
     def shared(stages: int) -> int:
         return shared_bytes(problem, BM, BN, stages - 1, chunk, device.arch)
 
-    # By their registers. Four programs of 6 bit leave too few for two arrays of words.
-    places = {8: 3 if problem.bits == 6 else _PROGRAMS_PER_SM, 16: 3, 32: 2, 64: 1}[BM]
-    places = 2 if problem.planes == 16 else places
+    # By their registers. Codes in two arrays of words need more.
+    places = min(2 if in_two else _PROGRAMS_PER_SM, {8: 4, 16: 3, 32: 2, 64: 1}[BM])
     stages = 2 if older and BM == 8 else 3
     while stages > 2 and _resident(device, shared(stages)) < places:
         stages -= 1
     while chunk > 16 and shared(stages) > device.shared_bytes:
         chunk //= 2
     programs = min(places, _resident(device, shared(stages)))
-    registers = None if len(WIDTHS[problem.bits]) == 2 and chunk == 64 else registers_for(BM, warps, places)
+    registers = None if problem.planes == 16 and chunk == 64 else registers_for(BM, warps, places)
     tile = Tile(BM, BN, warps, stages, chunk=chunk, registers=registers)
     tile = split(tile, device, problem, programs)
     if older and problem.bits == 2 and BM in (16, 32) and tile.splits == 1:

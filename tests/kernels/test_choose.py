@@ -54,12 +54,12 @@ def assert_launchable(tile, problem, device):
     assert tile.stages >= 2
     assert tile.BN in (64, 128)
     assert tile.warps == tile.BN // 16
-    programs = 2 if problem.planes == 16 else {8: 3 if problem.bits == 6 else 4, 16: 3, 32: 2, 64: 1}[tile.BM]
+    programs = min(2 if problem.bits in (3, 5, 6) else 4, {8: 4, 16: 3, 32: 2, 64: 1}[tile.BM])
     if device.arch < 90 and problem.bits == 2 and tile.BM in (16, 32) and tile.splits == 1:
         assert tile.registers == 200
         programs = 2
     else:
-        assert (tile.registers is None) == (tile.BM > 16 or (problem.bits in (3, 5, 6) and tile.chunk == 64))
+        assert (tile.registers is None) == (tile.BM > 16 or (problem.bits in (3, 5) and tile.chunk == 64))
     assert tile.registers is None or 32 * tile.warps * tile.registers * programs <= 65536
     buffers = tile.stages - 1
     assert shared_bytes(problem, tile.BM, tile.BN, buffers, tile.chunk, device.arch) <= device.shared_bytes
