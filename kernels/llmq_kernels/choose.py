@@ -134,7 +134,7 @@ def rule(device: Device, problem: Problem) -> Tile | None:
         return shared_bytes(problem, BM, BN, stages - 1, chunk, device.arch)
 
     # By their registers. Codes in two arrays of words need more.
-    places = min(2 if in_two else _PROGRAMS_PER_SM, {8: 4, 16: 3, 32: 2, 64: 1}[BM])
+    places = min(2 if in_two else 4, {8: _PROGRAMS_PER_SM, 16: 3, 32: 2, 64: 1}[BM])
     stages = 2 if older and BM == 8 else 3
     while stages > 2 and _resident(device, shared(stages)) < places:
         stages -= 1
@@ -170,9 +170,8 @@ def shared_bytes(problem: Problem, BM: int, BN: int, buffers: int, chunk: int | 
         arch: on sm_90 tokens have one buffer more for the tensor cores to read from.
     """
     chunk = chunk or problem.plane
-    words = (
-        BN * chunk * 2 * (1 if len(WIDTHS[problem.bits]) == 1 else 1 + problem.planes * WIDTHS[problem.bits][0] // 16)
-    )
+    low, *high = WIDTHS[problem.bits]
+    words = BN * chunk * 2 * (problem.planes * low // 16 + len(high))
     tokens = problem.planes * chunk * BM * 2
     groups = 0 if problem.group_size >= problem.K else max(1, problem.planes * problem.plane // problem.group_size)
     scales = groups * BN * 4 * (1 if problem.symmetric else 2)  # one copy to scale sums, one to subtract zero points

@@ -45,10 +45,8 @@ def allocate(units: Mapping[str, Mapping[int, Option]], budget: float) -> dict[s
         name: {bits: ceil(option.cost / step - 1e-9) for bits, option in options.items()}
         for name, options in units.items()
     }
-    best, choices = (
-        np.zeros(most + 1),
-        list[np.ndarray](),
-    )  # best[c]: the least loss so far at a cost of c steps or less
+    # best[c]: the least loss of the units so far, at a cost of c steps or less.
+    best, choices = np.zeros(most + 1), list[np.ndarray]()
     for name, options in units.items():
         tried = np.full((len(options), most + 1), np.inf)
         for row, (bits, option) in zip(tried, options.items(), strict=True):
