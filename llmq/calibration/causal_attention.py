@@ -81,7 +81,7 @@ def causal_attention(
     Query heads that share the keys of one head are rows of one product.
     """
     (batch, heads, tokens, width), kv_heads, out = Q.shape, K.shape[1], V.shape[3]
-    scale = width**-0.5 if scale is None else scale
+    factor: float = width**-0.5 if scale is None else scale
     shared, rows = heads // kv_heads, min(_STRIP, tokens)
     together = min(kv_heads, max(1, _SCORES // (4 * shared * rows * tokens)))
     scores = torch.empty(together * shared * rows * tokens)
@@ -94,7 +94,7 @@ def causal_attention(
                 some = slice(h, h + together)
                 # The ones sum the probabilities as they are after rounding, to divide by that sum instead of 1.
                 values = functional.pad(V[b, some].float(), (0, 1), value=1.0)
-                _attend(queries[b, some], K[b, some].float(), values, into[b, some], scores, scale)
+                _attend(queries[b, some], K[b, some].float(), values, into[b, some], scores, factor)
     return outputs
 
 
