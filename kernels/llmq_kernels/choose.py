@@ -120,7 +120,8 @@ def rule(device: Device, problem: Problem) -> Tile | None:
     uneven = problem.K % block_of(problem.bits, problem.plane) > 0
     many = problem.group_size == 64
     # Sixteen whole planes at a time spill a few registers for sm_80, for groups that span blocks, for groups of 64 with
-    # zero points or a K that does not fill them. For sm_80 three stages do, too, and 16 tokens with groups of 64.
+    # zero points or a K that does not fill them. For sm_80 three stages do, too, and 16 tokens with groups of 64. Whole
+    # planes of 6 bit spill for groups of 64 and such a K, in experts of bfloat16.
     half = problem.planes == 16 and problem.plane > 16
     half &= older or uneven or problem.group_size > 128 or (many and not problem.symmetric)
     half |= problem.bits == 6 and many and uneven

@@ -64,8 +64,7 @@ def plane_asm(bits, plane, bf16, zero):
     shift, position = shift_of(bits, plane, mantissa)
     mask = (2 ** WIDTHS[bits][0] - 1) << position
     lines = [f"shr.b32 a, $1, {shift};", f"lop3.b32 a, a, {_pair(mask)}, {_power(mantissa, bf16)}, 0xea;"]
-    two = len(WIDTHS[bits]) == 2
-    if two:
+    if in_two(bits):
         low, high = WIDTHS[bits]
         top = top_bits(bits, plane) - position - low
         lines += [
@@ -73,7 +72,7 @@ def plane_asm(bits, plane, bf16, zero):
             f"lop3.b32 a, h, {_pair((2**high - 1) << low + position)}, a, 0xea;",
         ]
     if zero is None:
-        offset = "$3" if two else "$2"
+        offset = "$3" if in_two(bits) else "$2"
     else:
         offset = _half(-(2.0 ** (mantissa - position) + zero), bf16)
     kind = "bf16x2" if bf16 else "f16x2"

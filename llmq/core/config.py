@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmq.core.errors import RequestError
-from llmq.core.format_limits import check_format, gguf_group
+from llmq.core.format_limits import check_format, fits_gptq, gguf_group
 from llmq.core.settings import (
     BITS,
-    GPTQ_BITS,
     Awq,
     Calibration,
     Gptq,
@@ -197,7 +196,7 @@ class QuantizeConfig:
             return "compressed-tensors"
         if self.bits == 4 and not self.layer_bits:
             return "awq"
-        return "gptq" if set(self.all_bits) <= set(GPTQ_BITS) else "compressed-tensors"
+        return "gptq" if fits_gptq(self.all_bits) else "compressed-tensors"
 
     @property
     def other_bits(self) -> dict[str, int]:

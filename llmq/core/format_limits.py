@@ -12,7 +12,7 @@ def check_format(name: str, bits: tuple[int, ...], grid: Grid, default_group: in
         grid: as asked for; its bits do not matter here.
         default_group: the group size of a request that names none.
     """
-    if name == "gptq" and not set(bits) <= set(GPTQ_BITS):
+    if name == "gptq" and not fits_gptq(bits):
         rule = f"format gptq stores {listed(GPTQ_BITS)} bits per weight"
         raise RequestError(f"{rule}; got {listed(bits)}; use compressed-tensors or mlx")
     if name == "awq" and bits != (4,):
@@ -31,6 +31,11 @@ def _check_gguf(bits: tuple[int, ...], grid: Grid, default_group: int) -> None:
     if grid.group_size not in (default_group, gguf_group(bits)):
         rule = f"format gguf has groups of {gguf_group(bits)} at {listed(bits)} bit"
         raise RequestError(f"{rule}, which llmq chooses itself; got {grid.group_size}; remove --group-size")
+
+
+def fits_gptq(bits: tuple[int, ...]) -> bool:
+    """Return whether readers of GPTQ files know all of these numbers of bits."""
+    return set(bits) <= set(GPTQ_BITS)
 
 
 def gguf_group(bits: tuple[int, ...]) -> int:

@@ -30,8 +30,9 @@ from llmq.core.config import QuantizeConfig
 from llmq.core.device import multiplies_bfloat16
 from llmq.core.distributed import Ranks
 from llmq.core.errors import CheckpointError, RequestError
+from llmq.core.format_limits import fits_gptq
 from llmq.core.memory import release_memory
-from llmq.core.settings import GPTQ_BITS, Calibration
+from llmq.core.settings import Calibration
 from llmq.core.timing import Clock
 from llmq.models.gguf_converter import check_converter, check_metadata, refuse_code
 from llmq.models.model_source import ModelSource
@@ -102,7 +103,7 @@ def _with_format(config: QuantizeConfig, source: ModelSource) -> QuantizeConfig:
     if config.stored_as != "compressed-tensors":
         return config
     fault = unreadable(source.skeleton, source.files, lambda _: config.symmetric)
-    if fault and (config.format != "auto" or not set(config.all_bits) <= set(GPTQ_BITS)):
+    if fault and (config.format != "auto" or not fits_gptq(config.all_bits)):
         raise RequestError(fault)
     return replace(config, format="gptq") if fault else config
 
