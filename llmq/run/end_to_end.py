@@ -46,10 +46,11 @@ from llmq.run.block_quantizer import Run
 from llmq.run.journal import Journal
 from llmq.run.prepare import Request, whole_model
 from llmq.run.resume import TRAINING, Progress
+from llmq.run.training_state import TrainingState
 from llmq.runtime.load import load
 from llmq.training.kl_loss import divergence
 from llmq.training.learnable_weight import Latent
-from llmq.training.loop import Task, train
+from llmq.training.loop import Saved, Task, train
 
 
 class _Learning(nn.Module):
@@ -109,9 +110,17 @@ class Student:
 
 
 def distill(
-    student: Student, original: Any, tokens: Tokens, settings: Tuned, compute: Compute, progress: bool = False
+    student: Student,
+    original: Any,
+    tokens: Tokens,
+    settings: Tuned,
+    compute: Compute,
+    progress: bool = False,
+    saved: Saved | None = None,
 ) -> tuple[dict[str, Tensor], tuple[float, float]]:
     """Train a packed checkpoint. `original`: the model that it was made from, ready to run on the same device.
+
+    `saved`: where the state of an unfinished training is kept, and where it goes on from.
 
     Returns:
         the tensors of the checkpoint that changed, by name; and the mean KL on held-out text, before and after.
@@ -137,13 +146,14 @@ def distill(
         held_out,
         student.tensors,
     )
-    return train(task, settings.end_steps, settings.end_batch, {}, progress)
+    return train(task, settings.end_steps, settings.end_batch, {}, progress, saved)
 
 
 def quantize_and_train(request: Request, run: Run, writer: Writer, journal: Journal, states: States) -> None:
     """Write a first checkpoint block by block into a workroom, train it, and save the trained tensors with `writer`.
 
-    If an interrupted run got that far, the first checkpoint is there already, and perhaps the trained tensors.
+    If an interrupted run got that far, the first checkpoint is there already, and perhaps the state of its training, or
+    the trained tensors.
     """
     with writer.workroom() as first:
         progress = Progress(run, first, journal, request.steps)
@@ -166,8 +176,9 @@ def _train(request: Request, run: Run, directory: Path, writer: Writer, progress
         try:
             original = whole_model(config, device=compute.device, dtype=compute.dtype)
             student = Student(directory, original, compute, config.trust_remote_code)
+            saved = TrainingState(writer.work / "training.safetensors")
             changed, run.report.distilled = distill(
-                student, original, request.training, config.tuned, compute, request.progress
+                student, original, request.training, config.tuned, compute, request.progress, saved
             )
         except torch.OutOfMemoryError:
             raise WorkError(

@@ -1,9 +1,25 @@
+from dataclasses import replace
 from itertools import chain
 
 import pytest
 import torch
 
 from llmq.training.loop import Task, batches, train
+
+
+class InMemory:
+    """Keeps the state after every step."""
+
+    is_due = True
+
+    def __init__(self):
+        self.tensors = {}
+
+    def save(self, tensors):
+        self.tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def load(self):
+        return self.tensors
 
 
 def task_of(w, fixed, held_out=None):
@@ -46,3 +62,38 @@ def test_every_sample_is_seen_once_before_any_is_seen_again():
     assert list(batches(6, 2, 6)) == drawn
     assert [len(batch) for batch in batches(5, 2, 4)] == [2] * 4
     assert [sorted(batch) for batch in batches(3, 8, 2)] == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize("done", [0, 1, 7, 19])
+def test_an_interrupted_training_goes_on_to_the_same_end(done):
+    targets = torch.arange(6.0)[:, None]
+
+    def training(saved, stop=99):
+        w, seen = torch.zeros(1), []
+
+        def loss(indices):
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+            seen.append(indices)
+            return (w - targets[indices]).square().mean()
+
+        task = Task([([w], 0.3)], 6, loss, lambda: float((w - 2.5).square()), lambda: {"w": w.detach().clone()})
+        return train(task, 20, 2, {}, saved=saved), w, seen
+
+    (best, ends), last, order = training(None)
+    saved = InMemory()
+    with pytest.raises(KeyboardInterrupt):
+        training(saved, done)
+    (again, its_ends), its_last, its_order = training(saved)
+    assert its_order == order[done:]
+    assert its_ends == ends
+    assert torch.equal(again["w"], best["w"])
+    assert torch.equal(its_last, last)
+
+
+def test_a_resumed_training_that_nothing_improved_still_returns_the_start():
+    w, saved = torch.zeros(1), InMemory()
+    task = task_of(w, torch.zeros(1), lambda: 2.0)
+    train(replace(task, state=lambda: {"w": w}), 4, 2, {}, saved=saved)
+    saved.tensors["step"] = torch.tensor(2)
+    assert train(replace(task, state=lambda: {"w": w}), 4, 2, {}, saved=saved) == ({}, (2.0, 2.0))
