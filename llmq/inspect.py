@@ -37,6 +37,9 @@ def inspect_command(config: InspectConfig) -> None:
         size = f"{layer['group_size']}{' act order' if layer['act_order'] else ''}"
         shape = f"{layer['out']}x{layer['in']}"
         print(f"{layer['name']:<48} {shape:>14} {layer['bits']:>4} {size:>6} {zeros:>12} {layer['bytes']:>12,}")
+    shares = {bits: count / checkpoint["packed_weights"] for bits, count in checkpoint["weights_by_bits"].items()}
+    if len(shares) > 1:
+        print("mixture: " + ", ".join(f"{share:.1%} of the weights in {bits} bit" for bits, share in shares.items()))
     packed, other = checkpoint["packed_bytes"] / 1e6, checkpoint["other_bytes"] / 1e6
     weights = f"{len(checkpoint['layers'])} packed layers: {checkpoint['packed_weights']:,} weights in {packed:.1f} MB"
     print(f"{weights}, {checkpoint['bits_per_packed_weight']:.2f} bits per weight; {other:.1f} MB unquantized")

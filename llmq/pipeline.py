@@ -11,18 +11,20 @@ Each block is on disk before the next one begins, so a run that was interrupted 
 
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from llmq.calibration.hidden_states import States
-from llmq.checkpoint.output_dir import PROGRESS, remove_leftovers
+from llmq.checkpoint.output_dir import PROGRESS, remove_leftovers, unfinished_work
 from llmq.checkpoint.writer import Writer
 from llmq.core.config import QuantizeConfig
 from llmq.core.device import full_float32, pick_device
 from llmq.core.distributed import joined_ranks, local_rank
 from llmq.plan import check_plan, lines, plan_of
+from llmq.run.bit_budget import spend, table
 from llmq.run.block_loop import finish, quantize_blocks
 from llmq.run.block_quantizer import Run
 from llmq.run.end_to_end import quantize_and_train
@@ -64,7 +66,13 @@ def _plan_and_work(request: Request) -> None:
     journal = Journal(config.output / PROGRESS if ranks.is_first else None)
     run = Run(config, request.source, request.compute.device, request.clock, ranks, journal.add)
     plan = plan_of(request, run, timed=config.dry_run)
-    if config.dry_run and ranks.is_first:
+    if config.dry_run and config.spending is not None:
+        check_plan(plan)  # measuring takes minutes and memory
+        choice = spend(request, run)
+        plan = replace(plan_of(request, run), seconds=plan.seconds, probe=plan.probe, busy=plan.busy)
+        if ranks.is_first:
+            print(*lines(plan), *table(choice), sep="\n")
+    elif config.dry_run and ranks.is_first:
         print(*lines(plan), sep="\n")
     check_plan(plan)
     if not config.dry_run:
@@ -109,6 +117,8 @@ def _work(request: Request, run: Run, journal: Journal, states: States) -> None:
             return
         journal.begin(request.fingerprint, request.steps)
         request.keep_tokens()
+        if request.config.spending is not None:
+            spend(request, run, unfinished_work(request.config.output) / "losses.json")
         if request.config.stored_as == "gguf":
             _work_into_gguf(request, run, writer, journal, states)
         else:

@@ -81,7 +81,8 @@ class Recording:
     ) -> None:
         self._decoder, self._blocks, self._compute = decoder_of(source.skeleton), source.blocks, compute
         self._hidden_dir = hidden_dir
-        self._form, moved = self._form_wanted(one)
+        self.form, moved = self._form_wanted(one)
+        """Makes what a block returns of the number of its call and its hidden states."""
         # Other tokens at every place, whatever the text.
         other = (one.flip(1) + 1) % source.config.get_text_config().vocab_size
         first, two = self._calls(one), self._calls(torch.cat([one, one.flip(1)]))
@@ -132,7 +133,7 @@ class Recording:
 
     def _calls(self, ids: Tensor, form: _Form | None = None, move: float = 0.0) -> list[_Call]:
         """Run the decoder and return the calls of its blocks. Only `forward` changes: attributes stay readable."""
-        calls, form = list[_Call](), form or self._form
+        calls, form = list[_Call](), form or self.form
 
         def record(block: int, *args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs.pop("hidden_states")

@@ -21,11 +21,18 @@ def describe(directory: Path) -> dict[str, Any]:
         "bits": sorted({layer["bits"] for layer in layers}),
         "symmetric": all(layer["symmetric"] for layer in layers),
         "layers": layers,
+        "weights_by_bits": _by_bits(layers),
         "packed_weights": weights,
         "packed_bytes": packed,
         "bits_per_packed_weight": 8 * packed / weights,
         "other_bytes": sum(sizes.values()) - packed,
     }
+
+
+def _by_bits(layers: list[dict[str, Any]]) -> dict[str, int]:
+    """Count the weights that have each number of bits."""
+    found = sorted({layer["bits"] for layer in layers})
+    return {str(bits): sum(each["out"] * each["in"] for each in layers if each["bits"] == bits) for bits in found}
 
 
 def _layer(checkpoint: Checkpoint, name: str, sizes: dict[str, int]) -> dict[str, Any]:

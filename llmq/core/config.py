@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llmq.core.budget import Budget, budget_of
 from llmq.core.errors import RequestError
 from llmq.core.format_limits import check_format, fits_gptq, gguf_group
 from llmq.core.settings import (
@@ -47,6 +48,14 @@ class QuantizeConfig:
     layer_bits: tuple[str, ...] = ()
     """Other bits for some layers, written as NAME=BITS: down_proj=8 layers.0.*=8. A * stands for any characters. If
     several match a layer, the first one counts. Layers that engines fuse (q, k, v; gate, up) need the same bits."""
+    budget: float | None = None
+    """Instead of --bits: stored bits per weight on average, with scales, such as 3.5. llmq measures how much each layer
+    loses, and chooses the bits of all layers so that the model loses least. This doubles the time."""
+    size: str = ""
+    """The same for a size of the whole checkpoint, such as 2.5GB or 700MiB."""
+    widths: tuple[int, ...] = ()
+    """Bits that --budget and --size may choose from. Default: all that the format stores. For vLLM's fastest kernels:
+    4 8."""
     blocks: str = ""
     """Quantize only these blocks, given as numbers and ranges: 0-2,5. The other blocks keep their weights. Default: all
     blocks."""
@@ -116,6 +125,7 @@ class QuantizeConfig:
         for step in self.without:
             one_of("without", step, EFFORT_STEPS)
         self._check_effort()
+        self._check_budget()
         if self.grid == "common" and not self.symmetric:
             raise RequestError("grid common is symmetric; with --no-symmetric, use grid minmax")
         if self.method == "awq" and self.grid not in ("auto", "minmax"):
@@ -144,9 +154,9 @@ class QuantizeConfig:
             if whole is None or not (isinstance(value, str) or whole == value):
                 raise RequestError(f"{name} must be a whole number; got {value!r}")
             object.__setattr__(self, name, whole)
-        for name in ("layer_bits", "without"):
+        for name in ("layer_bits", "without", "widths"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            object.__setattr__(self, name, (value,) if isinstance(value, str | int) else tuple(value))
 
     def _check_effort(self) -> None:
         """Raise RequestError if the effort does not fit the other settings."""
@@ -166,10 +176,27 @@ class QuantizeConfig:
             # Attention and MLP would each correct all of the error in the residual stream: twice too much.
             raise RequestError("match needs sequential; to leave out both: --without match sequential")
 
+    def _check_budget(self) -> None:
+        """Raise RequestError if a budget does not fit the other settings."""
+        if self.spending is None:
+            return
+        if self.bits != QuantizeConfig.bits:
+            raise RequestError(
+                f"a budget chooses the bits; got bits {self.bits}, too; pass one of bits, budget and size"
+            )
+        if self.method == "rtn":
+            raise RequestError("method rtn uses no text, and a budget is measured on text; use another method")
+
+    @property
+    def spending(self) -> Budget | None:
+        """Return what `budget` or `size` allows; None without them."""
+        return budget_of(self.budget, self.size, self.widths, self.stored_as)
+
     @property
     def all_bits(self) -> tuple[int, ...]:
         """Return all numbers of bits that layers may have, from the fewest."""
-        return tuple(sorted({self.bits, *self.other_bits.values()}))
+        chosen = (self.bits,) if self.spending is None else self.spending.widths
+        return tuple(sorted({*chosen, *self.other_bits.values()}))
 
     @property
     def grid_settings(self) -> Grid:
@@ -194,9 +221,11 @@ class QuantizeConfig:
             return self.format
         if self.symmetric:
             return "compressed-tensors"
-        if self.bits == 4 and not self.layer_bits:
+        has_budget = self.budget is not None or bool(self.size)
+        if self.bits == 4 and not (self.layer_bits or has_budget):
             return "awq"
-        return "gptq" if fits_gptq(self.all_bits) else "compressed-tensors"
+        asked = self.widths if has_budget else (self.bits,)
+        return "gptq" if fits_gptq((*asked, *self.other_bits.values())) else "compressed-tensors"
 
     @property
     def other_bits(self) -> dict[str, int]:

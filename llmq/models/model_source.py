@@ -157,6 +157,9 @@ class ModelSource:
         """Put these tensors into the skeleton, floats cast to `dtype`."""
         tensors = dict[str, Tensor]()
         for name in sorted(names, key=lambda name: self.files.stored_names(self._tied.get(name, name))[0]):
+            if (owner := self._tied.get(name, name)) in tensors:
+                tensors[name] = tensors[owner]
+                continue
             tensor = self.read(name)
             tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
         self.files.forget()

@@ -5,17 +5,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from llmq.calibration.hidden_states import States
 from llmq.checkpoint.output_dir import existing_parent
 from llmq.checkpoint.writer import SHARD_BYTES
 from llmq.core.distributed import processes_here
-from llmq.core.quantized_weight import QuantizedWeight
-from llmq.formats.scheme import Scheme
 from llmq.plan.block_shapes import Layout
 from llmq.run.block_quantizer import Run
 from llmq.run.prepare import Request
+from llmq.run.stored_size import packed_bytes, plain_bytes
 
 
 @dataclass(frozen=True)
@@ -41,25 +38,11 @@ def packed_shapes(layouts: Iterable[Layout]) -> dict[str, tuple[int, int]]:
 
 def output_bytes(run: Run, shapes: dict[str, tuple[int, int]]) -> tuple[int, int]:
     """Return the bytes of the checkpoint's tensors as (packed ones, those that stay as they are)."""
-    state, known = run.source.skeleton.state_dict(), dict[tuple[tuple[int, int], int], int]()
+    known = dict[tuple[tuple[int, int], int], int]()
     for name, shape in shapes.items():
         if (shape, run.bits[name]) not in known:
             known[shape, run.bits[name]] = packed_bytes(run, shape, run.bits[name])
-    plain = [name for name in run.source.tensor_names if name.removesuffix(".weight") not in shapes]
-    carried = sum(map(run.source.files.nbytes, run.source.carried_names))
-    return (
-        sum(known[shape, run.bits[name]] for name, shape in shapes.items()),
-        sum(state[name].numel() * run.source.files.dtype(name).itemsize for name in plain) + carried,
-    )
-
-
-def packed_bytes(run: Run, shape: tuple[int, int], bits: int) -> int:
-    """Return the bytes of a packed linear. Its format encodes tensors without data (meta device) to find out."""
-    scheme = Scheme(bits, run.grid.group_size, run.grid.symmetric)
-    q = torch.empty(shape, dtype=torch.uint8, device="meta")
-    scale = torch.empty(shape[0], scheme.groups(shape[1]), dtype=run.scale_dtype, device="meta")
-    weight = QuantizedWeight(q, scale, torch.empty(scale.shape, dtype=torch.uint8, device="meta"), bits)
-    return sum(tensor.nbytes for tensor in run.format.encode("linear", weight, scheme).values())
+    return sum(known[shape, run.bits[name]] for name, shape in shapes.items()), plain_bytes(run, shapes)
 
 
 def disks(request: Request, states: States, output: int) -> list[Disk]:

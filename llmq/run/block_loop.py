@@ -17,6 +17,7 @@ from llmq.models.packed_share import packed_share
 from llmq.run.block_quantizer import Run
 from llmq.run.prepare import FINGERPRINT, Request
 from llmq.run.resume import OUTSIDE, Progress
+from llmq.run.sensitivity import held_out_loss
 from llmq.verification.check import DIGESTS, check, tokenizer_fault
 
 
@@ -68,6 +69,8 @@ def _quantize_chosen(request: Request, run: Run, progress: Progress, states: Sta
         bar = tqdm(blocks, "blocks", total=stop, initial=finished, disable=not request.progress, unit="block")
         for block in bar:
             progress.save(block.name, run.quantize_block(block, bar.set_postfix_str), block)
+            if run.report.budget is not None and block.name == request.source.block_names[-1]:
+                run.report.budget["measured_kl"] = held_out_loss(request, run, block)
 
 
 def _unchanged(run: Run, names: Iterable[str], unit: Callable[[str], str]) -> Iterator[dict[str, Tensor]]:

@@ -6,7 +6,7 @@
 A group is a set of linears that read the same input. They are rounded together, as one stacked matrix.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -86,6 +86,13 @@ class Run:
         if self.format is gptq and not self.grid.symmetric:
             notes.append(gptq.ASYMMETRIC_NOTE)
         self.report.note("model", notes)
+
+    def assign(self, bits: Mapping[str, int]) -> None:
+        """Give these linears other bits, before any block is quantized. `bits`: by the name in the model."""
+        self.bits |= bits
+        told = {each["note"] for each in self.report.notes}
+        _, notes = fitted_grid(self.config, self.source, self.chosen, self.bits)
+        self.report.note("model", [note for note in notes if note not in told])
 
     def linear_dtype(self, compute: Compute) -> torch.dtype:
         """Return the dtype in which the linears of a block are loaded.

@@ -72,7 +72,7 @@ class Student:
     """
 
     def __init__(self, directory: Path, original: Any, compute: Compute, trust_remote_code: bool = False) -> None:
-        self.latents: dict[str, Latent] = {}
+        self.compute, self.latents = compute, dict[str, Latent]()
 
         def learning(name: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
             self.latents[name] = Latent(weight, original.get_submodule(name).weight.detach().cpu())
@@ -114,7 +114,6 @@ def distill(
     original: Any,
     tokens: Tokens,
     settings: Tuned,
-    compute: Compute,
     progress: bool = False,
     saved: Saved | None = None,
 ) -> tuple[dict[str, Tensor], tuple[float, float]]:
@@ -125,6 +124,8 @@ def distill(
     Returns:
         the tensors of the checkpoint that changed, by name; and the mean KL on held-out text, before and after.
     """
+
+    compute = student.compute
 
     def loss(ids: Int64[Tensor, "batch length"]) -> Float[Tensor, ""]:
         ids = ids.to(compute.device)
@@ -178,7 +179,7 @@ def _train(request: Request, run: Run, directory: Path, writer: Writer, progress
             student = Student(directory, original, compute, config.trust_remote_code)
             saved = TrainingState(writer.work / "training.safetensors")
             changed, run.report.distilled = distill(
-                student, original, request.training, config.tuned, compute, request.progress, saved
+                student, original, request.training, config.tuned, request.progress, saved
             )
         except torch.OutOfMemoryError:
             raise WorkError(

@@ -1,5 +1,6 @@
 """The bits of each linear (`--layer-bits NAME=BITS`), and the grid that all of them share."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -36,28 +37,41 @@ def fitted_grid(
 
 
 def bits_of_linears(config: QuantizeConfig, source: ModelSource) -> dict[str, int]:
-    """Return the bits of every linear of the blocks, by its name in the model. The first pattern that fits counts.
+    """Return the bits of every linear of the blocks, by its name in the model.
 
-    Raises RequestError if a pattern fits no linear, or if linears that engines fuse would differ.
+    Raises RequestError if a pattern of `--layer-bits` fits no linear, or if linears that engines fuse would differ.
     """
-    wanted = config.other_bits
-    bits: dict[str, int] = {}
-    used: set[str] = set()
-    for block in source.block_names:
-        for inner, module in source.skeleton.get_submodule(block).named_modules():
-            if isinstance(module, torch.nn.Linear):
-                name = f"{block}.{inner}"
-                pattern = next((p for p in wanted if fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}")), None)
-                bits[name] = config.bits if pattern is None else wanted[pattern]
-                used |= {pattern} if pattern else set()
-    if unused := [pattern for pattern in wanted if pattern not in used]:
-        raise RequestError(f"layer bits: no linear of this model is called {unused[0]!r} (first: {next(iter(bits))})")
+    bits = dict.fromkeys(_linears(source), config.bits) | named_bits(config, source)
     _check_fused(bits)
     for module, layout in layouts(source.skeleton).items():
         names = (f"{module}.{number}.{name}" for number in range(layout.experts) for name in linears_of(layout))
         if len({bits[name] for name in names if name in bits}) > 1:
             raise RequestError(f"layer bits: engines run all experts of {module} in one scheme; give all the same bits")
     return bits
+
+
+def named_bits(config: QuantizeConfig, source: ModelSource) -> dict[str, int]:
+    """Return the bits of the linears that `--layer-bits` names. The first pattern that fits counts.
+
+    Raises RequestError if a pattern fits no linear.
+    """
+    wanted, bits, used = config.other_bits, dict[str, int](), set[str]()
+    for name in _linears(source):
+        pattern = next((p for p in wanted if fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}")), None)
+        if pattern is not None:
+            bits[name] = wanted[pattern]
+            used.add(pattern)
+    if unused := [pattern for pattern in wanted if pattern not in used]:
+        first = next(_linears(source))
+        raise RequestError(f"layer bits: no linear of this model is called {unused[0]!r} (first: {first})")
+    return bits
+
+
+def _linears(source: ModelSource) -> Iterator[str]:
+    for block in source.block_names:
+        for inner, module in source.skeleton.get_submodule(block).named_modules():
+            if isinstance(module, torch.nn.Linear):
+                yield f"{block}.{inner}"
 
 
 def bits_in(block: str, bits: dict[str, int]) -> dict[str, int]:

@@ -43,6 +43,8 @@ class Report:
         """By block: the objective of `--method tuned` on held-out tokens, before and after its training."""
         self.distilled: Pair | None = None
         """KL to the original model on held-out tokens, before and after training from end to end."""
+        self.budget: Line | None = None
+        """What a budget chose, and the KL that it predicts; `measured_kl` on held-out tokens once that is known."""
         self.packed = PackedShare()  # of the chosen blocks
         self.resumed: list[str] = []  # the last finished step of each process that was interrupted
 
@@ -112,6 +114,7 @@ class Report:
             "drifts": self.drifts,
             "refined": self.refined,
             "distilled": self.distilled,
+            "budget": self.budget,
             "groups": self.groups,
         }
 
@@ -130,6 +133,8 @@ class Report:
             say(f"… and {len(self.notes) - _WORST} more notes in the report")
         if self.distilled is not None:
             say("KL to the original on held-out text {:.4f}, after training {:.4f}".format(*self.distilled))
+        if self.budget is not None:
+            say(_budget(self.budget))
         if experts := _experts(self.groups):
             say(experts)
         say(self.packed)
@@ -144,6 +149,13 @@ def _short(linears: Sequence[str]) -> str:
     *_, before, _ = f"..{linears[0]}".split(".")
     number = f"{before}." if before.isdigit() else ""
     return number + "+".join(name.rpartition(".")[2] for name in linears)
+
+
+def _budget(budget: Line) -> str:
+    """Return a sentence on what a budget brought."""
+    measured = budget.get("measured_kl")
+    found = "" if measured is None else f", measured {measured:.4f} on held-out text"
+    return f"{budget['stored_bits']:.3f} stored bits per weight; KL predicted {budget['predicted_kl']:.4f}{found}"
 
 
 def _experts(groups: list[Line]) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_WIDTHS = {True: [1.5, 0.8, 1.2], False: [1.5, 0.8, 1.2, 1.2]}
 _BELOW: dict[str, Any] = {"frameon": False, "fontsize": "small", "loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
 
 
@@ -44,12 +45,15 @@ def figure_of(report: dict[str, Any]) -> Figure:
     """Return a figure with the three panels. It is made without pyplot, which would look for a screen."""
     from matplotlib.figure import Figure
 
-    figure = Figure((13, 4.4), layout="constrained")
-    errors, phases, memory = figure.subplots(1, 3, width_ratios=[1.5, 0.8, 1.2])
+    budget = report.get("budget")
+    figure = Figure((13 if budget is None else 16.5, 4.4), layout="constrained")
+    errors, phases, memory, *more = figure.subplots(1, 3 if budget is None else 4, width_ratios=_WIDTHS[budget is None])
     _errors(errors, report)
     _phases(phases, report["seconds"])
     _memory(memory, report)
-    for axes in (errors, phases, memory):
+    for axes in more:
+        _budget(axes, budget)
+    for axes in (errors, phases, memory, *more):
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -102,6 +106,21 @@ def _memory(axes: Axes, report: dict[str, Any]) -> None:
     axes.set_ylim(0, 1.1 * most)
     axes.set(title=f"memory, {most:.2f} GB at most", xlabel="seconds", ylabel="peak between two groups, GB")
     axes.grid(alpha=0.3)
+
+
+def _budget(axes: Axes, budget: dict[str, Any]) -> None:
+    """Draw the KL over the stored bits: what uniform bits would give, and what the budget chose."""
+    uniform = sorted((each["stored_bits"], each["kl"]) for each in budget["uniform"].values() if each["kl"] > 0)
+    if uniform:
+        axes.plot(*zip(*uniform, strict=True), marker="o", color="grey", linewidth=1, label="all alike, predicted")
+    axes.plot(budget["stored_bits"], budget["predicted_kl"], "s", color="tab:blue", label="chosen, predicted")
+    if budget.get("measured_kl") is not None:
+        axes.plot(budget["stored_bits"], budget["measured_kl"], "*", color="tab:red", markersize=11, label="measured")
+    if uniform:
+        axes.set_yscale("log")
+    axes.set(title="the budget", xlabel="stored bits per weight", ylabel="KL to the original, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend(ncols=2, **_BELOW)
 
 
 def _number(step: str) -> float:

@@ -17,7 +17,10 @@ _State = TypeVar("_State")
 class Saved(Protocol):
     """Keeps the state of a training, from which an interrupted one goes on."""
 
-    is_due: bool  # whether the state should be kept again now
+    @property
+    def is_due(self) -> bool:
+        """Return whether the state should be kept again now."""
+        ...
 
     def save(self, tensors: dict[str, Tensor]) -> None:
         """Replace the state by this one."""

@@ -51,7 +51,7 @@ def test_a_student_starts_as_the_checkpoint_it_was_made_of(packed, deep_llama):
 def test_training_brings_the_predictions_closer_and_moves_codes_if_asked(rate, packed, deep_llama, text_file):
     original, tokens = original_of(deep_llama), tokens_of(deep_llama, text_file)
     settings = replace(SETTINGS, end_rate=rate)
-    changed, (before, after) = distill(Student(packed, original, CPU), original, tokens, settings, CPU)
+    changed, (before, after) = distill(Student(packed, original, CPU), original, tokens, settings)
     assert after < 0.95 * before
     stored = load_file(packed / "model.safetensors")
     moved = {name.rpartition(".")[2] for name, tensor in changed.items() if not torch.equal(tensor, stored[name])}
@@ -61,7 +61,7 @@ def test_training_brings_the_predictions_closer_and_moves_codes_if_asked(rate, p
 def test_training_that_makes_it_worse_changes_nothing(packed, deep_llama, text_file):
     original, tokens = original_of(deep_llama), tokens_of(deep_llama, text_file)
     settings = replace(SETTINGS, end_scale_rate=30.0)
-    changed, (before, after) = distill(Student(packed, original, CPU), original, tokens, settings, CPU)
+    changed, (before, after) = distill(Student(packed, original, CPU), original, tokens, settings)
     assert changed == {}
     assert after == before
 
@@ -92,7 +92,7 @@ def test_what_is_claimed_is_true_of_what_is_stored(precision, tmp_path, text_fil
     original, tokens = original_of(source), tokens_of(source, text_file)
     compute = Compute(torch.device("cpu"), precision=precision)
     settings = replace(SETTINGS, end_steps=20)
-    changed, (before, after) = distill(Student(packed, original, compute), original, tokens, settings, compute)
+    changed, (before, after) = distill(Student(packed, original, compute), original, tokens, settings)
     assert after < before
     assert {name.rpartition(".")[2] for name in changed} >= {"bias", "weight", "weight_scale"}
     rewrite(packed, lambda tensors: tensors.update(changed))

@@ -1,0 +1,56 @@
+"""What a model predicts from the hidden states that leave its last block: the norm and the words after the blocks."""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from llmq.calibration.block_recorder import recorded
+from llmq.calibration.block_runner import Compute
+from llmq.models.model_source import ModelSource, move_buffers
+
+Predict = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def predictions(source: ModelSource, one: Int64[Tensor, "1 length"], compute: Compute) -> Generator[Predict]:
+    """Load the weights outside the blocks, and free them at the end.
+
+    Gives a function from hidden states of whole sequences, or of some of their tokens, to logits [batch, tokens, words]
+    in float32. It computes in float32 whatever the blocks compute in: rounded logits would hide small differences.
+
+    Args:
+        one: a sequence, which shows what the model takes from its blocks.
+    """
+    with recorded(source, one, compute) as recording:
+        form, batch_dim = recording.form, recording.batch_dim
+    inside = tuple(f"{name}." for name in source.block_names)
+    names = [name for name in source.all_names if not name.startswith(inside)]
+    dtype = torch.float32 if compute.device.type == "cpu" else compute.dtype
+    source.load(names, compute.device, dtype)
+    move_buffers(source.skeleton, compute.device)
+
+    def predict(hidden: Float[Tensor, "*batch tokens features"]) -> Float[Tensor, "batch tokens words"]:
+        def passed(block: int, *args: Any, **kwargs: Any) -> Any:
+            entering = args[0] if args else kwargs["hidden_states"]
+            return form(block, hidden.to(compute.device, dtype) if block == 0 else entering)
+
+        sizes = hidden.movedim(batch_dim, 0).shape[:2]
+        for number, block in enumerate(source.blocks):
+            block.forward = partial(passed, number)
+        try:
+            ids = torch.zeros(sizes, dtype=torch.int64, device=compute.device)
+            with torch.no_grad():
+                return source.skeleton(input_ids=ids, use_cache=False).logits.float()
+        finally:
+            for block in source.blocks:
+                del block.forward
+
+    try:
+        yield predict
+    finally:
+        source.free(names)
