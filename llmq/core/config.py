@@ -156,7 +156,7 @@ class QuantizeConfig:
             object.__setattr__(self, name, whole)
         for name in ("layer_bits", "without", "widths"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str | int) else tuple(value))
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
 
     def _check_effort(self) -> None:
         """Raise RequestError if the effort does not fit the other settings."""

@@ -108,3 +108,13 @@ def test_a_picture_that_cannot_be_written_harms_no_checkpoint(llama, text_file, 
     with pytest.raises(WorkError, match=f"is whole, but {PICTURE} cannot be written"):
         quantize(llama, text_file, output, resume=True)
     load(output, device="cpu")
+
+
+@pytest.mark.parametrize("measured", [None, 0.2])
+def test_a_budget_is_drawn_beside_uniform_bits(measured):
+    uniform = {"3": {"stored_bits": 3.25, "kl": 0.3}, "4": {"stored_bits": 4.25, "kl": 0.1}}
+    chosen = {"stored_bits": 3.5, "predicted_kl": 0.22, "measured_kl": measured, "uniform": uniform}
+    axes = figure_of(report() | {"budget": chosen}).axes[-1]
+    points = [list(zip(*line.get_data(), strict=True)) for line in axes.lines]
+    assert points == [[(3.25, 0.3), (4.25, 0.1)], [(3.5, 0.22)], *([[(3.5, 0.2)]] if measured else [])]
+    assert axes.get_yscale() == "log"

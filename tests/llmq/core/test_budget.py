@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import pytest
+
+from llmq.core.budget import bytes_of
+from llmq.core.config import QuantizeConfig
+from llmq.core.errors import RequestError
+
+
+def config(**changes):
+    return QuantizeConfig("demo", Path("out"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("2.5GB", 2_500_000_000),
+        ("2.5 gb", 2_500_000_000),
+        ("700MiB", 700 * 2**20),
+        ("1.5K", 1500),
+        ("123456", 123456),
+        ("3T", 3 * 10**12),
+    ],
+)
+def test_sizes_have_the_usual_units(size, expected):
+    assert bytes_of(size) == expected
+
+
+@pytest.mark.parametrize("size", ["", "much", "-1GB", "1e9", "2,5GB", "5 bits"])
+def test_other_sizes_are_refused(size):
+    with pytest.raises(RequestError, match="a number with a unit"):
+        bytes_of(size)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"budget": 3.5, "size": "1GB"}, "one of budget and size"),
+        ({"budget": 3.5, "bits": 3}, "one of bits, budget and size"),
+        ({"budget": 1.5}, "more than 2; got 1.5"),
+        ({"budget": float("nan")}, "more than 2; got nan"),
+        ({"budget": 3.5, "widths": (3, 7)}, "widths must be among 2, 3, 4, 5, 6, 8; got 7"),
+        ({"widths": (4, 8)}, "widths belong to --budget or --size"),
+        ({"budget": 5.0, "method": "rtn"}, "rtn uses no text"),
+        ({"budget": 5.0, "format": "awq"}, "no choice"),
+        ({"budget": 5.0, "format": "gptq", "widths": (4, 5)}, "gptq stores 2, 3, 4, 8"),
+        ({"budget": 5.0, "format": "gguf", "widths": (3, 4)}, "gguf stores"),
+        ({"size": "large"}, "a number with a unit"),
+    ],
+    ids=str,
+)
+def test_a_budget_that_cannot_be_met_is_refused_before_any_work(changes, said):
+    with pytest.raises(RequestError, match=said):
+        config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "stored_as", "widths"),
+    [
+        ({}, "compressed-tensors", (2, 3, 4, 5, 6, 8)),
+        ({"widths": (8, 4, 4)}, "compressed-tensors", (4, 8)),
+        ({"format": "gptq"}, "gptq", (2, 3, 4, 8)),
+        ({"format": "gguf"}, "gguf", (2, 4, 8)),
+        ({"symmetric": False}, "gptq", (2, 3, 4, 8)),
+        ({"symmetric": False, "widths": (4, 6)}, "compressed-tensors", (4, 6)),
+    ],
+    ids=str,
+)
+def test_the_bits_to_choose_from_are_those_that_the_format_has(changes, stored_as, widths):
+    asked = config(budget=5.0, **changes)
+    assert asked.stored_as == stored_as
+    assert asked.spending.widths == asked.all_bits == widths
+
+
+def test_without_a_budget_nothing_changes():
+    assert config().spending is None
+    assert config(bits=3, layer_bits=("a=5",)).all_bits == (3, 5)
