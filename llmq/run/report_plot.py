@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_WIDTHS = {True: [1.5, 0.8, 1.2], False: [1.5, 0.8, 1.2, 1.2]}
 _BELOW: dict[str, Any] = {"frameon": False, "fontsize": "small", "loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
 
 
@@ -45,13 +44,14 @@ def figure_of(report: dict[str, Any]) -> Figure:
     """Return a figure with the three panels. It is made without pyplot, which would look for a screen."""
     from matplotlib.figure import Figure
 
-    budget = report.get("budget")
-    figure = Figure((13 if budget is None else 16.5, 4.4), layout="constrained")
-    errors, phases, memory, *more = figure.subplots(1, 3 if budget is None else 4, width_ratios=_WIDTHS[budget is None])
+    budgets: list[dict[str, Any]] = [report["budget"]] if report.get("budget") else []
+    figure = Figure((13 + 3.5 * len(budgets), 4.4), layout="constrained")
+    widths = [1.5, 0.8, 1.2, *[1.2] * len(budgets)]
+    errors, phases, memory, *more = figure.subplots(1, len(widths), width_ratios=widths)
     _errors(errors, report)
     _phases(phases, report["seconds"])
     _memory(memory, report)
-    for axes in more:
+    for axes, budget in zip(more, budgets, strict=True):
         _budget(axes, budget)
     for axes in (errors, phases, memory, *more):
         axes.spines[["top", "right"]].set_visible(False)
