@@ -150,6 +150,8 @@ def _row(config: CompareConfig, key: Key, flags: str, chunks: torch.Tensor, refe
     row = {"settings": common(config), "name": name, "flags": flags, "bits": bits, "group_size": size, "seed": seed}
     row |= {"bits_per_weight": packed["bits_per_packed_weight"], "packed_weights": packed["packed_weights"]}
     row |= {"perplexity": result.perplexity, "kl": result.kl}
+    if budget := report.get("budget"):
+        row |= {"budget": {name: budget.get(name) for name in ("stored_bits", "predicted_kl", "measured_kl")}}
     # The geometric mean: layers with a small error count as much as others.
     row |= {"layer_error": math.exp(mean(math.log(max(entry["error"], 1e-12)) for entry in report["groups"]))}
     return row | {"seconds": report["seconds"], "peak_memory_bytes": report["peak_memory_bytes"]}
