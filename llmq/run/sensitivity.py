@@ -16,29 +16,24 @@ matching). Estimates from gradients missed single units by factors of up to 5, m
 """
 
 import math
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
-from itertools import groupby
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llmq.algorithms.output_matching import choose, matched
 from llmq.calibration.block_runner import Block
 from llmq.calibration.block_stream import StreamSettings, stream
-from llmq.calibration.input_statistics import InputStatistics, collect_statistics
 from llmq.calibration.predictions import predictions
 from llmq.calibration.texts import Tokens
-from llmq.core.distributed import ALONE
 from llmq.core.errors import WorkError
-from llmq.models.block_structure import Group, linear_of
+from llmq.models.block_structure import Group
 from llmq.run.block_quantizer import Run
-from llmq.run.expert_groups import statistics_of_experts
-from llmq.run.layer_problem import make_problem, packable_groups, pad, solve_alone, weights_of
 from llmq.run.prepare import Request
+from llmq.run.trial import rounded_alone, units_of
 from llmq.training.kl_loss import divergence
 
 MEASURED_BITS = 3
@@ -89,7 +84,7 @@ def measure(request: Request, run: Run) -> list[Unit]:
         bar = tqdm(blocks, "measuring", total=len(source.block_names), disable=not request.progress, unit="block")
         for position, block in enumerate(bar):
             original.hidden, batch_dim = original.hidden or _probe(block), block.batch_dim
-            units = _units_of(run, block) if block.name in run.chosen else []
+            units = units_of(run, block) if block.name in run.chosen else []
             begun = [_begun(run, block, unit, units) if block.name in measured else None for unit in units]
             with clock("streams"), block.many_runs():
                 for each in (original, *(each.stream for each in found if each.stream)):
@@ -189,74 +184,11 @@ def _mean_divergence(given: Iterable[Tensor], wanted: list[Tensor]) -> float:
     return max(loss, 0.0)  # of almost equal predictions, rounding can make it negative
 
 
-def _units_of(run: Run, block: Block) -> list[list[Group]]:
-    """Return the groups of each unit of a block: a group, or all of the experts of a module."""
-    groups, _ = packable_groups(block, run.source, run.bits)
-    experts = groupby((group for group in groups if group.expert), lambda group: group.expert and group.expert.module)
-    return [*([group] for group in groups if group.expert is None), *(list(of_module) for _, of_module in experts)]
-
-
 def _names(unit: list[Group]) -> tuple[str, ...]:
     return tuple(name for group in unit for name in group.linears)
 
 
 def _begun(run: Run, block: Block, unit: list[Group], units: list[list[Group]]) -> _Stream:
     """Return the hidden states that leave a block in which this unit alone is rounded."""
-    later = [group for (group, *_) in units[units.index(unit) + 1 :] if group.expert is None and group.calls == 1]
-    with _original_weights_after(block):
-        trial = replace(block, original=block.hidden, _replaced={})
-        for name, W in _rounded(run, block, unit):
-            trial.replace_weight(name, W)
-        trial.expect([[group] for group in later])
-        for group in later if run.matching else ():
-            _make_up(run, trial, group)
-        with run.clock("streams"), block.many_runs():
-            return _Stream(_passed(block, _probe(block)))
-
-
-@contextmanager
-def _original_weights_after(block: Block) -> Generator[None]:
-    """Give the linears of a block their weights back at the end."""
-    linears = [module for module in block.module.modules() if isinstance(module, nn.Linear)]
-    own = [linear.weight.data for linear in linears]
-    try:
-        yield
-    finally:
-        for linear, weight in zip(linears, own, strict=True):
-            linear.weight.data = weight
-
-
-def _rounded(run: Run, block: Block, unit: list[Group]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the rounded weights of the linears of a unit, by name in the block. Each group is solved as in the run."""
-    for group, statistics in _statistics(run, block, unit):
-        grid = replace(run.grid, bits=MEASURED_BITS)
-        if group.calls != 1:
-            solution, _ = solve_alone(block, group, grid, run.scale_dtype, ALONE)
-        else:
-            with run.clock("solve"):
-                problem = make_problem(block, group, statistics, grid, run.scale_dtype)
-                solution = run.algorithm.solve(pad(problem), replace(run.config, effort="normal"))
-                solution = solution.rows(0, len(problem.W))
-        for name, weight in weights_of(block, group, solution, MEASURED_BITS).items():
-            yield name, weight.dequantize()
-
-
-def _statistics(run: Run, block: Block, unit: list[Group]) -> Iterator[tuple[Group, InputStatistics | None]]:
-    if unit[0].expert is not None:
-        yield from statistics_of_experts(block, unit, run.config, run.clock, last=False)
-    elif unit[0].calls != 1:
-        yield unit[0], None
-    else:
-        yield unit[0], collect_statistics(block, unit, run.clock, last=False)[0]
-
-
-def _make_up(run: Run, trial: Block, group: Group) -> None:
-    """Move the weights of a group so that its outputs come closer to the original's; see output_matching.py."""
-    (statistics,) = collect_statistics(trial, [group], run.clock, last=False)
-    with run.clock("solve"):
-        problem = make_problem(trial, group, statistics, run.grid, run.scale_dtype)
-        padded = pad(problem)
-        W = matched(padded, choose(padded))[: len(problem.W)]
-        rows = [linear_of(trial.module, name).out_features for name in group.linears]
-        for name, of_linear in zip(group.linears, W.split(rows), strict=True):
-            trial.replace_weight(name, of_linear)
+    with rounded_alone(run, block, unit, units, MEASURED_BITS), run.clock("streams"), block.many_runs():
+        return _Stream(_passed(block, _probe(block)))

@@ -47,7 +47,14 @@ def of_one():
 
 @pytest.mark.parametrize(
     ("changes", "processes"),
-    [({}, 2), ({}, 3), ({"method": "awq+gptq"}, 3), ({"effort": "best"}, 2), ({"method": "rtn"}, 2)],
+    [
+        ({}, 2),
+        ({}, 3),
+        ({"method": "awq+gptq"}, 3),
+        ({"effort": "best"}, 2),
+        ({"method": "rtn"}, 2),
+        ({"budget": 3.8}, 2),
+    ],
     ids=str,
 )
 def test_together_they_write_the_bytes_of_one(of_one, changes, processes, config, tmp_path):
