@@ -174,7 +174,8 @@ class Block:
         replaced = self._replaced if original else {}
         parameters = [self.module.get_parameter(name) for name in replaced]
         with torch.no_grad(), _other_data(parameters, list(replaced.values())), self.kept_inputs.used(i, original):
-            return self.run_with({}, hidden[i], (i, original), leave)
+            left_by = (i, original and hidden is not self.hidden)  # in a trial, what enters is the same in both
+            return self.run_with({}, hidden[i], left_by, leave)
 
     def expect(self, stages: list[list[Group]]) -> None:
         """Announce the groups that will be replaced together, in order (see `KeptInputs`)."""

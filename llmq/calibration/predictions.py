@@ -39,7 +39,7 @@ def predictions(source: ModelSource, one: Int64[Tensor, "1 length"], compute: Co
             entering = args[0] if args else kwargs["hidden_states"]
             return form(block, hidden.to(compute.device, dtype) if block == 0 else entering)
 
-        sizes = hidden.movedim(batch_dim, 0).shape[:2]
+        sizes = hidden.shape[batch_dim], hidden.shape[token_dim(hidden, batch_dim)]
         for number, block in enumerate(source.blocks):
             block.forward = partial(passed, number)
         try:
@@ -54,3 +54,16 @@ def predictions(source: ModelSource, one: Int64[Tensor, "1 length"], compute: Co
         yield predict
     finally:
         source.free(names)
+
+
+def token_dim(hidden: Tensor, batch_dim: int) -> int:
+    """Return the dimension of hidden states that counts tokens: the last but one, or the one before that."""
+    return hidden.ndim - (3 if batch_dim == hidden.ndim - 2 else 2)
+
+
+def some_tokens(
+    hidden: Float[Tensor, "*batch tokens features"], batch_dim: int, step: int
+) -> Float[Tensor, "*some features"]:
+    """Return the hidden states of every `step`-th token."""
+    dim = token_dim(hidden, batch_dim)
+    return hidden.index_select(dim, torch.arange(step - 1, hidden.shape[dim], step, device=hidden.device))

@@ -70,7 +70,7 @@ class Submodule:
 
 
 def find_groups(
-    block: nn.Module, run: Callable[[Tensor], Tensor], hidden: Float[Tensor, "batch tokens features"]
+    block: nn.Module, run: Callable[[Tensor], Tensor], hidden: Float[Tensor, "*batch tokens features"]
 ) -> list[Group]:
     """Run the block and group its linears by the identity of their input tensor.
 

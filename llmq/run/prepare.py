@@ -103,7 +103,9 @@ def _with_format(config: QuantizeConfig, source: ModelSource) -> QuantizeConfig:
     if config.stored_as != "compressed-tensors":
         return config
     fault = unreadable(source.skeleton, source.files, lambda _: config.symmetric)
-    if fault and (config.format != "auto" or not fits_gptq(config.all_bits)):
+    is_free = config.spending is not None and not config.widths  # a budget then chooses from what gptq stores
+    asked = tuple(config.other_bits.values()) if is_free else config.all_bits
+    if fault and (config.format != "auto" or not fits_gptq(asked)):
         raise RequestError(fault)
     return replace(config, format="gptq") if fault else config
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from llmq.calibration.block_runner import Block
 from llmq.calibration.block_stream import StreamSettings, stream
-from llmq.calibration.predictions import predictions
+from llmq.calibration.predictions import predictions, some_tokens
 from llmq.calibration.texts import Tokens
 from llmq.core.errors import WorkError
 from llmq.models.block_structure import Group
@@ -92,10 +92,10 @@ def measure(request: Request, run: Run) -> list[Unit]:
             found += [_Found(position, _names(unit), stream) for unit, stream in zip(units, begun, strict=True)]
     with clock("predict"), predictions(source, tokens.train[:1], request.compute) as predict:
         step = max(1, tokens.held_out.numel() // _SCORED)
-        wanted = [predict(_some(hidden, batch_dim, step)) for hidden in original.hidden]
+        wanted = [predict(some_tokens(hidden, batch_dim, step)) for hidden in original.hidden]
         for each in found:
             if each.stream is not None:
-                given = (predict(_some(hidden, batch_dim, step)) for hidden in each.stream.hidden)
+                given = (predict(some_tokens(hidden, batch_dim, step)) for hidden in each.stream.hidden)
                 each.stream.loss = _mean_divergence(given, wanted)
                 each.stream.hidden.clear()
     return [_unit(source.block_names, each, found) for each in found]
@@ -114,8 +114,8 @@ def held_out_loss(request: Request, run: Run, block: Block) -> float | None:
     with run.clock("predict"), predictions(run.source, one, request.compute) as predict:
         for i in at:
             with block.many_runs():
-                given = predict(_some(block.run_batch(i), block.batch_dim, step))
-            wanted = predict(_some(block.original[i].to(request.compute.device), block.batch_dim, step))
+                given = predict(some_tokens(block.run_batch(i), block.batch_dim, step))
+            wanted = predict(some_tokens(block.original[i].to(request.compute.device), block.batch_dim, step))
             losses.append(float(divergence(given, wanted)) * wanted.shape[:-1].numel())
             tokens += wanted.shape[:-1].numel()
     totals = run.ranks.each((losses, tokens))
@@ -168,11 +168,6 @@ def _probe(block: Block) -> list[Tensor]:
 def _passed(block: Block, hidden: list[Tensor]) -> list[Tensor]:
     """Return the outputs of a block. What earlier blocks left for it beside hidden states is the original model's."""
     return [block.run_with({}, states, (block.held_out_from + i, False)) for i, states in enumerate(hidden)]
-
-
-def _some(hidden: Tensor, batch_dim: int, step: int) -> Tensor:
-    """Return every `step`-th token."""
-    return hidden.movedim(batch_dim, 0)[:, step - 1 :: step].movedim(0, batch_dim)
 
 
 def _mean_divergence(given: Iterable[Tensor], wanted: list[Tensor]) -> float:

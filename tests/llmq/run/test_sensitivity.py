@@ -104,3 +104,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(deep_llama, text_file, tmp_path,
     monkeypatch.setattr(sensitivity, "divergence", lambda *_: torch.tensor(math.nan))
     with pytest.raises(WorkError, match="not finite"):
         measured(small_config(deep_llama, text_file, tmp_path / "out", budget=3.7))
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "qwen3_5_text", "gpt_oss", "mamba2", "zamba2"])
+def test_blocks_that_share_more_than_hidden_states_and_experts_are_measured(kind, text_file, tmp_path):
+    tiny_models.save_tiny(kind, tmp_path / "model")
+    units, _ = measured(small_config(tmp_path / "model", text_file, tmp_path / "out", budget=3.7))
+    assert units
+    assert all(0 <= unit.loss < 2 for unit in units)
+    assert sum(unit.loss > 0 for unit in units) > len(units) / 2
