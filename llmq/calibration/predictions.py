@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmq.calibration.block_recorder import recorded
 from llmq.calibration.block_runner import Compute
+from llmq.core.errors import RequestError, first_line
 from llmq.models.model_source import ModelSource, move_buffers
 
 Predict = Callable[[Tensor], Tensor]
@@ -25,9 +26,12 @@ def predictions(source: ModelSource, one: Int64[Tensor, "1 length"], compute: Co
 
     Args:
         one: a sequence, which shows what the model takes from its blocks.
+
+    Raises RequestError if the model's own code fails without its blocks, or does not give a row for each token.
     """
     with recorded(source, one, compute) as recording:
         form, batch_dim = recording.form, recording.batch_dim
+        sample = some_tokens(recording.sample, batch_dim, 2)
     inside = tuple(f"{name}." for name in source.block_names)
     names = [name for name in source.all_names if not name.startswith(inside)]
     dtype = torch.float32 if compute.device.type == "cpu" else compute.dtype
@@ -46,11 +50,18 @@ def predictions(source: ModelSource, one: Int64[Tensor, "1 length"], compute: Co
             ids = torch.zeros(sizes, dtype=torch.int64, device=compute.device)
             with torch.no_grad():
                 return source.skeleton(input_ids=ids, use_cache=False).logits.float()
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of any modelling code
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise RequestError(f"the model predicts nothing without its blocks ({what}), so use --bits") from error
         finally:
             for block in source.blocks:
                 del block.forward
 
     try:
+        if (found := predict(sample).shape[:2]) != (1, one.shape[1] // 2):
+            raise RequestError(f"the model gives {tuple(found)} predictions for half of a sequence, so use --bits")
         yield predict
     finally:
         source.free(names)

@@ -79,6 +79,8 @@ def measure(request: Request, run: Run) -> list[Unit]:
     """
     source, clock, tokens = request.source, request.clock, _pieces(request.tokens)
     found, original, batch_dim = list[_Found](), _Stream([]), 0
+    with predictions(source, tokens.train[:1], request.compute):
+        pass  # a model that cannot predict without its blocks is refused before minutes of work
     settings, measured = StreamSettings(linears=run.linear_dtype(request.compute)), _measured(run)
     with closing(stream(source, tokens, request.compute, clock, settings)) as blocks:
         bar = tqdm(blocks, "measuring", total=len(source.block_names), disable=not request.progress, unit="block")

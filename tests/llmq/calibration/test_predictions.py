@@ -7,6 +7,7 @@ from llmq.calibration.block_runner import Compute
 from llmq.calibration.block_stream import stream
 from llmq.calibration.predictions import predictions, some_tokens, token_dim
 from llmq.calibration.texts import Tokens
+from llmq.core.errors import RequestError
 from llmq.core.timing import Clock
 from llmq.models.model_source import ModelSource
 
@@ -58,3 +59,16 @@ def test_they_are_in_float32_on_a_cpu_whatever_blocks_multiply_in(llama):
         exact = predict(last)
     with predictions(source, ids, CPU) as predict:
         assert torch.equal(predict(last), exact)
+
+
+def test_a_model_that_predicts_nothing_without_its_blocks_is_refused(llama, monkeypatch):
+    source, ids = ModelSource(str(llama)), torch.arange(3, 19)[None]
+
+    def fails(*_, **__):
+        raise ValueError("mat1 and mat2")
+
+    monkeypatch.setattr(type(source.skeleton), "forward", fails)
+    refused = pytest.raises(RequestError, match=r"without its blocks \(ValueError: mat1 and mat2\), so use --bits")
+    with refused, predictions(source, ids, CPU):
+        pass
+    assert all(tensor.device.type == "meta" for tensor in source.skeleton.state_dict().values())
