@@ -68,8 +68,10 @@ def _plan_and_work(request: Request) -> None:
     plan = plan_of(request, run, timed=config.dry_run)
     if config.dry_run and config.spending is not None:
         check_plan(plan)  # measuring takes minutes and memory
+        before = request.clock.total
         choice = spend(request, run)
-        plan = replace(plan_of(request, run), seconds=plan.seconds, probe=plan.probe, busy=plan.busy)
+        seconds = plan.seconds | {"measuring": request.clock.total - before}
+        plan = replace(plan_of(request, run), seconds=seconds, probe=plan.probe, busy=plan.busy)
         if ranks.is_first:
             print(*lines(plan), *table(choice), sep="\n")
     elif config.dry_run and ranks.is_first:

@@ -50,10 +50,12 @@ def disks(request: Request, states: States, output: int) -> list[Disk]:
 
     The checkpoint is written in parts. Joining them to shards needs room for one more shard. Training from end to end
     needs the checkpoint twice: the one made block by block stays until the trained one is finished. So does GGUF.
+    Training also keeps its state: the best weights so far, and V and two moments of Adam of each weight if codes learn.
     """
     config, local = request.config, processes_here(request.ranks)
-    copies = 2 if config.end_to_end or config.stored_as == "gguf" else 1
-    needed = [(config.output, "the checkpoint", copies * output + min(output, SHARD_BYTES) - _existing_bytes(request))]
+    copies = 3 if config.end_to_end else 2 if config.stored_as == "gguf" else 1
+    size = copies * output + 12 * request.source.size * (config.end_to_end and config.tuned.end_rate > 0)
+    needed = [(config.output, "the checkpoint", size + min(output, SHARD_BYTES) - _existing_bytes(request))]
     if states.directory is not None:
         existing = sum(path.stat().st_size for path in states.directory.glob("*.states"))
         # Twice: a block's outputs are written while its inputs are still there.

@@ -42,6 +42,7 @@ from llmq.plan.group_memory import forward_bytes, kept_bytes, problem_bytes, sol
 from llmq.plan.workload import Workload
 from llmq.run.block_quantizer import Run
 from llmq.run.prepare import Request
+from llmq.run.sensitivity import streams_bytes
 
 END_TO_END = "training from end to end"
 # For each weight of a block in training: V, its gradient, two moments of Adam, the weight and its gradient (6 float32);
@@ -197,6 +198,9 @@ def other_moments(request: Request, run: Run, load: Workload) -> Iterator[Moment
     if SELF in (config.calibration, config.tuned.end_text if config.end_to_end else ""):
         model = source.size * request.compute.precision.itemsize
         yield Moment("the writing of calibration text", device=model + _CACHE)
+    if config.spending is not None:  # in float32 on a CPU: see calibration/predictions.py
+        whole = sum(outer.values()) * (4 if request.compute.device.type == "cpu" else dtype)
+        yield Moment("the losses of single layers", device=whole + streams_bytes(run, request.compute.dtype))
     if config.end_to_end:
         yield _training(request)
 

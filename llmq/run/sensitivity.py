@@ -81,7 +81,7 @@ def measure(request: Request, run: Run) -> list[Unit]:
     found, original, batch_dim = list[_Found](), _Stream([]), 0
     with predictions(source, tokens.train[:1], request.compute):
         pass  # a model that cannot predict without its blocks is refused before minutes of work
-    settings, measured = StreamSettings(linears=run.linear_dtype(request.compute)), _measured(run)
+    settings, measured = StreamSettings(linears=run.linear_dtype(request.compute)), measured_blocks(run)
     with closing(stream(source, tokens, request.compute, clock, settings)) as blocks:
         bar = tqdm(blocks, "measuring", total=len(source.block_names), disable=not request.progress, unit="block")
         for position, block in enumerate(bar):
@@ -124,7 +124,13 @@ def held_out_loss(request: Request, run: Run, block: Block) -> float | None:
     return math.fsum(loss for each, _ in totals for loss in each) / sum(count for _, count in totals)
 
 
-def _measured(run: Run) -> set[str]:
+def streams_bytes(run: Run, dtype: torch.dtype) -> int:
+    """Return about as many bytes as the hidden states of all streams take, and the logits of two of them."""
+    text, units = run.source.config.get_text_config(), 6 * len(measured_blocks(run))  # in most blocks there are 4
+    return (units * _PROBE * _WINDOW * text.hidden_size + 2 * _PROBE * _WINDOW * text.vocab_size) * dtype.itemsize
+
+
+def measured_blocks(run: Run) -> set[str]:
     """Return the names of the blocks that are measured: of those with the same linears the first and the last two, and
     every few between.
     """

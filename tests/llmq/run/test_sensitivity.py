@@ -76,7 +76,7 @@ def test_weights_are_the_original_ones_again_after_each_unit(deep_llama, text_fi
 def test_most_blocks_of_a_deep_model_are_interpolated_on_a_log_scale(deep_llama, text_file, tmp_path, monkeypatch):
     config = small_config(deep_llama, text_file, tmp_path / "out", budget=3.7)
     every, _ = measured(config)
-    monkeypatch.setattr(sensitivity, "_measured", lambda run: {run.chosen[0], run.chosen[2]})
+    monkeypatch.setattr(sensitivity, "measured_blocks", lambda run: {run.chosen[0], run.chosen[2]})
     some, _ = measured(config)
     assert [unit.is_measured for unit in some] == [True] * 4 + [False] * 4 + [True] * 4
     assert [some[i] for i in (*range(4), *range(8, 12))] == [every[i] for i in (*range(4), *range(8, 12))]
@@ -86,7 +86,7 @@ def test_most_blocks_of_a_deep_model_are_interpolated_on_a_log_scale(deep_llama,
 
 
 def test_outside_of_the_measured_blocks_the_nearest_one_counts(deep_llama, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(sensitivity, "_measured", lambda run: {run.chosen[1]})
+    monkeypatch.setattr(sensitivity, "measured_blocks", lambda run: {run.chosen[1]})
     units, _ = measured(small_config(deep_llama, text_file, tmp_path / "out", budget=3.7))
     assert [unit.loss for unit in units] == [unit.loss for unit in units[4:8]] * 3
 
