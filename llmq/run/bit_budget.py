@@ -44,7 +44,6 @@ class Choice:
     predicted: float  # KL in nats per token
     uniform: dict[int, tuple[float, float]]  # by bits: stored bits per weight and predicted KL if all units had them
     average: float  # stored bits per weight
-    fixed: int  # bytes of the checkpoint outside the units
 
     def to_json(self) -> dict[str, Any]:
         """Return what the report says of it."""
@@ -68,6 +67,7 @@ def spend(request: Request, run: Run, kept: Path | None = None) -> Choice:
 def _units(request: Request, run: Run, kept: Path | None) -> list[Unit]:
     if kept is not None and kept.exists():
         return [Unit(tuple(each.pop("linears")), **each) for each in json.loads(kept.read_text("utf-8"))]
+    _check(run)
     units = measure(request, run)
     if kept is not None:
         write_json(kept, [dataclasses.asdict(unit) for unit in units])
@@ -79,6 +79,34 @@ def choose(run: Run, units: Sequence[Unit]) -> Choice:
 
     Raises RequestError if nothing fits into it.
     """
+    options, allowed = _fitting(run, units)
+    chosen = allocate(options, allowed)
+    bits = {name: chosen[unit.linears[0]] for unit in units for name in unit.linears}
+    picked = [options[name][b] for name, b in chosen.items()]
+    count = sum(run.source.skeleton.get_submodule(name).weight.numel() for name in bits)
+    uniform = {
+        b: (8 * sum(each[b].cost for each in options.values()) / count, sum(each[b].loss for each in options.values()))
+        for b in run.config.all_bits
+        if all(b in each for each in options.values())
+    }
+    average = 8 * sum(option.cost for option in picked) / count
+    return Choice(list(units), bits, sum(option.loss for option in picked), uniform, average)
+
+
+def _check(run: Run) -> None:
+    """Raise RequestError if a budget is too small for any bits, before the losses are measured."""
+    modules = run.source.skeleton.get_submodule
+    names = [name for name in run.bits if name.startswith(tuple(f"{block}." for block in run.chosen))]
+    _fitting(
+        run, [Unit((name,), 0.0) for name in names if any(can_pack(modules(name), b) for b in run.config.all_bits)]
+    )
+
+
+def _fitting(run: Run, units: Sequence[Unit]) -> tuple[dict[str, dict[int, Option]], float]:
+    """Return the options of each unit, by its first linear, and the bytes that they may take together.
+
+    Raises RequestError if the smallest ones take more.
+    """
     budget, weights = run.config.spending, _Weights(run)
     assert budget is not None
     options = {unit.linears[0]: _options(run, unit, budget, weights) for unit in units}
@@ -88,16 +116,7 @@ def choose(run: Run, units: Sequence[Unit]) -> Choice:
     least = sum(min(option.cost for option in each.values()) for each in options.values())
     if allowed < least:
         raise RequestError(_too_small(budget, least, count, fixed))
-    chosen = allocate(options, allowed)
-    bits = {name: chosen[unit.linears[0]] for unit in units for name in unit.linears}
-    picked = [options[name][b] for name, b in chosen.items()]
-    uniform = {
-        b: (8 * sum(each[b].cost for each in options.values()) / count, sum(each[b].loss for each in options.values()))
-        for b in budget.widths
-        if all(b in each for each in options.values())
-    }
-    average = 8 * sum(option.cost for option in picked) / count
-    return Choice(list(units), bits, sum(option.loss for option in picked), uniform, average, fixed)
+    return options, allowed
 
 
 class _Weights:

@@ -80,9 +80,15 @@ def test_layers_that_the_user_names_keep_their_bits(prepared):
     ],
     ids=str,
 )
-def test_a_budget_that_nothing_fits_into_is_refused(options, said, prepared):
+def test_a_budget_that_nothing_fits_into_is_refused_before_anything_is_measured(
+    options, said, llama, text_file, tmp_path, prepared, monkeypatch
+):
     with pytest.raises(RequestError, match=said):
         choose(prepared(**options), units_of([0.1] * 8))
+    monkeypatch.setattr(bit_budget, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(RequestError, match=said):
+        run(llama, text_file, tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "mlx"])
