@@ -23,8 +23,8 @@ from llmq.checkpoint.writer import Writer
 from llmq.core.config import QuantizeConfig
 from llmq.core.device import full_float32, pick_device
 from llmq.core.distributed import joined_ranks, local_rank
-from llmq.plan import check_plan, lines, plan_of
-from llmq.run.bit_budget import spend, table
+from llmq.plan import Plan, check_plan, lines, plan_of
+from llmq.run.bit_budget import check_budget, kept_units, spend, table
 from llmq.run.block_loop import finish, quantize_blocks
 from llmq.run.block_quantizer import Run
 from llmq.run.end_to_end import quantize_and_train
@@ -65,20 +65,20 @@ def _plan_and_work(request: Request) -> None:
     config, ranks = request.config, request.ranks
     journal = Journal(config.output / PROGRESS if ranks.is_first else None)
     run = Run(config, request.source, request.compute.device, request.clock, ranks, journal.add)
-    plan = plan_of(request, run, timed=config.dry_run)
-    if config.dry_run and config.spending is not None:
+    plan, choice = plan_of(request, run, timed=config.dry_run), None
+    if config.spending is not None:
         check_plan(plan)  # measuring takes minutes and memory
+        check_budget(request, run, plan.units)
+    if config.dry_run and config.spending is not None:
         before = request.clock.total
         choice = spend(request, run)
         seconds = plan.seconds | {"measuring": request.clock.total - before}
         plan = replace(plan_of(request, run), seconds=seconds, probe=plan.probe, busy=plan.busy)
-        if ranks.is_first:
-            print(*lines(plan), *table(choice), sep="\n")
-    elif config.dry_run and ranks.is_first:
-        print(*lines(plan), sep="\n")
+    if config.dry_run and ranks.is_first:
+        print(*lines(plan), *(table(choice) if choice else ()), sep="\n")
     check_plan(plan)
     if not config.dry_run:
-        _work(request, run, journal, plan.states)
+        _work(request, run, journal, plan)
 
 
 def _work_into(request: Request, run: Run, writer: Writer | None, journal: Journal, states: States) -> None:
@@ -104,9 +104,12 @@ def _work_into_gguf(request: Request, run: Run, writer: Writer | None, journal: 
                 writer.finish_gguf(partial(export, request, run, first.directory))
 
 
-def _work(request: Request, run: Run, journal: Journal, states: States) -> None:
-    """Quantize the model into the output directory. `states`: the size of the hidden states, and where they wait."""
-    ranks = request.ranks
+def _work(request: Request, run: Run, journal: Journal, plan: Plan) -> None:
+    """Quantize the model into the output directory."""
+    ranks, states, losses = request.ranks, plan.states, unfinished_work(request.config.output) / "losses.json"
+    measured = None
+    if request.config.spending is not None:
+        measured = ranks.first(lambda: kept_units(request, losses, plan.units))
     if ranks.is_first and not request.steps:
         with run.clock("proof"):
             prove(run)
@@ -120,7 +123,9 @@ def _work(request: Request, run: Run, journal: Journal, states: States) -> None:
         journal.begin(request.fingerprint, request.steps)
         request.keep_tokens()
         if request.config.spending is not None:
-            spend(request, run, unfinished_work(request.config.output) / "losses.json")
+            spend(request, run, measured, losses)
+            if writer is not None:
+                writer.resumable = True  # the losses need not be measured again
         if request.config.stored_as == "gguf":
             _work_into_gguf(request, run, writer, journal, states)
         else:

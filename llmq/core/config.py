@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmq.core.budget import Budget, budget_of
+from llmq.core.budget import Budget, budget_of, spending_of
 from llmq.core.errors import RequestError
 from llmq.core.format_limits import check_format, fits_gptq, gguf_group
 from llmq.core.settings import (
@@ -48,9 +48,9 @@ class QuantizeConfig:
     layer_bits: tuple[str, ...] = ()
     """Other bits for some layers, written as NAME=BITS: down_proj=8 layers.0.*=8. A * stands for any characters. If
     several match a layer, the first one counts. Layers that engines fuse (q, k, v; gate, up) need the same bits."""
-    budget: float | None = None
+    budget: float = 0.0
     """Instead of --bits: stored bits per weight on average, with scales, such as 3.5. llmq measures how much each layer
-    loses, and chooses the bits of all layers so that the model loses least. This doubles the time."""
+    loses, and chooses the bits of all layers so that the model loses least. This doubles the time. 0: no budget."""
     size: str = ""
     """The same for a size of the whole checkpoint, such as 2.5GB or 700MiB."""
     widths: tuple[int, ...] = ()
@@ -100,7 +100,8 @@ class QuantizeConfig:
     """Continue an interrupted run with the same settings in the output directory. The result is the same as without
     the interruption. If there is no such run, start a new one."""
     dry_run: bool = False
-    """Only print the plan: layers, sizes, memory, time. Reads no weights, writes nothing."""
+    """Only print the plan: layers, sizes, memory, time. Writes nothing, and reads weights only to measure for a
+    budget: then it also prints how many layers get which bits, and the KL to expect."""
     offload_dir: Path | None = None
     """Directory on a fast disk. The hidden states of the calibration text are kept there instead of in memory. Without
     it, they go into the output directory if they would take more than a quarter of the free memory."""
@@ -154,9 +155,11 @@ class QuantizeConfig:
             if whole is None or not (isinstance(value, str) or whole == value):
                 raise RequestError(f"{name} must be a whole number; got {value!r}")
             object.__setattr__(self, name, whole)
-        for name in ("layer_bits", "without", "widths"):
+        for name in ("layer_bits", "without"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        for name, value in spending_of(self.budget, self.size, self.widths).items():
+            object.__setattr__(self, name, value)
 
     def _check_effort(self) -> None:
         """Raise RequestError if the effort does not fit the other settings."""
@@ -186,6 +189,12 @@ class QuantizeConfig:
             )
         if self.method == "rtn":
             raise RequestError("method rtn uses no text, and a budget is measured on text; use another method")
+        if self.samples < 2:
+            raise RequestError(
+                f"samples must be at least 2 for a budget, which needs held-out text; got {self.samples}"
+            )
+        if self.dry_run and self.calibration == "self":
+            raise RequestError("a dry run writes no text, but budgets are measured on it; choose another --calibration")
 
     @property
     def spending(self) -> Budget | None:
@@ -221,7 +230,7 @@ class QuantizeConfig:
             return self.format
         if self.symmetric:
             return "compressed-tensors"
-        has_budget = self.budget is not None or bool(self.size)
+        has_budget = bool(self.budget or self.size)
         if self.bits == 4 and not (self.layer_bits or has_budget):
             return "awq"
         asked = self.widths if has_budget else (self.bits,)

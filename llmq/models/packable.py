@@ -108,12 +108,12 @@ def _fused_with(odd: str, groups: list[Group]) -> list[str]:
     """Return the linears that engines run as one with this one, or as one kind with it: all experts of a block."""
     group = next(group for group in groups if odd in group.linears)
     if group.expert is None:
-        return [name for name in group.linears if _are_fused(odd, name)]
+        return [name for name in group.linears if are_fused(odd, name)]
     alike = (other for other in groups if other.expert and other.expert.module == group.expert.module)
     return [name for other in alike for name in other.linears]
 
 
-def _are_fused(one: str, other: str) -> bool:
+def are_fused(one: str, other: str) -> bool:
     """Return whether engines run two linears of a block as one matrix."""
     (parent, _, leaf), (other_parent, _, other_leaf) = one.rpartition("."), other.rpartition(".")
     return parent == other_parent and any(leaf in fused and other_leaf in fused for fused in _FUSED)

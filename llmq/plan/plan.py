@@ -27,6 +27,7 @@ from llmq.plan.time_model import Timed, all_seconds
 from llmq.plan.workload import Workload, states_of, workload_of
 from llmq.run.block_quantizer import Run
 from llmq.run.prepare import Request
+from llmq.run.trial import units_among
 
 _PRODUCTS, _FEWEST = 5e10, 16  # the forward that is timed has at most these multiplications, at least these tokens
 
@@ -56,6 +57,17 @@ class Plan:
     seconds: dict[str, float] = field(default_factory=dict)  # seconds by kind of work; empty if nothing was timed
     probe: float = 0.0  # seconds that planning took
     busy: bool = False  # whether other programs were busy: they slow down the timed work, and the run
+
+    @property
+    def units(self) -> list[tuple[str, ...]]:
+        """Return the names of the linears of each unit that must share its bits, in the order of the model."""
+        layouts = {block: layout for layout in self.layouts for block in layout.blocks}
+        return [
+            tuple(f"{block}.{name}" for group in unit for name in group.linears)
+            for block in self.blocks
+            if block in layouts
+            for unit in units_among(layouts[block].groups)
+        ]
 
     @property
     def worst(self) -> Moment:

@@ -100,13 +100,13 @@ class Student:
                 vector.data = exact[name]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that would be stored now, by their names in the files."""
+        """Return a copy of the tensors that would be stored now, by their names in the files."""
         stored_name = self._files.stored_names
         stored = {stored_name(name)[0]: vec.detach().to(self._stored[name]) for name, vec in self.vectors.items()}
         for name, latent in self.latents.items():
             scheme = self.checkpoint.schemes[name]
             stored |= self.checkpoint.format.encode(self._files.stored_linear(name), latent.rounded(), scheme)
-        return {name: tensor.cpu() for name, tensor in stored.items()}
+        return {name: tensor.to("cpu", copy=True) for name, tensor in stored.items()}
 
 
 def distill(

@@ -38,6 +38,7 @@ class FinishedStep:
     distilled: Pair | None
     seconds: dict[str, float]  # since the run began, by phase, and `total`
     states: Line | None  # how to find the hidden states that leave the block; None if they are in memory
+    measured_kl: float | None = None  # after the last block of a run with a budget
 
     def to_json(self) -> Line:
         """Return the line, ready for json.dumps."""

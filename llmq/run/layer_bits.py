@@ -1,5 +1,6 @@
 """The bits of each linear (`--layer-bits NAME=BITS`), and the grid that all of them share."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -37,17 +38,27 @@ def fitted_grid(
 
 
 def bits_of_linears(config: QuantizeConfig, source: ModelSource) -> dict[str, int]:
-    """Return the bits of every linear of the blocks, by its name in the model.
+    """Return the bits of every linear of the blocks, by its name in the model; with a budget those to begin with.
 
     Raises RequestError if a pattern of `--layer-bits` fits no linear, or if linears that engines fuse would differ.
     """
-    bits = dict.fromkeys(_linears(source), config.bits) | named_bits(config, source)
+    bits = dict.fromkeys(_linears(source), _usual(config)) | named_bits(config, source)
     _check_fused(bits)
     for module, layout in layouts(source.skeleton).items():
         names = (f"{module}.{number}.{name}" for number in range(layout.experts) for name in linears_of(layout))
         if len({bits[name] for name in names if name in bits}) > 1:
             raise RequestError(f"layer bits: engines run all experts of {module} in one scheme; give all the same bits")
     return bits
+
+
+def _usual(config: QuantizeConfig) -> int:
+    """Return the bits of linears without a name in `--layer-bits`.
+
+    With a budget: those of its bits at which the most linears can be packed. What cannot be stays in float.
+    """
+    if config.spending is None:
+        return config.bits
+    return max(config.spending.widths, key=lambda bits: (math.gcd(bits, 8), bits == config.bits))
 
 
 def named_bits(config: QuantizeConfig, source: ModelSource) -> dict[str, int]:

@@ -58,6 +58,8 @@ class Progress:
         report.drifts |= {} if step.drift is None else {step.name: step.drift}
         report.refined |= {} if step.refined is None else {step.name: step.refined}
         report.distilled = step.distilled
+        if report.budget is not None and step.measured_kl is not None:
+            report.budget["measured_kl"] = step.measured_kl
         self._run.tensors.digests |= step.digests
         self._run.tensors.schemes |= step.schemes
 
@@ -108,6 +110,7 @@ class Progress:
             distilled=report.distilled,
             seconds={"total": run.clock.total, **run.clock.seconds},
             states=None if block is None else _states_of(block),
+            measured_kl=(report.budget or {}).get("measured_kl"),
         )
         self._done.append(step)
         self._told |= digests

@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Int64
@@ -51,8 +52,8 @@ class Unit:
     """Linears that must have the same bits, and what the model loses if they alone are rounded."""
 
     linears: tuple[str, ...]  # names in the model
-    loss: float  # KL in nats per token, with MEASURED_BITS
-    is_measured: bool = True  # False: interpolated between those of other blocks
+    loss: float | None  # KL in nats per token, with MEASURED_BITS; None if the text does not run them
+    is_measured: bool = True  # False: interpolated between those of other blocks, or None
 
 
 @dataclass
@@ -69,6 +70,7 @@ class _Found:
 
     position: int  # of the block in the model
     names: tuple[str, ...]  # of its linears in the block
+    runs: bool
     stream: _Stream | None
 
 
@@ -79,19 +81,22 @@ def measure(request: Request, run: Run) -> list[Unit]:
     """
     source, clock, tokens = request.source, request.clock, _pieces(request.tokens)
     found, original, batch_dim = list[_Found](), _Stream([]), 0
-    with predictions(source, tokens.train[:1], request.compute):
-        pass  # a model that cannot predict without its blocks is refused before minutes of work
     settings, measured = StreamSettings(linears=run.linear_dtype(request.compute)), measured_blocks(run)
     with closing(stream(source, tokens, request.compute, clock, settings)) as blocks:
         bar = tqdm(blocks, "measuring", total=len(source.block_names), disable=not request.progress, unit="block")
         for position, block in enumerate(bar):
             original.hidden, batch_dim = original.hidden or _probe(block), block.batch_dim
             units = units_of(run, block) if block.name in run.chosen else []
-            begun = [_begun(run, block, unit, units) if block.name in measured else None for unit in units]
+            runs = [unit[0].calls != 0 for unit in units]
+            is_measured = block.name in measured
+            begun = [
+                _begun(run, block, unit, units) if is_measured and it_runs else None
+                for unit, it_runs in zip(units, runs, strict=True)
+            ]
             with clock("streams"), block.many_runs():
                 for each in (original, *(each.stream for each in found if each.stream)):
                     each.hidden = _passed(block, each.hidden)
-            found += [_Found(position, _names(unit), stream) for unit, stream in zip(units, begun, strict=True)]
+            found += map(partial(_Found, position), map(_names, units), runs, begun)
     with clock("predict"), predictions(source, tokens.train[:1], request.compute) as predict:
         step = max(1, tokens.held_out.numel() // _SCORED)
         wanted = [predict(some_tokens(hidden, batch_dim, step)) for hidden in original.hidden]
@@ -101,6 +106,12 @@ def measure(request: Request, run: Run) -> list[Unit]:
                 each.stream.loss = _mean_divergence(given, wanted)
                 each.stream.hidden.clear()
     return [_unit(source.block_names, each, found) for each in found]
+
+
+def check_predictions(request: Request) -> None:
+    """Raise RequestError if the model cannot predict from given hidden states, before minutes of work."""
+    with predictions(request.source, _pieces(request.tokens).train[:1], request.compute):
+        pass
 
 
 def held_out_loss(request: Request, run: Run, block: Block) -> float | None:
@@ -148,6 +159,8 @@ def _unit(blocks: list[str], one: _Found, found: list[_Found]) -> Unit:
     linears = tuple(f"{blocks[one.position]}.{name}" for name in one.names)
     if one.stream is not None:
         return Unit(linears, one.stream.loss)
+    if not one.runs:
+        return Unit(linears, None, False)
     known = {each.position: each.stream.loss for each in found if each.names == one.names and each.stream}
     lower, upper = ([at for at in known if (at < one.position) == is_lower] for is_lower in (True, False))
     below, above = (lower or upper[:1])[-1], (upper or lower[-1:])[0]

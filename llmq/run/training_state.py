@@ -3,6 +3,7 @@
 One file in the workroom: what learns, Adam's moments, the step, and the best state so far. It is written now and then.
 """
 
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmq.checkpoint.output_dir import written_whole
+from llmq.core.errors import first_line
 
 _SECONDS = 60.0  # between two states, at least
 _SHARE = 0.02  # of the time is spent on writing states, at most
@@ -28,16 +30,19 @@ class TrainingState:
         return time.monotonic() >= self._next
 
     def save(self, tensors: dict[str, Tensor]) -> None:
-        """Replace the file. Raises OSError if it cannot be written."""
+        """Replace the file. If that fails, the training goes on all the same, and the user is told."""
         start = time.monotonic()
-        with written_whole(self._path) as new:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, new)
+        try:
+            with written_whole(self._path) as new:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, new)
+        except (OSError, SafetensorError) as error:
+            print(f"\nthe training's state cannot be kept ({first_line(error)}); it goes on", file=sys.stderr)
         end = time.monotonic()
         self._next = end + max(_SECONDS, (end - start) / _SHARE)
 
     def load(self) -> dict[str, Tensor]:
-        """Return the tensors of the file; none if there is no file, or if it is damaged."""
+        """Return the tensors of the file; none if it cannot be read."""
         try:
             return load_file(self._path)
-        except (FileNotFoundError, SafetensorError):
+        except (OSError, SafetensorError):
             return {}

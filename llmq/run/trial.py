@@ -3,10 +3,9 @@
 The block has its original weights before and after.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby
 
 from torch import Tensor, nn
 
@@ -15,16 +14,33 @@ from llmq.calibration.block_runner import Block
 from llmq.calibration.input_statistics import InputStatistics, collect_statistics
 from llmq.core.distributed import ALONE
 from llmq.models.block_structure import Group, linear_of
+from llmq.models.packable import are_fused
 from llmq.run.block_quantizer import Run
 from llmq.run.expert_groups import statistics_of_experts
 from llmq.run.layer_problem import make_problem, packable_groups, pad, solve_alone, weights_of
 
 
 def units_of(run: Run, block: Block) -> list[list[Group]]:
-    """Return the groups of each unit of a block: a group, or all of the experts of a module."""
-    groups, _ = packable_groups(block, run.source, run.bits)
-    experts = groupby((group for group in groups if group.expert), lambda group: group.expert and group.expert.module)
-    return [*([group] for group in groups if group.expert is None), *(list(of_module) for _, of_module in experts)]
+    """Return the groups of each unit of a block."""
+    return units_among(packable_groups(block, run.source, run.bits)[0])
+
+
+def units_among(groups: Iterable[Group]) -> list[list[Group]]:
+    """Put groups together that must have the same bits: all experts of a module; what engines fuse."""
+    units = list[list[Group]]()
+    for group in groups:
+        unit = next((unit for unit in units if _belong_together(unit[0], group)), None)
+        if unit is None:
+            units.append([group])
+        else:
+            unit.append(group)
+    return units
+
+
+def _belong_together(one: Group, other: Group) -> bool:
+    if one.expert is not None and other.expert is not None:
+        return one.expert.module == other.expert.module
+    return one.calls != 1 and other.calls != 1 and are_fused(one.linears[0], other.linears[0])
 
 
 @contextmanager
@@ -72,7 +88,7 @@ def _statistics(run: Run, block: Block, unit: list[Group]) -> Iterator[tuple[Gro
     if unit[0].expert is not None:
         yield from statistics_of_experts(block, unit, run.config, run.clock, last=False)
     elif unit[0].calls != 1:
-        yield unit[0], None
+        yield from ((group, None) for group in unit)
     else:
         yield unit[0], collect_statistics(block, unit, run.clock, last=False)[0]
 

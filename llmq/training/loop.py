@@ -47,7 +47,7 @@ def train(
 ) -> tuple[_State, tuple[float, float]]:
     """Return the state with the least held-out loss, which may be `start`, and that loss before and after.
 
-    `saved`: goes on from there, if it holds a state of the same training. The result is the same as without the
+    `saved`: goes on from there, if it holds a state of this training. The result is the same as without the
     interruption. Only for a `_State` that is a mapping of tensors.
     """
 
@@ -58,7 +58,7 @@ def train(
     learning = [(parameters, rate) for parameters, rate in task.parameters if rate > 0]
     optimizer = torch.optim.Adam([{"params": each, "lr": rate} for each, rate in learning], betas=(0.9, 0.95))
     best, kept = start, {} if saved is None else saved.load()
-    if kept:
+    if kept and _is_sound(kept, optimizer, steps, task.state()):
         done, (before, least), best = _restore(optimizer, kept, start)
     else:
         done, before = 0, held_out()
@@ -96,6 +96,18 @@ def _kept(optimizer: torch.optim.Optimizer, step: int, losses: tuple[float, floa
         tensors[f"parameter.{i}"] = parameter.detach()
         tensors |= {f"{name}.{i}": value for name, value in optimizer.state[parameter].items()}
     return tensors | {f"best.{name}": tensor for name, tensor in (best or {}).items()}
+
+
+def _is_sound(tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, steps: int, state: Any) -> bool:
+    """Return whether these are tensors that `_kept` returned for the same training."""
+    shapes: dict[str, torch.Size] = {"step": torch.Size(), "losses": torch.Size([2])}
+    for i, parameter in enumerate(_parameters(optimizer)):
+        shapes |= {f"{name}.{i}": parameter.shape for name in ("parameter", "exp_avg", "exp_avg_sq")}
+        shapes[f"step.{i}"] = torch.Size()
+    best = {f"best.{name}": tensor.shape for name, tensor in state.items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    is_whole = found in (shapes, shapes | best) and all(bool(x.isfinite().all()) for x in tensors.values())
+    return is_whole and 0 < int(tensors["step"]) <= steps
 
 
 def _restore(

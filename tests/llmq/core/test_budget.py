@@ -1,8 +1,9 @@
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
-from llmq.core.budget import bytes_of
+from llmq.core.budget import bytes_of, spending_of
 from llmq.core.config import QuantizeConfig
 from llmq.core.errors import RequestError
 
@@ -46,6 +47,8 @@ def test_other_sizes_are_refused(size):
         ({"budget": 5.0, "format": "gptq", "widths": (4, 5)}, "gptq stores 2, 3, 4, 8"),
         ({"budget": 5.0, "format": "gguf", "widths": (3, 4)}, "gguf stores"),
         ({"size": "large"}, "a number with a unit"),
+        ({"budget": 5.0, "samples": 1}, "at least 2 for a budget"),
+        ({"budget": 5.0, "dry_run": True, "calibration": "self"}, "choose another --calibration"),
     ],
     ids=str,
 )
@@ -75,3 +78,40 @@ def test_the_bits_to_choose_from_are_those_that_the_format_has(changes, stored_a
 def test_without_a_budget_nothing_changes():
     assert config().spending is None
     assert config(bits=3, layer_bits=("a=5",)).all_bits == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("3.5", "", ()), (3.5, "", ())),
+        ((None, "1GB", [3.0, "4"]), (0.0, "1GB", (3, 4))),
+        ((Fraction(7, 2), "", 4), (3.5, "", (4,))),
+        ((0, 123456, "8"), (0.0, "123456", (8,))),
+    ],
+    ids=str,
+)
+def test_numbers_may_be_given_in_any_python_type(given, expected):
+    assert tuple(spending_of(*given).values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("abc", "", ()), "budget must be a number"),
+        (([4], "", ()), "budget must be a number"),
+        ((10**400, "", ()), "budget must be a number"),
+        ((0, b"1GB", ()), "size is a number"),
+        ((0, 2.5e9, ()), "size is a number"),
+        ((0, "", [4.5]), "widths must be whole"),
+        ((0, "", ([4],)), "widths must be whole"),
+        ((0, "", None), "widths must be whole"),
+    ],
+    ids=str,
+)
+def test_other_values_are_refused_by_name(given, said):
+    with pytest.raises(RequestError, match=said):
+        spending_of(*given)
+
+
+def test_no_size_is_too_long_to_read():
+    assert bytes_of("9" * 400) == 10**18

@@ -1,15 +1,17 @@
 """A budget is kept, spent where it helps most, and told."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from small_runs import run, small_config
+from tiny import save_tiny
 
 import llmq
 from llmq.checkpoint.describe import describe
-from llmq.checkpoint.output_dir import REPORT
+from llmq.checkpoint.output_dir import REPORT, unfinished_work
 from llmq.core.distributed import ALONE
 from llmq.core.errors import RequestError
 from llmq.run import bit_budget
@@ -76,7 +78,7 @@ def test_layers_that_the_user_names_keep_their_bits(prepared):
     [
         ({"budget": 2.2}, "the layers take at least 2.53 bits per weight; got a budget of 2.2"),
         ({"budget": 4.0, "widths": (4, 8)}, "at least 4.53 bits"),
-        ({"size": "100KB"}, "are not quantized; got a size of 0.0001 GB"),
+        ({"size": "100KB"}, r"at least 0\.233 MB, 0\.214 MB of them not quantized; got a size of 0\.100 MB"),
     ],
     ids=str,
 )
@@ -89,6 +91,22 @@ def test_a_budget_that_nothing_fits_into_is_refused_before_anything_is_measured(
     with pytest.raises(RequestError, match=said):
         run(llama, text_file, tmp_path / "new", **options)
     assert not (tmp_path / "new").exists()
+
+
+def interrupted(config, monkeypatch, block="1"):
+    """Let a run be killed in one block."""
+    quantize_block = Run.quantize_block
+
+    def killed(self, one, show):
+        if one.name.endswith(block):
+            raise KeyboardInterrupt
+        return quantize_block(self, one, show)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "quantize_block", killed)
+        with pytest.raises(KeyboardInterrupt):
+            llmq.quantize(config)
+    return unfinished_work(config.output) / "losses.json"
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "mlx"])
@@ -120,7 +138,8 @@ def test_a_dry_run_prints_the_table_and_writes_nothing(llama, text_file, tmp_pat
         assert words in said
 
 
-def test_a_resumed_run_measures_nothing_again(llama, text_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("block", ["0", "1"])
+def test_a_resumed_run_measures_nothing_again(block, llama, text_file, tmp_path, monkeypatch):
     config = small_config(llama, text_file, tmp_path / "out", budget=3.8)
     whole, measured, measure = llmq.quantize(replace(config, output=tmp_path / "whole")), [], bit_budget.measure
 
@@ -128,17 +147,8 @@ def test_a_resumed_run_measures_nothing_again(llama, text_file, tmp_path, monkey
         measured.append(arguments)
         return measure(*arguments)
 
-    def killed(self, block, show):
-        if block.name.endswith("1"):
-            raise KeyboardInterrupt
-        return quantize_block(self, block, show)
-
-    quantize_block = Run.quantize_block
     monkeypatch.setattr(bit_budget, "measure", spy)
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "quantize_block", killed)
-        with pytest.raises(KeyboardInterrupt):
-            llmq.quantize(config)
+    interrupted(config, monkeypatch, block)
     llmq.quantize(replace(config, resume=True))
     assert len(measured) == 1
     assert (config.output / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
@@ -150,3 +160,86 @@ def test_the_table_counts_units_by_kind_and_bits(prepared):
     lines = list(table(choose(prepared(budget=4.0, widths=(3, 4)), units_of([1e-3] * 5 + [1.0] + [1e-3] * 2))))
     assert lines[0].split()[-4:] == ["3", "bit", "4", "bit"]
     assert next(line for line in lines if line.split()[0] == "o_proj").split()[:2] == ["o_proj", "1.0010"]
+
+
+DAMAGES = {
+    "cut": lambda units: json.dumps(units)[:-9],
+    "no units": lambda _: "[]",
+    "no text": lambda _: "\x00",
+    "other linears": lambda units: json.dumps([unit | {"linears": ["a"]} for unit in units]),
+    "not a number": lambda units: json.dumps([unit | {"loss": math.nan} for unit in units]),
+    "below 0": lambda units: json.dumps([unit | {"loss": -1.0} for unit in units]),
+    "half of them": lambda units: json.dumps(units[:4]),
+}
+
+
+@pytest.mark.parametrize("block", ["0", "1"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_losses_are_measured_again_unless_blocks_have_bits_already(
+    damage, block, llama, text_file, tmp_path, monkeypatch
+):
+    config = small_config(llama, text_file, tmp_path / "out", budget=3.8)
+    path = interrupted(config, monkeypatch, block)
+    path.write_text(DAMAGES[damage](json.loads(path.read_text())))
+    if block == "0":
+        llmq.quantize(replace(config, resume=True))
+        assert json.loads((config.output / REPORT).read_text())["budget"]["predicted_kl"] > 0
+    else:
+        with pytest.raises(RequestError, match=r"losses\.json is damaged.*--overwrite"):
+            llmq.quantize(replace(config, resume=True))
+
+
+def test_other_losses_cannot_give_later_blocks_bits_that_break_the_budget(llama, text_file, tmp_path, monkeypatch):
+    config = small_config(llama, text_file, tmp_path / "out", budget=3.8)
+    path = interrupted(config, monkeypatch)
+    units = json.loads(path.read_text())
+    path.write_text(json.dumps([unit | {"loss": unit["loss"] * 1000**i} for i, unit in enumerate(units)]))
+    with pytest.raises(RequestError, match=r"got \d bit in the interrupted run, now \d"):
+        llmq.quantize(replace(config, resume=True))
+
+
+def test_what_was_measured_at_the_end_survives_an_interruption_after_it(llama, text_file, tmp_path, monkeypatch):
+    config = small_config(llama, text_file, tmp_path / "out", budget=3.8)
+    with monkeypatch.context() as patch:
+        patch.setattr("llmq.pipeline.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            llmq.quantize(config)
+    llmq.quantize(replace(config, resume=True))
+    assert json.loads((config.output / REPORT).read_text())["budget"]["measured_kl"] > 0
+
+
+def test_a_refused_budget_leaves_the_checkpoint_that_it_would_replace(llama, text_file, tmp_path):
+    output = run(llama, text_file, tmp_path / "out")
+    before = (output / "model.safetensors").read_bytes()
+    with pytest.raises(RequestError, match=r"at least 2\.53 bits"):
+        run(llama, text_file, output, budget=2.2, overwrite=True)
+    assert (output / "model.safetensors").read_bytes() == before
+
+
+def test_a_budget_that_suffices_for_all_is_spent_even_where_no_loss_was_seen(prepared):
+    assert set(choose(prepared(budget=16.0), units_of([0.0] * 8)).bits.values()) == {8}
+    assert set(choose(prepared(budget=16.0), units_of([0.1] * 7 + [0.0])).bits.values()) == {8}
+
+
+def test_linears_without_a_loss_count_as_much_as_others_of_their_size(prepared):
+    sizes = [64 * 128, 64 * 64, 64 * 192, 64 * 96] * 2
+    made = prepared(budget=4.53)
+    choice = choose(made, units_of([1e-6 * size for size in sizes[:-1]] + [None]))
+    assert set(choice.bits.values()) == {4}
+    assert "the text does not run 1 of 8" in made.report.notes[-1]["note"]
+
+
+@pytest.mark.parametrize("names", [("k_proj=4",), ("q_proj=4", "k_proj=3", "v_proj=4")])
+def test_a_part_of_what_shares_its_bits_cannot_be_named_alone(names, llama, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(bit_budget, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(RequestError, match=r"layer bits: .*q_proj"):
+        run(llama, text_file, tmp_path / "out", budget=3.8, layer_bits=names)
+
+
+def test_what_no_allowed_width_fits_stays_in_float(text_file, tmp_path):
+    """264 outputs are no multiple of 32, which 3 bits need. The input of down_proj is none, either."""
+    model = save_tiny(tmp_path / "model", "llama-gqa", intermediate_size=264)
+    three = describe(run(model, text_file, tmp_path / "three", budget=3.8, widths=(3,)))
+    both = describe(run(model, text_file, tmp_path / "both", budget=4.5, widths=(3, 4)))
+    assert {layer["name"].rpartition(".")[2] for layer in three["layers"]} == {f"{name}_proj" for name in "qkvo"}
+    assert {layer["bits"] for layer in both["layers"] if layer["name"].endswith("gate_proj")} == {4}

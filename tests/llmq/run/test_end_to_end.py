@@ -47,6 +47,16 @@ def test_a_student_starts_as_the_checkpoint_it_was_made_of(packed, deep_llama):
     torch.testing.assert_close(student.model(ids).logits, load(packed, device="cpu")(ids).logits)
 
 
+@torch.no_grad()
+def test_what_would_be_stored_is_a_copy_that_later_steps_do_not_change(packed, deep_llama):
+    student = Student(packed, original_of(deep_llama), CPU)
+    before = student.tensors()
+    kept = {name: tensor.clone() for name, tensor in before.items()}
+    for vector in student.vectors.values():
+        vector.add_(1)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in before.items())
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.005])
 def test_training_brings_the_predictions_closer_and_moves_codes_if_asked(rate, packed, deep_llama, text_file):
     original, tokens = original_of(deep_llama), tokens_of(deep_llama, text_file)

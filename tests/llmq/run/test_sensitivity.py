@@ -46,7 +46,7 @@ def test_it_is_what_a_run_loses_that_rounds_this_unit_alone(effort, deep_llama, 
     units, tokens = measured(config, monkeypatch, _SCORED=10**9)
     bits = [f"{name}=3" for name in units[4].linears]
     assert bits == [f"model.layers.1.self_attn.{name}_proj=3" for name in "qkv"]
-    alone = replace(config, budget=None, bits=8, layer_bits=tuple(bits), blocks="1")
+    alone = replace(config, budget=0.0, bits=8, layer_bits=tuple(bits), blocks="1")
     assert units[4].loss == pytest.approx(kl_of(llmq.quantize(alone), deep_llama, tokens.held_out), rel=0.05)
 
 
@@ -113,3 +113,12 @@ def test_blocks_that_share_more_than_hidden_states_and_experts_are_measured(kind
     assert units
     assert all(0 <= unit.loss < 2 for unit in units)
     assert sum(unit.loss > 0 for unit in units) > len(units) / 2
+
+
+def test_linears_that_the_text_does_not_run_have_no_loss_and_are_one_unit_if_engines_fuse_them(text_file, tmp_path):
+    tiny_models.save_tiny("mllama@image", tmp_path / "model")
+    units, _ = measured(small_config(tmp_path / "model", text_file, tmp_path / "out", budget=5.0))
+    unseen = [unit for unit in units if unit.loss is None]
+    assert all("cross_attn" in unit.linears[0] or "mlp" in unit.linears[0] for unit in unseen)
+    assert any(len(unit.linears) == 3 and unit.linears[0].endswith("q_proj") for unit in unseen)
+    assert not any(unit.is_measured for unit in unseen)

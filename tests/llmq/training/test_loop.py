@@ -97,3 +97,32 @@ def test_a_resumed_training_that_nothing_improved_still_returns_the_start():
     train(replace(task, state=lambda: {"w": w}), 4, 2, {}, saved=saved)
     saved.tensors["step"] = torch.tensor(2)
     assert train(replace(task, state=lambda: {"w": w}), 4, 2, {}, saved=saved) == ({}, (2.0, 2.0))
+
+
+FOREIGN = {
+    "other tensors": lambda kept: {"a": torch.zeros(2)},
+    "a moment is missing": lambda kept: {name: x for name, x in kept.items() if name != "exp_avg.0"},
+    "another shape": lambda kept: kept | {"parameter.0": torch.zeros(5)},
+    "another shape of a moment": lambda kept: kept | {"exp_avg_sq.0": torch.zeros(5)},
+    "not finite": lambda kept: kept | {"parameter.0": torch.full((1,), torch.nan)},
+    "no step": lambda kept: kept | {"step": torch.tensor(-1)},
+    "steps that do not exist": lambda kept: kept | {"step": torch.tensor(100)},
+    "another best state": lambda kept: kept | {"best.other": torch.zeros(1)},
+}
+
+
+@pytest.mark.parametrize("damage", FOREIGN)
+def test_a_state_of_another_training_is_not_believed(damage):
+    def training(saved):
+        w = torch.zeros(1)
+        task = Task(
+            [([w], 0.3)], 6, lambda _: (w - 1).square().sum(), lambda: float((w - 1).square()), lambda: {"w": w}
+        )
+        return train(replace(task, state=lambda: {"w": w.detach().clone()}), 6, 2, {}, saved=saved)
+
+    whole, saved = training(None), InMemory()
+    training(saved)
+    saved.tensors = FOREIGN[damage](saved.tensors | {"step": torch.tensor(3)})
+    best, ends = training(saved)
+    assert ends == whole[1]
+    assert torch.equal(best["w"], whole[0]["w"])
