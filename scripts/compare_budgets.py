@@ -21,6 +21,7 @@ from llmq.cli import run
 from llmq.core.errors import RequestError
 
 _UNIFORM = "uniform"
+_BEYOND = 0.02  # stored bits: a budget is not spent to the last bit, and then the line goes on a little
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def table(uniform: Sequence[Row], budgets: Sequence[Row]) -> Iterator[str]:
 def interpolated(points: Sequence[tuple[float, float]], stored: float) -> float:
     """Return the KL at so many stored bits, on a log scale between the nearest points. Raises RequestError outside."""
     for (low, kl_low), (high, kl_high) in pairwise(points):
-        if low - 1e-3 <= stored <= high + 1e-3:
+        if low - _BEYOND <= stored <= high + _BEYOND:
             share = (stored - low) / (high - low)
             return math.exp((1 - share) * math.log(kl_low) + share * math.log(kl_high))
     raise RequestError(

@@ -122,3 +122,9 @@ def test_linears_that_the_text_does_not_run_have_no_loss_and_are_one_unit_if_eng
     assert all("cross_attn" in unit.linears[0] or "mlp" in unit.linears[0] for unit in unseen)
     assert any(len(unit.linears) == 3 and unit.linears[0].endswith("q_proj") for unit in unseen)
     assert not any(unit.is_measured for unit in unseen)
+
+
+def test_a_run_with_more_text_than_the_measurement_loses_less():
+    assert [sensitivity._factor(text) for text in (0.5, 1.0)] == [1.0, 1.0]
+    assert sensitivity._factor(29696 / 8192) == pytest.approx(0.258 / 0.326)
+    assert sensitivity._factor(100.0) == sensitivity._factor(4.0)
