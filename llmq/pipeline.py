@@ -10,6 +10,7 @@ Each block is on disk before the next one begins, so a run that was interrupted 
 """
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,7 @@ from llmq.checkpoint.writer import Writer
 from llmq.core.config import QuantizeConfig
 from llmq.core.device import full_float32, pick_device
 from llmq.core.distributed import joined_ranks, local_rank
-from llmq.plan import Plan, check_plan, lines, plan_of
+from llmq.plan import check_plan, lines, plan_of
 from llmq.run.bit_budget import check_budget, kept_units, spend, table
 from llmq.run.block_loop import finish, quantize_blocks
 from llmq.run.block_quantizer import Run
@@ -78,7 +79,7 @@ def _plan_and_work(request: Request) -> None:
         print(*lines(plan), *(table(choice) if choice else ()), sep="\n")
     check_plan(plan)
     if not config.dry_run:
-        _work(request, run, journal, plan)
+        _work(request, run, journal, plan.states, plan.units)
 
 
 def _work_into(request: Request, run: Run, writer: Writer | None, journal: Journal, states: States) -> None:
@@ -104,12 +105,16 @@ def _work_into_gguf(request: Request, run: Run, writer: Writer | None, journal: 
                 writer.finish_gguf(partial(export, request, run, first.directory))
 
 
-def _work(request: Request, run: Run, journal: Journal, plan: Plan) -> None:
-    """Quantize the model into the output directory."""
-    ranks, states, losses = request.ranks, plan.states, unfinished_work(request.config.output) / "losses.json"
-    measured = None
+def _work(request: Request, run: Run, journal: Journal, states: States, units: Sequence[tuple[str, ...]] = ()) -> None:
+    """Quantize the model into the output directory.
+
+    Args:
+        states: the size of the hidden states, and where they wait.
+        units: the names of the linears that must share their bits, for a run with a budget.
+    """
+    ranks, losses, measured = request.ranks, unfinished_work(request.config.output) / "losses.json", None
     if request.config.spending is not None:
-        measured = ranks.first(lambda: kept_units(request, losses, plan.units))
+        measured = ranks.first(lambda: kept_units(request, losses, units))
     if ranks.is_first and not request.steps:
         with run.clock("proof"):
             prove(run)

@@ -5,7 +5,7 @@ block_shapes ─► workload ─► memory_model, disk, time_model ─► plan �
                     microbenchmarks times the work on this machine (dry run only)
 """
 
-from llmq.plan.plan import Plan, plan_of
+from llmq.plan.plan import plan_of
 from llmq.plan.render import check_plan, lines
 
-__all__ = ["Plan", "check_plan", "lines", "plan_of"]
+__all__ = ["check_plan", "lines", "plan_of"]

@@ -44,6 +44,8 @@ class FinishedStep:
         """Return the line, ready for json.dumps."""
         schemes = {name: list(vars(scheme).values()) for name, scheme in self.schemes.items()}
         fields = vars(self) | {"schemes": schemes}
+        if self.measured_kl is None:  # as in a run without a budget
+            del fields["measured_kl"]
         return {"finished": fields.pop("name"), **fields}
 
     @classmethod
