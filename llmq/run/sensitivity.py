@@ -82,7 +82,8 @@ def measure(request: Request, run: Run) -> list[Unit]:
     """
     source, clock, tokens = request.source, request.clock, _pieces(request.tokens)
     found, original, batch_dim = list[_Found](), _Stream([]), 0
-    settings, measured = StreamSettings(linears=run.linear_dtype(request.compute)), measured_blocks(run)
+    settings = StreamSettings(linears=run.linear_dtype(request.compute), resident=True)
+    measured = measured_blocks(run)
     with closing(stream(source, tokens, request.compute, clock, settings)) as blocks:
         bar = tqdm(blocks, "measuring", total=len(source.block_names), disable=not request.progress, unit="block")
         for position, block in enumerate(bar):

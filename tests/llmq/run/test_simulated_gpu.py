@@ -79,3 +79,17 @@ def test_states_stay_and_a_group_waits_four_times(dtype, method, text_file, tmp_
         first = [n for n in here.linears if ".0." in n and (same > 1 or n.endswith(("q_proj", "k_proj", "v_proj")))]
         equal = [(here.weight(name).q == there.weight(name).q).float().mean() for name in first]
         assert sum(equal) / len(equal) > 0.99
+
+
+def test_losses_for_a_budget_are_those_that_a_cpu_measures(text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(Block, "autocast", lambda self: nullcontext())
+    model = save_tiny(tmp_path / "model", "llama-mha", torch.float32, num_hidden_layers=2)
+    configs = {name: small_config(model, text_file, tmp_path / name, budget=3.8) for name in ("cpu", "gpu")}
+    with FakeGpu():
+        work(configs["gpu"], GPU, torch.float32)
+    work(configs["cpu"], CPU, torch.float32)
+    here, there = (json.loads((config.output / REPORT).read_text())["budget"] for config in configs.values())
+    assert [unit["bits"] for unit in here["units"]] == [unit["bits"] for unit in there["units"]]
+    losses = [torch.tensor([unit["loss"] for unit in each["units"]]) for each in (here, there)]
+    torch.testing.assert_close(*losses, rtol=0.01, atol=0)
+    assert there["measured_kl"] == pytest.approx(here["measured_kl"], rel=0.1)
