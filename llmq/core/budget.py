@@ -18,9 +18,6 @@ class Budget:
     nbytes: int | None  # of all files of the checkpoint but llmq's reports
     widths: tuple[int, ...]  # bits that a layer may get, from the fewest
 
-    def __str__(self) -> str:
-        return f"{self.bits:g} bits per weight" if self.nbytes is None else f"{self.nbytes:,} bytes"
-
 
 def spending_of(budget: Any, size: Any, widths: Any) -> dict[str, Any]:
     """Return what people pass in Python as a number, a text and whole numbers. Raises RequestError else."""

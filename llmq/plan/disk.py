@@ -12,7 +12,7 @@ from llmq.core.distributed import processes_here
 from llmq.plan.block_shapes import Layout
 from llmq.run.block_quantizer import Run
 from llmq.run.prepare import Request
-from llmq.run.stored_size import packed_bytes, plain_bytes
+from llmq.run.stored_size import packed_sizes, plain_bytes
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,8 @@ def packed_shapes(layouts: Iterable[Layout]) -> dict[str, tuple[int, int]]:
 
 def output_bytes(run: Run, shapes: dict[str, tuple[int, int]]) -> tuple[int, int]:
     """Return the bytes of the checkpoint's tensors as (packed ones, those that stay as they are)."""
-    known = dict[tuple[tuple[int, int], int], int]()
-    for name, shape in shapes.items():
-        if (shape, run.bits[name]) not in known:
-            known[shape, run.bits[name]] = packed_bytes(run, shape, run.bits[name])
-    return sum(known[shape, run.bits[name]] for name, shape in shapes.items()), plain_bytes(run, shapes)
+    size_of = packed_sizes(run)
+    return sum(size_of(shape, run.bits[name]) for name, shape in shapes.items()), plain_bytes(run, shapes)
 
 
 def disks(request: Request, states: States, output: int) -> list[Disk]:

@@ -26,7 +26,7 @@ from llmq.run.block_quantizer import Run
 from llmq.run.layer_bits import named_bits
 from llmq.run.prepare import Request
 from llmq.run.sensitivity import Unit, check_predictions, measure
-from llmq.run.stored_size import files_beside, packed_bytes, plain_bytes
+from llmq.run.stored_size import files_beside, packed_sizes, plain_bytes
 
 ERRORS = {2: 4.0, 3: 1.0, 4: 0.26, 5: 0.067, 6: 0.017, 8: 0.001}
 """Mean squared error of rounding at each number of bits, as a multiple of that at 3 bits.
@@ -164,7 +164,7 @@ class _Weights:
     """Sizes of the linears of a model."""
 
     def __init__(self, run: Run) -> None:
-        self._run, self._known = run, dict[tuple[tuple[int, int], int], int]()
+        self._run, self._packed = run, packed_sizes(run)
         self.named = named_bits(run.config, run.source)
 
     def shape(self, name: str) -> tuple[int, int]:
@@ -178,13 +178,7 @@ class _Weights:
 
     def nbytes(self, unit: Unit, bits: int) -> int:
         """Return the stored bytes of a unit."""
-        total = 0
-        for name in unit.linears:
-            key = self.shape(name), bits
-            if key not in self._known:
-                self._known[key] = packed_bytes(self._run, *key)
-            total += self._known[key]
-        return total
+        return sum(self._packed(self.shape(name), bits) for name in unit.linears)
 
 
 def _widths(run: Run, unit: Unit, budget: Budget, weights: _Weights) -> list[int]:

@@ -191,8 +191,7 @@ def _pieces(tokens: Tokens) -> Tokens:
         chosen = torch.linspace(0, len(pieces) - 1, min(most * _WINDOW // window, len(pieces))).round().long()
         return pieces[chosen]
 
-    held_out = tokens.held_out if len(tokens.held_out) else tokens.train
-    return Tokens(some(tokens.train, _STATISTICS), some(held_out, _PROBE))
+    return Tokens(some(tokens.train, _STATISTICS), some(tokens.held_out, _PROBE))
 
 
 def _probe(block: Block) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Counts the bytes of a checkpoint before it is made."""
 
-from collections.abc import Container
+from collections.abc import Callable, Container
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,6 +24,11 @@ def packed_bytes(run: Run, shape: tuple[int, int], bits: int) -> int:
     scale = torch.empty(shape[0], scheme.groups(shape[1]), dtype=run.scale_dtype, device="meta")
     weight = QuantizedWeight(q, scale, torch.empty(scale.shape, dtype=torch.uint8, device="meta"), bits)
     return sum(tensor.nbytes for tensor in run.format.encode("linear", weight, scheme).values())
+
+
+def packed_sizes(run: Run) -> Callable[[tuple[int, int], int], int]:
+    """Return `packed_bytes` of this run as a function of shape and bits that counts each pair once."""
+    return cache(partial(packed_bytes, run))
 
 
 def plain_bytes(run: Run, packed: Container[str]) -> int:
