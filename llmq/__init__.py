@@ -18,18 +18,22 @@ from llmq.core.after_import import after_import
 if TYPE_CHECKING:
     from llmq.core.config import QuantizeConfig
     from llmq.core.quantized_weight import QuantizedWeight
+    from llmq.core.train_config import TrainConfig
     from llmq.pipeline import quantize
+    from llmq.qat.road import train
     from llmq.runtime.fast_generation import fast_generate
     from llmq.runtime.load import load
 
-__all__ = ["QuantizeConfig", "QuantizedWeight", "fast_generate", "load", "quantize"]
+__all__ = ["QuantizeConfig", "QuantizedWeight", "TrainConfig", "fast_generate", "load", "quantize", "train"]
 
 _HOME_OF = {
     "QuantizeConfig": "llmq.core.config",
     "QuantizedWeight": "llmq.core.quantized_weight",
+    "TrainConfig": "llmq.core.train_config",
     "fast_generate": "llmq.runtime.fast_generation",
     "load": "llmq.runtime.load",
     "quantize": "llmq.pipeline",
+    "train": "llmq.qat.road",
 }
 
 

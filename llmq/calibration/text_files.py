@@ -28,17 +28,31 @@ def documents(path: Path, tokenizer: Any = None) -> Iterator[str]:
     Raises RequestError if the file is of no known kind or the template does not take a conversation, WorkError if a row
     cannot be read.
     """
-    rows = check_kind(path)(path)
-    for number in count(1):
+    for number, row in rows_of(path):
         try:
-            document = _text_of(next(rows), tokenizer)
-        except StopIteration:
-            return
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WorkError(f"{path} cannot be read as text: row {number}: {type(error).__name__}: {error}") from None
+            document = _text_of(row, tokenizer)
+        except (ValueError, KeyError, TypeError) as error:
+            raise _unreadable(path, number, error) from None
         except RequestError as error:
             raise RequestError(f"{path}, row {number}: {error}") from None
         yield document
+
+
+def rows_of(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the content of each row of a file, from 1. Raises WorkError if a row cannot be read."""
+    rows = check_kind(path)(path)
+    for number in count(1):
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _unreadable(path, number, error) from None
+        yield number, row
+
+
+def _unreadable(path: Path, number: int, error: Exception) -> WorkError:
+    return WorkError(f"{path} cannot be read as text: row {number}: {type(error).__name__}: {error}")
 
 
 def check_kind(path: Path) -> Callable[[Path], Iterator[Any]]:
@@ -58,7 +72,7 @@ def _text_of(row: Any, tokenizer: Any) -> str:
             kind = "null" if row["text"] is None else type(row["text"]).__name__
             raise TypeError(f"its text is {kind}, not a string; leave the row out")
         return row["text"]
-    messages = _messages(row)
+    messages = messages_of(row)
     if getattr(tokenizer, "chat_template", None) is None:
         if all(isinstance(row.get(key), str) for key in ("prompt", "completion")):
             return row["prompt"] + row["completion"]
@@ -69,7 +83,7 @@ def _text_of(row: Any, tokenizer: Any) -> str:
         raise RequestError(f"the chat template does not take this conversation: {first_line(error)}") from None
 
 
-def _messages(row: dict[str, Any]) -> list[dict[str, Any]]:
+def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a conversation as messages with role and content. Raises ValueError if it is none."""
     if isinstance(row.get("messages"), list):
         found = row["messages"]

@@ -48,8 +48,9 @@ END_TO_END = "training from end to end"
 # For each weight of a block in training: V, its gradient, two moments of Adam, the weight and its gradient (6 float32);
 # the codes of the best state so far.
 _TRAINED = 6 * 4 + 1
-# In training from end to end: V, its gradient, two moments of Adam and the weight; V and the weight where codes stay.
-_TRAINED_END, _TRAINED_END_SCALES = 5 * 4, 2 * 4
+# In training from end to end: V, its gradient, two moments of Adam, and one byte for the scales of groups of 64; where
+# codes stay, one byte for each, and one for the scales. A dense weight is made layer by layer.
+_TRAINED_END, _TRAINED_END_SCALES = 4 * 4 + 1, 2
 # Of a GGUF file, for each weight: its packed bytes (1 at most), then float32 before and after rows are permuted.
 _READ_GGUF = 1 + 4 + 4
 _BUSY = 4  # tokens that the busiest expert gets, in multiples of the mean: an allowance

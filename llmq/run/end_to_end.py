@@ -16,12 +16,11 @@ tokens, 2026-11-23).
 The state with the least loss on held-out text is kept; that may be the start. The file format stays the same. Norms and
 biases are stored unquantized, and they change too.
 
-Memory: the original model; 20 bytes for each quantized weight (latent code, weight, gradient and the two moments of
-Adam), or 8 if codes do not learn; what the layers keep for the backward pass; three copies of a batch's logits.
+Memory: the original model; 16 bytes for each quantized weight (latent code, gradient and the two moments of Adam), or 1
+if codes do not learn; what the layers keep for the backward pass; three copies of a batch's logits.
 """
 
 from collections.abc import Generator
-from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from llmq.calibration.block_runner import Compute
 from llmq.calibration.hidden_states import States
 from llmq.calibration.texts import Tokens
 from llmq.checkpoint.digests import digests_of
@@ -39,74 +36,16 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.writer import Writer
 from llmq.core.errors import WorkError
 from llmq.core.memory import release_memory
-from llmq.core.quantized_weight import QuantizedWeight
 from llmq.core.settings import Tuned
 from llmq.run.block_loop import finish, quantize_blocks
 from llmq.run.block_quantizer import Run
 from llmq.run.journal import Journal
 from llmq.run.prepare import Request, whole_model
 from llmq.run.resume import TRAINING, Progress
+from llmq.run.student import Learning, Student
 from llmq.run.training_state import TrainingState
-from llmq.runtime.load import load
 from llmq.training.kl_loss import divergence
-from llmq.training.learnable_weight import Latent
 from llmq.training.loop import Saved, Task, train
-
-
-class _Learning(nn.Module):
-    """A linear layer with a weight that learns. It takes the place of a packed linear."""
-
-    def __init__(self, latent: Latent, bias: Tensor | None) -> None:
-        super().__init__()
-        self.latent = latent
-        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.latent().to(x.dtype), self.bias)
-
-
-class Student:
-    """A packed checkpoint as a model that can learn, in float32.
-
-    `original`: the model that the checkpoint was made from.
-    """
-
-    def __init__(self, directory: Path, original: Any, compute: Compute, trust_remote_code: bool = False) -> None:
-        self.compute, self.latents = compute, dict[str, Latent]()
-
-        def learning(name: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
-            self.latents[name] = Latent(weight, original.get_submodule(name).weight.detach().cpu())
-            return _Learning(self.latents[name], bias)
-
-        model = load(directory, str(compute.device), torch.float32, trust_remote_code, make_linear=learning)
-        self.model = model.requires_grad_(False)
-        self.checkpoint = Checkpoint(directory).for_model(original)
-        self._files = files = self.checkpoint.model_files
-        vectors = ((name, vector) for name, vector in self.model.named_parameters() if vector.ndim == 1)
-        self.vectors = {name: vector for name, vector in vectors if files.is_renamed(name)}
-        """Norms and biases."""
-        self._stored = {name: files.dtype(name) for name in self.vectors}
-
-    @contextmanager
-    def as_stored(self) -> Generator[None]:
-        """Round norms and biases to their stored dtype while inside. (Latent weights always compute as stored.)"""
-        exact = {name: vector.data for name, vector in self.vectors.items()}
-        for name, vector in self.vectors.items():
-            vector.data = vector.data.to(self._stored[name]).float()
-        try:
-            yield
-        finally:
-            for name, vector in self.vectors.items():
-                vector.data = exact[name]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return a copy of the tensors that would be stored now, by their names in the files."""
-        stored_name = self._files.stored_names
-        stored = {stored_name(name)[0]: vec.detach().to(self._stored[name]) for name, vec in self.vectors.items()}
-        for name, latent in self.latents.items():
-            scheme = self.checkpoint.schemes[name]
-            stored |= self.checkpoint.format.encode(self._files.stored_linear(name), latent.rounded(), scheme)
-        return {name: tensor.to("cpu", copy=True) for name, tensor in stored.items()}
 
 
 def distill(
@@ -138,10 +77,10 @@ def distill(
         with student.as_stored():
             return sum(float(loss(ids[None])) for ids in tokens.held_out) / len(tokens.held_out)
 
-    codes: list[Tensor] = [latent.V for latent in student.latents.values()]
+    codes = [latent.V for latent in student.latents.values() if isinstance(latent.V, nn.Parameter)]
     others = [*(latent.factor for latent in student.latents.values()), *student.vectors.values()]
     task = Task(
-        [(codes, settings.end_rate), (others, settings.end_scale_rate)],
+        [(list[Tensor](codes), settings.end_rate), (others, settings.end_scale_rate)],
         len(tokens.train),
         lambda batch: loss(tokens.train[batch]),
         held_out,
@@ -176,7 +115,8 @@ def _train(request: Request, run: Run, directory: Path, writer: Writer, progress
         release_memory()
         try:
             original = whole_model(config, device=compute.device, dtype=compute.dtype)
-            student = Student(directory, original, compute, config.trust_remote_code)
+            learning = Learning(codes=config.tuned.end_rate > 0)
+            student = Student(directory, original, compute, config.trust_remote_code, learning)
             saved = TrainingState(writer.work / "training.safetensors")
             changed, run.report.distilled = distill(
                 student, original, request.training, config.tuned, request.progress, saved

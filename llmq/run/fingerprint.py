@@ -34,9 +34,9 @@ def fingerprint(
     on_gpu = compute.device.type == "cuda"
     name = torch.cuda.get_device_name(compute.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
     return {
-        "source": {path.name: _hash_of_file(path) for path in (*source.files.paths, *_code(source))},
+        "source": {path.name: hash_of_file(path) for path in (*source.files.paths, *_code(source))},
         "config": settings,
-        "tokens": _hash_of_tensors(tokens.train, tokens.held_out, training.train),
+        "tokens": hash_of_tensors(tokens.train, tokens.held_out, training.train),
         "versions": {"llmq": VERSION, **versions()},
         "compute": {"device": name, "dtype": str(compute.dtype), "products": str(compute.precision)},
     }
@@ -67,7 +67,7 @@ def _code(source: ModelSource) -> list[Path]:
     return [path for pattern in patterns for path in sorted(source.directory.glob(pattern))]
 
 
-def _hash_of_file(path: Path) -> str:
+def hash_of_file(path: Path) -> str:
     """Return the size of a file and a hash of stretches all over it: to read a whole large model would take minutes."""
     hashed, size = hashlib.sha256(), path.stat().st_size
     with path.open("rb") as file:
@@ -77,7 +77,7 @@ def _hash_of_file(path: Path) -> str:
     return f"{size} bytes, {hashed.hexdigest()}"
 
 
-def _hash_of_tensors(*tensors: Tensor) -> str:
+def hash_of_tensors(*tensors: Tensor) -> str:
     """Return one hash of the shapes and values of all these tensors."""
     hashed = hashlib.sha256()
     for tensor in tensors:

@@ -16,6 +16,7 @@ from llmq.calibration.texts import CHARACTERS, check_context, check_text, check_
 from llmq.core.errors import RequestError
 from llmq.core.settings import at_revision
 from llmq.runtime.load import load_any
+from llmq.runtime.rounded_inputs import round_inputs
 
 # Positions scored at a time: a slice of logits of this many tokens by 128k words is 128 MB in float32.
 _POSITIONS = 256
@@ -46,6 +47,9 @@ class EvalConfig:
     bos: bool = True
     """Begin every chunk with the BOS token, if the tokenizer has one: models such as Gemma need it. --no-bos cuts the
     text as published perplexities do, with BOS at the start of the text only."""
+    activations: int = 16
+    """8: round what enters the packed layers (of an original model: all linears of its blocks) to 8 bits, token by
+    token, as engines with 8-bit matmuls do. Shows what W4A8 or W8A8 costs. 16: as it is."""
     device: str = "auto"
     """auto (cuda if there is a GPU, else cpu), cpu, cuda or cuda:N."""
     trust_remote_code: bool = False
@@ -58,6 +62,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.sequence_length < 2:
             raise RequestError(f"--sequence-length must be at least 2; got {self.sequence_length}")
+        if self.activations not in (8, 16):
+            raise RequestError(f"--activations must be 8 or 16; got {self.activations}")
         if self.limit is not None and self.limit < 1:
             raise RequestError(f"--limit must be at least 1; got {self.limit}")
 
@@ -93,6 +99,8 @@ def evaluate_on_text(config: EvalConfig) -> tuple[Evaluation, int]:
     model, tokenizer = load_any(
         at_revision(config.model, config.revision), config.device, config.trust_remote_code, exact=True
     )
+    if config.activations == 8:
+        round_inputs(model)
     check_context(model.config, config.sequence_length)
     text = read_text(config.text, evaluation=True, tokenizer=tokenizer, **enough)
     chunks = evaluation_chunks(tokenizer, text, config.sequence_length, config.limit, config.bos)

@@ -2,7 +2,8 @@
 
     Ŵ = S · (round(V) - z),    S = s · f rounded as stored,    V in code units, f a factor on each scale
 
-The gradient treats both roundings as the identity (straight through). It is 0 for a V outside of the codes.
+The gradient treats both roundings as the identity (straight through: Bengio et al., arXiv 1308.3432). It is 0 for a V
+outside of the codes. V is kept in float32 only if codes learn: else one byte a weight is enough.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llmq.core import grid
+from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
 
 _INSIDE = 0.45  # the largest distance of V from its code at the start: V then rounds to the given code
@@ -20,36 +22,74 @@ _INSIDE = 0.45  # the largest distance of V from its code at the start: V then r
 class Latent(nn.Module):
     """A weight that learns: V [out, groups, size] in code units, and a factor on each scale.
 
-    `hint`: the weights before rounding. They set where V starts within its cell: near the edge, the next code is
-    almost as good.
+    Args:
+        hint: the weights before rounding. They set where V starts within its cell: near the edge, the next code is
+            almost as good. None: in the middle.
+        codes: whether the codes will learn.
+
+    Raises CheckpointError for a weight whose groups are spread over the row.
     """
 
+    V: Tensor
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, weight: QuantizedWeight, hint: Float[Tensor, "out in"]) -> None:
+    def __init__(
+        self, weight: QuantizedWeight, hint: Float[Tensor, "out in"] | None = None, codes: bool = True
+    ) -> None:
         super().__init__()
+        if weight.group_of is not None:
+            raise CheckpointError("groups that are spread over the row (desc_act) cannot be trained")
         self.bits, self.dtype = weight.bits, weight.scale.dtype
         self.register_buffer("scale", weight.scale[..., None].float())
         self.register_buffer("zero", weight.zero[..., None].float())
-        q = grid.group_view(weight.q, weight.group_size).float()
-        inside = grid.group_view(hint, weight.group_size).float() / self.scale + self.zero
-        self.V = nn.Parameter(torch.maximum(torch.minimum(inside, q + _INSIDE), q - _INSIDE), requires_grad=False)
         self.factor = nn.Parameter(torch.ones_like(self.scale), requires_grad=False)
+        q = grid.group_view(weight.q, weight.group_size)
+        if not codes:
+            self.register_buffer("V", q)
+            return
+        V = q.float()
+        if hint is not None:
+            inside = grid.group_view(hint, weight.group_size).float() / self.scale + self.zero
+            V = torch.maximum(torch.minimum(inside, V + _INSIDE), V - _INSIDE)
+        self.V = nn.Parameter(V, requires_grad=False)
 
     def forward(self) -> Float[Tensor, "out in"]:
         """Return Ŵ, with gradients."""
-        exact = self.scale * self.factor
-        stored = exact + (grid.storable(exact, self.dtype).float() - exact).detach()  # this difference is exact
-        W: Any = _Dequantized.apply(self.V, stored, self.zero, 2**self.bits - 1)
+        W: Any = _Dequantized.apply(self.V, self.stored_scale(), self.zero, 2**self.bits - 1)
         return W.flatten(-2)
+
+    def times(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """Return x Ŵᵀ, with gradients, in the dtype of x. The backward pass makes Ŵ again, so that none is kept."""
+        y: Any = _Product.apply(x, self.V, self.stored_scale(), self.zero, 2**self.bits - 1)
+        return y
+
+    def stored_scale(self) -> Float[Tensor, "out groups 1"]:
+        """Return the scales in float32, rounded as they would be stored, with gradients."""
+        exact = self.scale * self.factor
+        return exact + (grid.storable(exact, self.dtype).float() - exact).detach()  # this difference is exact
 
     @torch.no_grad()
     def rounded(self) -> QuantizedWeight:
         """Return the codes and scales as they would be stored now."""
-        q = self.V.round().clamp(0, 2**self.bits - 1).to(torch.uint8).flatten(-2)
+        q = _codes(self.V, 2**self.bits - 1).to(torch.uint8).flatten(-2)
         scale = grid.storable((self.scale * self.factor)[..., 0], self.dtype)
         return QuantizedWeight(q, scale, self.zero[..., 0].to(torch.uint8), self.bits)
+
+
+def _codes(V: Tensor, highest: int) -> Tensor:
+    """Return the codes in a float32 tensor of their own."""
+    return V.round().clamp_(0, highest) if V.is_floating_point() else V.float()
+
+
+def _gradients(ctx: Any, gradient: Tensor, V: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Return the gradients of V, None if it does not learn, and of the scale. `gradient`: of Ŵ, in groups, float32."""
+    along = _codes(V, ctx.highest).sub_(zero).mul_(gradient).sum(-1, keepdim=True)
+    if not V.requires_grad:
+        return None, along
+    # V learns up to half a code outside of the codes. Further out it could only run away.
+    inside = (V - ctx.highest / 2).abs_() < (ctx.highest + 1) / 2
+    return gradient.mul(scale).mul_(inside), along
 
 
 class _Dequantized(torch.autograd.Function):
@@ -59,15 +99,30 @@ class _Dequantized(torch.autograd.Function):
     def forward(ctx: Any, V: Tensor, scale: Tensor, zero: Tensor, highest: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(V, scale, zero)
         ctx.highest = highest
-        return V.round().clamp_(0, highest).sub_(zero).mul_(scale)
+        return _codes(V, highest).sub_(zero).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        V, scale, zero = ctx.saved_tensors
-        codes = V.round().clamp_(0, ctx.highest).sub_(zero)
-        along = codes.mul_(gradient).sum(-1, keepdim=True)
-        if not ctx.needs_input_grad[0]:
-            return None, along, None, None
-        # V learns up to half a code outside of the codes. Further out it could only run away.
-        inside = (V - ctx.highest / 2).abs_() < (ctx.highest + 1) / 2
-        return gradient.mul(scale).mul_(inside), along, None, None
+        return *_gradients(ctx, gradient, *ctx.saved_tensors), None, None
+
+
+class _Product(torch.autograd.Function):
+    """x Ŵᵀ. Ŵ is made twice, which is cheap beside the products, and is never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, V: Tensor, scale: Tensor, zero: Tensor, highest: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(x, V, scale, zero)
+        ctx.highest = highest
+        return x @ _codes(V, highest).sub_(zero).mul_(scale).flatten(-2).to(x.dtype).T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, V, scale, zero = ctx.saved_tensors
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = gradient @ _codes(V, ctx.highest).sub_(zero).mul_(scale).flatten(-2).to(x.dtype)
+        if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+            return of_x, None, None, None, None
+        of_W = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).float()
+        return of_x, *_gradients(ctx, of_W.view_as(V), V, scale, zero), None, None

@@ -17,7 +17,8 @@ from llmq.core.errors import RequestError
 from llmq.core.memory import free_memory
 from llmq.core.settings import Calibration, Tuned
 from llmq.models.model_source import ModelSource
-from llmq.run.end_to_end import Student, distill
+from llmq.run.end_to_end import distill
+from llmq.run.student import Learning, Student
 from llmq.runtime.evaluation import evaluate, logits_of
 from llmq.runtime.load import load
 
@@ -36,6 +37,10 @@ def tokens_of(model, text_file):
 
 def original_of(model):
     return ModelSource(str(model)).load_all(torch.device("cpu"), torch.float32)
+
+
+def student_of(packed, original, compute, settings):
+    return Student(packed, original, compute, learning=Learning(codes=settings.end_rate > 0))
 
 
 @torch.no_grad()
@@ -61,7 +66,7 @@ def test_what_would_be_stored_is_a_copy_that_later_steps_do_not_change(packed, d
 def test_training_brings_the_predictions_closer_and_moves_codes_if_asked(rate, packed, deep_llama, text_file):
     original, tokens = original_of(deep_llama), tokens_of(deep_llama, text_file)
     settings = replace(SETTINGS, end_rate=rate)
-    changed, (before, after) = distill(Student(packed, original, CPU), original, tokens, settings)
+    changed, (before, after) = distill(student_of(packed, original, CPU, settings), original, tokens, settings)
     assert after < 0.95 * before
     stored = load_file(packed / "model.safetensors")
     moved = {name.rpartition(".")[2] for name, tensor in changed.items() if not torch.equal(tensor, stored[name])}
@@ -71,7 +76,7 @@ def test_training_brings_the_predictions_closer_and_moves_codes_if_asked(rate, p
 def test_training_that_makes_it_worse_changes_nothing(packed, deep_llama, text_file):
     original, tokens = original_of(deep_llama), tokens_of(deep_llama, text_file)
     settings = replace(SETTINGS, end_scale_rate=30.0)
-    changed, (before, after) = distill(Student(packed, original, CPU), original, tokens, settings)
+    changed, (before, after) = distill(student_of(packed, original, CPU, settings), original, tokens, settings)
     assert changed == {}
     assert after == before
 
@@ -102,7 +107,7 @@ def test_what_is_claimed_is_true_of_what_is_stored(precision, tmp_path, text_fil
     original, tokens = original_of(source), tokens_of(source, text_file)
     compute = Compute(torch.device("cpu"), precision=precision)
     settings = replace(SETTINGS, end_steps=20)
-    changed, (before, after) = distill(Student(packed, original, compute), original, tokens, settings)
+    changed, (before, after) = distill(student_of(packed, original, compute, settings), original, tokens, settings)
     assert after < before
     assert {name.rpartition(".")[2] for name in changed} >= {"bias", "weight", "weight_scale"}
     rewrite(packed, lambda tensors: tensors.update(changed))

@@ -2,6 +2,8 @@ import pytest
 import torch
 from packed import random_weight
 
+from llmq.core.errors import CheckpointError
+from llmq.core.quantized_weight import QuantizedWeight
 from llmq.training.learnable_weight import Latent
 
 
@@ -49,3 +51,68 @@ def test_gradients_pass_through_the_rounding_but_not_outside_of_the_codes():
 def test_all_of_a_latent_weight_moves_to_the_device():
     latent = Latent(random_weight(3, 64, groups=2), torch.zeros(3, 64)).to("meta")
     assert latent().device.type == "meta"
+
+
+@pytest.mark.parametrize("codes", [True, False])
+def test_a_product_and_its_gradients_are_those_of_the_dense_weight(codes):
+    weight = random_weight(5, 64, groups=2)
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    results = []
+    for times in (lambda latent: latent.times(x), lambda latent: x @ latent().T):
+        latent = Latent(weight, exact(weight) + 0.01, codes).requires_grad_()
+        y = times(latent)
+        gradients = torch.autograd.grad(y.square().sum(), [x, *latent.parameters()])
+        results.append([y, *gradients])
+    assert len(results[0]) == (4 if codes else 3)
+    for mine, dense in zip(*results, strict=True):
+        torch.testing.assert_close(mine, dense)
+
+
+def test_codes_that_do_not_learn_take_one_byte_each():
+    weight = random_weight(5, 64, groups=2)
+    latent = Latent(weight, codes=False)
+    assert latent.V.dtype == torch.uint8
+    assert [name for name, _ in latent.named_parameters()] == ["factor"]
+    assert torch.equal(latent.rounded().q, weight.q)
+    assert torch.equal(latent(), Latent(weight)())
+
+
+def test_the_straight_through_gradient_is_the_slope_of_the_rounding_averaged_over_small_shifts():
+    """Averaged over shifts by up to half a code, rounding is the identity inside of the codes, and flat far outside."""
+    weight = random_weight(1, 32, bits=2)
+    c = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    shifts = (torch.arange(1000) + 0.5) / 1000 - 0.5
+
+    def smoothed(V):
+        codes = (V[:, None] + shifts).round().clamp(0, 3).mean(1)
+        return (c * latent.scale[0, 0] * (codes - latent.zero[0, 0])).double()
+
+    latent = Latent(weight).requires_grad_()
+    V = torch.linspace(0.5, 2.5, 32)
+    V[:2] = torch.tensor([-0.7, 3.7])
+    with torch.no_grad():
+        latent.V[0, 0] = V
+    (latent()[0] * c).sum().backward()
+    slope = (smoothed(V + 0.1) - smoothed(V - 0.1)) / 0.2
+    torch.testing.assert_close(latent.V.grad[0, 0].double(), slope, rtol=2e-2, atol=1e-4)
+    assert latent.V.grad[0, 0, :2].tolist() == [0, 0]
+
+
+def test_the_gradient_of_a_scale_is_the_slope_at_fixed_codes():
+    latent = Latent(random_weight(2, 64, groups=2, dtype=torch.float32)).requires_grad_()
+    c = torch.randn(2, 64, generator=torch.Generator().manual_seed(2))
+
+    def value(factor):
+        with torch.no_grad():
+            latent.factor[1, 0] = factor
+            return float((latent().double() * c).sum())
+
+    (latent() * c).sum().backward()
+    assert float(latent.factor.grad[1, 0]) == pytest.approx((value(1.01) - value(0.99)) / 0.02, rel=1e-3)
+
+
+def test_groups_that_are_spread_over_the_row_are_refused():
+    weight = random_weight(3, 64, groups=2)
+    spread = QuantizedWeight(weight.q, weight.scale, weight.zero, weight.bits, torch.arange(64, dtype=torch.int32) % 2)
+    with pytest.raises(CheckpointError, match="desc_act"):
+        Latent(spread)

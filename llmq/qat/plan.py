@@ -1,0 +1,110 @@
+"""What `llmq.train --dry-run` says: what learns, and the memory and time that it takes."""
+
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from llmq.core.memory import free_memory, resident_now
+from llmq.plan.render import gb
+from llmq.qat.request import TrainRequest
+
+# For each weight: V, its gradient, two moments of Adam (float32); one byte where codes stay.
+_CODES, _BYTE = 16, 1
+# For each group: scale, zero, factor, its gradient, two moments.
+_GROUP = 24
+_MATRIX, _LEARNING = 4, 16  # of what is not packed: the weight alone; with its gradient and two moments
+_LOGITS = 3 * 4  # three copies of a micro-batch's logits
+_SAVED = 4  # for each input and output of a linear
+
+
+def lines(request: TrainRequest) -> Iterator[str]:
+    """Yield the plan as lines of text."""
+    config, data = request.config, request.data
+    packed, outside = counts(request)
+    whole = f"{(packed + outside) / 1e6:,.1f} million weights, {packed / 1e6:,.1f} of them packed"
+    yield f"model     {config.model}, {whole}"
+    what = {"scales": "scales, norms and biases", "codes": "codes, scales, norms and biases", "all": "all weights"}
+    yield f"learns    {what[config.learn]}; loss: {config.loss}"
+    average = sum(len(example.ids) for example in data.train) / len(data.train)
+    yield f"data      {len(data.train)} sequences of {average:.0f} tokens on average; {len(data.held_out)} held out"
+    if data.left_out:
+        yield f"          {data.left_out}"
+    if request.packed is None:
+        yield f"start     {config.start} at {config.bits} bit; its own plan: llmq.quantize --dry-run"
+    seen = round(config.steps * config.batch * average)
+    yield f"steps     {config.steps} of {config.batch} sequences: {seen:,} tokens, each one {_times(seen, request)}"
+    parts = memory(request)
+    told = ", ".join(f"{name} {gb(size)}" for name, size in parts.items() if size)
+    free = free_memory(request.compute.device)
+    yield f"memory    about {gb(sum(parts.values()))} ({told}); {gb(free)} are free"
+    yield f"time      about {seconds(request) / 60:.0f} minutes, by the speed of one matrix product"
+
+
+def counts(request: TrainRequest) -> tuple[int, int]:
+    """Return the number of weights that are packed, and of all others."""
+    whole = sum(parameter.numel() for parameter in request.skeleton.parameters())
+    packed = sum(request.sizes.values())
+    return packed, whole - packed
+
+
+def memory(request: TrainRequest) -> dict[str, int]:
+    """Return the bytes that the training takes, by what takes them. Only some layers may learn; that is left out."""
+    config, compute = request.config, request.compute
+    packed, outside = counts(request)
+    group = config.group_size if config.group_size > 0 else 1024
+    tokens = config.micro_batch * max(len(example.ids) for example in request.data.train)
+    sides = sum(linear.in_features + linear.out_features for linear in _packed(request))
+    depth = max(1, request.skeleton.config.get_text_config().num_hidden_layers)
+    if config.checkpointing:  # the inputs of blocks, and one block
+        sides = sides // depth + 2 * depth * request.skeleton.config.get_text_config().hidden_size
+    words = request.skeleton.config.get_text_config().vocab_size
+    return {
+        "program": 0 if compute.device.type != "cpu" else resident_now(),
+        "packed layers": packed * (_CODES if config.learn != "scales" else _BYTE) + packed // group * _GROUP,
+        "other weights": outside * (_LEARNING if config.learn == "all" else _MATRIX),
+        "original": (packed + outside) * compute.dtype.itemsize * config.needs_original,
+        "activations": tokens * (_LOGITS * words + _SAVED * sides),
+    }
+
+
+def seconds(request: TrainRequest) -> float:
+    """Return how long the training takes, from the time of one matrix product."""
+    config, data = request.config, request.data
+    width = request.skeleton.config.get_text_config().hidden_size
+    tokens = min(2048, config.micro_batch * max(len(example.ids) for example in data.train))
+    x, W = (
+        torch.randn(n, width, device=request.compute.device, dtype=request.compute.precision)
+        for n in (tokens, 4 * width)
+    )
+    rate = 2 * tokens * 4 * width * width / _timed(lambda: x @ W.T, x.device)
+    packed, _ = counts(request)
+    head = request.skeleton.config.get_text_config().vocab_size * width
+    passes = 3 + config.checkpointing + config.needs_original  # forward, and twice as much backward
+    each = sum(len(example.ids) for example in data.train) / len(data.train)
+    measured = sum(len(example.ids) for example in data.held_out) * (config.checks + 1) * (1 + config.needs_original)
+    work = 2 * (packed + head) * (config.steps * config.batch * each * passes + measured)
+    return work / rate
+
+
+def _timed(work: object, device: torch.device) -> float:
+    """Return the seconds that one of many calls takes."""
+    assert callable(work)
+    work()
+    begin, calls = time.perf_counter(), 0
+    while time.perf_counter() - begin < 0.3:
+        work()
+        calls += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return (time.perf_counter() - begin) / calls
+
+
+def _packed(request: TrainRequest) -> list[nn.Linear]:
+    return [request.skeleton.get_submodule(name) for name in request.packed_names]
+
+
+def _times(seen: int, request: TrainRequest) -> str:
+    passes = seen / max(1, sum(len(example.ids) for example in request.data.train))
+    return f"{passes:.1f} times"

@@ -1,0 +1,65 @@
+"""Tells what a training did: in llmq_report.json, and in a few lines on the screen."""
+
+import dataclasses
+import platform
+from pathlib import Path
+from typing import Any
+
+from llmq.core.command_line import command_line
+from llmq.core.config import VERSION
+from llmq.core.memory import gpu_peak
+from llmq.qat.layers import start_report
+from llmq.qat.request import TrainRequest
+from llmq.qat.trainer import Outcome
+from llmq.run.report import versions
+from llmq.verification.stated_share import SHARE
+
+
+def trained(request: TrainRequest, outcome: Outcome, start: Path, seconds: float, peak: int) -> dict[str, Any]:
+    """Return the report of a training. What the report of its start says of layers stays in it."""
+    config, data, before = request.config, request.data, start_report(start)
+    tokens = sum(int(example.ids.numel()) for example in data.train) / len(data.train)
+    learned = sum(int((example.labels >= 0).sum()) for example in data.train)
+    entry = {
+        "loss": config.loss,
+        "held_out": [outcome.before, outcome.after],
+        "steps": outcome.steps,
+        "tokens_seen": round(outcome.steps * config.batch * tokens),
+        "sequences": len(data.train),
+        "learned_tokens": learned,
+        "history": outcome.history,
+    }
+    notes = [{"where": "data", "note": data.left_out}] if data.left_out else []
+    if not outcome.changed:
+        notes.append({"where": "training", "note": "no state was better on held-out sequences: nothing was changed"})
+    kept = {key: before[key] for key in (SHARE, "packed_share", "in_float", "groups") if key in before}
+    return {
+        "llmq": VERSION,
+        "command": command_line(),
+        "config": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()},
+        "versions": versions(),
+        "machine": {"system": platform.platform(), "python": platform.python_version()},
+        "seconds": {"total": seconds},
+        "peak_memory_bytes": peak,
+        **({} if gpu_peak() is None else {"gpu_peak_bytes": gpu_peak()}),
+        "trained": entry,
+        "notes": [*before.get("notes", ()), *notes],
+        **kept,
+    }
+
+
+def shown(report: dict[str, Any], output: Path) -> str:
+    """Return the summary of a training for the screen."""
+    entry = report["trained"]
+    loss = "{:.4f}, after training {:.4f}".format(*entry["held_out"])
+    lines = [f"note: {each['where']}: {each['note']}" for each in report["notes"]]
+    lines.append(f"{entry['loss']} loss on held-out sequences {loss} (step {_best_step(entry)} of {entry['steps']})")
+    memory = f"peak memory {report['peak_memory_bytes'] / 1e9:.2f} GB"
+    lines.append(f"{report['seconds']['total']:.1f} s; {entry['tokens_seen']:,} tokens seen; {memory}")
+    return "\n".join([*lines, f"wrote {output}"])
+
+
+def _best_step(entry: dict[str, Any]) -> int:
+    """Return the step of the best state; 0 for the start."""
+    checks = [check for check in entry["history"] if check["loss"] < entry["held_out"][0]]
+    return min(checks, key=lambda check: check["loss"])["step"] if checks else 0

@@ -1,0 +1,180 @@
+"""Trains a student with transformers' Trainer: mixed precision, several processes and checkpoints are its work."""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from llmq.calibration.answers import Example
+from llmq.core.train_config import TrainConfig
+from llmq.qat.data import Data, collated
+from llmq.qat.losses import Learner
+from llmq.run.student import Student
+
+_STATE = "trainer_state.json"  # what Trainer writes last into a checkpoint of its own
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training brought. `changed`: the tensors of the best state; none if the start is the best."""
+
+    changed: dict[str, Tensor]
+    before: float  # loss on held-out sequences
+    after: float
+    steps: int
+    history: list[dict[str, int | float]]  # of each check: step and loss
+
+
+class _Sequences(Dataset[Example]):
+    def __init__(self, examples: list[Example]) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._examples[index]
+
+
+class _Trainer(Trainer):
+    """Measures the state as it would be stored."""
+
+    student: Student
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.student.as_stored():
+            return super().evaluate(*args, **kwargs)
+
+
+class _Progress(TrainerCallback):
+    """A bar with the loss, and the loss on held-out sequences. The last step is always measured."""
+
+    def __init__(self, before: float, shown: bool) -> None:
+        self._before, self._shown = before, shown
+        self._bar: Any = None
+        self._loss = math.nan
+
+    def on_train_begin(self, *about: Any, **__: Any) -> None:
+        _, state, _ = about
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, disable=not self._shown, unit="step")
+        self._bar.set_description("training")
+
+    def on_log(self, *about: Any, logs: Any = None, **__: Any) -> None:
+        _, state, _ = about
+        self._loss = (logs or {}).get("loss", self._loss)
+        best = self._before if state.best_metric is None else min(state.best_metric, self._before)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {self._loss:.4f}, best held out {best:.4f}", refresh=False)
+
+    def on_step_end(self, *about: Any, **__: Any) -> None:
+        _, state, control = about
+        self._bar.update(1)
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._bar.close()
+
+
+def train_student(
+    student: Student, original: Any, data: Data, config: TrainConfig, directory: Path, progress: bool
+) -> Outcome:
+    """Train until the last step, or until nothing gets better; return the best state.
+
+    `directory`: holds the checkpoints of the training. If there is one, the training goes on from there.
+    """
+    groups = parameter_groups(student, config)
+    chosen = {id(tensor) for group in groups for tensor in group["params"]}
+    learning = {name: tensor for name, tensor in student.model.named_parameters() if id(tensor) in chosen}
+    for tensor in learning.values():
+        tensor.requires_grad_()
+    if config.checkpointing:
+        model: Any = student.model
+        # transformers before 5.20 knows the older name only
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - min(step, config.steps - 1) / config.steps)
+    trainer = _Trainer(
+        Learner(student.model, learning, original, config.loss),
+        _arguments(student, config, directory),
+        collated,
+        _Sequences(data.train),
+        _Sequences(data.held_out),
+        optimizers=(optimizer, falling),
+    )
+    trainer.student = student
+    trainer.remove_callback(PrinterCallback)
+    with torch.no_grad():
+        before = trainer.evaluate()["eval_loss"]
+    trainer.add_callback(_Progress(before, progress))
+    if config.patience:
+        trainer.add_callback(EarlyStoppingCallback(config.patience))
+    with torch.enable_grad():
+        trainer.train(resume_from_checkpoint=_last_state(directory))
+    state = trainer.state
+    history = [{"step": each["step"], "loss": each["eval_loss"]} for each in state.log_history if "eval_loss" in each]
+    best = state.best_metric
+    if best is None or not best < before:
+        return Outcome({}, before, before, state.global_step, history)
+    return Outcome(student.tensors(), before, best, state.global_step, history)
+
+
+def parameter_groups(student: Student, config: TrainConfig) -> list[dict[str, Any]]:
+    """Return what learns, with its learning rates. A rate of 0 leaves a group out."""
+    latents = student.latents.values()
+    codes = [latent.V for latent in latents if isinstance(latent.V, nn.Parameter)]
+    scales = [*(latent.factor for latent in latents), *student.vectors.values()]
+    groups = (
+        (codes, config.rate),
+        (scales, config.scale_rate),
+        (list(student.matrices.values()), config.outside_rate),
+    )
+    return [{"params": params, "lr": rate} for params, rate in groups if params and rate > 0]
+
+
+def _arguments(student: Student, config: TrainConfig, directory: Path) -> TrainingArguments:
+    every, compute = math.ceil(config.steps / config.checks), student.compute
+    return TrainingArguments(
+        output_dir=str(directory),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.micro_batch,
+        per_device_eval_batch_size=config.micro_batch,
+        gradient_accumulation_steps=config.batch // config.micro_batch,
+        max_grad_norm=0.0,  # codes, scales and embeddings have gradients of different units
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        prediction_loss_only=True,
+        logging_steps=1,
+        disable_tqdm=True,
+        report_to="none",
+        log_level="error",  # it would tell what it does; our bar tells how it goes
+        remove_unused_columns=False,
+        dataloader_pin_memory=compute.device.type == "cuda",
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=compute.device.type == "cpu",
+        bf16=compute.precision == torch.bfloat16,
+    )
+
+
+def _last_state(directory: Path) -> str | None:
+    """Return the last checkpoint of a training that is whole; None if there is none."""
+    whole = [path.parent for path in directory.glob(f"checkpoint-*/{_STATE}")]
+    if not whole:
+        return None
+    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
+    print(f"the training goes on after step {last.name.rpartition('-')[2]}", file=sys.stderr)
+    return str(last)

@@ -1,0 +1,107 @@
+"""A packed checkpoint as a model that can learn: for `--method tuned` and for llmq.train."""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.calibration.block_runner import Compute
+from llmq.checkpoint.reader import Checkpoint
+from llmq.core.quantized_weight import QuantizedWeight
+from llmq.models.model_source import build_skeleton
+from llmq.runtime.load import load
+from llmq.runtime.model_config import model_config
+from llmq.runtime.packed_linear import PackedLinear
+from llmq.training.fake_quantization import ActivationQuantizer
+from llmq.training.learnable_linear import LearnableLinear
+from llmq.training.learnable_weight import Latent
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What of a model learns, and how the inputs of its linears are rounded."""
+
+    codes: bool = False
+    """Whether the codes of the packed linears learn, not only their scales."""
+    outside: bool = False
+    """Whether everything that is not packed learns: embeddings, routers, …, not only norms and biases."""
+    layers: Callable[[str], bool] = lambda _: True
+    """Which packed linears learn, by name. The others stay as they are."""
+    activations: bool = False
+    """Whether the inputs of packed linears are rounded to 8 bits."""
+
+
+_SCALES = Learning()
+
+
+class Student:
+    """A packed checkpoint as a model that can learn, in float32.
+
+    `original`: the model that the checkpoint was made from; None if it is not known.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        original: Any,
+        compute: Compute,
+        trust_remote_code: bool = False,
+        learning: Learning = _SCALES,
+    ) -> None:
+        self.compute, self.latents = compute, dict[str, Latent]()
+        quantizer = ActivationQuantizer if learning.activations else lambda: None
+
+        def learnable(name: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
+            codes, learns = learning.codes, learning.layers(name)
+            if not learns and not learning.activations:
+                return PackedLinear.from_codes(weight, bias)
+            hint = None
+            if original is not None and codes and learns:
+                hint = original.get_submodule(name).weight.detach().cpu()
+            latent = Latent(weight, hint, codes and learns)
+            if learns:
+                self.latents[name] = latent
+            return LearnableLinear(latent, bias, quantizer())
+
+        model = load(directory, str(compute.device), torch.float32, trust_remote_code, make_linear=learnable)
+        self.model = model.requires_grad_(False)
+        checkpoint = Checkpoint(directory)
+        skeleton = build_skeleton(model_config(checkpoint, trust_remote_code), trust_remote_code)
+        self.checkpoint = checkpoint.for_model(skeleton)
+        self._files = files = self.checkpoint.model_files
+        named = {name: tensor for name, tensor in self.model.named_parameters() if files.is_renamed(name)}
+        self.vectors = {name: tensor for name, tensor in named.items() if tensor.ndim == 1}
+        """Norms and biases."""
+        self.matrices = {name: tensor for name, tensor in named.items() if tensor.ndim > 1 and learning.outside}
+        """All other weights outside of the packed linears, if they learn."""
+        self._stored = {name: files.dtype(name) for name in (*self.vectors, *self.matrices)}
+
+    @property
+    def others(self) -> dict[str, Tensor]:
+        """Return all that learns outside of the packed linears."""
+        return self.vectors | self.matrices
+
+    @contextmanager
+    def as_stored(self) -> Generator[None]:
+        """Round what is not packed to its stored dtype while inside. (Packed weights always compute as stored.)"""
+        exact = {name: tensor.data for name, tensor in self.others.items()}
+        for name, tensor in self.others.items():
+            tensor.data = tensor.data.to(self._stored[name]).float()
+        try:
+            yield
+        finally:
+            for name, tensor in self.others.items():
+                tensor.data = exact[name]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return a copy of the tensors that would be stored now, by their names in the files."""
+        stored_name = self._files.stored_names
+        stored = {stored_name(name)[0]: x.detach().to(self._stored[name]) for name, x in self.others.items()}
+        for name, latent in self.latents.items():
+            scheme = self.checkpoint.schemes[name]
+            stored |= self.checkpoint.format.encode(self._files.stored_linear(name), latent.rounded(), scheme)
+        return {name: tensor.to("cpu", copy=True) for name, tensor in stored.items()}

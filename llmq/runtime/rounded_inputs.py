@@ -1,0 +1,32 @@
+"""Rounds what enters the packed linears of a model to 8 bits, as an engine with 8-bit matmuls does (W4A8, W8A8)."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from llmq.core.errors import RequestError
+from llmq.models.experts import layouts
+from llmq.runtime.packed_linear import PackedLinear
+from llmq.training.fake_quantization import per_token
+
+
+def round_inputs(model: Any) -> None:
+    """Round the inputs of all packed linears to 8 bits, token by token; of an original model, of those in its blocks.
+
+    The embeddings and the linear that predicts words (lm_head) compute as before.
+
+    Raises RequestError for a mixture of experts: what enters its experts passes no linear.
+    """
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    head = model.get_output_embeddings()
+    linears = packed or [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    if not linears:
+        raise RequestError("activations of 8 bits are for linears, and this model has none")
+    if layouts(model):
+        raise RequestError("experts of a mixture cannot have 8-bit activations yet; evaluate without --activations 8")
+    for linear in linears:
+        linear.register_forward_pre_hook(_rounded)
+
+
+def _rounded(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (per_token(inputs[0]), *inputs[1:])

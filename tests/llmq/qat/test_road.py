@@ -1,0 +1,167 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import run
+from tiny import some_text
+
+import llmq
+from llmq.checkpoint.output_dir import PROGRESS, REPORT, UNFINISHED
+from llmq.core.errors import RequestError
+from llmq.qat.trainer import _Trainer
+from llmq.verification.check import check
+
+FAST = {"steps": 8, "batch": 4, "micro_batch": 2, "sequence_length": 32, "samples": 40, "checks": 4}
+FAST |= {"scale_rate": 0.01, "rate": 0.2, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "t.txt"
+    path.write_text(some_text())
+    return path
+
+
+def train(model, text, output, **options):
+    return llmq.train(llmq.TrainConfig(str(model), output, str(text), **(FAST | options)))
+
+
+def report_of(directory):
+    return json.loads((directory / REPORT).read_text())
+
+
+def moved(before, after):
+    """The kinds of tensors that differ between two checkpoints."""
+    old, new = (load_file(path / "model.safetensors") for path in (before, after))
+    assert old.keys() == new.keys()
+    return {name.rpartition(".")[2] for name in old if not torch.equal(old[name], new[name])}
+
+
+@pytest.fixture(scope="module")
+def packed(llama, text, tmp_path_factory):
+    return run(llama, text, tmp_path_factory.mktemp("packed") / "out", bits=2)
+
+
+@pytest.mark.parametrize("start", ["gptq", "rtn"])
+def test_an_original_model_is_quantized_and_then_trained(start, llama, text, tmp_path):
+    options = {"bits": 2, "group_size": 32, "start": start, "loss": "kl", "calibration_samples": 20}
+    out = train(llama, text, tmp_path / "out", **options)
+    before, after = report_of(out)["trained"]["held_out"]
+    assert after < before
+    check(out, report_of(out)["digests"])
+    assert sorted(path.name for path in out.iterdir() if "partial" in path.name) == []
+    assert llmq.load(out, "cpu")(torch.arange(3, 20)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("learn", "kinds"),
+    [
+        ("scales", {"weight_scale", "weight"}),
+        ("codes", {"weight_scale", "weight_packed", "weight"}),
+        ("all", {"weight_scale", "weight_packed", "weight"}),
+    ],
+)
+def test_what_is_asked_for_learns(learn, kinds, packed, text, tmp_path):
+    out = train(packed, text, tmp_path / "out", learn=learn, outside_rate=0.01)
+    assert moved(packed, out) == kinds
+    old, new = (load_file(path / "model.safetensors") for path in (packed, out))
+    assert torch.equal(old["lm_head.weight"], new["lm_head.weight"]) == (learn != "all")
+    before, after = report_of(out)["trained"]["held_out"]
+    assert after < before
+
+
+@pytest.mark.parametrize("kind", ["gptq", "mlx", "compressed-tensors"])
+def test_the_format_stays(kind, llama, text, tmp_path):
+    packed = run(llama, text, tmp_path / "packed", bits=4, format=kind)
+    out = train(packed, text, tmp_path / "out")
+    before, after = (json.loads((path / "config.json").read_text()) for path in (packed, out))
+    assert before == after
+    names = ({path.name for path in each.iterdir()} for each in (packed, out))
+    assert next(names) - {PROGRESS} == next(names)
+    assert moved(packed, out)
+
+
+def test_only_chosen_layers_change_but_norms_of_all(packed, text, tmp_path):
+    out = train(packed, text, tmp_path / "out", learn="codes", train_layers="layers.0.mlp.down_proj")
+    old, new = (load_file(path / "model.safetensors") for path in (packed, out))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert {name for name in changed if "norm" not in name} == {
+        f"model.layers.0.mlp.down_proj.{kind}" for kind in ("weight_packed", "weight_scale")
+    }
+    assert "model.layers.1.input_layernorm.weight" in changed
+
+
+def test_training_that_makes_it_worse_changes_nothing_and_says_so(packed, text, tmp_path):
+    out = train(packed, text, tmp_path / "out", scale_rate=50.0)
+    assert moved(packed, out) == set()
+    assert "nothing was changed" in report_of(out)["notes"][-1]["note"]
+
+
+def test_an_interrupted_training_ends_in_the_bytes_of_one_that_was_not(llama, text, tmp_path, monkeypatch):
+    options = {"bits": 2, "group_size": 32, "learn": "codes", "calibration_samples": 20}
+    whole = train(llama, text, tmp_path / "whole", **options)
+    calls, step = [], _Trainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 11:  # in the sixth step; the last check was after the fourth
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Trainer, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(llama, text, tmp_path / "part", **options)
+    assert not (tmp_path / "part" / "config.json").exists()
+    with pytest.raises(RequestError, match="resume"):
+        train(llama, text, tmp_path / "part", **options)
+    with pytest.raises(RequestError, match=r"scale_rate: 0\.01, now 0\.02"):
+        train(llama, text, tmp_path / "part", resume=True, **options | {"scale_rate": 0.02})
+    with monkeypatch.context() as patch:
+        patch.setattr(_Trainer, "training_step", lambda *args, **kw: calls.append(1) or step(*args, **kw))
+        calls.clear()
+        part = train(llama, text, tmp_path / "part", resume=True, **options)
+    assert len(calls) == 2 * 4  # steps five to eight, of two micro-batches
+    assert (part / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert report_of(part)["trained"]["held_out"] == report_of(whole)["trained"]["held_out"]
+    assert not (part / UNFINISHED).exists()
+    again = (part / "model.safetensors").stat().st_mtime_ns
+    train(llama, text, tmp_path / "part", resume=True, **options)
+    assert (part / "model.safetensors").stat().st_mtime_ns == again
+
+
+def test_patience_ends_a_training_that_gets_no_better(packed, text, tmp_path):
+    out = train(packed, text, tmp_path / "out", scale_rate=50.0, patience=1, steps=40, checks=40)
+    assert report_of(out)["trained"]["steps"] < 10
+
+
+def test_checkpointing_gives_the_same_result(packed, text, tmp_path):
+    plain, kept = (train(packed, text, tmp_path / str(on), checkpointing=on) for on in (False, True))
+    losses = [report_of(each)["trained"]["held_out"][1] for each in (plain, kept)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"loss": "kl"}, "--original"),
+        ({"bits": 3}, "bits is for original models"),
+        ({"sequence_length": 4096}, "context of 256 tokens"),
+        ({"train_layers": "nothing"}, "no packed layer"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_refused_and_leaves_nothing(options, words, packed, text, tmp_path):
+    with pytest.raises(RequestError, match=words):
+        train(packed, text, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(packed, llama, text, tmp_path, capsys):
+    for model in (packed, llama):
+        train(model, text, tmp_path / "out", dry_run=True, learn="codes")
+        told = capsys.readouterr().out
+        assert "codes, scales, norms and biases" in told
+        assert "memory    about" in told
+        assert "time      about" in told
+    assert not (tmp_path / "out").exists()
