@@ -23,14 +23,16 @@ if TYPE_CHECKING:
     from llmq.qat.road import train
     from llmq.runtime.fast_generation import fast_generate
     from llmq.runtime.load import load
+    from llmq.runtime.lora import get_peft_model
 
-__all__ = ["QuantizeConfig", "QuantizedWeight", "TrainConfig", "fast_generate", "load", "quantize", "train"]
+__all__ = ["QuantizeConfig", "QuantizedWeight", "TrainConfig", "fast_generate", "get_peft_model", "load", "quantize", "train"]
 
 _HOME_OF = {
     "QuantizeConfig": "llmq.core.config",
     "QuantizedWeight": "llmq.core.quantized_weight",
     "TrainConfig": "llmq.core.train_config",
     "fast_generate": "llmq.runtime.fast_generation",
+    "get_peft_model": "llmq.runtime.lora",
     "load": "llmq.runtime.load",
     "quantize": "llmq.pipeline",
     "train": "llmq.qat.road",

@@ -26,8 +26,8 @@ class TrainConfig:
     """The model to train: an original (directory, hub id, .gguf file or `demo`), or a packed checkpoint."""
     output: Path
     """Directory for the trained checkpoint. It must be new or empty, unless you pass --overwrite or --resume."""
-    data: str
-    """What to train on. Text: wikitext2, c4, pile, pydoc, pytopics, or a .txt, .jsonl or .parquet file. Conversations:
+    data: tuple[str, ...]
+    """What to train on, one or several. Text: wikitext2, c4, pile, pydoc, pytopics, or a .txt, .jsonl or .parquet file. Conversations:
     a file whose rows hold `messages`, `conversations`, or `prompt` and `completion`; then only answers are learned."""
     loss: str = "text"
     """text: the next token of the text or the answer. kl: the predictions of the original model. both: their sum."""
@@ -45,7 +45,7 @@ class TrainConfig:
     format: str = "auto"
     """Checkpoint format for an original model: compressed-tensors, gptq, awq or mlx."""
     calibration: str = ""
-    """Text for gptq; see --calibration of llmq.quantize. Default: the data to train on."""
+    """Text for gptq; see --calibration of llmq.quantize. Default: the first of the data to train on."""
     calibration_samples: int = 64
     """Number of calibration sequences for gptq."""
     train_layers: str = ""
@@ -64,7 +64,7 @@ class TrainConfig:
     sequence_length: int = 512
     """Tokens per sequence of a text; the most tokens of a conversation. Longer ones are left out, and told."""
     samples: int = 2048
-    """The most sequences to take from a text; a short text gives fewer."""
+    """The most sequences to take from each text; a short text gives fewer."""
     rate: float = 0.002
     """Learning rate of the codes, in codes per step."""
     scale_rate: float = 0.002
@@ -94,6 +94,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))
+        object.__setattr__(self, "data", (self.data,) if isinstance(self.data, str) else tuple(self.data))
+        if not self.data:
+            raise RequestError("data is missing: name a text or a file to train on")
         one_of("loss", self.loss, LOSSES)
         one_of("learn", self.learn, LEARN)
         one_of("start", self.start, STARTS)

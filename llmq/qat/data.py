@@ -36,14 +36,19 @@ def data_of(config: TrainConfig, tokenizer: Any, model: Any) -> Data:
 
     `model`: on any device; its embeddings say which tokens there are. Raises RequestError if there is too little.
     """
-    check_text(config.data)
-    path = Path(config.data).expanduser()
-    if path.is_file() and is_conversations(path):
-        found, faults = examples(path, tokenizer, config.sequence_length)
-    else:
-        found, faults = _of_text(config, tokenizer), []
+    found, faults = list[Example](), list[str]()
+    for name in config.data:
+        check_text(name)
+    for name in config.data:
+        path = Path(name).expanduser()
+        if path.is_file() and is_conversations(path):
+            some, wrong = examples(path, tokenizer, config.sequence_length)
+            faults += [f"{path.name}, {fault}" for fault in wrong]
+        else:
+            some = _of_text(name, config, tokenizer)
+        found += some
     if len(found) < 2:
-        raise RequestError(f"{config.data} gives one sequence only; one more is needed to measure on")
+        raise RequestError(f"{', '.join(config.data)} gives one sequence only; one more is needed to measure on")
     check_tokens(model, torch.cat([example.ids for example in found]))
     count = min(_MOST_HELD_OUT, max(1, len(found) // _HELD_OUT_EVERY))
     # In the middle of equal stretches: never the first row, all over the file.
@@ -52,9 +57,9 @@ def data_of(config: TrainConfig, tokenizer: Any, model: Any) -> Data:
     return Data(train, held_out, faults)
 
 
-def _of_text(config: TrainConfig, tokenizer: Any) -> list[Example]:
+def _of_text(name: str, config: TrainConfig, tokenizer: Any) -> list[Example]:
     """Return windows of a text; all of their tokens but the first are learned."""
-    settings = Calibration(config.data, 2, config.sequence_length, config.seed)
+    settings = Calibration(name, 2, config.sequence_length, config.seed)
     found = windows(tokenizer, settings, config.samples - 2)
     return [Example(ids, torch.cat([torch.tensor([IGNORED]), ids[1:]])) for ids in found]
 

@@ -89,7 +89,7 @@ def _quantized(request: TrainRequest, progress: bool) -> Path:
             bits=config.bits,
             group_size=config.group_size,
             format=config.format,
-            calibration=config.calibration or config.data,
+            calibration=config.calibration or config.data[0],
             samples=config.calibration_samples,
             sequence_length=config.sequence_length,
             seed=config.seed,

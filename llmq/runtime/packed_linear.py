@@ -140,6 +140,11 @@ class PackedLinear(nn.Module):
             self._packed = packed
         return packed
 
+    @property
+    def qweight(self) -> Tensor:
+        """Return some packed codes: peft looks at them to learn where the layer is."""
+        return self.get_buffer("words0")
+
     def codes(self) -> QuantizedWeight:
         """Return exactly the weight that `from_codes` was given.
 

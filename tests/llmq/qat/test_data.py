@@ -37,8 +37,19 @@ def test_conversations_give_their_answers_and_faults_of_rows_are_told(tmp_path):
     data = data_of(config(tmp_path, tmp_path / "c.jsonl"), tokenizer, MODEL)
     assert (len(data.train), len(data.held_out)) == (10, 1)
     assert data.left_out == "1 rows were left out: " + data.faults[0]
-    assert data.faults[0].startswith("row 4: ")
+    assert data.faults[0].startswith("c.jsonl, row 4: ")
     assert {tokenizer.decode(e.labels[e.labels != IGNORED]) for e in data.train} == {"bb"}
+
+
+def test_several_texts_are_mixed_and_all_are_held_out_from(tmp_path):
+    for name in "ab":
+        (tmp_path / name).with_suffix(".txt").write_text((name + " ") * 2000)
+    names = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    settings = TrainConfig("m", tmp_path / "out", tuple(names), sequence_length=32, samples=20)
+    data = data_of(settings, tiny_tokenizer(), MODEL)
+    for part in (data.train, data.held_out):
+        texts = [tiny_tokenizer().decode(example.ids) for example in part]
+        assert sum("a" in text for text in texts) == sum("b" in text for text in texts) == len(part) / 2
 
 
 def test_one_sequence_is_too_little(tmp_path):
