@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     from llmq.runtime.load import load
     from llmq.runtime.lora import get_peft_model
 
-__all__ = ["QuantizeConfig", "QuantizedWeight", "TrainConfig", "fast_generate", "get_peft_model", "load", "quantize", "train"]
+__all__ = [
+    "QuantizeConfig",
+    "QuantizedWeight",
+    "TrainConfig",
+    "fast_generate",
+    "get_peft_model",
+    "load",
+    "quantize",
+    "train",
+]
 
 _HOME_OF = {
     "QuantizeConfig": "llmq.core.config",

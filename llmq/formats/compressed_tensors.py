@@ -10,6 +10,7 @@ The bytes are those that the compressed-tensors 0.20.0 package writes and reads.
 
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from llmq.formats.packing import pack_stream, packed_length, unpack_stream
 from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, expect_words, part_of, tables
 
 METHOD = "compressed-tensors"
+_TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+"""Inputs in 8 bits, with a scale for each token. vLLM reads this beside packed weights (CompressedTensorsWNA8Int)."""
 TENSOR_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
@@ -82,7 +85,7 @@ def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
             "targets": ["Linear"] if len(layers) == 1 else _targets(names, schemes),
             "format": "pack-quantized",
             "weights": _weights(scheme),
-            "input_activations": None,
+            "input_activations": dict(_TOKENS) if scheme.rounded_inputs else None,
             "output_activations": None,
         }
         for i, (scheme, names) in enumerate(layers.items())
@@ -97,6 +100,12 @@ def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
         "ignore": _targets(ignore, schemes),
         "config_groups": groups,
     }
+
+
+def with_rounded_inputs(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a `quantization_config` that says the same, and that the inputs of all its linears are rounded."""
+    groups = {name: group | {"input_activations": dict(_TOKENS)} for name, group in config["config_groups"].items()}
+    return {**config, "config_groups": groups}
 
 
 def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
@@ -157,9 +166,19 @@ def _scheme(group: dict[str, Any], overall: Any) -> Scheme:
     fits = fits and (strategy is None or (strategy == "channel") == (size == -1))
     # actorder "group" needs indices that the package no longer writes; the other values leave groups contiguous.
     fits = fits and weights.get("actorder") in (None, "weight", "static")
-    if not fits or group.get("input_activations") is not None:
+    if not fits:
         raise CheckpointError(f"unsupported scheme {str(weights)[:300]}; llmq reads int weights in groups or rows")
-    return Scheme.of(weights.get("num_bits", 8), size, entry(weights, "symmetric", default=True))
+    scheme = Scheme.of(weights.get("num_bits", 8), size, entry(weights, "symmetric", default=True))
+    return replace(scheme, rounded_inputs=_rounds(group.get("input_activations")))
+
+
+def _rounds(inputs: Any) -> bool:
+    """Return whether inputs are rounded to 8 bits. Raises CheckpointError for another way to round them."""
+    if inputs is None:
+        return False
+    if not isinstance(inputs, dict) or any(inputs.get(key) != value for key, value in _TOKENS.items()):
+        raise CheckpointError(f"unsupported inputs {str(inputs)[:300]}; llmq reads 8 bit with a scale for each token")
+    return True
 
 
 def _shape(name: str, stored: Tensor) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,7 @@ class Scheme:
     symmetric: bool
     act_order: bool = False  # the inputs of a group are spread over the row (GPTQ's desc_act)
     zero_offset: int = 0  # what a reader must add to the stored zero points: 1 for GPTQ v1, which stores zero - 1
+    rounded_inputs: bool = False  # what enters the linear is rounded to 8 bits, token by token
 
     @classmethod
     def of(cls, bits: Any, group_size: Any, symmetric: Any, act_order: Any = False, zero_offset: int = 0) -> Scheme:
@@ -38,7 +39,9 @@ class Scheme:
 
     def changed(self, fields: Mapping[str, Any]) -> Scheme:
         """Return the scheme with new values in these fields. Raises CheckpointError like `of`."""
-        return Scheme.of(**(vars(self) | dict(fields)))
+        new = vars(self) | dict(fields)
+        rounded_inputs = new.pop("rounded_inputs")
+        return replace(Scheme.of(**new), rounded_inputs=rounded_inputs)
 
     def groups(self, columns: int) -> int:
         """Count the groups in a row of `columns` inputs. The last group may be short."""

@@ -26,6 +26,7 @@ from llmq.core.distributed import local_rank
 from llmq.core.errors import WorkError
 from llmq.core.memory import PeakMemory, release_memory
 from llmq.core.train_config import TrainConfig
+from llmq.formats.compressed_tensors import with_rounded_inputs
 from llmq.models.model_source import ModelSource
 from llmq.pipeline import quantize
 from llmq.qat.layers import chosen_layers, start_report
@@ -72,7 +73,7 @@ def _work(request: TrainRequest, progress: bool) -> None:
             return
         seconds = time.monotonic() - began
         report = trained(request, outcome, start, seconds, memory.largest)
-        _write(writer, start, outcome.changed, report | {FINGERPRINT: request.fingerprint}, config.trust_remote_code)
+        _write(writer, start, outcome.changed, report | {FINGERPRINT: request.fingerprint}, config)
         if progress:
             print(shown(report, config.output), file=sys.stderr)
 
@@ -126,17 +127,21 @@ def _trained(request: TrainRequest, start: Path, progress: bool) -> Outcome:
         raise WorkError(f"the training does not fit into the GPU's memory.\n{way}") from None
 
 
-def _write(writer: Writer, start: Path, changed: dict[str, Tensor], report: dict[str, Any], trust: bool) -> None:
+def _write(
+    writer: Writer, start: Path, changed: dict[str, Tensor], report: dict[str, Any], config: TrainConfig
+) -> None:
     """Write the checkpoint in `start` again, with changed tensors in place of the old ones; check and publish it."""
     checkpoint = Checkpoint(start)
-    digests = digests_of(checkpoint, changed)
+    digests, quantization = digests_of(checkpoint, changed), checkpoint.quantization
+    if config.activations == 8:
+        quantization = with_rounded_inputs(quantization)
     for tensors in _by_module(checkpoint, changed):
         writer.put(tensors)
     writer.finish(
         companions_in(start),
-        quantization_config=checkpoint.quantization,
+        quantization_config=quantization,
         report=lambda: report | {DIGESTS: digests},
-        check=lambda directory: check(directory, digests, trust),
+        check=lambda directory: check(directory, digests, config.trust_remote_code),
     )
 
 

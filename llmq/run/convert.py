@@ -74,6 +74,8 @@ def convert(config: ConvertConfig, progress: bool = False, tell: Callable[[str],
     checkpoint = Checkpoint(config.directory)
     before = str(checkpoint.quantization.get("checkpoint_format") or method_of(checkpoint.quantization))
     schemes = _schemes(checkpoint)
+    if config.format != "compressed-tensors" and any(scheme.rounded_inputs for scheme in schemes.values()):
+        raise RequestError(f"{config.format} cannot say that inputs are rounded to 8 bits; use compressed-tensors")
     if config.format == gguf.METHOD:
         return _to_gguf(config, schemes, before, progress, tell)
     target = FORMATS[config.format]

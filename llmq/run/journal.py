@@ -22,6 +22,7 @@ from llmq.formats.scheme import Scheme
 
 Line = dict[str, Any]
 Pair = tuple[float, float]
+_SCHEME = 5  # fields of a scheme that a line tells: a run never rounds inputs
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class FinishedStep:
 
     def to_json(self) -> Line:
         """Return the line, ready for json.dumps."""
-        schemes = {name: list(vars(scheme).values()) for name, scheme in self.schemes.items()}
+        schemes = {name: list(vars(scheme).values())[:_SCHEME] for name, scheme in self.schemes.items()}
         fields = vars(self) | {"schemes": schemes}
         if self.measured_kl is None:  # as in a run without a budget
             del fields["measured_kl"]

@@ -16,7 +16,6 @@ from llmq.models.model_source import build_skeleton
 from llmq.runtime.load import load
 from llmq.runtime.model_config import model_config
 from llmq.runtime.packed_linear import PackedLinear
-from llmq.training.fake_quantization import ActivationQuantizer
 from llmq.training.learnable_linear import LearnableLinear
 from llmq.training.learnable_weight import Latent
 
@@ -53,25 +52,25 @@ class Student:
         learning: Learning = _SCALES,
     ) -> None:
         self.compute, self.latents = compute, dict[str, Latent]()
-        quantizer = ActivationQuantizer if learning.activations else lambda: None
-
-        def learnable(name: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
-            codes, learns = learning.codes, learning.layers(name)
-            if not learns and not learning.activations:
-                return PackedLinear.from_codes(weight, bias)
-            hint = None
-            if original is not None and codes and learns:
-                hint = original.get_submodule(name).weight.detach().cpu()
-            latent = Latent(weight, hint, codes and learns)
-            if learns:
-                self.latents[name] = latent
-            return LearnableLinear(latent, bias, quantizer())
-
-        model = load(directory, str(compute.device), torch.float32, trust_remote_code, make_linear=learnable)
-        self.model = model.requires_grad_(False)
         checkpoint = Checkpoint(directory)
         skeleton = build_skeleton(model_config(checkpoint, trust_remote_code), trust_remote_code)
         self.checkpoint = checkpoint.for_model(skeleton)
+
+        def learnable(name: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
+            codes, learns = learning.codes, learning.layers(name)
+            rounds = learning.activations or self.checkpoint.schemes[name].rounded_inputs
+            if not learns:
+                linear = PackedLinear.from_codes(weight, bias)
+                linear.rounds_inputs = rounds
+                return linear
+            hint = None
+            if original is not None and codes:
+                hint = original.get_submodule(name).weight.detach().cpu()
+            self.latents[name] = Latent(weight, hint, codes)
+            return LearnableLinear(self.latents[name], bias, rounds)
+
+        model = load(directory, str(compute.device), torch.float32, trust_remote_code, make_linear=learnable)
+        self.model = model.requires_grad_(False)
         self._files = files = self.checkpoint.model_files
         named = {name: tensor for name, tensor in self.model.named_parameters() if files.is_renamed(name)}
         self.vectors = {name: tensor for name, tensor in named.items() if tensor.ndim == 1}

@@ -67,6 +67,9 @@ def load(
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.exact = exact
+    for name, scheme in checkpoint.schemes.items():
+        if isinstance(linear := model.get_submodule(name), PackedLinear):
+            linear.rounds_inputs |= scheme.rounded_inputs
     group_experts(model)
     attach(model, checkpoint)
     read_generation_config(model, checkpoint.directory)

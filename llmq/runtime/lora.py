@@ -1,7 +1,7 @@
 """LoRA adapters on packed linears, by peft (Hu et al., arXiv 2106.09685): y = Q(W) x + B A x · alpha / r.
 
-peft knows which classes of linears it can adapt. `get_peft_model` tells it about PackedLinear. The packed weight stays as
-it is: gradients pass through it, and only A and B learn.
+peft knows which classes of linears it can adapt. `get_peft_model` tells it about PackedLinear. The packed weight stays
+as it is: gradients pass through it, and only A and B learn.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from llmq.runtime.packed_linear import PackedLinear
 def get_peft_model(model: Any, adapter: Any) -> Any:
     """Return a model with LoRA adapters, like peft.get_peft_model, but its linears may be packed.
 
-    `adapter`: a peft.LoraConfig, for new adapters; or a directory with trained ones, as peft's `save_pretrained` wrote it.
+    `adapter`: a peft.LoraConfig, for new adapters; or a directory of trained ones, as peft writes it.
 
     Raises RequestError if peft is not installed, or for a kind of adapter that changes the weight itself.
     """
@@ -27,10 +27,10 @@ def get_peft_model(model: Any, adapter: Any) -> Any:
     class PackedLora(Linear):
         """The adapters of one packed linear."""
 
-        def _get_in_out_features(self, module: PackedLinear) -> tuple[int, int]:
+        def _get_in_out_features(self, module: Any) -> tuple[int, int]:
             return module.in_features, module.out_features
 
-        def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
+        def merge(self, *_: Any, **__: Any) -> None:
             raise RequestError(
                 "a packed weight cannot take up an adapter: it would have to be rounded again.\n"
                 "llmq.train --lora does that, or use the adapter beside the packed model"
@@ -43,7 +43,8 @@ def get_peft_model(model: Any, adapter: Any) -> Any:
         raise CheckpointError(f"{adapter} holds no adapter that peft can read: {first_line(error)}") from None
     if not isinstance(config, peft.LoraConfig) or config.use_dora:
         raise RequestError("only LoRA fits packed weights; DoRA and other adapters change the weight itself")
-    config._register_custom_module({PackedLinear: PackedLora})
+    # Experimental, but the way that the documentation of peft names for other classes of linears.
+    config._register_custom_module({PackedLinear: PackedLora})  # pyright: ignore[reportPrivateUsage]
     if is_trained:
         return peft.PeftModel.from_pretrained(model, str(adapter), config=config)
     return peft.get_peft_model(model, config)

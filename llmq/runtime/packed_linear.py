@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from llmq.core.errors import RequestError
 from llmq.core.quantized_weight import QuantizedWeight
+from llmq.training.fake_quantization import per_token
 
 # Without a C compiler. With more tokens, dequantizing once and multiplying in float32 is faster than torch's int4 path,
 # and exact (2-core AVX-512 machine, torch 2.13, 2026-11-22, 1536x576: 0.69 against 1.08 ms at 64 tokens, 5.6 against
@@ -73,6 +74,8 @@ class PackedLinear(nn.Module):
         """The buffers that `_packed`, `_native` and `_int4` were made of."""
         self._native: NativeMatmul | None = None
         self._int4: cpu_int4.CpuInt4Weight | None = None
+        self.rounds_inputs = False
+        """Whether x is rounded to 8 bits first, token by token."""
         self.exact = False
         """Whether float32 inputs are multiplied in float32 on a CPU without a C compiler too, though that is slower."""
         self._origin = _Origin()
@@ -95,12 +98,16 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def stack(cls, linears: Sequence[PackedLinear]) -> PackedLinear | None:
-        """Return one layer with the rows of several, or None if their bits, groups or biases differ."""
+        """Return one layer with the rows of several, or None if their bits, groups, biases or inputs differ."""
         packed = stack([linear.packed for linear in linears])
+        if len({linear.rounds_inputs for linear in linears}) > 1:
+            return None
         biases = [linear.bias for linear in linears if linear.bias is not None]
         if packed is None or len(biases) not in (0, len(linears)):
             return None
-        return cls(packed, torch.cat(biases) if biases else None)
+        stacked = cls(packed, torch.cat(biases) if biases else None)
+        stacked.rounds_inputs = linears[0].rounds_inputs
+        return stacked
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         """Make the buffers that belong to a device anew after a move."""
@@ -173,6 +180,8 @@ class PackedLinear(nn.Module):
         return dequantize(self.packed, dtype)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        if self.rounds_inputs:
+            x = per_token(x)
         x, weight, compiling = autocast(x), self.packed, torch.compiler.is_compiling()
         learning = x.requires_grad and torch.is_grad_enabled()
         # As one operator it has a gradient, and nothing that traces looks into it.

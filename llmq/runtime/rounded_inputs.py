@@ -15,15 +15,18 @@ def round_inputs(model: Any) -> None:
 
     The embeddings and the linear that predicts words (lm_head) compute as before.
 
-    Raises RequestError for a mixture of experts: what enters its experts passes no linear.
+    Raises RequestError for an original mixture: what enters its experts passes no linear.
     """
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    if packed := [module for module in model.modules() if isinstance(module, PackedLinear)]:
+        for linear in packed:
+            linear.rounds_inputs = True
+        return
+    if layouts(model):
+        raise RequestError("the experts of an original mixture are no linears; quantize it, then use --activations 8")
     head = model.get_output_embeddings()
-    linears = packed or [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     if not linears:
         raise RequestError("activations of 8 bits are for linears, and this model has none")
-    if layouts(model):
-        raise RequestError("experts of a mixture cannot have 8-bit activations yet; evaluate without --activations 8")
     for linear in linears:
         linear.register_forward_pre_hook(_rounded)
 

@@ -157,8 +157,9 @@ class LlmqQuantizer(HfQuantizer):
         placed = {f"{name}.bias" for name in checkpoint.linears}
         load_experts(model, checkpoint.model_files, of_experts - placed, devices)
 
-        def make(_: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
+        def make(name: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
             linear = PackedLinear.from_codes(weight, bias)
+            linear.rounds_inputs = checkpoint.schemes[name].rounded_inputs
             linear.exact = model.dtype == torch.float32  # which the caller asked for, or the files are in
             return linear
 

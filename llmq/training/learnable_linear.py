@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmq.training.fake_quantization import ActivationQuantizer
+from llmq.training.fake_quantization import per_token
 from llmq.training.learnable_weight import Latent
 
 
@@ -14,19 +14,19 @@ class LearnableLinear(nn.Module):
     Args:
         latent: the weight.
         bias: [out] or None; it does not learn unless it is told to.
-        activations: what quantizes x; None: nothing does.
+        rounds_inputs: whether x is rounded to 8 bits first, token by token.
     """
 
-    def __init__(self, latent: Latent, bias: Tensor | None, activations: ActivationQuantizer | None = None) -> None:
+    def __init__(self, latent: Latent, bias: Tensor | None, rounds_inputs: bool = False) -> None:
         super().__init__()
-        self.latent, self.activations = latent, activations
+        self.latent, self.rounds_inputs = latent, rounds_inputs
         self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
         rows, groups, size = latent.V.shape
         self.in_features, self.out_features = groups * size, rows
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        if self.activations is not None:
-            x = self.activations(x)
+        if self.rounds_inputs:
+            x = per_token(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         y = self.latent.times(x)

@@ -13,7 +13,7 @@ MODEL = tiny_model("llama-gqa")
 
 
 def config(tmp_path, data, **options):
-    return TrainConfig("m", tmp_path / "out", str(data), **({"sequence_length": 32, "samples": 40} | options))
+    return TrainConfig("m", tmp_path / "out", (str(data),), **({"sequence_length": 32, "samples": 40} | options))
 
 
 def test_a_text_gives_windows_and_every_tenth_is_held_out(tmp_path):

@@ -8,6 +8,7 @@ from tiny import some_text
 
 import llmq
 from llmq.checkpoint.output_dir import PROGRESS, REPORT, UNFINISHED
+from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import RequestError
 from llmq.qat.trainer import _Trainer
 from llmq.verification.check import check
@@ -24,7 +25,7 @@ def text(tmp_path_factory):
 
 
 def train(model, text, output, **options):
-    return llmq.train(llmq.TrainConfig(str(model), output, str(text), **(FAST | options)))
+    return llmq.train(llmq.TrainConfig(str(model), output, (str(text),), **(FAST | options)))
 
 
 def report_of(directory):
@@ -129,6 +130,16 @@ def test_an_interrupted_training_ends_in_the_bytes_of_one_that_was_not(llama, te
     again = (part / "model.safetensors").stat().st_mtime_ns
     train(llama, text, tmp_path / "part", resume=True, **options)
     assert (part / "model.safetensors").stat().st_mtime_ns == again
+
+
+def test_inputs_are_rounded_while_training_and_the_checkpoint_says_so(packed, text, tmp_path):
+    out = train(packed, text, tmp_path / "out", activations=8)
+    assert {scheme.rounded_inputs for scheme in Checkpoint(out).schemes.values()} == {True}
+    again = train(out, text, tmp_path / "again", steps=1)  # a start that rounds goes on rounding
+    assert report_of(again)["trained"]["held_out"][0] == pytest.approx(
+        report_of(out)["trained"]["held_out"][1], rel=1e-5
+    )
+    assert {scheme.rounded_inputs for scheme in Checkpoint(again).schemes.values()} == {True}
 
 
 def test_patience_ends_a_training_that_gets_no_better(packed, text, tmp_path):

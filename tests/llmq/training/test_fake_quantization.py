@@ -1,7 +1,6 @@
-import pytest
 import torch
 
-from llmq.training.fake_quantization import MOST, ActivationQuantizer, per_token
+from llmq.training.fake_quantization import per_token
 
 
 def test_each_token_is_rounded_to_255_steps_over_its_own_range():
@@ -24,21 +23,17 @@ def test_gradients_pass_the_rounding_of_tokens_as_they_are():
     torch.testing.assert_close(x.grad, c)
 
 
-def test_a_static_range_cuts_off_and_its_gradients_are_the_slopes_there():
-    """Inside of the range the slope of the rounding, averaged over shifts of half a step, is 1; outside it is 0."""
-    quantizer = ActivationQuantizer(0.01).requires_grad_()
-    x = torch.tensor([0.5, -0.123, 1.3, -2.0], requires_grad=True)
-    y = quantizer(x)
-    torch.testing.assert_close(y.detach(), torch.tensor([0.5, -0.12, 1.27, -1.27]))
-    y.sum().backward()
+def test_the_gradient_is_the_slope_of_the_rounding_averaged_over_shifts_of_half_a_step():
+    x = torch.tensor([[0.5, -0.123, 0.777, 1.27]], requires_grad=True)  # the last one sets the scale to 0.01
+    per_token(x).sum().backward()
     shifts = ((torch.arange(1000) + 0.5) / 1000 - 0.5) * 0.01
-    with torch.no_grad():
-        above, below = (quantizer(x[:, None] + d + shifts).mean(1) for d in (0.002, -0.002))
-    torch.testing.assert_close(x.grad, (above - below) / 0.004, rtol=2e-2, atol=1e-3)
 
+    def smoothed(i, change):
+        with torch.no_grad():
+            moved = x.repeat(1000, 1)
+            moved[:, i] += change + shifts
+            return per_token(moved)[:, i].mean()
 
-@pytest.mark.parametrize(("value", "sign"), [(1.3, 1), (-2.0, -1)])
-def test_a_static_range_learns_from_what_it_cuts_off(value, sign):
-    quantizer = ActivationQuantizer(0.01).requires_grad_()
-    quantizer(torch.tensor([value])).sum().backward()
-    assert float(quantizer.scale.grad) == pytest.approx(sign * MOST / MOST**0.5)
+    for i in range(3):
+        slope = (smoothed(i, 0.002) - smoothed(i, -0.002)) / 0.004
+        torch.testing.assert_close(x.grad[0, i], slope, rtol=2e-2, atol=0)
