@@ -19,6 +19,7 @@ from llmq.models.safetensors_files import INDEX
 REPORT = "llmq_report.json"
 PROGRESS = "llmq_progress.jsonl"
 PICTURE = "llmq_report.png"
+ADAPTER = "adapter"  # a directory of LoRA adapters beside the model
 UNFINISHED, EMPTIED = "unfinished.partial", "emptied.partial"
 # In the order of removal: first the files that mark a run as finished or resumable, then the data they refer to.
 _OURS = (REPORT, PROGRESS, PICTURE, CONFIG, INDEX, "model*.safetensors", "*.partial", *LEGACY, *COPIED, TEMPLATES)
@@ -59,6 +60,8 @@ def clear(directory: Path) -> None:
                 path.unlink(missing_ok=True)
     for path in filter(Path.is_file, copied):
         path.unlink()
+    if directory / ADAPTER in copied:
+        shutil.rmtree(directory / ADAPTER, ignore_errors=True)
 
 
 def check_output(directory: Path, overwrite: bool, resume: bool = False) -> None:

@@ -11,6 +11,7 @@ from llmq.core.settings import at_revision, one_of
 LEARN = ("scales", "codes", "all")
 LOSSES = ("text", "kl", "both")
 STARTS = ("gptq", "rtn")
+RATES = ("rate", "scale_rate", "outside_rate", "lora_rate")
 WORST = re.compile(r"worst:(\d+(?:\.\d+)?)%")
 
 
@@ -35,6 +36,9 @@ class TrainConfig:
     learn: str = "scales"
     """scales: scales, norms and biases (little memory). codes: the codes too (16 bytes of memory for each weight, for
     2 and 3 bits). all: also what is not packed, such as embeddings."""
+    lora: int = 0
+    """Train LoRA adapters of this rank on the packed layers instead of --learn (needs peft). They are kept in the
+    directory `adapter`, and the sum of weights and adapters is quantized again. 0: no adapters."""
     original: str = ""
     """The model that a packed checkpoint was made from, for --loss kl and both."""
     bits: int = 4
@@ -46,7 +50,7 @@ class TrainConfig:
     format: str = "auto"
     """Checkpoint format for an original model: compressed-tensors, gptq, awq or mlx."""
     calibration: str = ""
-    """Text for gptq; see --calibration of llmq.quantize. Default: the first of the data to train on."""
+    """Text for gptq, of the start or of a merged LoRA; see llmq.quantize. Default: the first of the data."""
     calibration_samples: int = 64
     """Number of calibration sequences for gptq."""
     train_layers: str = ""
@@ -72,6 +76,8 @@ class TrainConfig:
     """Learning rate of scales, norms and biases, as a fraction of each scale."""
     outside_rate: float = 2e-5
     """Learning rate of what is not packed, for --learn all."""
+    lora_rate: float = 2e-4
+    """Learning rate of LoRA adapters."""
     checks: int = 10
     """How often the loss on held-out sequences is measured. The best state is kept."""
     patience: int = 0
@@ -111,12 +117,12 @@ class TrainConfig:
             raise RequestError("sequence length must be at least 2 tokens, and patience at least 0")
         if self.batch % self.micro_batch:
             raise RequestError(f"batch must be a multiple of micro batch; got {self.batch} and {self.micro_batch}")
-        rates = {name: getattr(self, name) for name in ("rate", "scale_rate", "outside_rate")}
+        if self.lora < 0 or (self.lora and self.learn != TrainConfig.learn):
+            raise RequestError(f"lora is a rank of at least 1, without --learn; got {self.lora} and {self.learn}")
+        rates = {name: getattr(self, name) for name in RATES}
         for name, value in rates.items():
             if not 0 <= value < math.inf:
                 raise RequestError(f"{name.replace('_', ' ')} must be a finite number of at least 0; got {value}")
-        if not any(rates.values()):
-            raise RequestError("all learning rates are 0, so nothing would learn")
         if self.train_layers.startswith("worst") and (
             (found := WORST.fullmatch(self.train_layers)) is None or not 0 < float(found[1]) <= 100
         ):

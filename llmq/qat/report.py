@@ -54,6 +54,8 @@ def shown(report: dict[str, Any], output: Path) -> str:
     loss = "{:.4f}, after training {:.4f}".format(*entry["held_out"])
     lines = [f"note: {each['where']}: {each['note']}" for each in report["notes"]]
     lines.append(f"{entry['loss']} loss on held-out sequences {loss} (step {_best_step(entry)} of {entry['steps']})")
+    if entry["merged"] is not None:
+        lines.append(f"after the adapters were merged and quantized again {entry['merged']:.4f}")
     memory = f"peak memory {report['peak_memory_bytes'] / 1e9:.2f} GB"
     lines.append(f"{report['seconds']['total']:.1f} s; {entry['tokens_seen']:,} tokens seen; {memory}")
     return "\n".join([*lines, f"wrote {output}"])

@@ -119,7 +119,7 @@ def _opened(config: TrainConfig, packed: Path) -> tuple[Any, list[Path], list[st
 
 
 _ACTIVATIONS = "cannot say that inputs are rounded to 8 bits; use compressed-tensors, or leave out --activations"
-_OF_ORIGINALS = ("bits", "group_size", "start", "format", "calibration", "calibration_samples")
+_OF_ORIGINALS = ("bits", "group_size", "start", "format")
 
 
 def _is_met(output: Path, identity: dict[str, Any]) -> bool:

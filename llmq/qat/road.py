@@ -7,7 +7,7 @@ of the training.
 import sys
 import time
 from collections.abc import Generator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint.digests import digests_of
-from llmq.checkpoint.model_files import companions_in
+from llmq.checkpoint.model_files import Companions, companions_in
 from llmq.checkpoint.output_dir import unfinished_work, write_json
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.writer import Writer
@@ -29,12 +29,15 @@ from llmq.core.train_config import TrainConfig
 from llmq.formats.compressed_tensors import with_rounded_inputs
 from llmq.models.model_source import ModelSource
 from llmq.pipeline import quantize
+from llmq.qat.adapters import AdapterStudent, merging, with_adapter, write_dense
 from llmq.qat.layers import chosen_layers, start_report
 from llmq.qat.plan import lines
 from llmq.qat.report import shown, trained
 from llmq.qat.request import FINGERPRINT, SETTINGS, TrainRequest, open_request
-from llmq.qat.trainer import Outcome, train_student
+from llmq.qat.trainer import Outcome, held_out_loss, train_student
 from llmq.run.student import Learning, Student
+from llmq.runtime.load import load
+from llmq.runtime.rounded_inputs import round_inputs
 from llmq.verification.check import DIGESTS, check
 
 
@@ -68,12 +71,18 @@ def _work(request: TrainRequest, progress: bool) -> None:
             write_json(writer.work / SETTINGS, request.fingerprint)
             writer.resumable = True  # what was quantized and trained need not be done again
         start = request.packed or _quantized(request, progress)
-        outcome = _trained(request, start, progress)
+        student, original = _student(request, start)
+        outcome = _trained(request, student, original, progress)
         if writer is None:
             return
+        result, companions, merged = start, companions_in(start), None
+        if isinstance(student, AdapterStudent):
+            result, merged = _merged(request, student, original, progress)
+            companions = with_adapter(companions, student)
         seconds = time.monotonic() - began
-        report = trained(request, outcome, start, seconds, memory.largest)
-        _write(writer, start, outcome.changed, report | {FINGERPRINT: request.fingerprint}, config)
+        report = trained(request, outcome, start, seconds, memory.largest) | {FINGERPRINT: request.fingerprint}
+        report["trained"]["merged"] = merged
+        _write(writer, result, companions, {} if config.lora else outcome.changed, report, config)
         if progress:
             print(shown(report, config.output), file=sys.stderr)
 
@@ -102,43 +111,70 @@ def _quantized(request: TrainRequest, progress: bool) -> Path:
     )
 
 
-def _trained(request: TrainRequest, start: Path, progress: bool) -> Outcome:
-    """Train the checkpoint in `start`. Raises WorkError if a GPU has too little memory."""
+def _student(request: TrainRequest, start: Path) -> tuple[Student | AdapterStudent, Any]:
+    """Return the checkpoint in `start` as a model that learns, and the original model if the loss needs it."""
     config, compute = request.config, request.compute
-    learning = Learning(
-        codes=config.learn != "scales",
-        outside=config.learn == "all",
-        layers=chosen_layers(config.train_layers, request.sizes, start_report(start)).__contains__,
-        activations=config.activations == 8,
-    )
-    try:
+    layers = chosen_layers(config.train_layers, request.sizes, start_report(start))
+    learning = Learning(config.learn != "scales", config.learn == "all", layers.__contains__, config.activations == 8)
+    with _in_memory():
         original = None
         if request.original and (config.needs_original or learning.codes):
             source = ModelSource(request.original, config.trust_remote_code)
             original = source.load_all(compute.device, compute.dtype).requires_grad_(False)
-        student = Student(start, original, compute, config.trust_remote_code, learning)
-        if not config.needs_original:
-            original = None  # it only said where the codes begin
-            release_memory()
-        directory = unfinished_work(config.output) / "training"
-        return train_student(student, original, request.data, config, directory, progress)
+        if config.lora:
+            student = AdapterStudent(start, config, compute, layers)
+        else:
+            student = Student(start, original, compute, config.trust_remote_code, learning)
+    if not config.needs_original:
+        original = None  # it only said where the codes begin
+        release_memory()
+    return student, original
+
+
+def _trained(request: TrainRequest, student: Student | AdapterStudent, original: Any, progress: bool) -> Outcome:
+    directory = unfinished_work(request.config.output) / "training"
+    with _in_memory():
+        return train_student(student, original, request.data, request.config, directory, progress)
+
+
+@contextmanager
+def _in_memory() -> Generator[None]:
+    """Raise WorkError where a GPU has too little memory."""
+    try:
+        yield
     except torch.OutOfMemoryError:
         way = "use --micro-batch 1, --checkpointing, a shorter --sequence-length, or --learn scales"
         raise WorkError(f"the training does not fit into the GPU's memory.\n{way}") from None
 
 
+def _merged(request: TrainRequest, student: AdapterStudent, original: Any, progress: bool) -> tuple[Path, float]:
+    """Quantize the sum of weights and adapters; return the checkpoint and its loss on held-out sequences."""
+    config, work = request.config, unfinished_work(request.config.output)
+    write_dense(student, work / "dense", config)
+    merged = quantize(merging(config, work / "dense", work / "merged", student.start), progress)
+    model = load(merged, str(request.compute.device), torch.float32, config.trust_remote_code)
+    if config.activations == 8:
+        round_inputs(model)
+    return merged, held_out_loss(model, original, request.data, config, request.compute)
+
+
 def _write(
-    writer: Writer, start: Path, changed: dict[str, Tensor], report: dict[str, Any], config: TrainConfig
+    writer: Writer,
+    result: Path,
+    companions: Companions,
+    changed: dict[str, Tensor],
+    report: dict[str, Any],
+    config: TrainConfig,
 ) -> None:
-    """Write the checkpoint in `start` again, with changed tensors in place of the old ones; check and publish it."""
-    checkpoint = Checkpoint(start)
+    """Write the checkpoint in `result` again, with changed tensors in place of the old ones; check and publish it."""
+    checkpoint = Checkpoint(result)
     digests, quantization = digests_of(checkpoint, changed), checkpoint.quantization
     if config.activations == 8:
         quantization = with_rounded_inputs(quantization)
     for tensors in _by_module(checkpoint, changed):
         writer.put(tensors)
     writer.finish(
-        companions_in(start),
+        companions,
         quantization_config=quantization,
         report=lambda: report | {DIGESTS: digests},
         check=lambda directory: check(directory, digests, config.trust_remote_code),

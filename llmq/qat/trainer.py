@@ -13,7 +13,10 @@ from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from llmq.calibration.answers import Example
+from llmq.calibration.block_runner import Compute
+from llmq.core.errors import RequestError
 from llmq.core.train_config import TrainConfig
+from llmq.qat.adapters import AdapterStudent
 from llmq.qat.data import Data, collated
 from llmq.qat.losses import Learner
 from llmq.run.student import Student
@@ -46,7 +49,7 @@ class _Sequences(Dataset[Example]):
 class _Trainer(Trainer):
     """Measures the state as it would be stored."""
 
-    student: Student
+    student: Student | AdapterStudent
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.student.as_stored():
@@ -84,7 +87,7 @@ class _Progress(TrainerCallback):
 
 
 def train_student(
-    student: Student, original: Any, data: Data, config: TrainConfig, directory: Path, progress: bool
+    student: Student | AdapterStudent, original: Any, data: Data, config: TrainConfig, directory: Path, progress: bool
 ) -> Outcome:
     """Train until the last step, or until nothing gets better; return the best state.
 
@@ -103,7 +106,7 @@ def train_student(
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - min(step, config.steps - 1) / config.steps)
     trainer = _Trainer(
         Learner(student.model, learning, original, config.loss),
-        _arguments(student, config, directory),
+        _arguments(student.compute, config, directory),
         collated,
         _Sequences(data.train),
         _Sequences(data.held_out),
@@ -126,21 +129,34 @@ def train_student(
     return Outcome(student.tensors(), before, best, state.global_step, history)
 
 
-def parameter_groups(student: Student, config: TrainConfig) -> list[dict[str, Any]]:
-    """Return what learns, with its learning rates. A rate of 0 leaves a group out."""
-    latents = student.latents.values()
-    codes = [latent.V for latent in latents if isinstance(latent.V, nn.Parameter)]
-    scales = [*(latent.factor for latent in latents), *student.vectors.values()]
-    groups = (
-        (codes, config.rate),
-        (scales, config.scale_rate),
-        (list(student.matrices.values()), config.outside_rate),
-    )
-    return [{"params": params, "lr": rate} for params, rate in groups if params and rate > 0]
+def parameter_groups(student: Student | AdapterStudent, config: TrainConfig) -> list[dict[str, Any]]:
+    """Return what learns, with its learning rates. A rate of 0 leaves a group out.
+
+    Raises RequestError if nothing is left.
+    """
+    learners: dict[str, list[nn.Parameter]] = student.learners()
+    rates = {name: getattr(config, name) for name in learners}
+    groups = [{"params": learners[name], "lr": rate} for name, rate in rates.items() if learners[name] and rate > 0]
+    if not groups:
+        raise RequestError(f"nothing would learn: the learning rates are {rates}")
+    return groups
 
 
-def _arguments(student: Student, config: TrainConfig, directory: Path) -> TrainingArguments:
-    every, compute = math.ceil(config.steps / config.checks), student.compute
+@torch.no_grad()
+def held_out_loss(model: nn.Module, original: Any, data: Data, config: TrainConfig, compute: Compute) -> float:
+    """Return the loss of a model on the held-out sequences, as the training measures it."""
+    learner, losses = Learner(model.eval(), {}, original, config.loss), list[float]()
+    low = compute.precision != torch.float32
+    for start in range(0, len(data.held_out), config.micro_batch):
+        batch = collated(data.held_out[start : start + config.micro_batch])
+        with torch.autocast(compute.device.type, compute.precision, enabled=low):
+            loss = learner(**{name: tensor.to(compute.device) for name, tensor in batch.items()})["loss"]
+        losses += [float(loss)] * len(batch["labels"])
+    return sum(losses) / len(losses)
+
+
+def _arguments(compute: Compute, config: TrainConfig, directory: Path) -> TrainingArguments:
+    every = math.ceil(config.steps / config.checks)
     return TrainingArguments(
         output_dir=str(directory),
         max_steps=config.steps,

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmq.calibration.hidden_states import States
 from llmq.calibration.texts import Tokens
@@ -77,10 +77,12 @@ def distill(
         with student.as_stored():
             return sum(float(loss(ids[None])) for ids in tokens.held_out) / len(tokens.held_out)
 
-    codes = [latent.V for latent in student.latents.values() if isinstance(latent.V, nn.Parameter)]
-    others = [*(latent.factor for latent in student.latents.values()), *student.vectors.values()]
+    learners = student.learners()
     task = Task(
-        [(list[Tensor](codes), settings.end_rate), (others, settings.end_scale_rate)],
+        [
+            (list[Tensor](learners["rate"]), settings.end_rate),
+            (list[Tensor](learners["scale_rate"]), settings.end_scale_rate),
+        ],
         len(tokens.train),
         lambda batch: loss(tokens.train[batch]),
         held_out,

@@ -72,15 +72,22 @@ class Student:
         model = load(directory, str(compute.device), torch.float32, trust_remote_code, make_linear=learnable)
         self.model = model.requires_grad_(False)
         self._files = files = self.checkpoint.model_files
-        named = {name: tensor for name, tensor in self.model.named_parameters() if files.is_renamed(name)}
+        named: dict[str, nn.Parameter] = {n: p for n, p in self.model.named_parameters() if files.is_renamed(n)}
         self.vectors = {name: tensor for name, tensor in named.items() if tensor.ndim == 1}
         """Norms and biases."""
         self.matrices = {name: tensor for name, tensor in named.items() if tensor.ndim > 1 and learning.outside}
         """All other weights outside of the packed linears, if they learn."""
         self._stored = {name: files.dtype(name) for name in (*self.vectors, *self.matrices)}
 
+    def learners(self) -> dict[str, list[nn.Parameter]]:
+        """Return what learns, by the name of its learning rate."""
+        latents: Any = self.latents.values()
+        codes = [latent.V for latent in latents if isinstance(latent.V, nn.Parameter)]
+        scales = [*(latent.factor for latent in latents), *self.vectors.values()]
+        return {"rate": codes, "scale_rate": scales, "outside_rate": list(self.matrices.values())}
+
     @property
-    def others(self) -> dict[str, Tensor]:
+    def others(self) -> dict[str, nn.Parameter]:
         """Return all that learns outside of the packed linears."""
         return self.vectors | self.matrices
 

@@ -142,6 +142,23 @@ def test_inputs_are_rounded_while_training_and_the_checkpoint_says_so(packed, te
     assert {scheme.rounded_inputs for scheme in Checkpoint(again).schemes.values()} == {True}
 
 
+def test_adapters_are_trained_kept_and_merged_into_a_packed_checkpoint(packed, text, tmp_path):
+    out = train(packed, text, tmp_path / "out", lora=4, lora_rate=0.02, calibration_samples=20, steps=16)
+    said = report_of(out)["trained"]
+    before, after = said["held_out"]
+    assert after < before
+    assert said["merged"] < before
+    scheme = Checkpoint(out).schemes
+    assert scheme == Checkpoint(packed).schemes
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        adapted = llmq.get_peft_model(llmq.load(packed, "cpu"), out / "adapter")(ids).logits
+        plain, merged = (llmq.load(each, "cpu")(ids).logits for each in (packed, out))
+    assert float((merged - adapted).norm()) < float((plain - adapted).norm())
+    train(packed, text, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
 def test_patience_ends_a_training_that_gets_no_better(packed, text, tmp_path):
     out = train(packed, text, tmp_path / "out", scale_rate=50.0, patience=1, steps=40, checks=40)
     assert report_of(out)["trained"]["steps"] < 10
