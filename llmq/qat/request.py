@@ -62,6 +62,8 @@ def open_request(config: TrainConfig, device: torch.device) -> TrainRequest:
     """Open the model and the data. Raises RequestError if the request cannot be met."""
     if not config.dry_run and os.environ.get("RANK", "0") == "0":
         check_output(config.output, config.overwrite, config.resume)
+    if config.lora and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise RequestError("lora merges its adapters in one process; start it without a launcher")
     path, trust = locate(config.source, config.trust_remote_code), config.trust_remote_code
     packed = path if is_packed(path) else None
     if path.resolve() == config.output.resolve():

@@ -22,7 +22,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.writer import Writer
 from llmq.core.config import QuantizeConfig
 from llmq.core.device import full_float32, pick_device
-from llmq.core.distributed import local_rank
+from llmq.core.distributed import joined_ranks, local_rank
 from llmq.core.errors import WorkError
 from llmq.core.memory import PeakMemory, release_memory
 from llmq.core.train_config import TrainConfig
@@ -91,7 +91,7 @@ def _quantized(request: TrainRequest, progress: bool) -> Path:
     """Quantize the original model into the workroom, unless that was done before the training was interrupted."""
     config = request.config
     start = unfinished_work(config.output) / "start"
-    return quantize(
+    quantize(
         QuantizeConfig(
             config.source,
             start,
@@ -109,6 +109,9 @@ def _quantized(request: TrainRequest, progress: bool) -> Path:
         ),
         progress,
     )
+    with joined_ranks(request.compute.device) as ranks:
+        ranks.meet()  # the first process publishes the checkpoint after the others have done their work
+    return start
 
 
 def _student(request: TrainRequest, start: Path) -> tuple[Student | AdapterStudent, Any]:
