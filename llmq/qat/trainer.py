@@ -35,7 +35,9 @@ class Outcome:
     history: list[dict[str, int | float]]  # of each check: step and loss
 
 
-class _Sequences(Dataset[Example]):
+class Sequences(Dataset[Example]):
+    """Examples as torch's DataLoader wants them."""
+
     def __init__(self, examples: list[Example]) -> None:
         self._examples = examples
 
@@ -108,8 +110,8 @@ def train_student(
         Learner(student.model, learning, original, config.loss),
         _arguments(student.compute, config, directory),
         collated,
-        _Sequences(data.train),
-        _Sequences(data.held_out),
+        Sequences(data.train),
+        Sequences(data.held_out),
         optimizers=(optimizer, falling),
     )
     trainer.student = student
