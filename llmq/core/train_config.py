@@ -93,7 +93,7 @@ class TrainConfig:
     resume: bool = False
     """Continue an interrupted training with the same settings. The result is the same as without the interruption."""
     dry_run: bool = False
-    """Only print what learns, the memory, and the time of the training, for which one sequence is tried."""
+    """Only print what learns, and the memory, the disk and the time that it takes. Writes nothing."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model. Use it only for models whose author you trust."""
     revision: str | None = None

@@ -51,6 +51,12 @@ class AdapterStudent:
         """Return a copy of the adapters by their names in the model."""
         return {n: t.detach().to("cpu", copy=True) for n, t in self.model.named_parameters() if t.requires_grad}
 
+    @torch.no_grad()
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        """Set the adapters to what `tensors` returned."""
+        for name, tensor in tensors.items():
+            self.model.get_parameter(name).copy_(tensor)
+
     def delta(self, name: str) -> Tensor | None:
         """Return what the adapter adds to the weight of this linear [out, in]; None if it has none."""
         linear = self.model.base_model.model.get_submodule(name)

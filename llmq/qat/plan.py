@@ -1,14 +1,13 @@
 """What `llmq.train --dry-run` says: what learns, and the memory and time that it takes."""
 
-import time
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 from llmq.core.memory import free_memory, resident_now
 from llmq.plan.render import gb
 from llmq.qat.request import TrainRequest
+from llmq.qat.timing import seconds
 
 # For each weight: V, its gradient, two moments of Adam (float32); one byte where codes stay.
 _CODES, _BYTE = 16, 1
@@ -39,7 +38,8 @@ def lines(request: TrainRequest) -> Iterator[str]:
     told = ", ".join(f"{name} {gb(size)}" for name, size in parts.items() if size)
     free = free_memory(request.compute.device)
     yield f"memory    about {gb(sum(parts.values()))} ({told}); {gb(free)} are free"
-    yield f"time      about {seconds(request) / 60:.0f} minutes, by the speed of one matrix product"
+    yield f"disk      about {gb(_disk(request))} in {config.output}; the result alone stays"
+    yield f"time      about {seconds(request) / 60:.0f} minutes, by timing the parts of a step with random weights"
 
 
 def counts(request: TrainRequest) -> tuple[int, int]:
@@ -69,36 +69,11 @@ def memory(request: TrainRequest) -> dict[str, int]:
     }
 
 
-def seconds(request: TrainRequest) -> float:
-    """Return how long the training takes, from the time of one matrix product."""
-    config, data = request.config, request.data
-    width = request.skeleton.config.get_text_config().hidden_size
-    tokens = min(2048, config.micro_batch * max(len(example.ids) for example in data.train))
-    x, W = (
-        torch.randn(n, width, device=request.compute.device, dtype=request.compute.precision)
-        for n in (tokens, 4 * width)
-    )
-    rate = 2 * tokens * 4 * width * width / _timed(lambda: x @ W.T, x.device)
-    packed, _ = counts(request)
-    head = request.skeleton.config.get_text_config().vocab_size * width
-    passes = 3 + config.checkpointing + config.needs_original  # forward, and twice as much backward
-    each = sum(len(example.ids) for example in data.train) / len(data.train)
-    measured = sum(len(example.ids) for example in data.held_out) * (config.checks + 1) * (1 + config.needs_original)
-    work = 2 * (packed + head) * (config.steps * config.batch * each * passes + measured)
-    return work / rate
-
-
-def _timed(work: object, device: torch.device) -> float:
-    """Return the seconds that one of many calls takes."""
-    assert callable(work)
-    work()
-    begin, calls = time.perf_counter(), 0
-    while time.perf_counter() - begin < 0.3:
-        work()
-        calls += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    return (time.perf_counter() - begin) / calls
+def _disk(request: TrainRequest) -> int:
+    """Return the bytes of the checkpoints of a training: two of them, with two moments of Adam for each parameter."""
+    packed, outside = counts(request)
+    learning = packed // 64 + packed * (request.config.learn != "scales") + outside * (request.config.learn == "all")
+    return 2 * 12 * learning + packed + 2 * outside
 
 
 def _packed(request: TrainRequest) -> list[nn.Linear]:

@@ -9,8 +9,8 @@ from llmq.core.command_line import command_line
 from llmq.core.config import VERSION
 from llmq.core.memory import gpu_peak
 from llmq.qat.layers import start_report
+from llmq.qat.outcome import Outcome
 from llmq.qat.request import TrainRequest
-from llmq.qat.trainer import Outcome
 from llmq.run.report import versions
 from llmq.verification.stated_share import SHARE
 

@@ -13,7 +13,7 @@ from llmq.calibration.block_runner import Compute
 from llmq.calibration.texts import check_context
 from llmq.checkpoint.output_dir import REPORT, check_output, holds_checkpoint, unfinished_work
 from llmq.checkpoint.reader import Checkpoint, is_packed
-from llmq.core.config import VERSION
+from llmq.core.config import VERSION, QuantizeConfig
 from llmq.core.device import multiplies_bfloat16
 from llmq.core.errors import RequestError
 from llmq.core.train_config import WORST, TrainConfig
@@ -29,6 +29,7 @@ from llmq.runtime.load import open_tokenizer
 from llmq.runtime.model_config import model_config
 
 FINGERPRINT = "fingerprint"  # key of the report
+START = "start"  # the directory of the quantized start, in the workroom
 SETTINGS = "training.json"  # the fingerprint of an unfinished training, in the workroom
 _WITHOUT_EFFECT = {"model", "revision", "original", "output", "device", "overwrite", "resume", "dry_run"}
 
@@ -69,6 +70,7 @@ def open_request(config: TrainConfig, device: torch.device) -> TrainRequest:
     if path.resolve() == config.output.resolve():
         raise RequestError("the output directory is the model's own; choose another")
     if packed is None:
+        start_request(config)
         source = ModelSource(config.source, trust)
         original, tokenizer, skeleton, files = config.source, source.tokenizer, source.skeleton, source.files.paths
         blocks = [(name, skeleton.get_submodule(name)) for name in source.block_names]
@@ -97,6 +99,24 @@ def open_request(config: TrainConfig, device: torch.device) -> TrainRequest:
     if packed is not None or WORST.fullmatch(config.train_layers) is None:
         chosen_layers(config.train_layers, request.sizes, {} if packed is None else start_report(packed))
     return request
+
+
+def start_request(config: TrainConfig) -> QuantizeConfig:
+    """Return the request that quantizes an original model before its training. Raises RequestError if it is wrong."""
+    return QuantizeConfig(
+        config.source,
+        unfinished_work(config.output) / START,
+        method=config.start,
+        bits=config.bits,
+        group_size=config.group_size,
+        format=config.format,
+        calibration=config.calibration or config.data[0],
+        samples=config.calibration_samples,
+        sequence_length=config.sequence_length,
+        seed=config.seed,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def _opened(config: TrainConfig, packed: Path) -> tuple[Any, list[Path], list[str]]:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,9 @@ from llmq.checkpoint.model_files import Companions, companions_in
 from llmq.checkpoint.output_dir import unfinished_work, write_json
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.writer import Writer
-from llmq.core.config import QuantizeConfig
 from llmq.core.device import full_float32, pick_device
 from llmq.core.distributed import joined_ranks, local_rank
-from llmq.core.errors import WorkError
+from llmq.core.errors import RequestError, WorkError
 from llmq.core.memory import PeakMemory, release_memory
 from llmq.core.train_config import TrainConfig
 from llmq.formats.compressed_tensors import with_rounded_inputs
@@ -31,10 +31,11 @@ from llmq.models.model_source import ModelSource
 from llmq.pipeline import quantize
 from llmq.qat.adapters import AdapterStudent, merging, with_adapter, write_dense
 from llmq.qat.layers import chosen_layers, start_report
+from llmq.qat.outcome import Outcome
 from llmq.qat.plan import lines
 from llmq.qat.report import shown, trained
-from llmq.qat.request import FINGERPRINT, SETTINGS, TrainRequest, open_request
-from llmq.qat.trainer import Outcome, held_out_loss, train_student
+from llmq.qat.request import FINGERPRINT, SETTINGS, START, TrainRequest, open_request, start_request
+from llmq.qat.trainer import held_out_loss, train_student
 from llmq.run.student import Learning, Student
 from llmq.runtime.load import load
 from llmq.runtime.rounded_inputs import round_inputs
@@ -64,51 +65,50 @@ def train(config: TrainConfig, progress: bool = False) -> Path:
 
 
 def _work(request: TrainRequest, progress: bool) -> None:
-    config, began, memory = request.config, time.monotonic(), PeakMemory()
+    config = request.config
     writer = Writer(config.output, config.overwrite, config.resume) if request.is_first else None
     with writer or nullcontext():
+        if writer is not None and writer.is_checked:  # an earlier process did all but move the checkpoint to its place
+            writer.publish()
+            return
         if writer is not None:
             write_json(writer.work / SETTINGS, request.fingerprint)
             writer.resumable = True  # what was quantized and trained need not be done again
-        start = request.packed or _quantized(request, progress)
-        student, original = _student(request, start)
-        outcome = _trained(request, student, original, progress)
-        if writer is None:
-            return
-        result, companions, merged = start, companions_in(start), None
-        if isinstance(student, AdapterStudent):
-            result, merged = _merged(request, student, original, progress)
-            companions = with_adapter(companions, student)
-        seconds = time.monotonic() - began
-        report = trained(request, outcome, start, seconds, memory.largest) | {FINGERPRINT: request.fingerprint}
-        report["trained"]["merged"] = merged
-        _write(writer, result, companions, {} if config.lora else outcome.changed, report, config)
-        if progress:
-            print(shown(report, config.output), file=sys.stderr)
+        try:
+            _train_into(request, writer, progress)
+        except RequestError:
+            if writer is not None:
+                writer.resumable = config.resume
+            raise
+
+
+def _train_into(request: TrainRequest, writer: Writer | None, progress: bool) -> None:
+    """Train, and write the result into the directory of a writer, in the process that has one."""
+    config, began, memory = request.config, time.monotonic(), PeakMemory()
+    if progress and request.data.left_out:
+        print(f"note: {request.data.left_out}", file=sys.stderr)
+    start = request.packed or _quantized(request, progress)
+    student, original = _student(request, start)
+    outcome = _trained(request, student, original, progress)
+    if writer is None:
+        return
+    result, companions, merged = start, companions_in(start), None
+    if isinstance(student, AdapterStudent) and outcome.changed:
+        student.take(outcome.changed)
+        result, merged = _merged(request, student, original, progress)
+        companions = with_adapter(companions, student)
+    seconds = time.monotonic() - began
+    report = trained(request, outcome, start, seconds, memory.largest) | {FINGERPRINT: request.fingerprint}
+    report["trained"]["merged"] = merged
+    _write(writer, result, companions, {} if config.lora else outcome.changed, report, config)
+    if progress:
+        print(shown(report, config.output), file=sys.stderr)
 
 
 def _quantized(request: TrainRequest, progress: bool) -> Path:
     """Quantize the original model into the workroom, unless that was done before the training was interrupted."""
-    config = request.config
-    start = unfinished_work(config.output) / "start"
-    quantize(
-        QuantizeConfig(
-            config.source,
-            start,
-            method=config.start,
-            bits=config.bits,
-            group_size=config.group_size,
-            format=config.format,
-            calibration=config.calibration or config.data[0],
-            samples=config.calibration_samples,
-            sequence_length=config.sequence_length,
-            seed=config.seed,
-            device=config.device,
-            resume=start.is_dir(),
-            trust_remote_code=config.trust_remote_code,
-        ),
-        progress,
-    )
+    start = unfinished_work(request.config.output) / START
+    quantize(replace(start_request(request.config), resume=start.is_dir()), progress)
     with joined_ranks(request.compute.device) as ranks:
         ranks.meet()  # the first process publishes the checkpoint after the others have done their work
     return start
@@ -135,9 +135,15 @@ def _student(request: TrainRequest, start: Path) -> tuple[Student | AdapterStude
 
 
 def _trained(request: TrainRequest, student: Student | AdapterStudent, original: Any, progress: bool) -> Outcome:
-    directory = unfinished_work(request.config.output) / "training"
-    with _in_memory():
-        return train_student(student, original, request.data, request.config, directory, progress)
+    """Return what the training brings, or brought before the request was interrupted."""
+    work = unfinished_work(request.config.output)
+    outcome = Outcome.load(work)
+    if outcome is None:
+        with _in_memory():
+            outcome = train_student(student, original, request.data, request.config, work / "training", progress)
+        if request.is_first:
+            outcome.save(work)
+    return outcome
 
 
 @contextmanager

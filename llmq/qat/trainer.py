@@ -2,12 +2,11 @@
 
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -19,20 +18,10 @@ from llmq.core.train_config import TrainConfig
 from llmq.qat.adapters import AdapterStudent
 from llmq.qat.data import Data, collated
 from llmq.qat.losses import Learner
+from llmq.qat.outcome import Outcome
 from llmq.run.student import Student
 
 _STATE = "trainer_state.json"  # what Trainer writes last into a checkpoint of its own
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a training brought. `changed`: the tensors of the best state; none if the start is the best."""
-
-    changed: dict[str, Tensor]
-    before: float  # loss on held-out sequences
-    after: float
-    steps: int
-    history: list[dict[str, int | float]]  # of each check: step and loss
 
 
 class Sequences(Dataset[Example]):
@@ -122,7 +111,7 @@ def train_student(
     if config.patience:
         trainer.add_callback(EarlyStoppingCallback(config.patience))
     with torch.enable_grad():
-        trainer.train(resume_from_checkpoint=_last_state(directory))
+        trainer.train(resume_from_checkpoint=_last_state(directory, progress))
     state = trainer.state
     history = [{"step": each["step"], "loss": each["eval_loss"]} for each in state.log_history if "eval_loss" in each]
     best = state.best_metric
@@ -171,6 +160,7 @@ def _arguments(compute: Compute, config: TrainConfig, directory: Path) -> Traini
         save_strategy="steps",
         save_steps=every,
         save_total_limit=1,
+        restore_callback_states_from_checkpoint=config.patience > 0,  # how long nothing was better
         load_best_model_at_end=True,
         metric_for_best_model="loss",
         greater_is_better=False,
@@ -188,11 +178,12 @@ def _arguments(compute: Compute, config: TrainConfig, directory: Path) -> Traini
     )
 
 
-def _last_state(directory: Path) -> str | None:
-    """Return the last checkpoint of a training that is whole; None if there is none."""
+def _last_state(directory: Path, tell: bool) -> str | None:
+    """Return the last checkpoint of a training that is whole, and tell of it; None if there is none."""
     whole = [path.parent for path in directory.glob(f"checkpoint-*/{_STATE}")]
     if not whole:
         return None
     last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
-    print(f"the training goes on after step {last.name.rpartition('-')[2]}", file=sys.stderr)
+    if tell:
+        print(f"the training goes on after step {last.name.rpartition('-')[2]}", file=sys.stderr)
     return str(last)

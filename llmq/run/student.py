@@ -65,7 +65,7 @@ class Student:
                 return linear
             hint = None
             if original is not None and codes:
-                hint = original.get_submodule(name).weight.detach().cpu()
+                hint = original.get_submodule(name).weight.detach().to(weight.q.device)
             self.latents[name] = Latent(weight, hint, codes)
             return LearnableLinear(self.latents[name], bias, rounds)
 

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import llmq
 from llmq.checkpoint.output_dir import PROGRESS, REPORT, UNFINISHED
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import RequestError
+from llmq.qat.outcome import Outcome
 from llmq.qat.trainer import _Trainer
 from llmq.verification.check import check
 
@@ -37,6 +39,21 @@ def moved(before, after):
     old, new = (load_file(path / "model.safetensors") for path in (before, after))
     assert old.keys() == new.keys()
     return {name.rpartition(".")[2] for name in old if not torch.equal(old[name], new[name])}
+
+
+def stopped(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def stopped_at_config(replace):
+    """A move of files that is stopped when it comes to config.json."""
+
+    def moved(source, target):
+        if str(target).endswith("part/config.json"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    return moved
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +176,38 @@ def test_adapters_are_trained_kept_and_merged_into_a_packed_checkpoint(packed, t
     assert not (tmp_path / "out" / "adapter").exists()
 
 
+def test_adapters_that_help_nothing_leave_the_start_as_it_is(packed, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmq.qat.road.train_student", lambda *_: Outcome({}, 1.0, 1.0, 2, []))
+    out = train(packed, text, tmp_path / "out", lora=4)
+    assert moved(packed, out) == set()
+    assert report_of(out)["trained"]["merged"] is None
+    assert not (out / "adapter").exists()
+
+
+def test_a_process_that_is_killed_after_its_training_does_not_train_again(packed, text, tmp_path, monkeypatch):
+    whole = train(packed, text, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("llmq.qat.road._write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(packed, text, tmp_path / "part")
+    assert not (tmp_path / "part" / "config.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("llmq.qat.road.train_student", stopped)
+        part = train(packed, text, tmp_path / "part", resume=True)
+    assert (part / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_process_that_is_killed_while_it_publishes_is_continued(packed, text, tmp_path, monkeypatch):
+    whole = train(packed, text, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("llmq.checkpoint.writer.os.replace", stopped_at_config(os.replace))
+        with pytest.raises(KeyboardInterrupt):
+            train(packed, text, tmp_path / "part")
+    part = train(packed, text, tmp_path / "part", resume=True)
+    assert (part / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert report_of(part)["trained"]["held_out"] == report_of(whole)["trained"]["held_out"]
+
+
 def test_patience_ends_a_training_that_gets_no_better(packed, text, tmp_path):
     out = train(packed, text, tmp_path / "out", scale_rate=50.0, patience=1, steps=40, checks=40)
     assert report_of(out)["trained"]["steps"] < 10
@@ -168,6 +217,21 @@ def test_checkpointing_gives_the_same_result(packed, text, tmp_path):
     plain, kept = (train(packed, text, tmp_path / str(on), checkpointing=on) for on in (False, True))
     losses = [report_of(each)["trained"]["held_out"][1] for each in (plain, kept)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bits": 7}, "bits must be one of"),
+        ({"bits": 3, "format": "awq"}, "awq"),
+        ({"original": "other"}, "is for packed checkpoints"),
+        ({"activations": 8, "format": "gptq"}, "cannot say that inputs are rounded"),
+    ],
+)
+def test_a_wrong_request_for_an_original_model_is_refused_and_leaves_nothing(options, words, llama, text, tmp_path):
+    with pytest.raises(RequestError, match=words):
+        train(llama, text, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
