@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import llmq
 from llmq.calibration.answers import examples
@@ -62,6 +62,8 @@ class FinetuneConfig:
     """Learning rate in float, and of what is not packed."""
     flags: str = "--learn all --rate 0.001 --scale-rate 0.001"
     """How llmq.train learns."""
+    sequence_length: int = 512
+    """The most tokens of a question with its answer."""
     questions: int = 2000
     """Questions to train on, at most."""
     keep: Path | None = None
@@ -81,7 +83,8 @@ def compare(config: FinetuneConfig) -> None:
 
 def rows(config: FinetuneConfig, room: Path, train: Path, test: Path) -> Iterator[tuple[str, float, float]]:
     """Yield the title, the loss and the seconds of each model."""
-    settings = TrainConfig(config.model, room, (str(train),), steps=config.steps, batch=config.batch, micro_batch=8)
+    shape = {"batch": config.batch, "micro_batch": config.batch, "sequence_length": config.sequence_length}
+    settings = TrainConfig(config.model, room, (str(train),), steps=config.steps, **shape)
     compute = Compute(CPU, torch.float32, torch.bfloat16 if multiplies_bfloat16(CPU) else torch.float32)
     source = ModelSource(config.model)
     held_out = Data([], examples(test, source.tokenizer, settings.sequence_length)[0], [])
@@ -93,12 +96,14 @@ def rows(config: FinetuneConfig, room: Path, train: Path, test: Path) -> Iterato
     model, seconds = fine_tuned(config, settings, compute, room / "float")
     yield "fine-tuned", loss(model), seconds
     del model
-    common = ["--group-size", str(config.group_size), "--calibration", str(train), "--sequence-length", "512"]
+    common = ["--group-size", str(config.group_size), "--calibration", str(train)]
+    common += ["--sequence-length", str(config.sequence_length)]
     for bits in config.bits:
         own = [*common, "--bits", str(bits)]
         seconds = _run("quantize", room / "float", room / f"gptq-{bits}", [*own, "--samples", "64"])
         yield f"fine-tuned, then gptq at {bits} bit", loss(llmq.load(room / f"gptq-{bits}", "cpu")), seconds
-        own += ["--data", str(train), "--steps", str(config.steps), "--batch", str(config.batch), "--micro-batch", "8"]
+        own += ["--data", str(train), "--steps", str(config.steps)]
+        own += ["--batch", str(config.batch), "--micro-batch", str(config.batch)]
         own += ["--outside-rate", str(config.rate), *config.flags.split()]
         seconds = _run("train", config.model, room / f"qat-{bits}", own)
         yield f"QAT at {bits} bit", loss(llmq.load(room / f"qat-{bits}", "cpu")), seconds
@@ -107,7 +112,7 @@ def rows(config: FinetuneConfig, room: Path, train: Path, test: Path) -> Iterato
 def fine_tuned(config: FinetuneConfig, settings: TrainConfig, compute: Compute, output: Path) -> tuple[Any, float]:
     """Return the model fine-tuned in float, with the loop and the optimizer of llmq.train, and the seconds."""
     source = ModelSource(config.model)
-    model: Any = source.load_all(CPU, torch.float32)
+    model: Any = source.load_all(CPU, torch.float32).requires_grad_(True)
     learning = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(learning.values(), config.rate, (0.9, 0.95), weight_decay=0.0)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / config.steps))
@@ -118,6 +123,7 @@ def fine_tuned(config: FinetuneConfig, settings: TrainConfig, compute: Compute, 
         max_grad_norm=0.0,
         save_strategy="no",
         report_to="none",
+        disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         use_cpu=True,
@@ -126,7 +132,9 @@ def fine_tuned(config: FinetuneConfig, settings: TrainConfig, compute: Compute, 
     found = examples(Path(settings.data[0]), source.tokenizer, settings.sequence_length)[0]
     learner = Learner(model, learning, None, "text")
     trainer = Trainer(learner, arguments, collated, Sequences(found), optimizers=(optimizer, falling))
-    seconds = trainer.train().metrics["train_runtime"]
+    trainer.remove_callback(PrinterCallback)  # stdout holds the table
+    with torch.enable_grad():
+        seconds = trainer.train().metrics["train_runtime"]
     model.save_pretrained(output)
     source.tokenizer.save_pretrained(output)
     return model, seconds
