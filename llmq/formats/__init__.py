@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.formats import auto_round, awq, compressed_tensors, gptq, mlx
+from llmq.formats import auto_round, awq, compressed_tensors, gptq, int_quantized, mlx
 from llmq.formats.scheme import Scheme, Schemes
 
 
@@ -37,6 +37,11 @@ FORMATS: dict[str, Format] = {
 }
 """The formats of directories that llmq writes and reads. A .gguf file is another kind of thing; see gguf.py."""
 
+CONVERTED = FORMATS | {int_quantized.METHOD: int_quantized}
+"""The formats that llmq.convert writes."""
+ROUNDING = (compressed_tensors.METHOD, int_quantized.METHOD)
+"""Those that can say that inputs are rounded to 8 bits."""
+
 
 def method_of(config: Mapping[str, Any]) -> Any:
     """Return the method that a quantization_config names. MLX's is the one that names none."""
@@ -51,6 +56,8 @@ def format_of(config: Mapping[str, Any]) -> Format:
     method = method_of(config)
     if method == auto_round.METHOD:
         return FORMATS[auto_round.packed_as(config)]
+    if method == compressed_tensors.METHOD and config.get("format") == int_quantized.METHOD:
+        return int_quantized
     if not isinstance(method, str) or method not in FORMATS:
         known = ", ".join([*FORMATS, auto_round.METHOD])
         raise CheckpointError(f"quantization method {str(method)[:80]!r} is not one of {known}")

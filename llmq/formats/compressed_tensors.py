@@ -22,7 +22,7 @@ from llmq.formats.name_patterns import Patterns, pattern_of_experts, without_exp
 from llmq.formats.packing import pack_stream, packed_length, unpack_stream
 from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, expect_words, part_of, tables
 
-METHOD = "compressed-tensors"
+METHOD, PACKED = "compressed-tensors", "pack-quantized"
 _TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
 """Inputs in 8 bits, with a scale for each token. vLLM reads this beside packed weights (CompressedTensorsWNA8Int)."""
 TENSOR_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
@@ -83,7 +83,7 @@ def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
     groups = {
         f"group_{i}": {
             "targets": ["Linear"] if len(layers) == 1 else _targets(names, schemes),
-            "format": "pack-quantized",
+            "format": PACKED,
             "weights": _weights(scheme),
             "input_activations": dict(_TOKENS) if scheme.rounded_inputs else None,
             "output_activations": None,
@@ -93,7 +93,7 @@ def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
     return {
         "quant_method": METHOD,
         "version": "0.20.0",
-        "format": "pack-quantized",
+        "format": PACKED,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
@@ -108,15 +108,17 @@ def with_rounded_inputs(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "config_groups": groups}
 
 
-def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+def schemes_of(config: Mapping[str, Any], names: Iterable[str], form: str = PACKED) -> dict[str, Scheme]:
     """Return the scheme of each packed linear. A target is a full name, a pattern (re:...) or "Linear".
+
+    `form`: how the weights must be stored.
 
     Raises CheckpointError for what llmq does not read: other formats, quantized activations, packed layers that no
     group names.
     """
     targets: dict[str, Scheme] = {}
     for group in tables("config_groups", config.get("config_groups")).values():
-        scheme = _scheme(group, config.get("format"))
+        scheme = _scheme(group, config.get("format"), form)
         for target in _strings("targets", group.get("targets")):
             if targets.setdefault(target, scheme) != scheme:
                 raise CheckpointError(f"two groups of different schemes both name {target[:80]!r}")
@@ -155,12 +157,15 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
     return weights | {"strategy": "group", "group_size": scheme.group_size}
 
 
-def _scheme(group: dict[str, Any], overall: Any) -> Scheme:
+def _scheme(group: dict[str, Any], overall: Any, wanted: str) -> Scheme:
     """Return the scheme of a config group. Raises CheckpointError for one that llmq does not read."""
     form = entry(group, "format", default=overall)
     weights = tables("a group", {"weights": group.get("weights")})["weights"]
-    if form != "pack-quantized":
-        raise CheckpointError(f"of compressed-tensors only pack-quantized weights are read; found format {form!r}")
+    if form != wanted:
+        raise CheckpointError(
+            f"of compressed-tensors only {PACKED} and int-quantized are read, one of them in a file; "
+            f"found format {form!r}"
+        )
     strategy, size = weights.get("strategy"), entry(weights, "group_size", default=-1)
     fits = weights.get("type") == "int" and not weights.get("dynamic") and strategy in ("group", "channel", None)
     fits = fits and (strategy is None or (strategy == "channel") == (size == -1))

@@ -17,7 +17,7 @@ from llmq.core.config import VERSION, QuantizeConfig
 from llmq.core.device import multiplies_bfloat16
 from llmq.core.errors import RequestError
 from llmq.core.train_config import WORST, TrainConfig
-from llmq.formats import FORMATS, compressed_tensors
+from llmq.formats import CONVERTED, ROUNDING
 from llmq.models.locate import gguf_in, locate
 from llmq.models.model_source import ModelSource, build_skeleton
 from llmq.models.untrusted_files import read_json
@@ -75,7 +75,7 @@ def open_request(config: TrainConfig, device: torch.device) -> TrainRequest:
         original, tokenizer, skeleton, files = config.source, source.tokenizer, source.skeleton, source.files.paths
         blocks = [(name, skeleton.get_submodule(name)) for name in source.block_names]
         names = [f"{b}.{name}" for b, block in blocks for name, m in block.named_modules() if isinstance(m, nn.Linear)]
-        if config.activations == 8 and config.format not in ("auto", compressed_tensors.METHOD):
+        if config.activations == 8 and config.format not in ("auto", *ROUNDING):
             raise RequestError(f"{config.format} {_ACTIVATIONS}")
         if config.original:
             raise RequestError("original is for packed checkpoints, and this model is an original; leave it out")
@@ -130,9 +130,9 @@ def _opened(config: TrainConfig, packed: Path) -> tuple[Any, list[Path], list[st
     given = [name for name in ignored if getattr(config, name) != getattr(TrainConfig, name)]
     if given:
         raise RequestError(f"{given[0].replace('_', ' ')} is for original models; a packed checkpoint has its own")
-    if checkpoint.format not in FORMATS.values():
+    if checkpoint.format not in CONVERTED.values():
         raise RequestError(f"checkpoints of {checkpoint.format.METHOD} cannot be written; use llmq.convert before")
-    if config.activations == 8 and checkpoint.format.METHOD != compressed_tensors.METHOD:
+    if config.activations == 8 and checkpoint.format.METHOD not in ROUNDING:
         raise RequestError(f"{checkpoint.format.METHOD} {_ACTIVATIONS}")
     if any(scheme.act_order for scheme in checkpoint.schemes.values()):
         raise RequestError("groups that are spread over the row (desc_act) cannot be trained; quantize without them")

@@ -20,7 +20,7 @@ from llmq.checkpoint.writer import Writer
 from llmq.core.config import VERSION
 from llmq.core.errors import RequestError
 from llmq.core.settings import one_of
-from llmq.formats import FORMATS, gguf, gptq, method_of
+from llmq.formats import CONVERTED, ROUNDING, gguf, gptq, method_of
 from llmq.formats.scheme import Scheme
 from llmq.models.gguf_converter import FLOATS
 from llmq.models.locate import gguf_in
@@ -42,19 +42,25 @@ class ConvertConfig:
     output: Path
     """Directory for the result. Must be new or empty unless --overwrite is given."""
     format: str
-    """compressed-tensors, gptq, awq (4 bit), mlx (symmetric, groups of 32, 64, 128) or gguf (llama.cpp; symmetric 2,
-    4 and 8 bit; asymmetric 4 bit where scale * zero is a float16 number)."""
+    """compressed-tensors, int-quantized (symmetric 4 and 8 bit beside 8-bit inputs), gptq, awq (4 bit), mlx (symmetric,
+    groups of 32, 64, 128) or gguf (llama.cpp; symmetric 2, 4 and 8 bit; asymmetric 4 bit where scale * zero is a
+    float16 number)."""
     gguf_floats: str = "auto"
     """How embeddings and other tensors that are not packed are stored in a .gguf file: auto (as they are), f32, f16,
     bf16 or q8_0 (8 bit, rounded to nearest)."""
+    activations: int = 16
+    """8: say that what enters the layers is rounded to 8 bits, token by token, so that engines run W8A8 or W4A8. For
+    compressed-tensors and int-quantized. llmq.eval --activations 8 shows what it costs. 16: as the checkpoint says."""
     overwrite: bool = False
     """Replace a checkpoint that is already in the output directory."""
     trust_remote_code: bool = False
     """Run modelling code that ships with the checkpoint. Only for sources you trust."""
 
     def __post_init__(self) -> None:
-        one_of("format", self.format, (*FORMATS, gguf.METHOD))
+        one_of("format", self.format, (*CONVERTED, gguf.METHOD))
         one_of("gguf floats", self.gguf_floats, FLOATS)
+        if self.activations not in (8, 16):
+            raise RequestError(f"activations must be 8 or 16 bits; got {self.activations}")
         if self.output.suffix == ".gguf":
             raise RequestError(f"output {self.output} must be a directory; the file in it is named after the model")
 
@@ -74,11 +80,13 @@ def convert(config: ConvertConfig, progress: bool = False, tell: Callable[[str],
     checkpoint = Checkpoint(config.directory)
     before = str(checkpoint.quantization.get("checkpoint_format") or method_of(checkpoint.quantization))
     schemes = _schemes(checkpoint)
-    if config.format != "compressed-tensors" and any(scheme.rounded_inputs for scheme in schemes.values()):
-        raise RequestError(f"{config.format} cannot say that inputs are rounded to 8 bits; use compressed-tensors")
+    if config.activations == 8:
+        schemes = {name: replace(scheme, rounded_inputs=True) for name, scheme in schemes.items()}
+    if config.format not in ROUNDING and any(scheme.rounded_inputs for scheme in schemes.values()):
+        raise RequestError(f"{config.format} cannot say that inputs are rounded to 8 bits; use {' or '.join(ROUNDING)}")
     if config.format == gguf.METHOD:
         return _to_gguf(config, schemes, before, progress, tell)
-    target = FORMATS[config.format]
+    target = CONVERTED[config.format]
     model = build_skeleton(model_config(checkpoint, config.trust_remote_code), config.trust_remote_code)
     view = checkpoint.for_model(model)
     state = model.state_dict()
@@ -87,7 +95,7 @@ def convert(config: ConvertConfig, progress: bool = False, tell: Callable[[str],
     kept = sorted({stored for name in in_model for stored in view.model_files.stored_names(name)})
     schemes_in_model = {name: schemes[view.stored_linear(name)] for name in view.linears}
     symmetry = {name: scheme.symmetric for name, scheme in schemes_in_model.items()}
-    if config.format == "compressed-tensors" and (fault := unreadable(model, view.model_files, symmetry.get)):
+    if config.format in ROUNDING and (fault := unreadable(model, view.model_files, symmetry.get)):
         raise RequestError(fault)
     quantization = target.hf_config(*config_names(model, view.model_files, schemes_in_model, carried))
     if target is gptq and not all(scheme.symmetric for scheme in schemes.values()):
