@@ -35,7 +35,7 @@ from llmq.core.device import multiplies_bfloat16
 from llmq.core.errors import WorkError
 from llmq.core.train_config import TrainConfig
 from llmq.models.model_source import ModelSource
-from llmq.qat.data import Data, collated
+from llmq.qat.data import Data, collated, data_of
 from llmq.qat.losses import Learner
 from llmq.qat.trainer import Sequences, held_out_loss
 
@@ -59,8 +59,8 @@ class FinetuneConfig:
     batch: int = 8
     """Questions per step."""
     rate: float = 5e-5
-    """Learning rate in float, and of what is not packed."""
-    flags: str = "--learn all --rate 0.001 --scale-rate 0.001"
+    """Learning rate in float."""
+    flags: str = "--learn all --rate 0.001 --scale-rate 0.001 --outside-rate 5e-5"
     """How llmq.train learns."""
     sequence_length: int = 512
     """The most tokens of a question with its answer."""
@@ -83,8 +83,15 @@ def compare(config: FinetuneConfig) -> None:
 
 def rows(config: FinetuneConfig, room: Path, train: Path, test: Path) -> Iterator[tuple[str, float, float]]:
     """Yield the title, the loss and the seconds of each model."""
-    shape = {"batch": config.batch, "micro_batch": config.batch, "sequence_length": config.sequence_length}
-    settings = TrainConfig(config.model, room, (str(train),), steps=config.steps, **shape)
+    settings = TrainConfig(
+        config.model,
+        room,
+        (str(train),),
+        steps=config.steps,
+        batch=config.batch,
+        micro_batch=config.batch,
+        sequence_length=config.sequence_length,
+    )
     compute = Compute(CPU, torch.float32, torch.bfloat16 if multiplies_bfloat16(CPU) else torch.float32)
     source = ModelSource(config.model)
     held_out = Data([], examples(test, source.tokenizer, settings.sequence_length)[0], [])
@@ -104,13 +111,13 @@ def rows(config: FinetuneConfig, room: Path, train: Path, test: Path) -> Iterato
         yield f"fine-tuned, then gptq at {bits} bit", loss(llmq.load(room / f"gptq-{bits}", "cpu")), seconds
         own += ["--data", str(train), "--steps", str(config.steps)]
         own += ["--batch", str(config.batch), "--micro-batch", str(config.batch)]
-        own += ["--outside-rate", str(config.rate), *config.flags.split()]
+        own += config.flags.split()
         seconds = _run("train", config.model, room / f"qat-{bits}", own)
         yield f"QAT at {bits} bit", loss(llmq.load(room / f"qat-{bits}", "cpu")), seconds
 
 
 def fine_tuned(config: FinetuneConfig, settings: TrainConfig, compute: Compute, output: Path) -> tuple[Any, float]:
-    """Return the model fine-tuned in float, with the loop and the optimizer of llmq.train, and the seconds."""
+    """Return the model after its last step in float, with the optimizer of llmq.train, and the seconds."""
     source = ModelSource(config.model)
     model: Any = source.load_all(CPU, torch.float32).requires_grad_(True)
     learning = dict(model.named_parameters())
@@ -129,7 +136,7 @@ def fine_tuned(config: FinetuneConfig, settings: TrainConfig, compute: Compute, 
         use_cpu=True,
         bf16=compute.precision == torch.bfloat16,
     )
-    found = examples(Path(settings.data[0]), source.tokenizer, settings.sequence_length)[0]
+    found = data_of(settings, source.tokenizer, model).train
     learner = Learner(model, learning, None, "text")
     trainer = Trainer(learner, arguments, collated, Sequences(found), optimizers=(optimizer, falling))
     trainer.remove_callback(PrinterCallback)  # stdout holds the table

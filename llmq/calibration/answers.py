@@ -7,6 +7,7 @@ must write in use, and nothing that the user says.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from llmq.calibration.text_files import messages_of, rows_of
 from llmq.core.errors import RequestError, first_line
 
 IGNORED = -100  # a label that counts for nothing: what torch's cross entropy leaves out
+_LOOKED_AT = 1000  # rows, to learn what a file holds
 _SHOWN = 5  # rows that are told one by one
 
 
@@ -30,20 +32,27 @@ class Example:
 
 
 def is_conversations(path: Path) -> bool:
-    """Return whether the first row of a file is a conversation, not a text."""
-    first = next(rows_of(path), (0, {"text": ""}))[1]
-    return isinstance(first, dict) and "text" not in first
+    """Return whether one of the first rows of a file is a conversation, not a text."""
+    return any(isinstance(row, dict) and "text" not in row for _, row in islice(rows_of(path), _LOOKED_AT))
 
 
-def examples(path: Path, tokenizer: Any, longest: int) -> tuple[list[Example], list[str]]:
+def examples(path: Path, tokenizer: Any, longest: int, most: int | None = None) -> tuple[list[Example], list[str]]:
     """Return the conversations of a file that can be trained on, and what is wrong with the others, one line a row.
+
+    Args:
+        longest: tokens that one may have.
+        most: after so many the rest of the file is not read; None: it is read to its end.
 
     Raises RequestError if there are none, or if the model has no chat template.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise RequestError(f"{path} holds conversations, but the model has no chat template; give rows with a text")
+    if not tokenizer.is_fast:
+        raise RequestError(f"{type(tokenizer).__name__} does not say where its tokens lie, so answers cannot be found")
     found, faults = list[Example](), list[str]()
     for number, row in rows_of(path):
+        if len(found) == most:
+            break
         try:
             example = _example(row, tokenizer)
             if len(example.ids) > longest:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -237,6 +238,12 @@ class Writer:
         finally:
             self.resumable |= inner.resumable
         shutil.rmtree(room, ignore_errors=True)
+
+
+def by_module(files: Any, changed: Mapping[str, Tensor]) -> Generator[dict[str, Tensor]]:
+    """Yield all tensors of a checkpoint's files, module by module, changed ones in place of the old ones."""
+    for _, names in groupby(sorted(files.names()), key=lambda name: name.rpartition(".")[0]):
+        yield {name: changed[name] if name in changed else files.read(name) for name in names}
 
 
 def _comes_last(path: Path) -> bool:

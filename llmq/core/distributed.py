@@ -103,6 +103,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def processes() -> int:
+    """Return how many processes the launcher has started, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def processes_here(ranks: Ranks) -> int:
     """Return how many of the processes are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
@@ -112,8 +117,10 @@ def processes_here(ranks: Ranks) -> int:
 def joined_ranks(device: torch.device) -> Generator[Ranks]:
     """Connect the processes that a launcher started, if any; inside the context they can talk to each other.
 
-    CPUs use gloo and split the machine's cores evenly. GPUs use NCCL, and gloo for what is in memory. Raises
-    RequestError if the environment speaks of several processes but does not say how they meet.
+    CPUs use gloo and split the machine's cores evenly. GPUs use NCCL, and gloo for what is in memory. Inside of another
+    such context they are connected already: to connect anew would race with the old addresses.
+
+    Raises RequestError if the environment speaks of several processes but does not say how they meet.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -124,6 +131,9 @@ def joined_ranks(device: torch.device) -> Generator[Ranks]:
             f"WORLD_SIZE says {size} processes, but {', '.join(sorted(missing))} are not set; "
             "start them by torchrun, or unset WORLD_SIZE"
         )
+    if distributed.is_initialized():
+        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+        return
     threads = torch.get_num_threads()
     if device.type == "cpu":  # torchrun leaves one thread to each, however many cores there are
         torch.set_num_threads(max(1, cores() // processes_here(Ranks(size=size))))

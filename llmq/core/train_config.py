@@ -69,7 +69,7 @@ class TrainConfig:
     sequence_length: int = 512
     """Tokens per sequence of a text; the most tokens of a conversation. Longer ones are left out, and told."""
     samples: int = 2048
-    """The most sequences to take from each text; a short text gives fewer."""
+    """The most sequences to take from each text or file of conversations."""
     rate: float = 0.002
     """Learning rate of the codes, in codes per step."""
     scale_rate: float = 0.002
@@ -127,6 +127,9 @@ class TrainConfig:
             (found := WORST.fullmatch(self.train_layers)) is None or not 0 < float(found[1]) <= 100
         ):
             raise RequestError(f"train layers are names, or worst:20% and the like; got {self.train_layers!r}")
+        used = {"scales": RATES[1:2], "codes": RATES[:2], "all": RATES[:3]}[self.learn]
+        if not any(rates[name] for name in (("lora_rate",) if self.lora else used)):
+            raise RequestError("nothing would learn: the learning rates of what should learn are 0")
         if self.resume and self.overwrite:
             raise RequestError("resume continues the earlier training, overwrite removes it; pass only one of the two")
 

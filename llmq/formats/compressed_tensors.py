@@ -108,10 +108,15 @@ def with_rounded_inputs(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "config_groups": groups}
 
 
-def schemes_of(config: Mapping[str, Any], names: Iterable[str], form: str = PACKED) -> dict[str, Scheme]:
-    """Return the scheme of each packed linear. A target is a full name, a pattern (re:...) or "Linear".
+def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+    """Return the scheme of each packed linear. Raises CheckpointError for what llmq does not read."""
+    return schemes_stored_as(PACKED, config, names)
 
-    `form`: how the weights must be stored.
+
+def schemes_stored_as(form: str, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+    """Return the scheme of each linear, which must be stored in this form.
+
+    A target is a full name, a pattern (re:...) or "Linear".
 
     Raises CheckpointError for what llmq does not read: other formats, quantized activations, packed layers that no
     group names.

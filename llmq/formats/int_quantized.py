@@ -57,7 +57,7 @@ def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
 
 def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
     """Return the scheme of each packed linear. Raises CheckpointError for what llmq does not read."""
-    schemes = compressed_tensors.schemes_of(config, names, METHOD)
+    schemes = compressed_tensors.schemes_stored_as(METHOD, config, names)
     for name, scheme in schemes.items():
         if not scheme.symmetric or not scheme.rounded_inputs:
             raise CheckpointError(f"{name}: of int-quantized, symmetric weights beside 8-bit inputs are read")

@@ -26,18 +26,31 @@ from llmq.models.model_source import build_skeleton
 from llmq.runtime.load import load
 from llmq.runtime.lora import get_peft_model
 from llmq.runtime.model_config import model_config
+from llmq.runtime.rounded_inputs import round_inputs
 
 
 class AdapterStudent:
     """A packed checkpoint with LoRA adapters on its packed linears; they alone learn.
 
-    Raises RequestError if peft is not installed.
+    `layers`: the names of the linears that get one.
     """
 
     def __init__(self, start: Path, config: TrainConfig, compute: Compute, layers: set[str]) -> None:
+        import peft
+
         self.compute, self.start = compute, start
-        base = load(start, str(compute.device), torch.float32, config.trust_remote_code)
-        self.model: Any = get_peft_model(base.requires_grad_(False), _settings(config, layers))
+        base = load(start, str(compute.device), torch.float32, config.trust_remote_code).requires_grad_(False)
+        if config.activations == 8:
+            round_inputs(base)
+        settings = peft.LoraConfig(
+            r=config.lora,
+            lora_alpha=2 * config.lora,
+            target_modules=sorted(layers),
+            base_model_name_or_path=config.model,
+            task_type="CAUSAL_LM",
+        )
+        torch.manual_seed(config.seed)
+        self.model: Any = get_peft_model(base, settings)
 
     def learners(self) -> dict[str, list[Any]]:
         """Return what learns, by the name of its learning rate."""
@@ -63,26 +76,18 @@ class AdapterStudent:
         return linear.get_delta_weight("default").detach().cpu() if hasattr(linear, "get_delta_weight") else None
 
 
-def _settings(config: TrainConfig, layers: set[str]) -> Any:
-    import peft  # get_peft_model tells the user if it is missing
-
-    return peft.LoraConfig(
-        r=config.lora,
-        lora_alpha=2 * config.lora,
-        target_modules=sorted(layers),
-        base_model_name_or_path=config.model,
-        task_type="CAUSAL_LM",
-    )
+def view_of(start: Path, trust_remote_code: bool) -> Checkpoint:
+    """Return a checkpoint with the names of its model."""
+    checkpoint = Checkpoint(start)
+    return checkpoint.for_model(build_skeleton(model_config(checkpoint, trust_remote_code), trust_remote_code))
 
 
 def write_dense(student: AdapterStudent, output: Path, config: TrainConfig) -> None:
     """Write the sum of packed weights and adapters as a dense model, in the dtype of what is not packed."""
-    checkpoint = Checkpoint(student.start)
-    skeleton = build_skeleton(model_config(checkpoint, config.trust_remote_code), config.trust_remote_code)
-    view, companions = checkpoint.for_model(skeleton), companions_in(student.start)
+    companions = companions_in(student.start)
     plain = {k: v for k, v in companions.config.items() if k not in ("quantization_config", mlx.SETTINGS)}
     with Writer(output, overwrite=True) as writer:
-        for tensors in _dense(student, view):
+        for tensors in _dense(student, view_of(student.start, config.trust_remote_code)):
             writer.put(tensors)
         writer.finish(Companions(plain, companions.write))
 
@@ -103,20 +108,19 @@ def _dense(student: AdapterStudent, view: Checkpoint) -> Generator[dict[str, Ten
         yield {f"{view.stored_linear(name)}.weight": W.to(dtype)}
 
 
-def merging(config: TrainConfig, dense: Path, output: Path, start: Path) -> QuantizeConfig:
+def merging(config: TrainConfig, start: Path, dense: Path, output: Path) -> QuantizeConfig:
     """Return the request that quantizes the dense sum as its start was quantized."""
-    checkpoint = Checkpoint(start)
-    schemes = [checkpoint.schemes[name] for name in checkpoint.linears]
-    usual = max(set(schemes), key=schemes.count)
-    others = [f"{n}={s.bits}" for n, s in checkpoint.schemes.items() if s.bits != usual.bits]
+    view = view_of(start, config.trust_remote_code)
+    schemes = list(view.schemes.values())
+    bits = max({scheme.bits for scheme in schemes}, key=[scheme.bits for scheme in schemes].count)
     return QuantizeConfig(
         str(dense),
         output,
-        bits=usual.bits,
-        group_size=usual.group_size,
-        symmetric=usual.symmetric,
-        layer_bits=tuple(others),
-        format=checkpoint.format.METHOD,
+        bits=bits,
+        group_size=schemes[0].group_size,
+        symmetric=schemes[0].symmetric,
+        layer_bits=tuple(f"{name}={scheme.bits}" for name, scheme in view.schemes.items() if scheme.bits != bits),
+        format=view.format.METHOD,
         calibration=config.calibration or config.data[0],
         samples=config.calibration_samples,
         sequence_length=config.sequence_length,

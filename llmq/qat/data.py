@@ -42,7 +42,7 @@ def data_of(config: TrainConfig, tokenizer: Any, model: Any) -> Data:
     for name in config.data:
         path = Path(name).expanduser()
         if path.is_file() and is_conversations(path):
-            some, wrong = examples(path, tokenizer, config.sequence_length)
+            some, wrong = examples(path, tokenizer, config.sequence_length, config.samples)
             faults += [f"{path.name}, {fault}" for fault in wrong]
         else:
             some = _of_text(name, config, tokenizer)

@@ -38,6 +38,8 @@ def _named(wanted: str, sizes: dict[str, int]) -> set[str]:
         if not fitting:
             raise RequestError(f"train layers: no packed layer is called {pattern!r} (first: {min(sizes)})")
         chosen |= fitting
+    if not chosen:
+        raise RequestError(f"train layers: {wanted!r} names no layer")
     return chosen
 
 

@@ -7,11 +7,11 @@ from torch import nn
 from llmq.core.memory import free_memory, resident_now
 from llmq.plan.render import gb
 from llmq.qat.request import TrainRequest
-from llmq.qat.timing import seconds
+from llmq.qat.timing import GROUP, seconds
 
 # For each weight: V, its gradient, two moments of Adam (float32); one byte where codes stay.
 _CODES, _BYTE = 16, 1
-# For each group: scale, zero, factor, its gradient, two moments.
+# For each group, of which a row has as many as with groups of GROUP: scale, zero, factor, its gradient, two moments.
 _GROUP = 24
 _MATRIX, _LEARNING = 4, 16  # of what is not packed: the weight alone; with its gradient and two moments
 _LOGITS = 3 * 4  # three copies of a micro-batch's logits
@@ -25,7 +25,8 @@ def lines(request: TrainRequest) -> Iterator[str]:
     whole = f"{(packed + outside) / 1e6:,.1f} million weights, {packed / 1e6:,.1f} of them packed"
     yield f"model     {config.model}, {whole}"
     what = {"scales": "scales, norms and biases", "codes": "codes, scales, norms and biases", "all": "all weights"}
-    yield f"learns    {what[config.learn]}; loss: {config.loss}"
+    learns = f"LoRA adapters of rank {config.lora}" if config.lora else what[config.learn]
+    yield f"learns    {learns}; loss: {config.loss}"
     average = sum(len(example.ids) for example in data.train) / len(data.train)
     yield f"data      {len(data.train)} sequences of {average:.0f} tokens on average; {len(data.held_out)} held out"
     if data.left_out:
@@ -53,27 +54,35 @@ def memory(request: TrainRequest) -> dict[str, int]:
     """Return the bytes that the training takes, by what takes them. Only some layers may learn; that is left out."""
     config, compute = request.config, request.compute
     packed, outside = counts(request)
-    group = config.group_size if config.group_size > 0 else 1024
+    text = request.skeleton.config.get_text_config()
     tokens = config.micro_batch * max(len(example.ids) for example in request.data.train)
-    sides = sum(linear.in_features + linear.out_features for linear in _packed(request))
-    depth = max(1, request.skeleton.config.get_text_config().num_hidden_layers)
+    sides = _sides(request)
+    saved = sides
     if config.checkpointing:  # the inputs of blocks, and one block
-        sides = sides // depth + 2 * depth * request.skeleton.config.get_text_config().hidden_size
-    words = request.skeleton.config.get_text_config().vocab_size
+        depth = max(1, text.num_hidden_layers)
+        saved = sides // depth + 2 * depth * text.hidden_size
+    layers = packed * (_CODES if config.learn != "scales" else _BYTE) + packed // GROUP * _GROUP
     return {
         "program": 0 if compute.device.type != "cpu" else resident_now(),
-        "packed layers": packed * (_CODES if config.learn != "scales" else _BYTE) + packed // group * _GROUP,
+        "packed layers": packed * _BYTE + sides * config.lora * _LEARNING if config.lora else layers,
         "other weights": outside * (_LEARNING if config.learn == "all" else _MATRIX),
-        "original": (packed + outside) * compute.dtype.itemsize * config.needs_original,
-        "activations": tokens * (_LOGITS * words + _SAVED * sides),
+        "original": (packed + outside) * compute.dtype.itemsize * (config.needs_original or config.learn != "scales"),
+        "activations": tokens * (_LOGITS * text.vocab_size + _SAVED * saved),
     }
 
 
 def _disk(request: TrainRequest) -> int:
     """Return the bytes of the checkpoints of a training: two of them, with two moments of Adam for each parameter."""
-    packed, outside = counts(request)
-    learning = packed // 64 + packed * (request.config.learn != "scales") + outside * (request.config.learn == "all")
-    return 2 * 12 * learning + packed + 2 * outside
+    config, (packed, outside) = request.config, counts(request)
+    if config.lora:  # the dense sum, and what is quantized of it
+        return 2 * 12 * _sides(request) * config.lora + 2 * (packed + outside) + 2 * (packed + 2 * outside)
+    learning = packed // GROUP + packed * (config.learn != "scales") + outside * (config.learn == "all")
+    return 2 * 12 * learning + 2 * (packed + 2 * outside)
+
+
+def _sides(request: TrainRequest) -> int:
+    """Return the inputs and outputs of all packed linears."""
+    return sum(linear.in_features + linear.out_features for linear in _packed(request))
 
 
 def _packed(request: TrainRequest) -> list[nn.Linear]:

@@ -1,46 +1,45 @@
 """Tells what a training did: in llmq_report.json, and in a few lines on the screen."""
 
-import dataclasses
-import platform
 from pathlib import Path
 from typing import Any
 
-from llmq.core.command_line import command_line
-from llmq.core.config import VERSION
+from llmq.core.distributed import processes
 from llmq.core.memory import gpu_peak
 from llmq.qat.layers import start_report
 from llmq.qat.outcome import Outcome
 from llmq.qat.request import TrainRequest
-from llmq.run.report import versions
+from llmq.run.report import heading
 from llmq.verification.stated_share import SHARE
 
 
-def trained(request: TrainRequest, outcome: Outcome, start: Path, seconds: float, peak: int) -> dict[str, Any]:
-    """Return the report of a training. What the report of its start says of layers stays in it."""
-    config, data, before = request.config, request.data, start_report(start)
+def trained(request: TrainRequest, outcome: Outcome, merged: float | None, result: Path) -> dict[str, Any]:
+    """Return the report of a training. What the report of its start, or of its merge, says of layers stays in it.
+
+    `merged`: the loss after adapters were merged. `result`: the checkpoint that is written again.
+    """
+    config, data, before = request.config, request.data, start_report(result)
     tokens = sum(int(example.ids.numel()) for example in data.train) / len(data.train)
-    learned = sum(int((example.labels >= 0).sum()) for example in data.train)
     entry = {
         "loss": config.loss,
         "held_out": [outcome.before, outcome.after],
         "steps": outcome.steps,
-        "tokens_seen": round(outcome.steps * config.batch * tokens),
+        "tokens_seen": round(outcome.steps * config.batch * processes() * tokens),
         "sequences": len(data.train),
-        "learned_tokens": learned,
+        "learned_tokens": sum(int((example.labels >= 0).sum()) for example in data.train),
         "history": outcome.history,
+        "merged": merged,
     }
     notes = [{"where": "data", "note": data.left_out}] if data.left_out else []
     if not outcome.changed:
         notes.append({"where": "training", "note": "no state was better on held-out sequences: nothing was changed"})
+    if merged is not None and merged >= outcome.before:
+        worse = (
+            "quantized again, the sum with the adapters was worse than the start, so the packed weights are the start's"
+        )
+        notes.append({"where": "adapters", "note": worse})
     kept = {key: before[key] for key in (SHARE, "packed_share", "in_float", "groups") if key in before}
     return {
-        "llmq": VERSION,
-        "command": command_line(),
-        "config": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()},
-        "versions": versions(),
-        "machine": {"system": platform.platform(), "python": platform.python_version()},
-        "seconds": {"total": seconds},
-        "peak_memory_bytes": peak,
+        **heading(config),
         **({} if gpu_peak() is None else {"gpu_peak_bytes": gpu_peak()}),
         "trained": entry,
         "notes": [*before.get("notes", ()), *notes],

@@ -11,19 +11,21 @@ from torch import nn
 
 from llmq.calibration.block_runner import Compute
 from llmq.calibration.texts import check_context
-from llmq.checkpoint.output_dir import REPORT, check_output, holds_checkpoint, unfinished_work
+from llmq.checkpoint.output_dir import PROGRESS, REPORT, UNFINISHED, check_output, holds_checkpoint, unfinished_work
 from llmq.checkpoint.reader import Checkpoint, is_packed
 from llmq.core.config import VERSION, QuantizeConfig
 from llmq.core.device import multiplies_bfloat16
+from llmq.core.distributed import processes
 from llmq.core.errors import RequestError
 from llmq.core.train_config import WORST, TrainConfig
-from llmq.formats import CONVERTED, ROUNDING
 from llmq.models.locate import gguf_in, locate
 from llmq.models.model_source import ModelSource, build_skeleton
 from llmq.models.untrusted_files import read_json
+from llmq.qat.adapters import merging
+from llmq.qat.checks import check_original, check_original_start, check_packed, check_text_is_enough, check_useful
 from llmq.qat.data import Data, data_of
 from llmq.qat.layers import chosen_layers, start_report
-from llmq.run.fingerprint import differences, hash_of_file, hash_of_tensors
+from llmq.run.fingerprint import differences, hash_of_file, hash_of_tensors, told_differences
 from llmq.run.report import versions
 from llmq.runtime.load import open_tokenizer
 from llmq.runtime.model_config import model_config
@@ -56,49 +58,68 @@ class TrainRequest:
     @property
     def is_first(self) -> bool:
         """Return whether this is the process that writes."""
-        return os.environ.get("RANK", "0") == "0"
+        return is_first()
+
+
+def is_first() -> bool:
+    """Return whether this is the process that writes, as the launcher says."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def open_request(config: TrainConfig, device: torch.device) -> TrainRequest:
     """Open the model and the data. Raises RequestError if the request cannot be met."""
-    if not config.dry_run and os.environ.get("RANK", "0") == "0":
+    if not config.dry_run and is_first():
         check_output(config.output, config.overwrite, config.resume)
-    if config.lora and os.environ.get("WORLD_SIZE", "1") != "1":
-        raise RequestError("lora merges its adapters in one process; start it without a launcher")
+    _check_processes(config, device)
     path, trust = locate(config.source, config.trust_remote_code), config.trust_remote_code
     packed = path if is_packed(path) else None
-    if path.resolve() == config.output.resolve():
-        raise RequestError("the output directory is the model's own; choose another")
+    check_useful(config, packed is not None)
     if packed is None:
-        start_request(config)
         source = ModelSource(config.source, trust)
+        check_original_start(config, source, start_request(config))
         original, tokenizer, skeleton, files = config.source, source.tokenizer, source.skeleton, source.files.paths
         blocks = [(name, skeleton.get_submodule(name)) for name in source.block_names]
         names = [f"{b}.{name}" for b, block in blocks for name, m in block.named_modules() if isinstance(m, nn.Linear)]
-        if config.activations == 8 and config.format not in ("auto", *ROUNDING):
-            raise RequestError(f"{config.format} {_ACTIVATIONS}")
-        if config.original:
-            raise RequestError("original is for packed checkpoints, and this model is an original; leave it out")
     else:
         skeleton, files, names = _opened(config, packed)
         original, tokenizer = config.original, open_tokenizer(packed, trust)
+        if original:
+            source = ModelSource(original, trust)
+            check_original(source, skeleton, names)
+            files = [*files, *source.files.paths]
+            path = source.directory
+        if config.lora:
+            check_text_is_enough(merging(config, packed, config.output / "dense", config.output / "merged"), tokenizer)
+    if config.output.resolve() in (path.resolve(), None if packed is None else packed.resolve()):
+        raise RequestError("the output directory is the model's own; choose another")
     if config.needs_original and not original:
         raise RequestError(f"loss {config.loss} follows the original model: name it with --original")
+    if config.checkpointing and not getattr(skeleton, "supports_gradient_checkpointing", False):
+        raise RequestError(f"{type(skeleton).__name__} cannot train with --checkpointing; leave it out")
     check_context(skeleton.config, config.sequence_length)
     data = data_of(config, tokenizer, skeleton)
     compute = Compute(device, torch.float32, torch.bfloat16 if multiplies_bfloat16(device) else torch.float32)
     identity = {
-        "source": {file.name: hash_of_file(file) for file in files},
+        "source": {f"{i}: {file.name}": hash_of_file(file) for i, file in enumerate(files)},
         "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in _WITHOUT_EFFECT},
         "data": hash_of_tensors(*(x for e in (*data.train, *data.held_out) for x in (e.ids, e.labels))),
         "versions": {"llmq": VERSION, **versions()},
-        "compute": {"device": device.type, "products": str(compute.precision)},
+        "compute": {"device": device.type, "products": str(compute.precision), "processes": processes()},
     }
     is_met = config.resume and _is_met(config.output, identity)
     request = TrainRequest(config, compute, packed, original, skeleton, names, data, identity, is_met)
     if packed is not None or WORST.fullmatch(config.train_layers) is None:
         chosen_layers(config.train_layers, request.sizes, {} if packed is None else start_report(packed))
     return request
+
+
+def _check_processes(config: TrainConfig, device: torch.device) -> None:
+    """Raise RequestError for what transformers' Trainer cannot do with these processes and this device."""
+    if config.lora and processes() > 1:
+        raise RequestError("lora merges its adapters in one process; start it without a launcher")
+    if processes() == 1 and device.type == "cuda" and device.index not in (None, 0):
+        index = device.index
+        raise RequestError(f"training takes the first GPU; for device {device}: CUDA_VISIBLE_DEVICES={index} … cuda:0")
 
 
 def start_request(config: TrainConfig) -> QuantizeConfig:
@@ -126,35 +147,26 @@ def _opened(config: TrainConfig, packed: Path) -> tuple[Any, list[Path], list[st
     """
     if gguf_in(packed) is not None:
         raise RequestError("a .gguf file cannot be trained; train a directory, and then use llmq.convert")
-    checkpoint, ignored = Checkpoint(packed), [f.name for f in dataclasses.fields(config) if f.name in _OF_ORIGINALS]
-    given = [name for name in ignored if getattr(config, name) != getattr(TrainConfig, name)]
-    if given:
-        raise RequestError(f"{given[0].replace('_', ' ')} is for original models; a packed checkpoint has its own")
-    if checkpoint.format not in CONVERTED.values():
-        raise RequestError(f"checkpoints of {checkpoint.format.METHOD} cannot be written; use llmq.convert before")
-    if config.activations == 8 and checkpoint.format.METHOD not in ROUNDING:
-        raise RequestError(f"{checkpoint.format.METHOD} {_ACTIVATIONS}")
-    if any(scheme.act_order for scheme in checkpoint.schemes.values()):
-        raise RequestError("groups that are spread over the row (desc_act) cannot be trained; quantize without them")
+    checkpoint = Checkpoint(packed)
     skeleton = build_skeleton(model_config(checkpoint, config.trust_remote_code), config.trust_remote_code)
+    check_packed(config, checkpoint, skeleton)
     return skeleton, sorted(packed.glob("*.safetensors")), checkpoint.for_model(skeleton).linears
-
-
-_ACTIVATIONS = "cannot say that inputs are rounded to 8 bits; use compressed-tensors, or leave out --activations"
-_OF_ORIGINALS = ("bits", "group_size", "start", "format")
 
 
 def _is_met(output: Path, identity: dict[str, Any]) -> bool:
     """Return whether the finished checkpoint is there. Raises RequestError if it, or the work on it, is another's."""
-    work = unfinished_work(output) / SETTINGS
-    is_finished = not work.exists() and holds_checkpoint(output) and (output / REPORT).exists()
-    if not work.exists() and not is_finished:
+    work = unfinished_work(output)
+    is_finished = not (output / UNFINISHED).exists() and holds_checkpoint(output) and (output / REPORT).exists()
+    if is_finished:
+        before = read_json(output, REPORT).get(FINGERPRINT)
+    elif (work / SETTINGS).exists():
+        before = read_json(work, SETTINGS)
+    elif work.exists() and any(work.iterdir()):
+        before = None
+    else:
         return False
-    before = read_json(output, REPORT).get(FINGERPRINT) if is_finished else read_json(work.parent, SETTINGS)
-    if differing := differences(before or {}, identity):
-        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
-        raise RequestError(
-            f"{output} holds a training with other settings, which this one cannot resume: {differing[0]}{more}.\n"
-            "Give the settings of that training, or replace it with --overwrite."
-        )
+    if not before or (work / PROGRESS).exists():
+        raise RequestError(f"{output} holds the work of another program, not a training; --overwrite replaces it")
+    if differing := differences(before, identity):
+        raise RequestError(told_differences(output, differing))
     return is_finished

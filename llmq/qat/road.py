@@ -9,7 +9,6 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from llmq.checkpoint.digests import digests_of
 from llmq.checkpoint.model_files import Companions, companions_in
-from llmq.checkpoint.output_dir import unfinished_work, write_json
+from llmq.checkpoint.output_dir import remove_leftovers, unfinished_work, write_json
 from llmq.checkpoint.reader import Checkpoint
-from llmq.checkpoint.writer import Writer
+from llmq.checkpoint.writer import Writer, by_module
 from llmq.core.device import full_float32, pick_device
 from llmq.core.distributed import joined_ranks, local_rank
 from llmq.core.errors import RequestError, WorkError
@@ -36,6 +35,7 @@ from llmq.qat.plan import lines
 from llmq.qat.report import shown, trained
 from llmq.qat.request import FINGERPRINT, SETTINGS, START, TrainRequest, open_request, start_request
 from llmq.qat.trainer import held_out_loss, train_student
+from llmq.run.prepare import compute_for
 from llmq.run.student import Learning, Student
 from llmq.runtime.load import load
 from llmq.runtime.rounded_inputs import round_inputs
@@ -53,11 +53,13 @@ def train(config: TrainConfig, progress: bool = False) -> Path:
     the output directory looks like a finished checkpoint. `resume` goes on from the last check.
     """
     device = pick_device(config.device, local_rank())
-    with full_float32():
+    with joined_ranks(device), full_float32():
         request = open_request(config, device)
         if config.dry_run:
-            print(*lines(request), sep="\n")
+            print(*(lines(request) if request.is_first else ()), sep="\n")
         elif request.is_met:
+            if request.is_first:
+                remove_leftovers(config.output)
             print(f"{config.output} holds the finished checkpoint already", file=sys.stderr)
         else:
             _work(request, progress and request.is_first)
@@ -68,47 +70,62 @@ def _work(request: TrainRequest, progress: bool) -> None:
     config = request.config
     writer = Writer(config.output, config.overwrite, config.resume) if request.is_first else None
     with writer or nullcontext():
-        if writer is not None and writer.is_checked:  # an earlier process did all but move the checkpoint to its place
-            writer.publish()
+        with joined_ranks(request.compute.device) as ranks:
+            is_checked = ranks.first(lambda: writer is not None and writer.is_checked)
+        if is_checked:  # an earlier process did all but move the checkpoint to its place
+            if writer is not None:
+                writer.publish()
             return
         if writer is not None:
             write_json(writer.work / SETTINGS, request.fingerprint)
-            writer.resumable = True  # what was quantized and trained need not be done again
-        try:
-            _train_into(request, writer, progress)
-        except RequestError:
-            if writer is not None:
-                writer.resumable = config.resume
-            raise
+        start = request.packed or _quantized(request, writer, progress)
+        student, original = _student(request, start)
+        if progress and request.data.left_out:
+            print(f"note: {request.data.left_out}", file=sys.stderr)
+        if writer is not None:
+            writer.resumable = True  # what was trained need not be trained again
+        _train_into(request, writer, start, (student, original), progress)
 
 
-def _train_into(request: TrainRequest, writer: Writer | None, progress: bool) -> None:
+def _train_into(
+    request: TrainRequest,
+    writer: Writer | None,
+    start: Path,
+    models: tuple[Student | AdapterStudent, Any],
+    progress: bool,
+) -> None:
     """Train, and write the result into the directory of a writer, in the process that has one."""
-    config, began, memory = request.config, time.monotonic(), PeakMemory()
-    if progress and request.data.left_out:
-        print(f"note: {request.data.left_out}", file=sys.stderr)
-    start = request.packed or _quantized(request, progress)
-    student, original = _student(request, start)
+    config, began, memory, (student, original) = request.config, time.monotonic(), PeakMemory(), models
     outcome = _trained(request, student, original, progress)
+    release_memory()
     if writer is None:
         return
     result, companions, merged = start, companions_in(start), None
     if isinstance(student, AdapterStudent) and outcome.changed:
         student.take(outcome.changed)
-        result, merged = _merged(request, student, original, progress)
         companions = with_adapter(companions, student)
-    seconds = time.monotonic() - began
-    report = trained(request, outcome, start, seconds, memory.largest) | {FINGERPRINT: request.fingerprint}
-    report["trained"]["merged"] = merged
-    _write(writer, result, companions, {} if config.lora else outcome.changed, report, config)
+        with _in_memory():
+            candidate, merged = _merged(request, student, original, progress)
+        result = candidate if merged < outcome.before else start
+    report = trained(request, outcome, merged, result)
+    report |= {"seconds": {"total": time.monotonic() - began}, "peak_memory_bytes": memory.largest}
+    report |= {FINGERPRINT: request.fingerprint}
+    _write(writer, result, companions, {} if config.lora else outcome.changed, report, request)
     if progress:
         print(shown(report, config.output), file=sys.stderr)
 
 
-def _quantized(request: TrainRequest, progress: bool) -> Path:
+def _quantized(request: TrainRequest, writer: Writer | None, progress: bool) -> Path:
     """Quantize the original model into the workroom, unless that was done before the training was interrupted."""
     start = unfinished_work(request.config.output) / START
-    quantize(replace(start_request(request.config), resume=start.is_dir()), progress)
+    if writer is not None:
+        writer.resumable = True  # what was quantized need not be quantized again
+    try:
+        quantize(replace(start_request(request.config), resume=start.is_dir()), progress)
+    except RequestError:
+        if writer is not None:
+            writer.resumable = request.config.resume
+        raise
     with joined_ranks(request.compute.device) as ranks:
         ranks.meet()  # the first process publishes the checkpoint after the others have done their work
     return start
@@ -123,7 +140,8 @@ def _student(request: TrainRequest, start: Path) -> tuple[Student | AdapterStude
         original = None
         if request.original and (config.needs_original or learning.codes):
             source = ModelSource(request.original, config.trust_remote_code)
-            original = source.load_all(compute.device, compute.dtype).requires_grad_(False)
+            dtype = compute_for(source, compute.device, trains=False).dtype
+            original = source.load_all(compute.device, dtype).requires_grad_(False)
         if config.lora:
             student = AdapterStudent(start, config, compute, layers)
         else:
@@ -160,11 +178,16 @@ def _merged(request: TrainRequest, student: AdapterStudent, original: Any, progr
     """Quantize the sum of weights and adapters; return the checkpoint and its loss on held-out sequences."""
     config, work = request.config, unfinished_work(request.config.output)
     write_dense(student, work / "dense", config)
-    merged = quantize(merging(config, work / "dense", work / "merged", student.start), progress)
+    merged = quantize(merging(config, student.start, work / "dense", work / "merged"), progress)
     model = load(merged, str(request.compute.device), torch.float32, config.trust_remote_code)
-    if config.activations == 8:
+    if rounds(config, student.start):
         round_inputs(model)
     return merged, held_out_loss(model, original, request.data, config, request.compute)
+
+
+def rounds(config: TrainConfig, start: Path) -> bool:
+    """Return whether the result rounds its inputs: because it is asked for, or because its start does."""
+    return config.activations == 8 or any(scheme.rounded_inputs for scheme in Checkpoint(start).schemes.values())
 
 
 def _write(
@@ -173,14 +196,14 @@ def _write(
     companions: Companions,
     changed: dict[str, Tensor],
     report: dict[str, Any],
-    config: TrainConfig,
+    request: TrainRequest,
 ) -> None:
     """Write the checkpoint in `result` again, with changed tensors in place of the old ones; check and publish it."""
-    checkpoint = Checkpoint(result)
+    checkpoint, config = Checkpoint(result), request.config
     digests, quantization = digests_of(checkpoint, changed), checkpoint.quantization
-    if config.activations == 8:
+    if rounds(config, request.packed or result):
         quantization = with_rounded_inputs(quantization)
-    for tensors in _by_module(checkpoint, changed):
+    for tensors in by_module(checkpoint.files, changed):
         writer.put(tensors)
     writer.finish(
         companions,
@@ -188,10 +211,3 @@ def _write(
         report=lambda: report | {DIGESTS: digests},
         check=lambda directory: check(directory, digests, config.trust_remote_code),
     )
-
-
-def _by_module(checkpoint: Checkpoint, changed: dict[str, Tensor]) -> Generator[dict[str, Tensor]]:
-    """Yield all tensors of a checkpoint, module by module, changed ones in place of the old ones."""
-    files = checkpoint.files
-    for _, names in groupby(sorted(files.names()), key=lambda name: name.rpartition(".")[0]):
-        yield {name: changed[name] if name in changed else files.read(name) for name in names}

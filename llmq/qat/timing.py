@@ -15,7 +15,7 @@ from llmq.training.learnable_weight import Latent
 
 _LEAST = 0.2  # seconds that a part is timed for, at least
 _SOME = 1 << 20  # parameters whose optimizer step is timed
-_GROUP = 64
+GROUP = 64  # weights that share a scale; other sizes take about the same
 
 
 def seconds(request: TrainRequest) -> float:
@@ -47,7 +47,7 @@ def _blocks(request: TrainRequest, tokens: int) -> tuple[float, float]:
 
 
 def _latent(inputs: int, outputs: int, compute: Compute, codes: bool) -> Latent:
-    groups = inputs // _GROUP if inputs % _GROUP == 0 else 1
+    groups = inputs // GROUP if inputs % GROUP == 0 else 1
     q = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, device=compute.device)
     scale = torch.full((outputs, groups), 0.01, device=compute.device)
     latent = Latent(QuantizedWeight(q, scale, torch.full_like(scale, 8, dtype=torch.uint8), 4), codes=codes)
@@ -85,7 +85,7 @@ def _head(request: TrainRequest, tokens: int) -> float:
 def _optimizer(request: TrainRequest) -> float:
     """Return the seconds of one step of the optimizer."""
     config, packed = request.config, sum(request.sizes.values())
-    learning = packed // _GROUP
+    learning = packed // GROUP  # LoRA has about as many
     if config.learn != "scales":
         learning += packed
     if config.learn == "all":

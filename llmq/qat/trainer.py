@@ -6,14 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 from tqdm import tqdm
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from llmq.calibration.answers import Example
 from llmq.calibration.block_runner import Compute
-from llmq.core.errors import RequestError
+from llmq.core.distributed import processes
 from llmq.core.train_config import TrainConfig
 from llmq.qat.adapters import AdapterStudent
 from llmq.qat.data import Data, collated
@@ -25,20 +33,28 @@ _STATE = "trainer_state.json"  # what Trainer writes last into a checkpoint of i
 
 
 class Sequences(Dataset[Example]):
-    """Examples as torch's DataLoader wants them."""
+    """Examples as torch's DataLoader wants them. `order`: their indices, if not each comes once."""
 
-    def __init__(self, examples: list[Example]) -> None:
-        self._examples = examples
+    def __init__(self, examples: list[Example], order: list[int] | None = None) -> None:
+        self._examples, self._order = examples, list(range(len(examples))) if order is None else order
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return len(self._order)
 
     def __getitem__(self, index: int) -> Example:
-        return self._examples[index]
+        return self._examples[self._order[index]]
+
+
+def shuffled(count: int, wanted: int, seed: int) -> list[int]:
+    """Return `wanted` of `count` indices, shuffled anew whenever all have come. So every batch is a whole one."""
+    generator, order = torch.Generator().manual_seed(seed), list[int]()
+    while len(order) < wanted:
+        order += torch.randperm(count, generator=generator).tolist()
+    return order[:wanted]
 
 
 class _Trainer(Trainer):
-    """Measures the state as it would be stored."""
+    """Takes the sequences in their order, and measures the state as it would be stored."""
 
     student: Student | AdapterStudent
 
@@ -46,9 +62,12 @@ class _Trainer(Trainer):
         with self.student.as_stored():
             return super().evaluate(*args, **kwargs)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)  # pyright: ignore
+
 
 class _Progress(TrainerCallback):
-    """A bar with the loss, and the loss on held-out sequences. The last step is always measured."""
+    """A bar with the loss, and the loss on held-out sequences."""
 
     def __init__(self, before: float, shown: bool) -> None:
         self._before, self._shown = before, shown
@@ -67,11 +86,8 @@ class _Progress(TrainerCallback):
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {self._loss:.4f}, best held out {best:.4f}", refresh=False)
 
-    def on_step_end(self, *about: Any, **__: Any) -> None:
-        _, state, control = about
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         self._bar.update(1)
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = control.should_save = True
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._bar.close()
@@ -93,13 +109,15 @@ def train_student(
         model: Any = student.model
         # transformers before 5.20 knows the older name only
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    _without_dropout(student.model)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - min(step, config.steps - 1) / config.steps)
+    seen = config.steps * config.batch * processes()
     trainer = _Trainer(
         Learner(student.model, learning, original, config.loss),
         _arguments(student.compute, config, directory),
         collated,
-        Sequences(data.train),
+        Sequences(data.train, shuffled(len(data.train), seen, config.seed)),
         Sequences(data.held_out),
         optimizers=(optimizer, falling),
     )
@@ -110,8 +128,14 @@ def train_student(
     trainer.add_callback(_Progress(before, progress))
     if config.patience:
         trainer.add_callback(EarlyStoppingCallback(config.patience))
-    with torch.enable_grad():
-        trainer.train(resume_from_checkpoint=_last_state(directory, progress))
+    last = _last_state(directory)
+    if last is not None and _has_ended(last, config):
+        trainer.state = _take_best(trainer, last)
+    else:
+        if last is not None and progress:
+            print(f"the training goes on after step {_step(last)}", file=sys.stderr)
+        with torch.enable_grad():
+            trainer.train(resume_from_checkpoint=last and str(last))
     state = trainer.state
     history = [{"step": each["step"], "loss": each["eval_loss"]} for each in state.log_history if "eval_loss" in each]
     best = state.best_metric
@@ -120,17 +144,20 @@ def train_student(
     return Outcome(student.tensors(), before, best, state.global_step, history)
 
 
-def parameter_groups(student: Student | AdapterStudent, config: TrainConfig) -> list[dict[str, Any]]:
-    """Return what learns, with its learning rates. A rate of 0 leaves a group out.
+def _without_dropout(model: nn.Module) -> None:
+    """Let nothing drop out: the rounding is noise enough, and the original that is followed has none."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 it is an attribute of some modules
 
-    Raises RequestError if nothing is left.
-    """
+
+def parameter_groups(student: Student | AdapterStudent, config: TrainConfig) -> list[dict[str, Any]]:
+    """Return what learns, with its learning rates. A rate of 0 leaves a group out."""
     learners: dict[str, list[nn.Parameter]] = student.learners()
     rates = {name: getattr(config, name) for name in learners}
-    groups = [{"params": learners[name], "lr": rate} for name, rate in rates.items() if learners[name] and rate > 0]
-    if not groups:
-        raise RequestError(f"nothing would learn: the learning rates are {rates}")
-    return groups
+    return [{"params": learners[name], "lr": rate} for name, rate in rates.items() if learners[name] and rate > 0]
 
 
 @torch.no_grad()
@@ -148,7 +175,7 @@ def held_out_loss(model: nn.Module, original: Any, data: Data, config: TrainConf
 
 def _arguments(compute: Compute, config: TrainConfig, directory: Path) -> TrainingArguments:
     every = math.ceil(config.steps / config.checks)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=config.steps,
         per_device_train_batch_size=config.micro_batch,
@@ -166,6 +193,8 @@ def _arguments(compute: Compute, config: TrainConfig, directory: Path) -> Traini
         greater_is_better=False,
         prediction_loss_only=True,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would leave sequences with NaN out of the held-out loss
+        ddp_broadcast_buffers=False,  # codes and scales that never change
         disable_tqdm=True,
         report_to="none",
         log_level="error",  # it would tell what it does; our bar tells how it goes
@@ -176,14 +205,32 @@ def _arguments(compute: Compute, config: TrainConfig, directory: Path) -> Traini
         use_cpu=compute.device.type == "cpu",
         bf16=compute.precision == torch.bfloat16,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # pyright: ignore[reportPrivateUsage] no nn.DataParallel
+    return arguments
 
 
-def _last_state(directory: Path, tell: bool) -> str | None:
-    """Return the last checkpoint of a training that is whole, and tell of it; None if there is none."""
+def _last_state(directory: Path) -> Path | None:
+    """Return the last checkpoint of a training that is whole; None if there is none."""
     whole = [path.parent for path in directory.glob(f"checkpoint-*/{_STATE}")]
-    if not whole:
-        return None
-    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
-    if tell:
-        print(f"the training goes on after step {last.name.rpartition('-')[2]}", file=sys.stderr)
-    return str(last)
+    return max(whole, key=_step, default=None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _has_ended(checkpoint: Path, config: TrainConfig) -> bool:
+    """Return whether the training ended with this state. Trainer would do one step more."""
+    kept: Any = TrainerState.load_from_json(str(checkpoint / _STATE)).stateful_callbacks or {}
+    waited = kept.get("EarlyStoppingCallback", {}).get("attributes", {}).get("early_stopping_patience_counter", 0)
+    return _step(checkpoint) >= config.steps or (config.patience > 0 and waited >= config.patience)
+
+
+def _take_best(trainer: Trainer, last: Path) -> TrainerState:
+    """Set the model to the best state of a training that ended; return what Trainer noted of it."""
+    state = TrainerState.load_from_json(str(last / _STATE))
+    if state.best_model_checkpoint is not None:
+        best = last.with_name(Path(state.best_model_checkpoint).name)
+        model: Any = trainer.model
+        model.load_state_dict(load_file(best / "model.safetensors"))
+    return state

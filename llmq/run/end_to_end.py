@@ -20,8 +20,6 @@ Memory: the original model; 16 bytes for each quantized weight (latent code, gra
 if codes do not learn; what the layers keep for the backward pass; three copies of a batch's logits.
 """
 
-from collections.abc import Generator
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from llmq.calibration.hidden_states import States
 from llmq.calibration.texts import Tokens
 from llmq.checkpoint.digests import digests_of
 from llmq.checkpoint.reader import Checkpoint
-from llmq.checkpoint.writer import Writer
+from llmq.checkpoint.writer import Writer, by_module
 from llmq.core.errors import WorkError
 from llmq.core.memory import release_memory
 from llmq.core.settings import Tuned
@@ -130,12 +128,6 @@ def _train(request: Request, run: Run, directory: Path, writer: Writer, progress
                 "--tuned.end-steps 0 --tuned.steps 100 trains one block after the other"
             ) from None
     checkpoint = Checkpoint(directory)
-    files, run.tensors.digests = checkpoint.files, digests_of(checkpoint, changed)
-
-    def tensors() -> Generator[dict[str, Tensor]]:
-        """Yield all tensors of the checkpoint, module by module, trained ones in place of the old ones."""
-        for _, names in groupby(sorted(files.names()), key=lambda name: name.rpartition(".")[0]):
-            yield {name: changed[name] if name in changed else files.read(name) for name in names}
-
-    progress.save(TRAINING, tensors(), writer=writer)
+    run.tensors.digests = digests_of(checkpoint, changed)
+    progress.save(TRAINING, by_module(checkpoint.files, changed), writer=writer)
     progress.commit()

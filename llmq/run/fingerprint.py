@@ -56,6 +56,15 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
     return [] if stored[0] == stored[1] else [f"{name}: {_short(before)}, now {_short(now)}"]
 
 
+def told_differences(output: Path, differing: list[str]) -> str:
+    """Return an error for a run in `output` that cannot be resumed, because its settings were other ones."""
+    more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+    return (
+        f"{output} holds a run with other settings, which this one cannot resume: {differing[0]}{more}.\n"
+        "Give the settings of that run, or replace it with --overwrite."
+    )
+
+
 def _short(value: Any) -> str:
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 40 else text[:12] + "…"

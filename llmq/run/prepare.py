@@ -38,7 +38,7 @@ from llmq.models.gguf_converter import check_converter, check_metadata, refuse_c
 from llmq.models.model_source import ModelSource
 from llmq.models.stock_loading import unreadable
 from llmq.models.untrusted_files import read_json
-from llmq.run.fingerprint import differences, fingerprint
+from llmq.run.fingerprint import differences, fingerprint, told_differences
 from llmq.run.journal import Step, read_journal
 from llmq.run.report_plot import check_plot
 
@@ -172,11 +172,7 @@ def _earlier(config: QuantizeConfig, identity: dict[str, Any]) -> tuple[list[Ste
     else:
         return [], False
     if differing := differences(before, identity):
-        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
-        raise RequestError(
-            f"{output} holds a run with other settings, which this one cannot resume: {differing[0]}{more}.\n"
-            "Give the settings of that run, or replace it with --overwrite."
-        )
+        raise RequestError(told_differences(output, differing))
     return steps, is_met
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from llmq.algorithms.problem import Solution
 from llmq.calibration.input_statistics import InputStatistics
@@ -98,11 +99,7 @@ class Report:
         `seconds` are split by phase. `error` is measured on held-out tokens, before any training from end to end.
         """
         return {
-            "llmq": VERSION,
-            "command": command_line(),
-            "config": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self.config).items()},
-            "versions": versions(),
-            "machine": {"system": platform.platform(), "python": platform.python_version()},
+            **heading(self.config),
             "seconds": {"total": self.clock.total, **self.clock.seconds},
             "peak_memory_bytes": self.peak_memory,
             **({} if self.gpu_peak is None else {_GPU_PEAK: self.gpu_peak}),
@@ -167,6 +164,17 @@ def _experts(groups: list[Line]) -> str:
     few = f"tokens per expert: {counts[0]} to {counts[-1]}, half of them above {counts[len(counts) // 2]}"
     unseen = counts.count(0)
     return few + (f"; {unseen} of {len(counts)} experts saw none" if unseen else "")
+
+
+def heading(config: Any) -> Line:
+    """Return what every report begins with: who did what, where, as a dataclass of settings says."""
+    return {
+        "llmq": VERSION,
+        "command": command_line(),
+        "config": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()},
+        "versions": versions(),
+        "machine": {"system": platform.platform(), "python": platform.python_version()},
+    }
 
 
 def versions() -> dict[str, str]:

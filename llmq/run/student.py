@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from llmq.calibration.block_runner import Compute
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.quantized_weight import QuantizedWeight
+from llmq.models.conv1d import stored_transposed
 from llmq.models.model_source import build_skeleton
+from llmq.models.stored_names import tied_names
 from llmq.runtime.load import load
 from llmq.runtime.model_config import model_config
 from llmq.runtime.packed_linear import PackedLinear
@@ -78,6 +80,9 @@ class Student:
         self.matrices = {name: tensor for name, tensor in named.items() if tensor.ndim > 1 and learning.outside}
         """All other weights outside of the packed linears, if they learn."""
         self._stored = {name: files.dtype(name) for name in (*self.vectors, *self.matrices)}
+        self._transposed = stored_transposed(skeleton)
+        # Files may hold embeddings a second time as lm_head.
+        self._aliases = {alias: of for alias, of in tied_names(skeleton).items() if alias in files.names()}
 
     def learners(self) -> dict[str, list[nn.Parameter]]:
         """Return what learns, by the name of its learning rate."""
@@ -105,9 +110,12 @@ class Student:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return a copy of the tensors that would be stored now, by their names in the files."""
-        stored_name = self._files.stored_names
-        stored = {stored_name(name)[0]: x.detach().to(self._stored[name]) for name, x in self.others.items()}
+        stored = dict[str, Tensor]()
+        for name, tensor in self.others.items():
+            kept = tensor.detach().to(self._stored[name])
+            for each in (name, *(alias for alias, of in self._aliases.items() if of == name)):
+                stored[self._files.stored_names(each)[0]] = kept.T if each in self._transposed else kept
         for name, latent in self.latents.items():
             scheme = self.checkpoint.schemes[name]
             stored |= self.checkpoint.format.encode(self._files.stored_linear(name), latent.rounded(), scheme)
-        return {name: tensor.to("cpu", copy=True) for name, tensor in stored.items()}
+        return {n: t.to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in stored.items()}

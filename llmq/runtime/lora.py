@@ -46,5 +46,10 @@ def get_peft_model(model: Any, adapter: Any) -> Any:
     # Experimental, but the way that the documentation of peft names for other classes of linears.
     config._register_custom_module({PackedLinear: PackedLora})  # pyright: ignore[reportPrivateUsage]
     if is_trained:
-        return peft.PeftModel.from_pretrained(model, str(adapter), config=config)
-    return peft.get_peft_model(model, config)
+        adapted = peft.PeftModel.from_pretrained(model, str(adapter), config=config)
+    else:
+        adapted = peft.get_peft_model(model, config)
+    for module in adapted.modules():
+        if isinstance(module, PackedLinear):
+            module.changed()  # experts that were put together for a GPU would run without their adapters
+    return adapted

@@ -113,14 +113,15 @@ class PackedLinear(nn.Module):
         """Make the buffers that belong to a device anew after a move."""
         super()._apply(fn, recurse)
         self.counters = new_counters(self.grid.device)
-        self._changed()
+        self.changed()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._changed()
+        self.changed()
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
+        """Forget what was made of the buffers, and tell whoever made something of them."""
         self._forget()
         if self.on_change is not None:
             self.on_change()

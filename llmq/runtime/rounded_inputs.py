@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmq.core.errors import RequestError
-from llmq.models.experts import layouts
 from llmq.runtime.packed_linear import PackedLinear
 from llmq.training.fake_quantization import per_token
 
@@ -15,19 +14,17 @@ def round_inputs(model: Any) -> None:
 
     The embeddings and the linear that predicts words (lm_head) compute as before.
 
-    Raises RequestError for an original mixture: what enters its experts passes no linear.
+    Raises RequestError if the model has no linears.
     """
-    if packed := [module for module in model.modules() if isinstance(module, PackedLinear)]:
-        for linear in packed:
-            linear.rounds_inputs = True
-        return
-    if layouts(model):
-        raise RequestError("the experts of an original mixture are no linears; quantize it, then use --activations 8")
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    for linear in packed:
+        linear.rounds_inputs = True
+        linear.changed()
     head = model.get_output_embeddings()
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    if not linears:
+    if not packed and not linears:
         raise RequestError("activations of 8 bits are for linears, and this model has none")
-    for linear in linears:
+    for linear in linears if not packed else ():
         linear.register_forward_pre_hook(_rounded)
 
 

@@ -21,8 +21,6 @@ class LearnableLinear(nn.Module):
         super().__init__()
         self.latent, self.rounds_inputs = latent, rounds_inputs
         self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
-        rows, groups, size = latent.V.shape
-        self.in_features, self.out_features = groups * size, rows
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if self.rounds_inputs:

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import CheckpointError, RequestError
+from llmq.core.quantized_weight import QuantizedWeight
 from llmq.formats import format_of, int_quantized
 from llmq.formats.scheme import Scheme
 from llmq.run.convert import ConvertConfig, convert
@@ -31,9 +32,15 @@ def test_what_is_written_is_read_back(bits, groups):
 
 
 def test_a_golden_weight():
-    weight = random_weight(1, 32, bits=4)
+    weight = QuantizedWeight(
+        torch.tensor([[0, 1, 7, 8, 9, 15]], dtype=torch.uint8),
+        torch.tensor([[0.5]]),
+        torch.tensor([[8]], dtype=torch.uint8),
+        4,
+    )
     tensors = int_quantized.encode("w", weight, scheme(4))
-    assert tensors["w.weight"].tolist() == [[int(code) - 8 for code in weight.q[0]]]
+    assert tensors["w.weight"].tolist() == [[-8, -7, -1, 0, 1, 7]]
+    assert tensors["w.weight_scale"].tolist() == [[0.5]]
 
 
 @pytest.mark.parametrize("bits", [4, 8])

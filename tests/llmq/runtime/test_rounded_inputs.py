@@ -14,6 +14,8 @@ from llmq.models.model_source import ModelSource
 from llmq.run.convert import ConvertConfig, convert
 from llmq.runtime.fused_siblings import merge_linears
 from llmq.runtime.load import load
+from llmq.runtime.packed_experts import GroupedForward
+from llmq.runtime.packed_linear import PackedLinear
 from llmq.runtime.rounded_inputs import round_inputs
 
 
@@ -49,13 +51,31 @@ def test_of_an_original_model_all_linears_of_its_blocks_are_meant(llama):
     torch.testing.assert_close(logits(original, some_tokens()), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_experts_round_what_they_get_and_an_original_mixture_is_refused(tmp_path):
-    mixtures = Mixtures(tmp_path)
-    plain, rounded = (load(mixtures("mixtral"), "cpu", torch.float32) for _ in range(2))
+def with_rounded_experts(model):
+    """The same mixture with packed linears that are told what a rounded input is by their callers."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            forward = module.forward
+            module.forward = lambda x, forward=forward: forward(by_hand(x))
+    return model
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_round_what_they_get(name, tmp_path):
+    packed = Mixtures(tmp_path)(name)
+    rounded, expected = (load(packed, "cpu", torch.float32) for _ in range(2))
+    assert any(".experts." in linear for linear, module in rounded.named_modules() if isinstance(module, PackedLinear))
     round_inputs(rounded)
-    assert float((logits(plain, some_tokens()) - logits(rounded, some_tokens())).abs().max()) > 1e-4
-    with pytest.raises(RequestError, match="mixture"):
-        round_inputs(ModelSource(str(mixtures.source("mixtral"))).load_all(torch.device("cpu"), torch.float32))
+    by_callers = logits(with_rounded_experts(expected), some_tokens())
+    torch.testing.assert_close(logits(rounded, some_tokens()), by_callers, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_that_run_together_are_asked_again_after_they_learned_to_round(tmp_path):
+    model = load(Mixtures(tmp_path)("mixtral"), "cpu", torch.float32)
+    grouped = next(m.forward for m in model.modules() if isinstance(getattr(m, "forward", None), GroupedForward))
+    assert grouped.stacks is not None
+    round_inputs(model)
+    assert grouped.stacks is None
 
 
 def test_merged_linears_round_their_common_input_once(llama, tmp_path):
