@@ -17,6 +17,7 @@ from llmq.core.config import VERSION, QuantizeConfig
 from llmq.core.device import multiplies_bfloat16
 from llmq.core.distributed import processes
 from llmq.core.errors import RequestError
+from llmq.core.timing import Clock
 from llmq.core.train_config import WORST, TrainConfig
 from llmq.models.locate import gguf_in, locate
 from llmq.models.model_source import ModelSource, build_skeleton
@@ -49,6 +50,7 @@ class TrainRequest:
     data: Data
     fingerprint: dict[str, Any]
     is_met: bool  # whether the finished checkpoint is there already
+    clock: Clock
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -68,6 +70,7 @@ def is_first() -> bool:
 
 def open_request(config: TrainConfig, device: torch.device) -> TrainRequest:
     """Open the model and the data. Raises RequestError if the request cannot be met."""
+    clock = Clock()
     if not config.dry_run and is_first():
         check_output(config.output, config.overwrite, config.resume)
     _check_processes(config, device)
@@ -107,7 +110,7 @@ def open_request(config: TrainConfig, device: torch.device) -> TrainRequest:
         "compute": {"device": device.type, "products": str(compute.precision), "processes": processes()},
     }
     is_met = config.resume and _is_met(config.output, identity)
-    request = TrainRequest(config, compute, packed, original, skeleton, names, data, identity, is_met)
+    request = TrainRequest(config, compute, packed, original, skeleton, names, data, identity, is_met, clock)
     if packed is not None or WORST.fullmatch(config.train_layers) is None:
         chosen_layers(config.train_layers, request.sizes, {} if packed is None else start_report(packed))
     return request

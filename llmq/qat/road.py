@@ -5,7 +5,6 @@ of the training.
 """
 
 import sys
-import time
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -95,7 +94,7 @@ def _train_into(
     progress: bool,
 ) -> None:
     """Train, and write the result into the directory of a writer, in the process that has one."""
-    config, began, memory, (student, original) = request.config, time.monotonic(), PeakMemory(), models
+    config, memory, (student, original) = request.config, PeakMemory(), models
     outcome = _trained(request, student, original, progress)
     release_memory()
     if writer is None:
@@ -104,11 +103,11 @@ def _train_into(
     if isinstance(student, AdapterStudent) and outcome.changed:
         student.take(outcome.changed)
         companions = with_adapter(companions, student)
-        with _in_memory():
+        with _in_memory(), request.clock("merge"):
             candidate, merged = _merged(request, student, original, progress)
         result = candidate if merged < outcome.before else start
     report = trained(request, outcome, merged, result)
-    report |= {"seconds": {"total": time.monotonic() - began}, "peak_memory_bytes": memory.largest}
+    report |= {"seconds": {"total": request.clock.total, **request.clock.seconds}, "peak_memory_bytes": memory.largest}
     report |= {FINGERPRINT: request.fingerprint}
     _write(writer, result, companions, {} if config.lora else outcome.changed, report, request)
     if progress:
@@ -121,7 +120,8 @@ def _quantized(request: TrainRequest, writer: Writer | None, progress: bool) -> 
     if writer is not None:
         writer.resumable = True  # what was quantized need not be quantized again
     try:
-        quantize(replace(start_request(request.config), resume=start.is_dir()), progress)
+        with request.clock("start"):
+            quantize(replace(start_request(request.config), resume=start.is_dir()), progress)
     except RequestError:
         if writer is not None:
             writer.resumable = request.config.resume
@@ -157,7 +157,7 @@ def _trained(request: TrainRequest, student: Student | AdapterStudent, original:
     work = unfinished_work(request.config.output)
     outcome = Outcome.load(work)
     if outcome is None:
-        with _in_memory():
+        with _in_memory(), request.clock("training"):
             outcome = train_student(student, original, request.data, request.config, work / "training", progress)
         if request.is_first:
             outcome.save(work)

@@ -29,6 +29,9 @@ def test_an_original_model_is_quantized_and_then_trained(start, llama, text, tmp
     out = train(llama, text, tmp_path / "out", **options)
     before, after = report_of(out)["trained"]["held_out"]
     assert after < before
+    seconds = report_of(out)["seconds"]
+    assert min(seconds["start"], seconds["training"]) > 0
+    assert seconds["total"] > seconds["start"] + seconds["training"]
     check(out, report_of(out)["digests"])
     assert sorted(path.name for path in out.iterdir() if "partial" in path.name) == []
     assert llmq.load(out, "cpu")(torch.arange(3, 20)[None]).logits.isfinite().all()
