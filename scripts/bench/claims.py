@@ -40,7 +40,7 @@ def _tests(results: Results) -> Iterator[Claim]:
     steps = results.steps()
     texts = {
         "smoke": "the kernels give float64's results, also in a stream, a graph and torch.compile (short)",
-        "pipeline": "a tiny model is quantized, resumed, loaded and continued on CUDA as on a CPU",
+        "pipeline": "a tiny model is quantized, trained, resumed, loaded and continued on CUDA as on a CPU",
         "tests": "all GPU tests of the kernels",
     }
     for step, what in texts.items():

@@ -38,7 +38,7 @@ class Step:
 # The most valuable first.
 STEPS = (
     Step("smoke", 45, ("-m", "gpu and smoke", "tests/kernels")),
-    Step("pipeline", 70, ("-m", "gpu", "tests/llmq/runtime/test_cuda.py")),
+    Step("pipeline", 100, ("-m", "gpu", "tests/llmq/runtime/test_cuda.py", "tests/llmq/qat/test_cuda_training.py")),
     Step("speed", 120),
     Step("decode", 110),
     Step("quantize", 80, least=30),
