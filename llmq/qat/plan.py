@@ -21,7 +21,7 @@ _SAVED = 4  # for each input and output of a linear
 def lines(request: TrainRequest) -> Iterator[str]:
     """Yield the plan as lines of text."""
     config, data = request.config, request.data
-    packed, outside = counts(request)
+    packed, outside = sum(request.sizes.values()), request.outside
     whole = f"{(packed + outside) / 1e6:,.1f} million weights, {packed / 1e6:,.1f} of them packed"
     yield f"model     {config.model}, {whole}"
     what = {"scales": "scales, norms and biases", "codes": "codes, scales, norms and biases", "all": "all weights"}
@@ -43,17 +43,10 @@ def lines(request: TrainRequest) -> Iterator[str]:
     yield f"time      about {seconds(request) / 60:.0f} minutes, by timing the parts of a step with random weights"
 
 
-def counts(request: TrainRequest) -> tuple[int, int]:
-    """Return the number of weights that are packed, and of all others."""
-    whole = sum(parameter.numel() for parameter in request.skeleton.parameters())
-    packed = sum(request.sizes.values())
-    return packed, whole - packed
-
-
 def memory(request: TrainRequest) -> dict[str, int]:
     """Return the bytes that the training takes, by what takes them. Only some layers may learn; that is left out."""
     config, compute = request.config, request.compute
-    packed, outside = counts(request)
+    packed, outside = sum(request.sizes.values()), request.outside
     text = request.skeleton.config.get_text_config()
     tokens = config.micro_batch * max(len(example.ids) for example in request.data.train)
     sides = _sides(request)
@@ -73,7 +66,7 @@ def memory(request: TrainRequest) -> dict[str, int]:
 
 def _disk(request: TrainRequest) -> int:
     """Return the bytes of the checkpoints of a training: two of them, with two moments of Adam for each parameter."""
-    config, (packed, outside) = request.config, counts(request)
+    config, packed, outside = request.config, sum(request.sizes.values()), request.outside
     if config.lora:  # the dense sum, and what is quantized of it
         return 2 * 12 * _sides(request) * config.lora + 2 * (packed + outside) + 2 * (packed + 2 * outside)
     learning = packed // GROUP + packed * (config.learn != "scales") + outside * (config.learn == "all")

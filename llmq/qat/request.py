@@ -21,6 +21,7 @@ from llmq.core.timing import Clock
 from llmq.core.train_config import WORST, TrainConfig
 from llmq.models.locate import gguf_in, locate
 from llmq.models.model_source import ModelSource, build_skeleton
+from llmq.models.stored_names import tied_names
 from llmq.models.untrusted_files import read_json
 from llmq.qat.adapters import merging
 from llmq.qat.checks import check_original, check_original_start, check_packed, check_text_is_enough, check_useful
@@ -56,6 +57,13 @@ class TrainRequest:
     def sizes(self) -> dict[str, int]:
         """Return the number of weights of each packed linear."""
         return {name: self.skeleton.get_submodule(name).weight.numel() for name in self.packed_names}
+
+    @property
+    def outside(self) -> int:
+        """Return the number of all other weights. Embeddings that also predict the words count once."""
+        aliases = tied_names(self.skeleton).keys()
+        whole = sum(p.numel() for name, p in self.skeleton.named_parameters() if name not in aliases)
+        return whole - sum(self.sizes.values())
 
     @property
     def is_first(self) -> bool:

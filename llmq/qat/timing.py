@@ -89,7 +89,7 @@ def _optimizer(request: TrainRequest) -> float:
     if config.learn != "scales":
         learning += packed
     if config.learn == "all":
-        learning += sum(parameter.numel() for parameter in request.skeleton.parameters()) - packed
+        learning += request.outside
     some = torch.zeros(_SOME, device=request.compute.device, requires_grad=True)
     some.grad = torch.zeros_like(some)
     return learning / _SOME * _timed(torch.optim.AdamW([some]).step, request.compute)
