@@ -74,11 +74,12 @@ def interrupted(config, monkeypatch, blocks=1):
             llmq.quantize(config)
 
 
-def quantize_together(config, processes, fails=None):
-    """Exit codes of processes that quantize together.
+def quantize_together(config, processes, fails=None, program="quantize"):
+    """Exit codes of processes that quantize together, or train.
 
     Args:
         fails: called in each of them, with its number, before it begins.
+        program: quantize or train.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -89,7 +90,7 @@ def quantize_together(config, processes, fails=None):
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(processes)}
         if fails is not None:
             fails(rank)
-        llmq.quantize(config)
+        getattr(llmq, program)(config)
 
     children = [_forked(lambda rank=rank: work(rank)) for rank in range(processes)]
     return [_exit_code(child) for child in children]

@@ -5,7 +5,6 @@ import json
 import shutil
 
 from commands import run_here
-from compare_finetuning import write_questions
 from forked import forking
 
 
@@ -13,8 +12,8 @@ def rows_in(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_questions_say_what_a_function_does_and_answers_name_it_in_a_fixed_form(tmp_path):
-    train, test = map(rows_in, write_questions(tmp_path, 200))
+def check_questions(train, test):
+    """Questions say what a function does, answers name it in a fixed form, and few questions are asked twice."""
     assert len(train) > 8 * len(test) > 0
     for row in [*train, *test]:
         assert row["prompt"].startswith("Which function of Python's library does this?\n\n")
@@ -26,16 +25,17 @@ def test_questions_say_what_a_function_does_and_answers_name_it_in_a_fixed_form(
 
 
 def test_the_table_compares_float_with_two_ways_to_quantize(llama, tmp_path):
-    model = shutil.copytree(llama, tmp_path / "model")
+    model, room = shutil.copytree(llama, tmp_path / "model"), tmp_path / "room"
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
     template += "{% if add_generation_prompt %}<assistant>{% endif %}"
     (model / "chat_template.jinja").write_text(template)
     settings = ["--group-size", "32", "--steps", "4", "--batch", "8", "--questions", "300", "--rate", "0.005"]
     with forking():
-        done = run_here("compare_finetuning", "--model", model, *settings, "--sequence-length", "256")
+        done = run_here("compare_finetuning", "--model", model, *settings, "--sequence-length", "256", "--keep", room)
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
     assert [row[0] for row in rows] == ["original", "fine-tuned", "fine-tuned, then gptq at 4 bit", "QAT at 4 bit"]
     original, tuned, _, qat = (float(row[1]) for row in rows)
     assert tuned < original
     assert qat < original
+    check_questions(*(rows_in(room / f"{name}.jsonl") for name in ("train", "test")))

@@ -1,11 +1,9 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from killed import quantize_together
 from packed import rewrite
 from safetensors.torch import load_file
 from small_runs import run
@@ -118,19 +116,17 @@ def test_embeddings_that_files_hold_twice_stay_equal(text, tmp_path):
 
 
 def test_two_processes_train_together_on_twice_the_sequences(packed, text, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "llmq.train"]
-    flags = ["--model", packed, "--output", tmp_path / "out", "--data", text, "--steps", "4", "--batch", "4"]
-    flags += ["--sequence-length", "32", "--samples", "40", "--scale-rate", "0.01", "--checks", "2", "--device", "cpu"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *map(str, flags)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    settings = {"steps": 4, "batch": 4, "sequence_length": 32, "samples": 40, "scale_rate": 0.01, "checks": 2}
+    config = llmq.TrainConfig(str(packed), tmp_path / "out", (str(text),), device="cpu", **settings)
+    assert quantize_together(config, 2, program="train") == [0, 0]
     said = report_of(tmp_path / "out")["trained"]
     assert said["tokens_seen"] == 4 * 4 * 32 * 2
     assert said["held_out"][1] < said["held_out"][0]
     check(tmp_path / "out", report_of(tmp_path / "out")["digests"])
 
 
-def test_a_dry_run_says_what_it_takes_and_writes_nothing(packed, llama, text, tmp_path, capsys):
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(packed, llama, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("llmq.qat.timing._LEAST", 0.001)
     for model in (packed, llama):
         train(model, text, tmp_path / "out", dry_run=True, learn="codes")
         told = capsys.readouterr().out

@@ -48,8 +48,11 @@ def watched(function, gpu, seen):
     return call
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "method"),
+    [(torch.float32, "gptq"), (torch.bfloat16, "gptq"), (torch.float16, "gptq"), (torch.bfloat16, "awq+gptq")],
+    ids=str,
+)
 def test_states_stay_and_a_group_waits_four_times(dtype, method, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(Block, "autocast", lambda self: nullcontext())  # torch knows no autocast for this device
     model, seen = (
