@@ -159,14 +159,20 @@ def _row(config: CompareConfig, key: Key, flags: str, chunks: torch.Tensor, refe
 
 def finished(config: CompareConfig, flags: dict[str, str]) -> dict[Key, Row]:
     """Return the rows of earlier calls. Raises RequestError if their texts, sizes or flags were other ones."""
-    lines = config.results.read_text().splitlines() if config.results.exists() else []
-    rows = [json.loads(line) for line in lines]
-    for row in rows:
-        if row["settings"] != common(config) or flags.get(row["name"], row["flags"]) != row["flags"]:
-            raise RequestError(
-                f"{config.results} contains rows made with other settings; name another file with --results"
-            )
+    rows = earlier_rows(config.results, common(config), "flags", flags)
     return {(row["name"], row["bits"], row["group_size"], row["seed"]): row for row in rows}
+
+
+def earlier_rows(results: Path, settings: Row, what: str, given: dict[str, str]) -> list[Row]:
+    """Return the rows of a file. Raises RequestError unless they have these settings, and by name these flags.
+
+    `what`: the name of the flags in a row.
+    """
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    for row in rows:
+        if row["settings"] != settings or given.get(row["name"], row[what]) != row[what]:
+            raise RequestError(f"{results} contains rows made with other settings; name another file with --results")
+    return rows
 
 
 def common(config: CompareConfig) -> Row:

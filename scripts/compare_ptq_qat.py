@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compare_methods import Row, earlier_rows
+
 import llmq
 from llmq.calibration.self_generated import sample_sequences
 from llmq.calibration.texts import evaluation_chunks, read_text
@@ -30,7 +32,6 @@ from llmq.core.settings import Calibration
 from llmq.runtime.evaluation import evaluate, logits_of, remembered, score
 from llmq.runtime.load import load_any
 
-Row = dict[str, Any]
 PROGRAMS = ("quantize", "train")
 WAYS = (
     "rtn: quantize --method rtn",
@@ -179,13 +180,7 @@ def _tokens(config: CompareConfig, report: Row, way: str) -> int:
 
 def finished(config: CompareConfig, commands: dict[str, str]) -> dict[tuple[str, int], Row]:
     """Return the rows of earlier calls. Raises RequestError if their texts, sizes or commands were other ones."""
-    lines = config.results.read_text().splitlines() if config.results.exists() else []
-    rows = [json.loads(line) for line in lines]
-    for row in rows:
-        if row["settings"] != common(config) or commands.get(row["name"], row["command"]) != row["command"]:
-            raise RequestError(
-                f"{config.results} contains rows made with other settings; name another file with --results"
-            )
+    rows = earlier_rows(config.results, common(config), "command", commands)
     return {(row["name"], row["bits"]): row for row in rows}
 
 

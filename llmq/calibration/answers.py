@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from llmq.calibration.text_files import messages_of, rows_of
+from llmq.calibration.text_files import messages_of, rows_of, written
 from llmq.core.errors import RequestError, first_line
 
 IGNORED = -100  # a label that counts for nothing: what torch's cross entropy leaves out
@@ -58,7 +58,7 @@ def examples(path: Path, tokenizer: Any, longest: int, most: int | None = None) 
             if len(example.ids) > longest:
                 raise ValueError(f"{len(example.ids)} tokens, more than --sequence-length {longest}")
             found.append(example)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RequestError) as error:
             faults.append(f"row {number}: {first_line(error)}")
     if not found:
         raise RequestError(f"{path} holds no conversation to train on: {told(faults)}")
@@ -72,11 +72,11 @@ def told(faults: list[str]) -> str:
 
 
 def _example(row: Any, tokenizer: Any) -> Example:
-    """Return a row as an example. Raises ValueError or TypeError if it is none."""
+    """Return a row as an example. Raises ValueError, TypeError or RequestError if it is none."""
     if not isinstance(row, dict):
         raise TypeError(f"{type(row).__name__} instead of a conversation")
     messages = messages_of(row)
-    text = _written(tokenizer, messages)
+    text = written(tokenizer, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, spans = encoded["input_ids"], list(_answers(tokenizer, messages, text))
     if not spans:
@@ -97,17 +97,9 @@ def _answers(tokenizer: Any, messages: list[dict[str, Any]], text: str) -> Itera
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for i in turns:
-        before = _written(tokenizer, messages[:i], add_generation_prompt=True)
-        after = text if i == len(messages) - 1 else _written(tokenizer, messages[: i + 1])
+        before = written(tokenizer, messages[:i], add_generation_prompt=True)
+        after = text if i == len(messages) - 1 else written(tokenizer, messages[: i + 1])
         if text.startswith(before) and text.startswith(after) and str(messages[i]["content"]).strip():
             yield len(before), len(after)
         elif i == turns[-1]:
             raise ValueError("the last answer is empty, or the chat template does not begin it as it asks for one")
-
-
-def _written(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
-    """Return a conversation as text. Raises ValueError if the template does not take it."""
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # a template is a program
-        raise ValueError(f"the chat template does not take this conversation: {first_line(error)}") from None

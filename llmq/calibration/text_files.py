@@ -77,8 +77,13 @@ def _text_of(row: Any, tokenizer: Any) -> str:
         if all(isinstance(row.get(key), str) for key in ("prompt", "completion")):
             return row["prompt"] + row["completion"]
         raise RequestError("it is a conversation, but the model has no chat template; give rows with a text")
+    return written(tokenizer, messages)
+
+
+def written(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+    """Return a conversation as text. Raises RequestError if the chat template does not take it."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template is a program
         raise RequestError(f"the chat template does not take this conversation: {first_line(error)}") from None
 

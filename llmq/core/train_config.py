@@ -4,7 +4,9 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from llmq.core.config import QuantizeConfig
 from llmq.core.errors import RequestError
 from llmq.core.settings import at_revision, one_of
 
@@ -132,6 +134,20 @@ class TrainConfig:
             raise RequestError("nothing would learn: the learning rates of what should learn are 0")
         if self.resume and self.overwrite:
             raise RequestError("resume continues the earlier training, overwrite removes it; pass only one of the two")
+
+    def quantizing(self, model: str, output: Path, **how: Any) -> QuantizeConfig:
+        """Return the request that quantizes a model with this calibration. `how`: its other settings."""
+        return QuantizeConfig(
+            model,
+            output,
+            calibration=self.calibration or self.data[0],
+            samples=self.calibration_samples,
+            sequence_length=self.sequence_length,
+            seed=self.seed,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+            **how,
+        )
 
     @property
     def source(self) -> str:

@@ -113,7 +113,7 @@ def merging(config: TrainConfig, start: Path, dense: Path, output: Path) -> Quan
     view = view_of(start, config.trust_remote_code)
     schemes = list(view.schemes.values())
     bits = max({scheme.bits for scheme in schemes}, key=[scheme.bits for scheme in schemes].count)
-    return QuantizeConfig(
+    return config.quantizing(
         str(dense),
         output,
         bits=bits,
@@ -121,12 +121,6 @@ def merging(config: TrainConfig, start: Path, dense: Path, output: Path) -> Quan
         symmetric=schemes[0].symmetric,
         layer_bits=tuple(f"{name}={scheme.bits}" for name, scheme in view.schemes.items() if scheme.bits != bits),
         format=view.format.METHOD,
-        calibration=config.calibration or config.data[0],
-        samples=config.calibration_samples,
-        sequence_length=config.sequence_length,
-        seed=config.seed,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
         overwrite=True,
     )
 

@@ -26,6 +26,11 @@ class Data:
     faults: list[str]
 
     @property
+    def tokens(self) -> int:
+        """Return the number of tokens of all sequences to train on."""
+        return sum(len(example.ids) for example in self.train)
+
+    @property
     def left_out(self) -> str:
         """Return a sentence on the rows that were left out; nothing if there are none."""
         return f"{len(self.faults)} rows were left out: {told(self.faults)}" if self.faults else ""

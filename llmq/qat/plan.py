@@ -27,7 +27,7 @@ def lines(request: TrainRequest) -> Iterator[str]:
     what = {"scales": "scales, norms and biases", "codes": "codes, scales, norms and biases", "all": "all weights"}
     learns = f"LoRA adapters of rank {config.lora}" if config.lora else what[config.learn]
     yield f"learns    {learns}; loss: {config.loss}"
-    average = sum(len(example.ids) for example in data.train) / len(data.train)
+    average = data.tokens / len(data.train)
     yield f"data      {len(data.train)} sequences of {average:.0f} tokens on average; {len(data.held_out)} held out"
     if data.left_out:
         yield f"          {data.left_out}"
@@ -83,5 +83,5 @@ def _packed(request: TrainRequest) -> list[nn.Linear]:
 
 
 def _times(seen: int, request: TrainRequest) -> str:
-    passes = seen / max(1, sum(len(example.ids) for example in request.data.train))
+    passes = seen / request.data.tokens
     return f"{passes:.1f} times"

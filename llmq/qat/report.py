@@ -18,12 +18,11 @@ def trained(request: TrainRequest, outcome: Outcome, merged: float | None, resul
     `merged`: the loss after adapters were merged. `result`: the checkpoint that is written again.
     """
     config, data, before = request.config, request.data, start_report(result)
-    tokens = sum(int(example.ids.numel()) for example in data.train) / len(data.train)
     entry = {
         "loss": config.loss,
         "held_out": [outcome.before, outcome.after],
         "steps": outcome.steps,
-        "tokens_seen": round(outcome.steps * config.batch * processes() * tokens),
+        "tokens_seen": round(outcome.steps * config.batch * processes() * data.tokens / len(data.train)),
         "sequences": len(data.train),
         "learned_tokens": sum(int((example.labels >= 0).sum()) for example in data.train),
         "history": outcome.history,

@@ -135,19 +135,13 @@ def _check_processes(config: TrainConfig, device: torch.device) -> None:
 
 def start_request(config: TrainConfig) -> QuantizeConfig:
     """Return the request that quantizes an original model before its training. Raises RequestError if it is wrong."""
-    return QuantizeConfig(
+    return config.quantizing(
         config.source,
         unfinished_work(config.output) / START,
         method=config.start,
         bits=config.bits,
         group_size=config.group_size,
         format=config.format,
-        calibration=config.calibration or config.data[0],
-        samples=config.calibration_samples,
-        sequence_length=config.sequence_length,
-        seed=config.seed,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
     )
 
 

@@ -21,7 +21,7 @@ GROUP = 64  # weights that share a scale; other sizes take about the same
 def seconds(request: TrainRequest) -> float:
     """Return the seconds of a whole training: its steps, and the measurements on held-out sequences."""
     config, data = request.config, request.data
-    tokens = config.micro_batch * sum(len(example.ids) for example in data.train) // len(data.train)
+    tokens = config.micro_batch * data.tokens // len(data.train)
     forward, backward = _blocks(request, max(2, tokens))
     head = _head(request, tokens)
     original = (forward + head) * config.needs_original

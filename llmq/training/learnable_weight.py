@@ -82,6 +82,11 @@ def _codes(V: Tensor, highest: int) -> Tensor:
     return V.round().clamp_(0, highest) if V.is_floating_point() else V.float()
 
 
+def _dense(V: Tensor, scale: Tensor, zero: Tensor, highest: int) -> Tensor:
+    """Return Ŵ, in groups."""
+    return _codes(V, highest).sub_(zero).mul_(scale)
+
+
 def _gradients(ctx: Any, gradient: Tensor, V: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor | None, Tensor]:
     """Return the gradients of V, None if it does not learn, and of the scale. `gradient`: of Ŵ, in groups, float32."""
     along = _codes(V, ctx.highest).sub_(zero).mul_(gradient).sum(-1, keepdim=True)
@@ -99,7 +104,7 @@ class _Dequantized(torch.autograd.Function):
     def forward(ctx: Any, V: Tensor, scale: Tensor, zero: Tensor, highest: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(V, scale, zero)
         ctx.highest = highest
-        return _codes(V, highest).sub_(zero).mul_(scale)
+        return _dense(V, scale, zero, highest)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -113,7 +118,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, V: Tensor, scale: Tensor, zero: Tensor, highest: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(x, V, scale, zero)
         ctx.highest = highest
-        return x @ _codes(V, highest).sub_(zero).mul_(scale).flatten(-2).to(x.dtype).T
+        return x @ _dense(V, scale, zero, highest).flatten(-2).to(x.dtype).T
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -121,7 +126,7 @@ class _Product(torch.autograd.Function):
         x, V, scale, zero = ctx.saved_tensors
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = gradient @ _codes(V, ctx.highest).sub_(zero).mul_(scale).flatten(-2).to(x.dtype)
+            of_x = gradient @ _dense(V, scale, zero, ctx.highest).flatten(-2).to(x.dtype)
         if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
             return of_x, None, None, None, None
         of_W = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).float()
