@@ -43,6 +43,10 @@ def inspect_command(config: InspectConfig) -> None:
     packed, other = checkpoint["packed_bytes"] / 1e6, checkpoint["other_bytes"] / 1e6
     weights = f"{len(checkpoint['layers'])} packed layers: {checkpoint['packed_weights']:,} weights in {packed:.1f} MB"
     print(f"{weights}, {checkpoint['bits_per_packed_weight']:.2f} bits per weight; {other:.1f} MB unquantized")
+    told = {"token": "with a scale for each token", "tensor": "with one scale for all tokens"}
+    for kind, how in told.items():
+        if count := sum(layer["inputs"] == kind for layer in checkpoint["layers"]):
+            print(f"{count} layers round their inputs to 8 bits, {how}")
     if share:
         print(share)
 

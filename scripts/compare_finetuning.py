@@ -37,7 +37,7 @@ from llmq.core.train_config import TrainConfig
 from llmq.models.model_source import ModelSource
 from llmq.qat.data import Data, collated, data_of
 from llmq.qat.losses import Learner
-from llmq.qat.trainer import Sequences, held_out_loss
+from llmq.qat.trainer import Sequences, held_out_loss, optimizer_of
 
 _QUESTION = "Which function of Python's library does this?\n\n{}"
 _TEST_EVERY = 10
@@ -121,8 +121,6 @@ def fine_tuned(config: FinetuneConfig, settings: TrainConfig, compute: Compute, 
     source = ModelSource(config.model)
     model: Any = source.load_all(CPU, torch.float32).requires_grad_(True)
     learning = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(learning.values(), config.rate, (0.9, 0.95), weight_decay=0.0)
-    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / config.steps))
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=config.steps,
@@ -136,9 +134,10 @@ def fine_tuned(config: FinetuneConfig, settings: TrainConfig, compute: Compute, 
         use_cpu=True,
         bf16=compute.precision == torch.bfloat16,
     )
+    optimizers = optimizer_of([{"params": list(learning.values()), "lr": config.rate}], config.steps)
     found = data_of(settings, source.tokenizer, model).train
     learner = Learner(model, learning, None, "text")
-    trainer = Trainer(learner, arguments, collated, Sequences(found), optimizers=(optimizer, falling))
+    trainer = Trainer(learner, arguments, collated, Sequences(found), optimizers=optimizers)
     trainer.remove_callback(PrinterCallback)  # stdout holds the table
     with torch.enable_grad():
         seconds = trainer.train().metrics["train_runtime"]

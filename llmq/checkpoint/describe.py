@@ -48,6 +48,7 @@ def _layer(checkpoint: Checkpoint, name: str, sizes: dict[str, int]) -> dict[str
         "group_size": columns if scheme.group_size == -1 else scheme.group_size,
         "symmetric": scheme.symmetric or weight.symmetric,
         "act_order": scheme.act_order,
+        "inputs": scheme.rounded_inputs or None,
         "zero": {"min": int(zero.min()), "mean": float(zero.mean()), "max": int(zero.max())},
         "scale_dtype": str(weight.scale.dtype).removeprefix("torch."),
         "bytes": sum(sizes.get(f"{name}.{suffix}", 0) for suffix in checkpoint.format.TENSOR_SUFFIXES),

@@ -16,7 +16,8 @@ from llmq.models.safetensors_files import CheckpointFiles
 def digest(value: Tensor | QuantizedWeight) -> str:
     """Return the SHA-256 of a tensor (dtype, shape, bytes) or a weight (codes and grids, the same in every format)."""
     hashed = hashlib.sha256()
-    tensors = [value] if isinstance(value, Tensor) else [value.q, value.scale, value.zero, value.group_of]
+    parts = ("q", "scale", "zero", "group_of", "input_scale")
+    tensors = [value] if isinstance(value, Tensor) else [getattr(value, part) for part in parts]
     for tensor in tensors:
         if tensor is not None:
             hashed.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())

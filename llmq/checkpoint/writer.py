@@ -242,7 +242,7 @@ class Writer:
 
 def by_module(files: Any, changed: Mapping[str, Tensor]) -> Generator[dict[str, Tensor]]:
     """Yield all tensors of a checkpoint's files, module by module, changed ones in place of the old ones."""
-    for _, names in groupby(sorted(files.names()), key=lambda name: name.rpartition(".")[0]):
+    for _, names in groupby(sorted(files.names() | changed.keys()), key=lambda name: name.rpartition(".")[0]):
         yield {name: changed[name] if name in changed else files.read(name) for name in names}
 
 

@@ -141,6 +141,11 @@ def storable(step: Float[Tensor, "*groups"], dtype: torch.dtype) -> Float[Tensor
     return torch.where(step < 0, -magnitude, magnitude).to(dtype)
 
 
+def stored_scale(exact: Float[Tensor, "*groups"], dtype: torch.dtype) -> Float[Tensor, "*groups"]:
+    """Return float32 scales rounded as they would be stored. The gradient treats the rounding as the identity."""
+    return exact + (storable(exact, dtype).float() - exact).detach()  # this difference is exact
+
+
 def quantize(
     W: Float[Tensor, "*shape"], scale: Float[Tensor, "*#shape"], zero: UInt8[Tensor, "*#shape"], bits: int
 ) -> UInt8[Tensor, "*shape"]:

@@ -22,6 +22,7 @@ class QuantizedWeight:
     zero: UInt8[Tensor, "out groups"]  # integer zero point in code units; symmetric = 2**(bits-1)
     bits: int
     group_of: Int32[Tensor, "in"] | None = None  # group of each input (foreign act-order); None: contiguous groups
+    input_scale: Float[Tensor, "1"] | None = None  # of inputs that are rounded to 8 bits with one scale for all tokens
 
     @property
     def group_size(self) -> int:
@@ -70,5 +71,7 @@ class QuantizedWeight:
             raise CheckpointError(f"{name}: group indices must lie in [0, {groups})")
         if not bool(torch.isfinite(self.scale).all()):
             raise CheckpointError(f"{name}: a scale is not finite")
+        if self.input_scale is not None and not (bool(torch.isfinite(self.input_scale)) and self.input_scale > 0):
+            raise CheckpointError(f"{name}: the scale of its inputs is {float(self.input_scale)}, not above 0")
         if int(self.q.max()) >= 2**self.bits or int(self.zero.max()) >= 2**self.bits:
             raise CheckpointError(f"{name}: a code or zero point exceeds {self.bits} bits")

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from llmq.core.errors import RequestError
 
 BITS = (2, 3, 4, 5, 6, 8)
+TOKEN, TENSOR = "token", "tensor"
+"""Scales of inputs that are rounded to 8 bits, as compressed-tensors calls them: one for each token, or one for all."""
 GPTQ_BITS = (2, 3, 4, 8)
 """The bits of GPTQ checkpoints: what GPTQModel and its kernels know."""
 GRIDS = ("auto", "minmax", "mse", "hessian", "common")

@@ -8,11 +8,12 @@ from typing import Any
 
 from llmq.core.config import QuantizeConfig
 from llmq.core.errors import RequestError
-from llmq.core.settings import at_revision, one_of
+from llmq.core.settings import TENSOR, TOKEN, at_revision, one_of
 
 LEARN = ("scales", "codes", "all")
 LOSSES = ("text", "kl", "both")
 STARTS = ("gptq", "rtn")
+ACTIVATION_SCHEMES = ("dynamic", "static")
 RATES = ("rate", "scale_rate", "outside_rate", "lora_rate")
 WORST = re.compile(r"worst:(\d+(?:\.\d+)?)%")
 
@@ -60,8 +61,10 @@ class TrainConfig:
     up to this share of the weights), or names such as down_proj or layers.0.*; several are separated by commas.
     Default: all. Norms learn in any case."""
     activations: int = 16
-    """8: the inputs of packed layers are rounded to 8 bits, token by token, as engines with 8-bit matmuls do. 16: they
-    stay as they are."""
+    """8: the inputs of packed layers are rounded to 8 bits, as engines with 8-bit matmuls do. 16: they stay as they
+    are, or are rounded as a packed checkpoint says."""
+    activation_scheme: str = "dynamic"
+    """For --activations 8. dynamic: each token has its own scale. static: each layer has one, which learns."""
     steps: int = 200
     """Number of training steps."""
     batch: int = 8
@@ -112,6 +115,9 @@ class TrainConfig:
         one_of("format", self.format, ("auto", "compressed-tensors", "gptq", "awq", "mlx"))
         if self.activations not in (8, 16):
             raise RequestError(f"activations must be 8 or 16 bits; got {self.activations}")
+        one_of("activation scheme", self.activation_scheme, ACTIVATION_SCHEMES)
+        if self.activation_scheme == "static" and (self.activations == 16 or self.lora):
+            raise RequestError("activation scheme static is for --activations 8, and not for --lora")
         for name, least in (("steps", 1), ("batch", 1), ("micro_batch", 1), ("samples", 2), ("checks", 1)):
             if getattr(self, name) < least:
                 raise RequestError(f"{name.replace('_', ' ')} must be at least {least}; got {getattr(self, name)}")
@@ -153,6 +159,11 @@ class TrainConfig:
     def source(self) -> str:
         """Return the model and its revision, as `locate` takes them."""
         return at_revision(self.model, self.revision)
+
+    @property
+    def inputs(self) -> str:
+        """Return how layers are told to round their inputs, as in `Scheme`; empty: as a packed checkpoint says."""
+        return "" if self.activations == 16 else TENSOR if self.activation_scheme == "static" else TOKEN
 
     @property
     def needs_original(self) -> bool:

@@ -4,6 +4,7 @@
     NAME.weight_scale       float [out, groups]
     NAME.weight_shape       int64 [2]                          (out, in)
     NAME.weight_zero_point  int32 [ceil(out*bits/32), groups]  asymmetric only, packed along the outputs
+    NAME.input_scale        float [1]                          only where inputs have one scale for all tokens
 
 The bytes are those that the compressed-tensors 0.20.0 package writes and reads.
 """
@@ -18,14 +19,28 @@ from torch import Tensor
 
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
+from llmq.core.settings import TENSOR, TOKEN
 from llmq.formats.name_patterns import Patterns, pattern_of_experts, without_experts
 from llmq.formats.packing import pack_stream, packed_length, unpack_stream
-from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, expect_words, part_of, tables
+from llmq.formats.scheme import (
+    Scheme,
+    Schemes,
+    checked,
+    entry,
+    expect_scales,
+    expect_words,
+    input_scale_of,
+    part_of,
+    tables,
+)
 
 METHOD, PACKED = "compressed-tensors", "pack-quantized"
-_TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
-"""Inputs in 8 bits, with a scale for each token. vLLM reads this beside packed weights (CompressedTensorsWNA8Int)."""
-TENSOR_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_INPUTS = {
+    how: {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": how == TOKEN, "strategy": how}
+    for how in (TOKEN, TENSOR)
+}
+"""Inputs in 8 bits. vLLM reads a scale for each token beside packed weights (CompressedTensorsWNA8Int)."""
+TENSOR_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
 
 
 def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
@@ -39,6 +54,8 @@ def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tens
     }
     if not scheme.symmetric:
         tensors[f"{name}.weight_zero_point"] = pack_stream(weight.zero, weight.bits, axis=0)
+    if weight.input_scale is not None:
+        tensors[f"{name}.input_scale"] = weight.input_scale
     return tensors
 
 
@@ -67,7 +84,8 @@ def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
         zeros = part_of(name, tensors, "weight_zero_point")
         expect_words(f"{name}.weight_zero_point", zeros, (packed_length(rows, bits), groups))
         zero = unpack_stream(zeros, bits, rows, axis=0)
-    return checked(name, QuantizedWeight(unpack_stream(packed, bits, columns), scale, zero, bits), scheme)
+    codes, of_inputs = unpack_stream(packed, bits, columns), input_scale_of(name, tensors, scheme)
+    return checked(name, QuantizedWeight(codes, scale, zero, bits, input_scale=of_inputs), scheme)
 
 
 def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
@@ -85,7 +103,7 @@ def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
             "targets": ["Linear"] if len(layers) == 1 else _targets(names, schemes),
             "format": PACKED,
             "weights": _weights(scheme),
-            "input_activations": dict(_TOKENS) if scheme.rounded_inputs else None,
+            "input_activations": dict(_INPUTS[scheme.rounded_inputs]) if scheme.rounded_inputs else None,
             "output_activations": None,
         }
         for i, (scheme, names) in enumerate(layers.items())
@@ -102,9 +120,12 @@ def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
     }
 
 
-def with_rounded_inputs(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a `quantization_config` that says the same, and that the inputs of all its linears are rounded."""
-    groups = {name: group | {"input_activations": dict(_TOKENS)} for name, group in config["config_groups"].items()}
+def with_rounded_inputs(config: Mapping[str, Any], how: str = TOKEN) -> dict[str, Any]:
+    """Return a `quantization_config` that says the same, and that all linears round their inputs, if not yet so."""
+    groups = {
+        name: group if group.get("input_activations") else group | {"input_activations": dict(_INPUTS[how])}
+        for name, group in config["config_groups"].items()
+    }
     return {**config, "config_groups": groups}
 
 
@@ -182,13 +203,15 @@ def _scheme(group: dict[str, Any], overall: Any, wanted: str) -> Scheme:
     return replace(scheme, rounded_inputs=_rounds(group.get("input_activations")))
 
 
-def _rounds(inputs: Any) -> bool:
-    """Return whether inputs are rounded to 8 bits. Raises CheckpointError for another way to round them."""
+def _rounds(inputs: Any) -> str:
+    """Return how inputs are rounded to 8 bits. Raises CheckpointError for another way to round them."""
     if inputs is None:
-        return False
-    if not isinstance(inputs, dict) or any(inputs.get(key) != value for key, value in _TOKENS.items()):
-        raise CheckpointError(f"unsupported inputs {str(inputs)[:300]}; llmq reads 8 bit with a scale for each token")
-    return True
+        return ""
+    for how, wanted in _INPUTS.items():
+        if isinstance(inputs, dict) and all(inputs.get(key) == value for key, value in wanted.items()):
+            return how
+    ways = "a scale for each token, or one in the file"
+    raise CheckpointError(f"unsupported inputs {str(inputs)[:300]}; llmq reads 8 bit with {ways}")
 
 
 def _shape(name: str, stored: Tensor) -> tuple[int, int]:

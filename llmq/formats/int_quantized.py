@@ -2,6 +2,7 @@
 
     NAME.weight         int8 [out, in]         code - 2^(bits-1)
     NAME.weight_scale   float [out, groups]
+    NAME.input_scale    float [1]              only where inputs have one scale for all tokens
 
 Symmetric only. vLLM runs W8A8 with one scale per row on every GPU since Turing (CompressedTensorsW8A8Int8), and W4A8 on
 Arm CPUs (CompressedTensorsW4A8Int). The bytes are those that the compressed-tensors 0.20.0 package writes and reads.
@@ -16,10 +17,10 @@ from torch import Tensor
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.formats import compressed_tensors
-from llmq.formats.scheme import Scheme, Schemes, checked, expect_scales, part_of
+from llmq.formats.scheme import Scheme, Schemes, checked, expect_scales, input_scale_of, part_of
 
 METHOD = "int-quantized"
-TENSOR_SUFFIXES = ("weight_scale", "weight")
+TENSOR_SUFFIXES = ("weight_scale", "weight", "input_scale")
 
 
 def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
@@ -27,7 +28,8 @@ def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tens
     if not (scheme.symmetric and scheme.rounded_inputs and scheme.bits in (4, 8)) or weight.group_of is not None:
         raise CheckpointError(f"{name}: int-quantized stores symmetric 4 and 8 bit weights beside 8-bit inputs")
     steps = weight.q.to(torch.int16) - 2 ** (weight.bits - 1)
-    return {f"{name}.weight": steps.to(torch.int8), f"{name}.weight_scale": weight.scale.contiguous()}
+    tensors = {f"{name}.weight": steps.to(torch.int8), f"{name}.weight_scale": weight.scale.contiguous()}
+    return tensors if weight.input_scale is None else tensors | {f"{name}.input_scale": weight.input_scale}
 
 
 def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
@@ -43,9 +45,8 @@ def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
     if int(steps.min()) < -half or int(steps.max()) >= half:
         raise CheckpointError(f"{name}: a weight exceeds {scheme.bits} bits")
     zero = torch.full_like(scale, half, dtype=torch.uint8)
-    return checked(
-        name, QuantizedWeight((steps.to(torch.int16) + half).to(torch.uint8), scale, zero, scheme.bits), scheme
-    )
+    codes, of_inputs = (steps.to(torch.int16) + half).to(torch.uint8), input_scale_of(name, tensors, scheme)
+    return checked(name, QuantizedWeight(codes, scale, zero, scheme.bits, input_scale=of_inputs), scheme)
 
 
 def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.core.settings import BITS, listed
+from llmq.core.settings import BITS, TENSOR, listed
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Scheme:
     symmetric: bool
     act_order: bool = False  # the inputs of a group are spread over the row (GPTQ's desc_act)
     zero_offset: int = 0  # what a reader must add to the stored zero points: 1 for GPTQ v1, which stores zero - 1
-    rounded_inputs: bool = False  # what enters the linear is rounded to 8 bits, token by token
+    rounded_inputs: str = ""  # what enters the linear is rounded to 8 bits, with a scale for each TOKEN or TENSOR
 
     @classmethod
     def of(cls, bits: Any, group_size: Any, symmetric: Any, act_order: Any = False, zero_offset: int = 0) -> Scheme:
@@ -69,6 +69,17 @@ def expect_scales(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Raise CheckpointError unless the tensor has scales of this shape."""
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32) or tuple(tensor.shape) != shape:
         raise CheckpointError(f"{name}: expected floats {shape}, found {tensor.dtype} {tuple(tensor.shape)}")
+
+
+def input_scale_of(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor | None:
+    """Return the scale of a linear's inputs, None if it has none. Raises CheckpointError if it should have one."""
+    if scheme.rounded_inputs != TENSOR:
+        if f"{name}.input_scale" in tensors:
+            raise CheckpointError(f"{name}: has a scale for its inputs, although the config gives them none")
+        return None
+    scale = part_of(name, tensors, "input_scale")
+    expect_scales(f"{name}.input_scale", scale, (1,))
+    return scale
 
 
 def checked(name: str, weight: QuantizedWeight, scheme: Scheme) -> QuantizedWeight:

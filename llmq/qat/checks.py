@@ -9,9 +9,11 @@ from llmq.calibration.texts import windows
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.config import FORMATS, QuantizeConfig
 from llmq.core.errors import RequestError
+from llmq.core.settings import TENSOR, TOKEN
 from llmq.core.train_config import TrainConfig
 from llmq.formats import ROUNDING
 from llmq.models.decoder_blocks import find_blocks
+from llmq.models.experts import layouts
 from llmq.models.model_source import ModelSource
 from llmq.models.stock_loading import unreadable
 
@@ -51,8 +53,18 @@ def check_packed(config: TrainConfig, checkpoint: Checkpoint, skeleton: Any) -> 
         if scheme.act_order or (scheme.group_size > 0 and columns % scheme.group_size):
             what = "spread over the row (desc_act)" if scheme.act_order else "not all of one size"
             raise RequestError(f"{name}: groups that are {what} cannot be trained; quantize the model again")
+    if config.inputs == TENSOR:
+        _check_static(skeleton)
+        if any(scheme.rounded_inputs == TOKEN for scheme in view.schemes.values()):
+            raise RequestError("the checkpoint has a scale for each token, which it keeps; leave out activation scheme")
     if config.lora:
         _check_mergeable(checkpoint, view, skeleton)
+
+
+def _check_static(skeleton: Any) -> None:
+    """Raise RequestError for a mixture of experts: vLLM's int8 kernel for experts takes no stored scales."""
+    if layouts(skeleton):
+        raise RequestError("activation scheme static is for models without experts; use dynamic")
 
 
 def _check_mergeable(checkpoint: Checkpoint, view: Checkpoint, skeleton: Any) -> None:
@@ -66,6 +78,8 @@ def _check_mergeable(checkpoint: Checkpoint, view: Checkpoint, skeleton: Any) ->
         fault = "layers outside of its blocks are packed"
     elif not all(any(name.startswith(f"{block}.") for name in view.linears) for block in blocks):
         fault = "some of its blocks are not packed"
+    elif any(scheme.rounded_inputs == TENSOR for scheme in view.schemes.values()):
+        fault = "its inputs have one scale for all tokens"
     elif len({(scheme.group_size, scheme.symmetric) for scheme in view.schemes.values()}) > 1:
         fault = "its layers have several group sizes, or zero points only in some"
     elif unreadable(skeleton, view.model_files, lambda _: True) and checkpoint.format.METHOD in ROUNDING:
@@ -85,6 +99,8 @@ def check_original_start(config: TrainConfig, source: ModelSource, start: Quanti
         fault = unreadable(source.skeleton, source.files, lambda _: True)
         if fault or start.stored_as not in ROUNDING:
             raise RequestError(f"{'gptq' if fault else start.stored_as} {ACTIVATIONS}")
+    if config.inputs == TENSOR:
+        _check_static(source.skeleton)
     if config.start != "rtn":
         check_text_is_enough(start, source.tokenizer)
 

@@ -40,6 +40,8 @@ from llmq.runtime.load import load
 from llmq.runtime.rounded_inputs import round_inputs
 from llmq.verification.check import DIGESTS, check
 
+_SEQUENCES = 8  # of the data, on which scales for inputs are found
+
 
 def train(config: TrainConfig, progress: bool = False) -> Path:
     """Train a model while its weights are quantized, and write a packed checkpoint; returns its directory.
@@ -95,6 +97,8 @@ def _train_into(
 ) -> None:
     """Train, and write the result into the directory of a writer, in the process that has one."""
     config, memory, (student, original) = request.config, PeakMemory(), models
+    # Scales for inputs are new, even if nothing gets better.
+    new = student.tensors() if isinstance(student, Student) and student.ranges else {}
     outcome = _trained(request, student, original, progress)
     release_memory()
     if writer is None:
@@ -109,7 +113,7 @@ def _train_into(
     report = trained(request, outcome, merged, result)
     report |= {"seconds": {"total": request.clock.total, **request.clock.seconds}, "peak_memory_bytes": memory.largest}
     report |= {FINGERPRINT: request.fingerprint}
-    _write(writer, result, companions, {} if config.lora else outcome.changed, report, request)
+    _write(writer, result, companions, {} if config.lora else outcome.changed or new, report, request)
     if progress:
         print(shown(report, config.output), file=sys.stderr)
 
@@ -135,7 +139,7 @@ def _student(request: TrainRequest, start: Path) -> tuple[Student | AdapterStude
     """Return the checkpoint in `start` as a model that learns, and the original model if the loss needs it."""
     config, compute = request.config, request.compute
     layers = chosen_layers(config.train_layers, request.sizes, start_report(start))
-    learning = Learning(config.learn != "scales", config.learn == "all", layers.__contains__, config.activations == 8)
+    learning = Learning(config.learn != "scales", config.learn == "all", layers.__contains__, config.inputs)
     with _in_memory():
         original = None
         if request.original and (config.needs_original or learning.codes):
@@ -146,6 +150,7 @@ def _student(request: TrainRequest, start: Path) -> tuple[Student | AdapterStude
             student = AdapterStudent(start, config, compute, layers)
         else:
             student = Student(start, original, compute, config.trust_remote_code, learning)
+            student.add_ranges([each.ids[None].to(compute.device) for each in request.data.train[:_SEQUENCES]])
     if not config.needs_original:
         original = None  # it only said where the codes begin
         release_memory()
@@ -180,14 +185,14 @@ def _merged(request: TrainRequest, student: AdapterStudent, original: Any, progr
     write_dense(student, work / "dense", config)
     merged = quantize(merging(config, student.start, work / "dense", work / "merged"), progress)
     model = load(merged, str(request.compute.device), torch.float32, config.trust_remote_code)
-    if rounds(config, student.start):
+    if _with_adapters(config, student.start):
         round_inputs(model)
     return merged, held_out_loss(model, original, request.data, config, request.compute)
 
 
-def rounds(config: TrainConfig, start: Path) -> bool:
-    """Return whether the result rounds its inputs: because it is asked for, or because its start does."""
-    return config.activations == 8 or any(scheme.rounded_inputs for scheme in Checkpoint(start).schemes.values())
+def _with_adapters(config: TrainConfig, start: Path) -> str:
+    """Return how a checkpoint with merged adapters rounds its inputs: as it is asked for, or as its start does."""
+    return config.inputs or max(scheme.rounded_inputs for scheme in Checkpoint(start).schemes.values())
 
 
 def _write(
@@ -200,9 +205,13 @@ def _write(
 ) -> None:
     """Write the checkpoint in `result` again, with changed tensors in place of the old ones; check and publish it."""
     checkpoint, config = Checkpoint(result), request.config
-    digests, quantization = digests_of(checkpoint, changed), checkpoint.quantization
-    if rounds(config, request.packed or result):
-        quantization = with_rounded_inputs(quantization)
+    quantization = checkpoint.quantization
+    how = config.inputs if request.packed is None or not config.lora else _with_adapters(config, request.packed)
+    if how:
+        quantization = with_rounded_inputs(quantization, how)
+        schemes = checkpoint.schemes.items()
+        checkpoint.schemes = {name: replace(s, rounded_inputs=s.rounded_inputs or how) for name, s in schemes}
+    digests = digests_of(checkpoint, changed)
     for tensors in by_module(checkpoint.files, changed):
         writer.put(tensors)
     writer.finish(

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from llmq.calibration.block_runner import Compute
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.qat.request import TrainRequest
+from llmq.qat.trainer import optimizer_of
 from llmq.training.learnable_weight import Latent
 
 _LEAST = 0.2  # seconds that a part is timed for, at least
@@ -92,7 +93,8 @@ def _optimizer(request: TrainRequest) -> float:
         learning += request.outside
     some = torch.zeros(_SOME, device=request.compute.device, requires_grad=True)
     some.grad = torch.zeros_like(some)
-    return learning / _SOME * _timed(torch.optim.AdamW([some]).step, request.compute)
+    optimizer, _ = optimizer_of([{"params": [some], "lr": 1e-4}], config.steps)
+    return learning / _SOME * _timed(optimizer.step, request.compute)
 
 
 def _timed(work: Callable[[], object], compute: Compute) -> float:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from tqdm import tqdm
 from transformers import (
@@ -110,8 +112,7 @@ def train_student(
         # transformers before 5.20 knows the older name only
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     _without_dropout(student.model)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - min(step, config.steps - 1) / config.steps)
+    optimizer, falling = optimizer_of(groups, config.steps)
     seen = config.steps * config.batch * processes()
     trainer = _Trainer(
         Learner(student.model, learning, original, config.loss),
@@ -142,6 +143,16 @@ def train_student(
     if best is None or not best < before:
         return Outcome({}, before, before, state.global_step, history)
     return Outcome(student.tensors(), before, best, state.global_step, history)
+
+
+def optimizer_of(groups: list[dict[str, Any]], steps: int) -> tuple[Optimizer, LambdaLR]:
+    """Return Adam for groups of parameters with their learning rates, and what lets the rates fall to 0.
+
+    Fused, a step takes a seventh of the time: 0.015 against 0.105 s for 53 million parameters (2 cores with AVX-512
+    BF16, torch 2.13, 2026-11-29).
+    """
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+    return optimizer, LambdaLR(optimizer, lambda step: 1 - min(step, steps - 1) / steps)
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.writer import Writer
 from llmq.core.config import VERSION
 from llmq.core.errors import RequestError
-from llmq.core.settings import one_of
+from llmq.core.settings import TOKEN, one_of
 from llmq.formats import CONVERTED, ROUNDING, gguf, gptq, method_of
 from llmq.formats.scheme import Scheme
 from llmq.models.gguf_converter import FLOATS
@@ -81,7 +81,7 @@ def convert(config: ConvertConfig, progress: bool = False, tell: Callable[[str],
     before = str(checkpoint.quantization.get("checkpoint_format") or method_of(checkpoint.quantization))
     schemes = _schemes(checkpoint)
     if config.activations == 8:
-        schemes = {name: replace(scheme, rounded_inputs=True) for name, scheme in schemes.items()}
+        schemes = {name: replace(s, rounded_inputs=s.rounded_inputs or TOKEN) for name, s in schemes.items()}
     if config.format not in ROUNDING and any(scheme.rounded_inputs for scheme in schemes.values()):
         raise RequestError(f"{config.format} cannot say that inputs are rounded to 8 bits; use {' or '.join(ROUNDING)}")
     if config.format == gguf.METHOD:

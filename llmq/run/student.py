@@ -1,8 +1,8 @@
 """A packed checkpoint as a model that can learn: for `--method tuned` and for llmq.train."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from llmq.calibration.block_runner import Compute
 from llmq.checkpoint.reader import Checkpoint
+from llmq.core import grid
 from llmq.core.quantized_weight import QuantizedWeight
+from llmq.core.settings import TENSOR, TOKEN
 from llmq.models.conv1d import stored_transposed
 from llmq.models.model_source import build_skeleton
 from llmq.models.stored_names import tied_names
 from llmq.runtime.load import load
 from llmq.runtime.model_config import model_config
 from llmq.runtime.packed_linear import PackedLinear
+from llmq.training.input_range import InputRange, input_scales
 from llmq.training.learnable_linear import LearnableLinear
 from llmq.training.learnable_weight import Latent
 
@@ -32,8 +35,8 @@ class Learning:
     """Whether everything that is not packed learns: embeddings, routers, …, not only norms and biases."""
     layers: Callable[[str], bool] = lambda _: True
     """Which packed linears learn, by name. The others stay as they are."""
-    activations: bool = False
-    """Whether the inputs of packed linears are rounded to 8 bits."""
+    inputs: str = ""
+    """How the inputs of packed linears are rounded to 8 bits, as in `Scheme`; empty: as the checkpoint says."""
 
 
 _SCALES = Learning()
@@ -54,22 +57,27 @@ class Student:
         learning: Learning = _SCALES,
     ) -> None:
         self.compute, self.latents = compute, dict[str, Latent]()
+        self.ranges: dict[str, InputRange] = {}
+        """The ranges of inputs that have one scale for all tokens, by the names of their linears."""
+        self._first_scales: dict[str, tuple[torch.dtype, Tensor | None]] = {}
         checkpoint = Checkpoint(directory)
         skeleton = build_skeleton(model_config(checkpoint, trust_remote_code), trust_remote_code)
         self.checkpoint = checkpoint.for_model(skeleton)
 
         def learnable(name: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
             codes, learns = learning.codes, learning.layers(name)
-            rounds = learning.activations or self.checkpoint.schemes[name].rounded_inputs
+            rounded = self.checkpoint.schemes[name].rounded_inputs or learning.inputs
+            if rounded == TENSOR:
+                self._first_scales[name] = weight.scale.dtype, weight.input_scale
             if not learns:
-                linear = PackedLinear.from_codes(weight, bias)
-                linear.rounds_inputs = rounds
+                linear = PackedLinear.from_codes(replace(weight, input_scale=None), bias)
+                linear.rounds_inputs = rounded == TOKEN
                 return linear
             hint = None
             if original is not None and codes:
                 hint = original.get_submodule(name).weight.detach().to(weight.q.device)
             self.latents[name] = Latent(weight, hint, codes)
-            return LearnableLinear(self.latents[name], bias, rounds)
+            return LearnableLinear(self.latents[name], bias, rounded == TOKEN)
 
         model = load(directory, str(compute.device), torch.float32, trust_remote_code, make_linear=learnable)
         self.model = model.requires_grad_(False)
@@ -89,7 +97,21 @@ class Student:
         latents: Any = self.latents.values()
         codes = [latent.V for latent in latents if isinstance(latent.V, nn.Parameter)]
         scales = [*(latent.factor for latent in latents), *self.vectors.values()]
+        scales += {id(each): each.factor for each in self.ranges.values()}.values()
         return {"rate": codes, "scale_rate": scales, "outside_rate": list(self.matrices.values())}
+
+    def add_ranges(self, sequences: Sequence[Tensor]) -> None:
+        """Let linears whose inputs have one scale round them: with the stored one, or the best on these token ids."""
+        if not self._first_scales:
+            return
+        linears = {name: self.model.get_submodule(name) for name in self._first_scales}
+        for names, best in input_scales(self.model, linears, sequences):
+            dtype, stored = self._first_scales[names[0]]
+            scale = grid.storable(best, dtype) if stored is None else stored
+            shared = InputRange(scale.to(self.compute.device))
+            for name in names:
+                self.ranges[name] = shared
+                shared.goes_before(linears[name])
 
     @property
     def others(self) -> dict[str, nn.Parameter]:
@@ -115,7 +137,11 @@ class Student:
             kept = tensor.detach().to(self._stored[name])
             for each in (name, *(alias for alias, of in self._aliases.items() if of == name)):
                 stored[self._files.stored_names(each)[0]] = kept.T if each in self._transposed else kept
-        for name, latent in self.latents.items():
+        for name in self.ranges.keys() | self.latents.keys():
+            weight = self.latents[name].rounded() if name in self.latents else self.checkpoint.weight(name)
             scheme = self.checkpoint.schemes[name]
-            stored |= self.checkpoint.format.encode(self._files.stored_linear(name), latent.rounded(), scheme)
+            if name in self.ranges:
+                weight = replace(weight, input_scale=self.ranges[name].rounded())
+                scheme = replace(scheme, rounded_inputs=TENSOR)
+            stored |= self.checkpoint.format.encode(self._files.stored_linear(name), weight, scheme)
         return {n: t.to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in stored.items()}

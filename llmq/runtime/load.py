@@ -69,7 +69,7 @@ def load(
             module.exact = exact
     for name, scheme in checkpoint.schemes.items():
         if isinstance(linear := model.get_submodule(name), PackedLinear):
-            linear.rounds_inputs |= scheme.rounded_inputs
+            linear.rounds_inputs |= bool(scheme.rounded_inputs)
     group_experts(model)
     attach(model, checkpoint)
     read_generation_config(model, checkpoint.directory)

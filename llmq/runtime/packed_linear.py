@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from llmq.core.errors import RequestError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.training.fake_quantization import per_token
+from llmq.training.fake_quantization import per_tensor, per_token
 
 # Without a C compiler. With more tokens, dequantizing once and multiplying in float32 is faster than torch's int4 path,
 # and exact (2-core AVX-512 machine, torch 2.13, 2026-11-22, 1536x576: 0.69 against 1.08 ms at 64 tokens, 5.6 against
@@ -64,10 +64,13 @@ class PackedLinear(nn.Module):
         self.register_buffer("grid", packed.grid)
         self.register_buffer("permutation", packed.permutation)
         self.register_buffer("bias", bias)
+        self.register_buffer("input_scale", None)
         self.register_buffer("counters", new_counters(packed.device), persistent=False)
         self.grid: Tensor
         self.permutation: Tensor | None
         self.bias: Tensor | None
+        self.input_scale: Tensor | None
+        """[1]: the scale of inputs that are rounded, the same for all tokens. None: each token has its own."""
         self.counters: Tensor
         self._packed: PackedWeight | None = None
         self._taken: list[tuple[str, Tensor | None]] = []
@@ -75,7 +78,7 @@ class PackedLinear(nn.Module):
         self._native: NativeMatmul | None = None
         self._int4: cpu_int4.CpuInt4Weight | None = None
         self.rounds_inputs = False
-        """Whether x is rounded to 8 bits first, token by token."""
+        """Whether x is rounded to 8 bits first."""
         self.exact = False
         """Whether float32 inputs are multiplied in float32 on a CPU without a C compiler too, though that is slower."""
         self._origin = _Origin()
@@ -94,19 +97,21 @@ class PackedLinear(nn.Module):
             pieces = tuple((sizes // even.group_size).tolist())
         lossless = torch.equal(packed.scale(), even.scale.float()) and 0 not in (pieces or ())
         linear._origin = _Origin(weight.scale.dtype, pieces, lossless)
+        linear.input_scale, linear.rounds_inputs = weight.input_scale, weight.input_scale is not None
         return linear
 
     @classmethod
     def stack(cls, linears: Sequence[PackedLinear]) -> PackedLinear | None:
         """Return one layer with the rows of several, or None if their bits, groups, biases or inputs differ."""
         packed = stack([linear.packed for linear in linears])
-        if len({linear.rounds_inputs for linear in linears}) > 1:
+        inputs = {(linear.rounds_inputs, linear.input_scale is None or float(linear.input_scale)) for linear in linears}
+        if len(inputs) > 1:
             return None
         biases = [linear.bias for linear in linears if linear.bias is not None]
         if packed is None or len(biases) not in (0, len(linears)):
             return None
         stacked = cls(packed, torch.cat(biases) if biases else None)
-        stacked.rounds_inputs = linears[0].rounds_inputs
+        stacked.rounds_inputs, stacked.input_scale = linears[0].rounds_inputs, linears[0].input_scale
         return stacked
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
@@ -164,7 +169,7 @@ class PackedLinear(nn.Module):
             raise RequestError("packed layers keep neither float32 scales beside zero points nor groups without inputs")
         q, scale, zero = unpack(packed), packed.scale().to(origin.dtype), packed.zero()
         if packed.permutation is None and origin.pieces is None:
-            return QuantizedWeight(q, scale, zero, self.bits)
+            return QuantizedWeight(q, scale, zero, self.bits, input_scale=self.input_scale)
         group_of = torch.arange(self.in_features, device=q.device) // self.group_size
         if packed.permutation is not None:
             back = torch.argsort(packed.permutation)
@@ -174,7 +179,7 @@ class PackedLinear(nn.Module):
             first = pieces.cumsum(0) - pieces
             scale, zero = scale[:, first], zero[:, first]
             group_of = torch.arange(len(pieces), device=q.device).repeat_interleave(pieces)[group_of]
-        return QuantizedWeight(q, scale, zero, self.bits, group_of.to(torch.int32))
+        return QuantizedWeight(q, scale, zero, self.bits, group_of.to(torch.int32), self.input_scale)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """Return the dense weight, for checks and for export."""
@@ -182,7 +187,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if self.rounds_inputs:
-            x = per_token(x)
+            x = per_token(x) if self.input_scale is None else per_tensor(x, self.input_scale.float())
         x, weight, compiling = autocast(x), self.packed, torch.compiler.is_compiling()
         learning = x.requires_grad and torch.is_grad_enabled()
         # As one operator it has a gradient, and nothing that traces looks into it.

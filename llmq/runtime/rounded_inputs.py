@@ -10,7 +10,9 @@ from llmq.training.fake_quantization import per_token
 
 
 def round_inputs(model: Any) -> None:
-    """Round the inputs of all packed linears to 8 bits, token by token; of an original model, of those in its blocks.
+    """Round the inputs of all packed linears to 8 bits; of an original model, of all linears in its blocks.
+
+    Each token has its own scale, unless the checkpoint has one for the linear.
 
     The embeddings and the linear that predicts words (lm_head) compute as before.
 

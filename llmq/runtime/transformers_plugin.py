@@ -159,7 +159,7 @@ class LlmqQuantizer(HfQuantizer):
 
         def make(name: str, weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
             linear = PackedLinear.from_codes(weight, bias)
-            linear.rounds_inputs = checkpoint.schemes[name].rounded_inputs
+            linear.rounds_inputs = bool(checkpoint.schemes[name].rounded_inputs)
             linear.exact = model.dtype == torch.float32  # which the caller asked for, or the files are in
             return linear
 

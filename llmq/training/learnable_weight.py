@@ -66,8 +66,7 @@ class Latent(nn.Module):
 
     def stored_scale(self) -> Float[Tensor, "out groups 1"]:
         """Return the scales in float32, rounded as they would be stored, with gradients."""
-        exact = self.scale * self.factor
-        return exact + (grid.storable(exact, self.dtype).float() - exact).detach()  # this difference is exact
+        return grid.stored_scale(self.scale * self.factor, self.dtype)
 
     @torch.no_grad()
     def rounded(self) -> QuantizedWeight:

@@ -16,7 +16,7 @@ from llmq.runtime.load import load
 
 
 def scheme(bits=8, group_size=-1, **changes):
-    return Scheme(bits, group_size, True, rounded_inputs=True).changed(changes)
+    return Scheme(bits, group_size, True, rounded_inputs="token").changed(changes)
 
 
 @pytest.mark.parametrize(("bits", "groups"), [(8, 1), (4, 1), (4, 2), (8, 2)])

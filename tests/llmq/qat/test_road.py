@@ -98,10 +98,10 @@ def test_inputs_are_rounded_while_training_and_the_checkpoint_says_so(options, p
     before = report_of(out)["trained"]["held_out"][0]
     rounded, plain = (loss_of(packed, text, each) for each in (True, False))
     assert abs(before - rounded) < 0.1 * abs(rounded - plain)
-    assert {scheme.rounded_inputs for scheme in Checkpoint(out).schemes.values()} == {True}
+    assert {scheme.rounded_inputs for scheme in Checkpoint(out).schemes.values()} == {"token"}
     again = train(out, text, tmp_path / "again", steps=1, **options)  # a start that rounds goes on rounding
     assert report_of(again)["trained"]["held_out"][0] == pytest.approx(loss_of(out, text, True), rel=1e-5)
-    assert {scheme.rounded_inputs for scheme in Checkpoint(again).schemes.values()} == {True}
+    assert {scheme.rounded_inputs for scheme in Checkpoint(again).schemes.values()} == {"token"}
 
 
 def test_embeddings_that_files_hold_twice_stay_equal(text, tmp_path):
