@@ -1,35 +1,39 @@
 """Compare fine-tuning with and without quantization on a small task: the loss of answers that the model must write.
 
 The task is made from Python's own library: the model is told what a function does, and answers with its name, module
-and arguments in a fixed form. Four models answer the same questions, none of which was trained on:
+and arguments in a fixed form. These models answer the same questions, none of which was trained on:
 
-    original                 as it is
-    fine-tuned               in float, --steps steps
-    fine-tuned, then gptq    the same model, quantized afterwards
-    QAT                      quantized, then trained by llmq.train for as many steps
+    original      as it is
+    fine-tuned    in float, --steps steps
+    each way      at each number of bits; `quantize` makes it of the fine-tuned model, `train` of the original
 
-    python scripts/compare_finetuning.py --model demo --bits 4 --steps 200
+Rows are written at once. A second call with the same --room measures only the missing ones.
+
+    python scripts/compare_finetuning.py --model demo --bits 8 4 --steps 200
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import shlex
 import subprocess
 import sys
 import sysconfig
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from compare_methods import Row, earlier_rows
+from compare_ptq_qat import commands_of
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import llmq
 from llmq.calibration.answers import examples
 from llmq.calibration.block_runner import Compute
+from llmq.checkpoint.output_dir import REPORT
 from llmq.cli import run
 from llmq.core.device import multiplies_bfloat16
 from llmq.core.errors import WorkError
@@ -42,6 +46,12 @@ from llmq.qat.trainer import Sequences, held_out_loss, optimizer_of
 _QUESTION = "Which function of Python's library does this?\n\n{}"
 _TEST_EVERY = 10
 CPU = torch.device("cpu")
+ROWS = "rows.jsonl"
+ORIGINAL, TUNED = "original", "fine-tuned"
+WAYS = (
+    "fine-tuned, then gptq: quantize",
+    "QAT: train --learn all --rate 0.001 --scale-rate 0.001 --outside-rate 5e-5",
+)
 
 
 @dataclass(frozen=True)
@@ -60,32 +70,40 @@ class FinetuneConfig:
     """Questions per step."""
     rate: float = 5e-5
     """Learning rate in float."""
-    flags: str = "--learn all --rate 0.001 --scale-rate 0.001 --outside-rate 5e-5"
-    """How llmq.train learns."""
+    ways: tuple[str, ...] = WAYS
+    """What to compare. Each is 'NAME: PROGRAM FLAGS'; the program is quantize or train."""
     sequence_length: int = 512
     """The most tokens of a question with its answer."""
     questions: int = 2000
     """Questions to train on, at most."""
-    keep: Path | None = None
-    """Directory for the questions and all models; without it, they are removed."""
+    room: Path = Path("compare_finetuning")
+    """Directory for the questions, the rows, the fine-tuned model and the last quantized one."""
 
 
 def compare(config: FinetuneConfig) -> None:
-    """Train and measure all models, then print the table in Markdown."""
-    with tempfile.TemporaryDirectory() as name:
-        room = config.keep or Path(name)
-        room.mkdir(parents=True, exist_ok=True)
-        train, test = write_questions(room, config.questions)
-        print("| model | loss of answers | seconds |\n|---|---|---|")
-        for title, loss, seconds in rows(config, room, train, test):
-            print(f"| {title} | {loss:.4f} | {seconds:.0f} |", flush=True)
+    """Train and measure all models that have no row yet, then print the table in Markdown."""
+    config.room.mkdir(parents=True, exist_ok=True)
+    commands = commands_of(config.ways)
+    ways = {f"{name} at {bits} bit": (bits, command) for bits in config.bits for name, command in commands.items()}
+    given = {title: command for title, (_, command) in ways.items()}
+    results = config.room / ROWS
+    rows = {row["name"]: row for row in earlier_rows(results, common(config), "command", given)}
+    with results.open("a") as file:
+        for row in measured(config, {title: way for title, way in ways.items() if title not in rows}, rows):
+            rows[row["name"]] = row
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+    print("| model | loss of answers | seconds |\n|---|---|---|")
+    for title in (ORIGINAL, TUNED, *ways):
+        print(f"| {title} | {rows[title]['loss']:.4f} | {rows[title]['seconds']:.0f} |")
 
 
-def rows(config: FinetuneConfig, room: Path, train: Path, test: Path) -> Iterator[tuple[str, float, float]]:
-    """Yield the title, the loss and the seconds of each model."""
+def measured(config: FinetuneConfig, ways: dict[str, tuple[int, str]], rows: Container[str]) -> Iterator[Row]:
+    """Yield the missing rows: of the original and of the fine-tuned model if `rows` lacks them, and of `ways`."""
+    train, test = write_questions(config.room, config.questions)
     settings = TrainConfig(
         config.model,
-        room,
+        config.room,
         (str(train),),
         steps=config.steps,
         batch=config.batch,
@@ -93,27 +111,34 @@ def rows(config: FinetuneConfig, room: Path, train: Path, test: Path) -> Iterato
         sequence_length=config.sequence_length,
     )
     compute = Compute(CPU, torch.float32, torch.bfloat16 if multiplies_bfloat16(CPU) else torch.float32)
-    source = ModelSource(config.model)
+    source, tuned = ModelSource(config.model), config.room / "float"
     held_out = Data([], examples(test, source.tokenizer, settings.sequence_length)[0], [])
 
-    def loss(model: Any) -> float:
-        return held_out_loss(model, None, held_out, settings, compute)
+    def row(title: str, command: str, model: Any, seconds: float) -> Row:
+        loss = held_out_loss(model, None, held_out, settings, compute)
+        return {"settings": common(config), "name": title, "command": command, "loss": loss, "seconds": seconds}
 
-    yield "original", loss(source.load_all(CPU, torch.float32)), 0.0
-    model, seconds = fine_tuned(config, settings, compute, room / "float")
-    yield "fine-tuned", loss(model), seconds
-    del model
-    common = ["--group-size", str(config.group_size), "--calibration", str(train)]
-    common += ["--sequence-length", str(config.sequence_length)]
-    for bits in config.bits:
-        own = [*common, "--bits", str(bits)]
-        seconds = _run("quantize", room / "float", room / f"gptq-{bits}", [*own, "--samples", "64"])
-        yield f"fine-tuned, then gptq at {bits} bit", loss(llmq.load(room / f"gptq-{bits}", "cpu")), seconds
-        own += ["--data", str(train), "--steps", str(config.steps)]
-        own += ["--batch", str(config.batch), "--micro-batch", str(config.batch)]
-        own += config.flags.split()
-        seconds = _run("train", config.model, room / f"qat-{bits}", own)
-        yield f"QAT at {bits} bit", loss(llmq.load(room / f"qat-{bits}", "cpu")), seconds
+    if ORIGINAL not in rows:
+        yield row(ORIGINAL, "", source.load_all(CPU, torch.float32), 0.0)
+    if TUNED not in rows:
+        yield row(TUNED, "", *fine_tuned(config, settings, compute, tuned))
+    for title, (bits, way) in ways.items():
+        program, *flags = shlex.split(way)
+        command = ["--group-size", str(config.group_size), "--bits", str(bits), "--calibration", str(train)]
+        command += ["--sequence-length", str(config.sequence_length)]
+        if program == "quantize":
+            command += ["--model", str(tuned), "--samples", "64", *flags]
+        else:
+            command += ["--model", config.model, "--data", str(train), "--steps", str(config.steps)]
+            command += ["--batch", str(config.batch), "--micro-batch", str(config.batch), *flags]
+        seconds = _run(program, config.room / "quantized", command)
+        yield row(title, way, llmq.load(config.room / "quantized", "cpu"), seconds)
+
+
+def common(config: FinetuneConfig) -> Row:
+    """Return the settings that all rows of one table share."""
+    sizes = ("group_size", "steps", "batch", "rate", "sequence_length", "questions")
+    return {"model": Path(config.model).name} | {name: getattr(config, name) for name in sizes}
 
 
 def fine_tuned(config: FinetuneConfig, settings: TrainConfig, compute: Compute, output: Path) -> tuple[Any, float]:
@@ -146,13 +171,13 @@ def fine_tuned(config: FinetuneConfig, settings: TrainConfig, compute: Compute, 
     return model, seconds
 
 
-def _run(program: str, model: Path | str, output: Path, flags: list[str]) -> float:
+def _run(program: str, output: Path, flags: list[str]) -> float:
     """Run a program of llmq; return its seconds."""
-    command = [sys.executable, "-m", f"llmq.{program}", "--model", str(model), "--output", str(output), *flags]
-    done = subprocess.run([*command, "--overwrite"], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", f"llmq.{program}", "--output", str(output), *flags, "--overwrite"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise WorkError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads((output / "llmq_report.json").read_text())["seconds"]["total"]
+        raise WorkError(f"{shlex.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads((output / REPORT).read_text())["seconds"]["total"]
 
 
 def write_questions(room: Path, most: int) -> tuple[Path, Path]:

@@ -31,8 +31,11 @@ def test_the_table_compares_float_with_two_ways_to_quantize(llama, tmp_path):
     (model / "chat_template.jinja").write_text(template)
     settings = ["--group-size", "32", "--steps", "4", "--batch", "8", "--questions", "300", "--rate", "0.005"]
     with forking():
-        done = run_here("compare_finetuning", "--model", model, *settings, "--sequence-length", "256", "--keep", room)
-    assert done.returncode == 0, done.stderr
+        done = run_here("compare_finetuning", "--model", model, *settings, "--sequence-length", "256", "--room", room)
+        assert done.returncode == 0, done.stderr
+        again = run_here("compare_finetuning", "--model", model, *settings, "--sequence-length", "256", "--room", room)
+    assert again.stdout == done.stdout
+    assert len(rows_in(room / "rows.jsonl")) == 4
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
     assert [row[0] for row in rows] == ["original", "fine-tuned", "fine-tuned, then gptq at 4 bit", "QAT at 4 bit"]
     original, tuned, _, qat = (float(row[1]) for row in rows)

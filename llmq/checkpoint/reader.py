@@ -81,12 +81,13 @@ class Checkpoint:
     ) -> QuantizedWeight:
         """Return one linear, decoded on the device. Raises CheckpointError if its tensors are not sound.
 
-        `instead`: tensors to decode where they are, instead of those on disk, if all of this linear are among them.
+        `instead`: tensors to decode where they are, instead of those on disk.
         """
-        names = {f"{name}.{suffix}" for suffix in self.format.TENSOR_SUFFIXES} & self.files.names()
-        if instead is None or not names <= instead.keys():
-            instead = {n: tensor.to(device) for n, tensor in self.files.read_all(names).items()}
-        weight = self.format.decode(name, instead, self.schemes[name])
+        names = {f"{name}.{suffix}" for suffix in self.format.TENSOR_SUFFIXES}
+        tensors = {n: tensor for n, tensor in (instead or {}).items() if n in names}
+        on_disk = self.files.read_all((names & self.files.names()) - tensors.keys())
+        tensors |= {n: tensor.to(device) for n, tensor in on_disk.items()}
+        weight = self.format.decode(name, tensors, self.schemes[name])
         return weight if self.gguf is None else replace(weight, scale=weight.scale.to(self.gguf.scale_dtype))
 
     @property

@@ -64,7 +64,8 @@ class TrainConfig:
     """8: the inputs of packed layers are rounded to 8 bits, as engines with 8-bit matmuls do. 16: they stay as they
     are, or are rounded as a packed checkpoint says."""
     activation_scheme: str = "dynamic"
-    """For --activations 8. dynamic: each token has its own scale. static: each layer has one, which learns."""
+    """For --activations 8. dynamic: each token has its own scale. static: each layer has one, which learns. (Layers of
+    a packed checkpoint that round their inputs already keep their way.)"""
     steps: int = 200
     """Number of training steps."""
     batch: int = 8
@@ -76,7 +77,8 @@ class TrainConfig:
     samples: int = 2048
     """The most sequences to take from each text or file of conversations."""
     rate: float = 0.002
-    """Learning rate of the codes, in codes per step."""
+    """Learning rate of the codes, in codes per step. Codes of 8 bits are 16 times finer than those of 4: for the same
+    steps of the weights, use 16 times as much."""
     scale_rate: float = 0.002
     """Learning rate of scales, norms and biases, as a fraction of each scale."""
     outside_rate: float = 2e-5

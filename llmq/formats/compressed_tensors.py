@@ -139,8 +139,8 @@ def schemes_stored_as(form: str, config: Mapping[str, Any], names: Iterable[str]
 
     A target is a full name, a pattern (re:...) or "Linear".
 
-    Raises CheckpointError for what llmq does not read: other formats, quantized activations, packed layers that no
-    group names.
+    Raises CheckpointError for what llmq does not read: other formats, inputs rounded in other ways, packed layers that
+    no group names.
     """
     targets: dict[str, Scheme] = {}
     for group in tables("config_groups", config.get("config_groups")).values():

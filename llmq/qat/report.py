@@ -30,7 +30,9 @@ def trained(request: TrainRequest, outcome: Outcome, merged: float | None, resul
     }
     notes = [{"where": "data", "note": data.left_out}] if data.left_out else []
     if not outcome.changed:
-        notes.append({"where": "training", "note": "no state was better on held-out sequences: nothing was changed"})
+        none = "no state was better on held-out sequences: nothing was changed"
+        none += ", but inputs got their scales" if config.activation_scheme == "static" else ""
+        notes.append({"where": "training", "note": none})
     if merged is not None and merged >= outcome.before:
         worse = (
             "quantized again, the sum with the adapters was worse than the start, so the packed weights are the start's"

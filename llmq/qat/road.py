@@ -26,6 +26,7 @@ from llmq.core.memory import PeakMemory, release_memory
 from llmq.core.train_config import TrainConfig
 from llmq.formats.compressed_tensors import with_rounded_inputs
 from llmq.models.model_source import ModelSource
+from llmq.models.untrusted_files import read_json
 from llmq.pipeline import quantize
 from llmq.qat.adapters import AdapterStudent, merging, with_adapter, write_dense
 from llmq.qat.layers import chosen_layers, start_report
@@ -41,6 +42,7 @@ from llmq.runtime.rounded_inputs import round_inputs
 from llmq.verification.check import DIGESTS, check
 
 _SEQUENCES = 8  # of the data, on which scales for inputs are found
+_RANGES = "input_ranges.json"  # in the workroom
 
 
 def train(config: TrainConfig, progress: bool = False) -> Path:
@@ -97,8 +99,7 @@ def _train_into(
 ) -> None:
     """Train, and write the result into the directory of a writer, in the process that has one."""
     config, memory, (student, original) = request.config, PeakMemory(), models
-    # Scales for inputs are new, even if nothing gets better.
-    new = student.tensors() if isinstance(student, Student) and student.ranges else {}
+    scales = student.input_scales() if isinstance(student, Student) else {}
     outcome = _trained(request, student, original, progress)
     release_memory()
     if writer is None:
@@ -113,7 +114,7 @@ def _train_into(
     report = trained(request, outcome, merged, result)
     report |= {"seconds": {"total": request.clock.total, **request.clock.seconds}, "peak_memory_bytes": memory.largest}
     report |= {FINGERPRINT: request.fingerprint}
-    _write(writer, result, companions, {} if config.lora else outcome.changed or new, report, request)
+    _write(writer, result, companions, {} if config.lora else outcome.changed or scales, report, request)
     if progress:
         print(shown(report, config.output), file=sys.stderr)
 
@@ -150,11 +151,21 @@ def _student(request: TrainRequest, start: Path) -> tuple[Student | AdapterStude
             student = AdapterStudent(start, config, compute, layers)
         else:
             student = Student(start, original, compute, config.trust_remote_code, learning)
-            student.add_ranges([each.ids[None].to(compute.device) for each in request.data.train[:_SEQUENCES]])
+            with joined_ranks(compute.device) as ranks:
+                student.add_ranges(ranks.first(lambda: _ranges(request, student)))
     if not config.needs_original:
         original = None  # it only said where the codes begin
         release_memory()
     return student, original
+
+
+def _ranges(request: TrainRequest, student: Student) -> list[tuple[list[str], float]]:
+    """Return which linears share a scale for their inputs, and where it begins: as an interrupted request found it."""
+    file = unfinished_work(request.config.output) / _RANGES
+    if not file.exists():
+        some = [each.ids[None].to(request.compute.device) for each in request.data.train[:_SEQUENCES]]
+        write_json(file, {"ranges": student.best_ranges(some)})
+    return [(names, scale) for names, scale in read_json(file.parent, file.name)["ranges"]]
 
 
 def _trained(request: TrainRequest, student: Student | AdapterStudent, original: Any, progress: bool) -> Outcome:

@@ -151,7 +151,8 @@ def optimizer_of(groups: list[dict[str, Any]], steps: int) -> tuple[Optimizer, L
     Fused, a step takes a seventh of the time: 0.015 against 0.105 s for 53 million parameters (2 cores with AVX-512
     BF16, torch 2.13, 2026-11-29).
     """
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+    # In code units, gradients of large models can come near the usual eps of 1e-8.
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12, fused=True)
     return optimizer, LambdaLR(optimizer, lambda step: 1 - min(step, steps - 1) / steps)
 
 

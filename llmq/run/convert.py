@@ -49,8 +49,9 @@ class ConvertConfig:
     """How embeddings and other tensors that are not packed are stored in a .gguf file: auto (as they are), f32, f16,
     bf16 or q8_0 (8 bit, rounded to nearest)."""
     activations: int = 16
-    """8: say that what enters the layers is rounded to 8 bits, token by token, so that engines run W8A8 or W4A8. For
-    compressed-tensors and int-quantized. llmq.eval --activations 8 shows what it costs. 16: as the checkpoint says."""
+    """8: say that what enters the layers is rounded to 8 bits, token by token if the checkpoint has no scales for it,
+    so that engines run W8A8 or W4A8. For compressed-tensors and int-quantized. llmq.eval --activations 8 shows what it
+    costs. 16: as the checkpoint says."""
     overwrite: bool = False
     """Replace a checkpoint that is already in the output directory."""
     trust_remote_code: bool = False

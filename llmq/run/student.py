@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmq.calibration.block_runner import Compute
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core import grid
+from llmq.core.errors import WorkError
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.core.settings import TENSOR, TOKEN
 from llmq.models.conv1d import stored_transposed
@@ -100,18 +101,30 @@ class Student:
         scales += {id(each): each.factor for each in self.ranges.values()}.values()
         return {"rate": codes, "scale_rate": scales, "outside_rate": list(self.matrices.values())}
 
-    def add_ranges(self, sequences: Sequence[Tensor]) -> None:
-        """Let linears whose inputs have one scale round them: with the stored one, or the best on these token ids."""
-        if not self._first_scales:
-            return
+    def best_ranges(self, sequences: Sequence[Tensor]) -> list[tuple[list[str], float]]:
+        """Return the linears whose input is one and has one scale, and the scale that is best on these token ids.
+
+        Raises WorkError if no token reaches one of them.
+        """
         linears = {name: self.model.get_submodule(name) for name in self._first_scales}
-        for names, best in input_scales(self.model, linears, sequences):
-            dtype, stored = self._first_scales[names[0]]
-            scale = grid.storable(best, dtype) if stored is None else stored
+        found = input_scales(self.model, linears, sequences) if linears else []
+        for name in linears.keys() - {name for names, _ in found for name in names}:
+            raise WorkError(f"{name}: no token reaches it, so its inputs get no scale; use --activation-scheme dynamic")
+        return found
+
+    def add_ranges(self, found: Sequence[tuple[list[str], float]]) -> None:
+        """Let linears round their inputs with stored scales, the largest where several share one, or with new ones."""
+        for names, best in found:
+            scales = [scale for name in names if (scale := self._first_scales[name][1]) is not None]
+            scale = max(scales, key=float, default=grid.storable(torch.tensor([best]), self._first_scales[names[0]][0]))
             shared = InputRange(scale.to(self.compute.device))
             for name in names:
                 self.ranges[name] = shared
-                shared.goes_before(linears[name])
+                shared.goes_before(self.model.get_submodule(name))
+
+    def input_scales(self) -> dict[str, Tensor]:
+        """Return the scales of inputs as they would be stored now, by their names in the files."""
+        return {f"{self._files.stored_linear(n)}.input_scale": each.rounded().cpu() for n, each in self.ranges.items()}
 
     @property
     def others(self) -> dict[str, nn.Parameter]:
@@ -137,11 +150,8 @@ class Student:
             kept = tensor.detach().to(self._stored[name])
             for each in (name, *(alias for alias, of in self._aliases.items() if of == name)):
                 stored[self._files.stored_names(each)[0]] = kept.T if each in self._transposed else kept
-        for name in self.ranges.keys() | self.latents.keys():
-            weight = self.latents[name].rounded() if name in self.latents else self.checkpoint.weight(name)
+        for name, latent in self.latents.items():
             scheme = self.checkpoint.schemes[name]
-            if name in self.ranges:
-                weight = replace(weight, input_scale=self.ranges[name].rounded())
-                scheme = replace(scheme, rounded_inputs=TENSOR)
-            stored |= self.checkpoint.format.encode(self._files.stored_linear(name), weight, scheme)
+            stored |= self.checkpoint.format.encode(self._files.stored_linear(name), latent.rounded(), scheme)
+        stored |= self.input_scales()
         return {n: t.to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in stored.items()}

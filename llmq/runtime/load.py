@@ -11,6 +11,7 @@ from llmq.checkpoint.module_matching import LinearMaker, check_fit, replace_line
 from llmq.checkpoint.reader import CONFIG, Checkpoint, is_packed
 from llmq.core.device import pick_device
 from llmq.core.errors import CheckpointError, RequestError
+from llmq.core.settings import TOKEN
 from llmq.models.gguf_file import parsed_once
 from llmq.models.gguf_header import read_header
 from llmq.models.locate import gguf_in, locate
@@ -69,7 +70,7 @@ def load(
             module.exact = exact
     for name, scheme in checkpoint.schemes.items():
         if isinstance(linear := model.get_submodule(name), PackedLinear):
-            linear.rounds_inputs |= bool(scheme.rounded_inputs)
+            linear.rounds_inputs |= scheme.rounded_inputs == TOKEN
     group_experts(model)
     attach(model, checkpoint)
     read_generation_config(model, checkpoint.directory)

@@ -104,8 +104,8 @@ class PackedLinear(nn.Module):
     def stack(cls, linears: Sequence[PackedLinear]) -> PackedLinear | None:
         """Return one layer with the rows of several, or None if their bits, groups, biases or inputs differ."""
         packed = stack([linear.packed for linear in linears])
-        inputs = {(linear.rounds_inputs, linear.input_scale is None or float(linear.input_scale)) for linear in linears}
-        if len(inputs) > 1:
+        scales = [None if linear.input_scale is None else float(linear.input_scale) for linear in linears]
+        if len(set(scales)) > 1 or len({linear.rounds_inputs for linear in linears}) > 1:
             return None
         biases = [linear.bias for linear in linears if linear.bias is not None]
         if packed is None or len(biases) not in (0, len(linears)):
@@ -116,7 +116,10 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         """Make the buffers that belong to a device anew after a move."""
+        exact = self.input_scale
         super()._apply(fn, recurse)
+        if exact is not None:  # it is part of the checkpoint, so it keeps its dtype
+            self.input_scale = exact.to(self.grid.device)
         self.counters = new_counters(self.grid.device)
         self.changed()
         return self

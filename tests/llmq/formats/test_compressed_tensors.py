@@ -1,6 +1,7 @@
 """The pack-quantized format: against itself, and against the package that defines it."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from stored import DTYPES, NAME, check_missing_parts, check_refused, check_round
 
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.core.settings import BITS
+from llmq.core.settings import BITS, TENSOR
 from llmq.formats import compressed_tensors
 from llmq.formats.compressed_tensors import TENSOR_SUFFIXES, encode, hf_config
 from llmq.formats.scheme import Scheme
@@ -104,9 +105,32 @@ def test_the_package_compresses_the_dequantized_weights_to_the_same_tensors(bits
 
 
 def test_decode_refuses_a_linear_that_lacks_any_of_its_parts():
-    tensors = encode(NAME, weight_of(7, 64, 32, symmetric=False), ASYMMETRIC)
+    scheme = replace(ASYMMETRIC, rounded_inputs=TENSOR)
+    tensors = encode(NAME, replace(weight_of(7, 64, 32, symmetric=False), input_scale=torch.tensor([0.5])), scheme)
     assert set(tensors) == {f"{NAME}.{part}" for part in TENSOR_SUFFIXES}
-    check_missing_parts(compressed_tensors, tensors, ASYMMETRIC)
+    check_missing_parts(compressed_tensors, tensors, scheme)
+
+
+@pytest.mark.parametrize("how", ["", "token"])
+def test_decode_refuses_a_scale_of_inputs_that_the_config_does_not_want(how):
+    tensors = encode(NAME, replace(weight_of(7, 64, 32), input_scale=torch.tensor([0.5])), SYMMETRIC)
+    check_refused(compressed_tensors, tensors, replace(SYMMETRIC, rounded_inputs=how), "has a scale for its inputs")
+
+
+@pytest.mark.parametrize(
+    ("scale", "words"),
+    [
+        (torch.tensor([0.0]), "not above 0"),
+        (torch.tensor([-1.0]), "not above 0"),
+        (torch.tensor([float("nan")]), "not above 0"),
+        (torch.tensor([0.5, 0.5]), "expected floats"),
+        (torch.tensor(0.5), "expected floats"),
+        (torch.tensor([1]), "expected floats"),
+    ],
+)
+def test_decode_refuses_a_scale_of_inputs_that_cannot_be_one(scale, words):
+    tensors = encode(NAME, weight_of(7, 64, 32), SYMMETRIC) | {f"{NAME}.input_scale": scale}
+    check_refused(compressed_tensors, tensors, replace(SYMMETRIC, rounded_inputs=TENSOR), words)
 
 
 def test_decode_refuses_zero_points_that_a_symmetric_scheme_would_ignore():

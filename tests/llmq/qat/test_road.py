@@ -117,6 +117,7 @@ def test_embeddings_that_files_hold_twice_stay_equal(text, tmp_path):
 
 def test_two_processes_train_together_on_twice_the_sequences(packed, text, tmp_path):
     settings = {"steps": 4, "batch": 4, "sequence_length": 32, "samples": 40, "scale_rate": 0.01, "checks": 2}
+    settings |= {"activations": 8, "activation_scheme": "static"}
     config = llmq.TrainConfig(str(packed), tmp_path / "out", (str(text),), device="cpu", **settings)
     assert quantize_together(config, 2, program="train") == [0, 0]
     said = report_of(tmp_path / "out")["trained"]

@@ -21,6 +21,7 @@ def stopped_at_config(replace):
 
 def test_an_interrupted_training_ends_in_the_bytes_of_one_that_was_not(llama, text, tmp_path, monkeypatch):
     options = {"bits": 2, "group_size": 32, "learn": "codes", "calibration_samples": 20}
+    options |= {"activations": 8, "activation_scheme": "static"}
     whole = train(llama, text, tmp_path / "whole", **options)
     calls, step = [], _Trainer.training_step
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,7 @@ ROUND_TRIPS = {
     "bfloat16": random_weight(48, 96, 3, 2, symmetric=False, dtype=torch.bfloat16),
     "float32": random_weight(48, 96, 3, dtype=torch.float32),
     "equal groups in act order": regrouped(random_weight(48, 96, 3, symmetric=False), [32, 32, 32]),
+    "one scale for inputs": replace(random_weight(48, 96, 3), input_scale=torch.tensor([1e-9])),
     "groups of three sizes in act order": regrouped(random_weight(48, 96, 3, 8, symmetric=False), [16, 48, 32]),
 }
 
@@ -188,7 +190,7 @@ def test_a_linear_gives_back_the_codes_that_it_was_made_of(case):
     weight = ROUND_TRIPS[case]
     found = PackedLinear.from_codes(weight).to(torch.float16).codes()
     assert found.bits == weight.bits
-    for part in ("q", "scale", "zero", "group_of"):
+    for part in ("q", "scale", "zero", "group_of", "input_scale"):
         theirs, ours = getattr(weight, part), getattr(found, part)
         if theirs is None:
             assert ours is None

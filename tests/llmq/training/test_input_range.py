@@ -59,7 +59,7 @@ def test_linears_over_one_input_share_the_scale_with_the_least_error():
     block.q.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     found = input_scales(block, linears, [torch.full((1, 64), i) for i in range(3)])
     assert [names for names, _ in found] == [["q", "k"], ["o"]]
-    x, best = torch.cat(seen[:3]), found[0][1]
+    x, best = torch.cat(seen[:3]), torch.tensor([found[0][1]])
 
     def error(scale):
         return float((per_tensor(x, scale) - x).square().sum())
@@ -68,10 +68,40 @@ def test_linears_over_one_input_share_the_scale_with_the_least_error():
     assert not block.q._forward_pre_hooks.keys() - {next(iter(block.q._forward_pre_hooks))}
 
 
-def test_a_linear_that_no_token_reaches_has_some_scale():
-    block = Block()
-    found = input_scales(block, {"unused": nn.Linear(8, 8)}, [torch.zeros(1, 4, dtype=torch.int64)])
-    assert found == [(["unused"], torch.ones(1))]
+def test_a_linear_that_no_token_reaches_has_no_scale():
+    block, ids = Block(), torch.zeros(1, 4, dtype=torch.int64)
+    found = input_scales(block, {"q": block.q, "unused": nn.Linear(8, 8)}, [ids])
+    assert [names for names, _ in found] == [["q"]]
+
+
+class Twice(nn.Module):
+    """Runs a linear twice on the same tensor, with another one between, and once on no tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids, use_cache):
+        x = torch.ones(*input_ids.shape, 8)
+        self.b(self.a(x))
+        self.a(x[:, :0])
+        return self.a(x)
+
+
+def test_a_linear_that_runs_twice_and_one_without_tokens_are_measured():
+    twice = Twice()
+    found = input_scales(twice, dict(twice.named_children()), [torch.zeros(1, 4, dtype=torch.int64)])
+    assert [names for names, _ in found] == [["a"], ["b"]]
+    assert 0 < found[0][1] <= 1 / 127 * 1.001
+
+
+def test_a_factor_that_changes_its_sign_leaves_the_scale_above_0():
+    shared, x = InputRange(torch.tensor([0.5])), torch.tensor([[0.2, 10.3, -40.0, 90.0]])
+    expected = shared(x)
+    with torch.no_grad():
+        shared.factor.neg_()
+    assert float(shared.rounded()) == 0.5
+    assert torch.equal(shared(x), expected)
 
 
 def test_the_stored_scale_is_the_one_that_is_used():
