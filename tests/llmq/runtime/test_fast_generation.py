@@ -13,6 +13,8 @@ from tiny import ARCHITECTURES, tiny_model
 import llmq
 from llmq.runtime import decode_step, fast_generation
 from llmq.runtime.fast_generation import fast_generate
+from llmq.runtime.packed_linear import PackedLinear
+from llmq.runtime.rounded_inputs import round_inputs
 
 GREEDY = {"do_sample": False, "max_new_tokens": 26}
 
@@ -54,6 +56,20 @@ def test_packed_models_write_what_they_write_in_transformers(llama, tmp_path, bi
     done = fast_generate(model, prompts(), **GREEDY)
     assert done.plain is None
     assert torch.equal(done.sequences, model.generate(prompts(), **GREEDY))
+
+
+@pytest.mark.parametrize("scale", [None, torch.tensor([0.5])])
+def test_inputs_of_8_bits_are_rounded_in_prepared_steps_too(llama, tmp_path, scale):
+    model = endless(llmq.load(pack(llama, tmp_path / "packed"), "cpu"))
+    plain = fast_generate(model, prompts(), **GREEDY).sequences
+    round_inputs(model)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.input_scale = scale
+    done = fast_generate(model, prompts(), **GREEDY)
+    assert done.plain is None
+    assert torch.equal(done.sequences, model.generate(prompts(), **GREEDY))
+    assert scale is None or not torch.equal(done.sequences, plain)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma3"])
