@@ -53,7 +53,8 @@ class CompareConfig:
     text: str = "pytopics"
     """Text to evaluate on; it should share nothing with the other one."""
     ways: tuple[str, ...] = WAYS
-    """What to compare. Each is 'NAME: PROGRAM FLAGS'; the program is quantize or train."""
+    """What to compare. Each is 'NAME: PROGRAM FLAGS'; the program is quantize or train. --data FILES among the flags
+    replaces what else is trained on."""
     bits: tuple[int, ...] = (8, 4, 3, 2)
     """Bits per weight."""
     group_size: int = 64
@@ -153,9 +154,10 @@ def _row(config: CompareConfig, what: tuple[str, int, str], own: Path | None, me
         if program == "quantize":
             command += ["--samples", str(config.samples), "--format", "compressed-tensors"]
         else:
-            data = [config.calibration, *([] if own is None else [str(own)])]
-            command += ["--calibration-samples", str(config.samples), "--batch", str(config.batch), "--data", *data]
+            command += ["--calibration-samples", str(config.samples), "--batch", str(config.batch)]
             command += ["--micro-batch", str(config.batch)]
+            if "--data" not in flags:
+                command += ["--data", config.calibration, *([] if own is None else [str(own)])]
         done = subprocess.run([*command, *flags], stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise WorkError(f"{shlex.join([*command, *flags])} failed: {done.stderr.strip().splitlines()[-1]}")
