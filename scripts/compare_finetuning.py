@@ -17,8 +17,6 @@ from __future__ import annotations
 import ast
 import json
 import shlex
-import subprocess
-import sys
 import sysconfig
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
@@ -27,16 +25,14 @@ from typing import Any
 
 import torch
 from compare_methods import Row, earlier_rows
-from compare_ptq_qat import commands_of
+from compare_ptq_qat import commands_of, report_of
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import llmq
 from llmq.calibration.answers import examples
 from llmq.calibration.block_runner import Compute
-from llmq.checkpoint.output_dir import REPORT
 from llmq.cli import run
 from llmq.core.device import multiplies_bfloat16
-from llmq.core.errors import WorkError
 from llmq.core.train_config import TrainConfig
 from llmq.models.model_source import ModelSource
 from llmq.qat.data import Data, collated, data_of
@@ -111,7 +107,7 @@ def measured(config: FinetuneConfig, ways: dict[str, tuple[int, str]], rows: Con
         sequence_length=config.sequence_length,
     )
     compute = Compute(CPU, torch.float32, torch.bfloat16 if multiplies_bfloat16(CPU) else torch.float32)
-    source, tuned = ModelSource(config.model), config.room / "float"
+    source, tuned, output = ModelSource(config.model), config.room / "float", config.room / "quantized"
     held_out = Data([], examples(test, source.tokenizer, settings.sequence_length)[0], [])
 
     def row(title: str, command: str, model: Any, seconds: float) -> Row:
@@ -124,15 +120,25 @@ def measured(config: FinetuneConfig, ways: dict[str, tuple[int, str]], rows: Con
         yield row(TUNED, "", *fine_tuned(config, settings, compute, tuned))
     for title, (bits, way) in ways.items():
         program, *flags = shlex.split(way)
-        command = ["--group-size", str(config.group_size), "--bits", str(bits), "--calibration", str(train)]
+        command = [
+            "--output",
+            str(output),
+            "--overwrite",
+            "--group-size",
+            str(config.group_size),
+            "--bits",
+            str(bits),
+            "--calibration",
+            str(train),
+        ]
         command += ["--sequence-length", str(config.sequence_length)]
         if program == "quantize":
             command += ["--model", str(tuned), "--samples", "64", *flags]
         else:
             command += ["--model", config.model, "--data", str(train), "--steps", str(config.steps)]
             command += ["--batch", str(config.batch), "--micro-batch", str(config.batch), *flags]
-        seconds = _run(program, config.room / "quantized", command)
-        yield row(title, way, llmq.load(config.room / "quantized", "cpu"), seconds)
+        seconds = report_of(program, output, command)["seconds"]["total"]
+        yield row(title, way, llmq.load(output, "cpu"), seconds)
 
 
 def common(config: FinetuneConfig) -> Row:
@@ -169,15 +175,6 @@ def fine_tuned(config: FinetuneConfig, settings: TrainConfig, compute: Compute, 
     model.save_pretrained(output)
     source.tokenizer.save_pretrained(output)
     return model, seconds
-
-
-def _run(program: str, output: Path, flags: list[str]) -> float:
-    """Run a program of llmq; return its seconds."""
-    command = [sys.executable, "-m", f"llmq.{program}", "--output", str(output), *flags, "--overwrite"]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise WorkError(f"{shlex.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads((output / REPORT).read_text())["seconds"]["total"]
 
 
 def write_questions(room: Path, most: int) -> tuple[Path, Path]:

@@ -148,7 +148,7 @@ def _row(config: CompareConfig, what: tuple[str, int, str], own: Path | None, me
     program, *flags = shlex.split(way)
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "model"
-        command = [sys.executable, "-m", f"llmq.{program}", "--model", config.model, "--output", str(output)]
+        command = ["--model", config.model, "--output", str(output)]
         command += ["--bits", str(bits), "--group-size", str(config.group_size), "--calibration", config.calibration]
         command += ["--sequence-length", str(config.sequence_length)]
         if program == "quantize":
@@ -158,15 +158,21 @@ def _row(config: CompareConfig, what: tuple[str, int, str], own: Path | None, me
             command += ["--micro-batch", str(config.batch)]
             if "--data" not in flags:
                 command += ["--data", config.calibration, *([] if own is None else [str(own)])]
-        done = subprocess.run([*command, *flags], stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise WorkError(f"{shlex.join([*command, *flags])} failed: {done.stderr.strip().splitlines()[-1]}")
-        report = json.loads((output / REPORT).read_text())
+        report = report_of(program, output, [*command, *flags])
         result = measure(llmq.load(output, device="cpu"))
     row = {"settings": common(config), "name": name, "command": way, "bits": bits}
     row |= {"kl": result.kl, "perplexity": result.perplexity, "seconds": report["seconds"]["total"]}
     row |= {"trained": report.get("trained"), "peak_memory_bytes": report["peak_memory_bytes"]}
     return row | {"tokens": _tokens(config, report, way)}
+
+
+def report_of(program: str, output: Path, flags: Sequence[str]) -> Row:
+    """Run a program of llmq that writes into `output`; return its report. Raises WorkError if it fails."""
+    command = [sys.executable, "-m", f"llmq.{program}", *flags]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise WorkError(f"{shlex.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads((output / REPORT).read_text())
 
 
 def _tokens(config: CompareConfig, report: Row, way: str) -> int:

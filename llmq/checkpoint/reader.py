@@ -84,7 +84,7 @@ class Checkpoint:
         `instead`: tensors to decode where they are, instead of those on disk.
         """
         names = {f"{name}.{suffix}" for suffix in self.format.TENSOR_SUFFIXES}
-        tensors = {n: tensor for n, tensor in (instead or {}).items() if n in names}
+        tensors = {n: instead[n] for n in names if instead is not None and n in instead}
         on_disk = self.files.read_all((names & self.files.names()) - tensors.keys())
         tensors |= {n: tensor.to(device) for n, tensor in on_disk.items()}
         weight = self.format.decode(name, tensors, self.schemes[name])
