@@ -10,6 +10,7 @@ _COMMANDS = {
     "inspect": "show what a packed checkpoint holds, layer by layer",
     "convert": "write a packed checkpoint in another format, without loss",
     "verify": "check that a packed checkpoint is sound, and compare it with its original",
+    "write": "let a model write texts of its own, to train on or to calibrate with",
     "train": "train a model while its weights are quantized",
     "tune": "find the fastest kernels for a model's layers on this GPU",
 }

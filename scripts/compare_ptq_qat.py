@@ -23,14 +23,13 @@ from typing import Any
 from compare_methods import Row, earlier_rows
 
 import llmq
-from llmq.calibration.self_generated import sample_sequences
 from llmq.calibration.texts import evaluation_chunks, read_text
 from llmq.checkpoint.output_dir import REPORT
 from llmq.cli import run
 from llmq.core.errors import RequestError, WorkError
-from llmq.core.settings import Calibration
 from llmq.runtime.evaluation import evaluate, logits_of, remembered, score
 from llmq.runtime.load import load_any
+from llmq.runtime.own_texts import WriteConfig, write_texts
 
 PROGRAMS = ("quantize", "train")
 WAYS = (
@@ -92,7 +91,7 @@ def rows_of(config: CompareConfig) -> list[Row]:
     keys = [(name, bits) for bits in config.bits for name in commands]
     if missing := [key for key in keys if key not in rows]:
         model, tokenizer = load_any(config.model, "cpu")
-        own = _own_texts(config, model, tokenizer)
+        own = _own_texts(config)
         chunks = evaluation_chunks(tokenizer, read_text(config.text, evaluation=True), config.chunk, config.limit)
         reference = remembered(logits_of(model), chunks)
         del model
@@ -130,16 +129,13 @@ def _line(row: Row) -> str:
     return f"| {row['bits']} | {row['name']} | {measured} | {row['peak_memory_bytes'] / 1e9:.2f} GB |"
 
 
-def _own_texts(config: CompareConfig, model: Any, tokenizer: Any) -> Path | None:
+def _own_texts(config: CompareConfig) -> Path | None:
     """Return a file of texts that the model wrote; None if none are wanted."""
     if not config.own:
         return None
     path = config.results.with_name(f"{config.results.stem}-own-{config.own}.jsonl")
     if not path.exists():
-        settings = Calibration("self", config.own, 256)
-        sequences = sample_sequences(model, tokenizer.bos_token_id, settings, progress=True)
-        lines = [json.dumps({"text": tokenizer.decode(ids, skip_special_tokens=True)}) for ids in sequences]
-        path.write_text("\n".join(lines), encoding="utf-8")
+        write_texts(WriteConfig(config.model, path, config.own, device="cpu"), progress=True)
     return path
 
 

@@ -1,0 +1,87 @@
+"""Lets a model write texts of its own, as data for a training or a calibration."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llmq.calibration.self_generated import SELF, sample_sequences
+from llmq.calibration.texts import check_context
+from llmq.checkpoint.output_dir import written_whole
+from llmq.core.device import multiplies_bfloat16, pick_device
+from llmq.core.errors import RequestError
+from llmq.core.settings import Calibration, at_revision
+from llmq.models.model_source import ModelSource
+
+
+@dataclass(frozen=True)
+class WriteConfig:
+    """Let a model write texts of its own, as data for llmq.train or as a calibration text of llmq.quantize.
+
+    Each text begins with the token that begins texts. The first words are drawn hotter, so that all topics come up.
+    """
+
+    model: str
+    """An original model: directory, hub id, .gguf file or `demo`."""
+    output: Path
+    """The file to write, with a name that ends in .jsonl: one row for each text."""
+    samples: int = 1024
+    """Number of texts."""
+    sequence_length: int = 256
+    """Tokens of each text."""
+    seed: int = 0
+    """Seed of the random choices."""
+    device: str = "auto"
+    """Device to compute on: auto (cuda if there is a GPU), cpu, cuda or cuda:N."""
+    overwrite: bool = False
+    """Replace the output file if it is there."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Use it only for models you trust."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub; org/name@REVISION means the same."""
+
+    def __post_init__(self) -> None:
+        _ = self.sizes
+
+    @property
+    def sizes(self) -> Calibration:
+        """Return how many texts there will be, and how long. Raises RequestError if that makes no sense."""
+        return Calibration(SELF, self.samples, self.sequence_length, self.seed)
+
+
+def write_texts(config: WriteConfig, progress: bool = False) -> Path:
+    """Write the texts as rows {"text": …}; returns the file, which is there whole or not at all.
+
+    Raises RequestError if the request cannot be met.
+    """
+    path = config.output.expanduser()
+    if path.suffix != ".jsonl":
+        raise RequestError(f"the texts are rows of a .jsonl file, so --output must end in .jsonl; got {path.name!r}")
+    if path.is_dir() or (path.exists() and not config.overwrite):
+        raise RequestError(f"{path} is there already; choose another --output, or replace a file with --overwrite")
+    device = pick_device(config.device)
+    source = ModelSource(at_revision(config.model, config.revision), config.trust_remote_code)
+    check_context(source.skeleton.config, config.sequence_length)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror}") from None
+    rows = (json.dumps({"text": text}) for text in _texts(source, device, config.sizes, progress))
+    with written_whole(path) as new:
+        new.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _texts(source: ModelSource, device: torch.device, sizes: Calibration, progress: bool) -> list[str]:
+    dtype = source.dtype
+    if device.type == "cpu":
+        # 135M weights, 2 cores with AVX-512 BF16, 2026-11-29: 694 tokens/s for 80 texts at a time in bfloat16, 312 for
+        # 40 in float32.
+        dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+    model = source.load_all(device, dtype).requires_grad_(False)
+    sequences = sample_sequences(model, source.tokenizer.bos_token_id, sizes, progress)
+    return source.tokenizer.batch_decode(sequences, skip_special_tokens=True)
