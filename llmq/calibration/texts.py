@@ -110,7 +110,7 @@ def tokenize(tokenizer: Any, text: str) -> Int64[Tensor, "tokens"]:
 def check_text(name: str) -> None:
     """Raise RequestError if there is no text of this name."""
     if name == "self":
-        raise RequestError("a model writes text of its own for calibration only; choose another text to evaluate it on")
+        raise RequestError("'self' is for calibration only; python -m llmq.write makes a file of such text")
     if name not in _TEXTS:
         path = Path(name).expanduser()
         if not path.is_file():

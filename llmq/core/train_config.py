@@ -31,9 +31,9 @@ class TrainConfig:
     output: Path
     """Directory for the trained checkpoint. It must be new or empty, unless you pass --overwrite or --resume."""
     data: tuple[str, ...]
-    """What to train on, one or several. Text: wikitext2, c4, pile, pydoc, pytopics, or a .txt, .jsonl or .parquet file.
-    Conversations: a file whose rows hold `messages`, `conversations`, or `prompt` and `completion`; then only answers
-    are learned."""
+    """What to train on, one or several. Text: wikitext2, c4, pile, pydoc, pytopics, or a .txt, .jsonl or .parquet file;
+    llmq.write makes one that the model writes. Conversations: a file whose rows hold `messages`, `conversations`, or
+    `prompt` and `completion`; then only answers are learned."""
     loss: str = "text"
     """text: the next token of the text or the answer. kl: the predictions of the original model. both: their sum."""
     learn: str = "scales"
