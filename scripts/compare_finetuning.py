@@ -32,7 +32,7 @@ import llmq
 from llmq.calibration.answers import examples
 from llmq.calibration.block_runner import Compute
 from llmq.cli import run
-from llmq.core.device import multiplies_bfloat16
+from llmq.core.device import product_dtype
 from llmq.core.train_config import TrainConfig
 from llmq.models.model_source import ModelSource
 from llmq.qat.data import Data, collated, data_of
@@ -106,7 +106,7 @@ def measured(config: FinetuneConfig, ways: dict[str, tuple[int, str]], rows: Con
         micro_batch=config.batch,
         sequence_length=config.sequence_length,
     )
-    compute = Compute(CPU, torch.float32, torch.bfloat16 if multiplies_bfloat16(CPU) else torch.float32)
+    compute = Compute(CPU, torch.float32, product_dtype(CPU))
     source, tuned, output = ModelSource(config.model), config.room / "float", config.room / "quantized"
     held_out = Data([], examples(test, source.tokenizer, settings.sequence_length)[0], [])
 
@@ -120,18 +120,8 @@ def measured(config: FinetuneConfig, ways: dict[str, tuple[int, str]], rows: Con
         yield row(TUNED, "", *fine_tuned(config, settings, compute, tuned))
     for title, (bits, way) in ways.items():
         program, *flags = shlex.split(way)
-        command = [
-            "--output",
-            str(output),
-            "--overwrite",
-            "--group-size",
-            str(config.group_size),
-            "--bits",
-            str(bits),
-            "--calibration",
-            str(train),
-        ]
-        command += ["--sequence-length", str(config.sequence_length)]
+        command = ["--output", str(output), "--overwrite", "--group-size", str(config.group_size), "--bits", str(bits)]
+        command += ["--calibration", str(train), "--sequence-length", str(config.sequence_length)]
         if program == "quantize":
             command += ["--model", str(tuned), "--samples", "64", *flags]
         else:

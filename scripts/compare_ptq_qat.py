@@ -90,8 +90,8 @@ def rows_of(config: CompareConfig) -> list[Row]:
     rows = finished(config, commands)
     keys = [(name, bits) for bits in config.bits for name in commands]
     if missing := [key for key in keys if key not in rows]:
-        model, tokenizer = load_any(config.model, "cpu")
         own = _own_texts(config)
+        model, tokenizer = load_any(config.model, "cpu")
         chunks = evaluation_chunks(tokenizer, read_text(config.text, evaluation=True), config.chunk, config.limit)
         reference = remembered(logits_of(model), chunks)
         del model

@@ -13,7 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from llmq.core.memory import release_memory
 from llmq.core.settings import Calibration
+from llmq.models.model_source import ModelSource
 
 SELF = "self"  # the name of this text for `--calibration`
 _HOTTEST, _HOT_TOKENS = 2.0, 16
@@ -36,6 +38,17 @@ class _Draw(LogitsProcessor):
         # right=True: a word of probability 0 is never drawn.
         drawn = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+
+def sequences_by(
+    source: ModelSource, settings: Calibration, device: torch.device, dtype: torch.dtype, progress: bool = False
+) -> Int64[Tensor, "samples length"]:
+    """Return sequences that an original model writes. It is loaded for that, and freed afterwards."""
+    model = source.load_all(device, dtype).requires_grad_(False)
+    written = sample_sequences(model, source.tokenizer.bos_token_id, settings, progress)
+    del model
+    release_memory()
+    return written
 
 
 @torch.no_grad()

@@ -35,6 +35,15 @@ def existing_parent(path: Path) -> Path:
     return next(candidate for candidate in (path, *path.absolute().parents) if candidate.exists())
 
 
+def may_write_in(directory: Path) -> bool:
+    """Return whether files can be written in a directory, which need not be there yet. Writes nothing itself."""
+    try:
+        parent = existing_parent(directory)
+        return parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+    except OSError:
+        return False
+
+
 def holds_checkpoint(directory: Path) -> bool:
     """Return whether a finished checkpoint is in the directory: config.json and a .gguf file are moved there last."""
     return (directory / CONFIG).exists() or gguf_in(directory) is not None

@@ -18,6 +18,11 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
+def product_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of products that may be rounded: bfloat16 if the device is fast at it, else float32."""
+    return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+
+
 @contextmanager
 def full_float32() -> Generator[None]:
     """Multiply float32 with all of its bits inside, and set back at the end what the program had chosen.

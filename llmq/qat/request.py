@@ -14,7 +14,7 @@ from llmq.calibration.texts import check_context
 from llmq.checkpoint.output_dir import PROGRESS, REPORT, UNFINISHED, check_output, holds_checkpoint, unfinished_work
 from llmq.checkpoint.reader import Checkpoint, is_packed
 from llmq.core.config import VERSION, QuantizeConfig
-from llmq.core.device import multiplies_bfloat16
+from llmq.core.device import product_dtype
 from llmq.core.distributed import processes
 from llmq.core.errors import RequestError
 from llmq.core.timing import Clock
@@ -109,7 +109,7 @@ def open_request(config: TrainConfig, device: torch.device) -> TrainRequest:
         raise RequestError(f"{type(skeleton).__name__} cannot train with --checkpointing; leave it out")
     check_context(skeleton.config, config.sequence_length)
     data = data_of(config, tokenizer, skeleton)
-    compute = Compute(device, torch.float32, torch.bfloat16 if multiplies_bfloat16(device) else torch.float32)
+    compute = Compute(device, torch.float32, product_dtype(device))
     identity = {
         "source": {f"{i}: {file.name}": hash_of_file(file) for i, file in enumerate(files)},
         "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in _WITHOUT_EFFECT},

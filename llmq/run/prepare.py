@@ -1,6 +1,5 @@
 """Prepares a run: checks the request, opens the model, tokenizes the calibration text, finds earlier progress."""
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,25 +12,24 @@ from torch import Tensor
 
 from llmq.algorithms import ALGORITHMS
 from llmq.calibration.block_runner import Compute
-from llmq.calibration.self_generated import SELF, sample_sequences
+from llmq.calibration.self_generated import SELF, sequences_by
 from llmq.calibration.texts import MORE, Tokens, check_context, check_tokens, hold_out, windows
 from llmq.checkpoint.model_files import companions_of
 from llmq.checkpoint.output_dir import (
     PROGRESS,
     REPORT,
     check_output,
-    existing_parent,
     holds_checkpoint,
+    may_write_in,
     unfinished_work,
     write_json,
     written_whole,
 )
 from llmq.core.config import QuantizeConfig
-from llmq.core.device import multiplies_bfloat16
+from llmq.core.device import product_dtype
 from llmq.core.distributed import Ranks
 from llmq.core.errors import CheckpointError, RequestError
 from llmq.core.format_limits import fits_gptq
-from llmq.core.memory import release_memory
 from llmq.core.settings import Calibration
 from llmq.core.timing import Clock
 from llmq.models.gguf_converter import check_converter, check_metadata, refuse_code
@@ -123,12 +121,7 @@ def _check_gguf(config: QuantizeConfig, source: ModelSource) -> None:
 
 def _check_offload(directory: Path) -> None:
     """Raise RequestError unless hidden states can be written there. Writes nothing itself."""
-    try:
-        parent = existing_parent(directory)
-        is_writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
-    except OSError:
-        is_writable = False
-    if not is_writable:
+    if not may_write_in(directory):
         raise RequestError(f"hidden states cannot wait in {directory}: it is not a directory that llmq may write to")
 
 
@@ -138,9 +131,8 @@ def compute_for(source: ModelSource, device: torch.device, trains: bool) -> Comp
     On a GPU, where memory is scarce, models of 16 bits compute in their own dtype, as they do when they are served. One
     of float16 that is to be trained does not: its gradients would be rounded to zero.
     """
-    precision = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
     own = source.dtype == torch.bfloat16 or (source.dtype == torch.float16 and not trains)
-    return Compute(device, source.dtype if device.type != "cpu" and own else torch.float32, precision)
+    return Compute(device, source.dtype if device.type != "cpu" and own else torch.float32, product_dtype(device))
 
 
 def whole_model(config: QuantizeConfig, device: torch.device, dtype: torch.dtype) -> Any:
@@ -239,12 +231,5 @@ class _Text:
         if self.config.dry_run:  # only the size of the text matters
             return torch.zeros(settings.samples, settings.sequence_length, dtype=torch.int64)
         with self.clock("sample"):
-            return self._written(settings)
-
-    def _written(self, settings: Calibration) -> Int64[Tensor, "samples length"]:
-        """Return sequences that the model writes. It is loaded for that, and freed afterwards."""
-        model = whole_model(self.config, self.compute.device, self.compute.precision)
-        written = sample_sequences(model, self.source.tokenizer.bos_token_id, settings, self.progress)
-        del model
-        release_memory()
-        return written
+            source = ModelSource(self.config.source, self.config.trust_remote_code)  # not the skeleton of the run
+            return sequences_by(source, settings, self.compute.device, self.compute.precision, self.progress)

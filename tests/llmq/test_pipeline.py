@@ -92,7 +92,7 @@ def test_at_8_bit_every_method_is_close_to_the_original_at_every_effort(
 
 @pytest.mark.parametrize(("method", "effort"), [pair for pair in TOGETHER if pair[1] != "fast"])
 def test_so_it_is_where_matmuls_take_bfloat16(method, effort, plain_bfloat16, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmq.run.prepare.multiplies_bfloat16", lambda _: True)
+    monkeypatch.setattr("llmq.core.device.multiplies_bfloat16", lambda _: True)
     options = {"method": method, "effort": effort, "tuned": SHORT}
     output = run(plain_bfloat16, text_file, tmp_path / "out", bits=8, **options)
     assert distance(plain_bfloat16, output) < NEARLY_LOSSLESS

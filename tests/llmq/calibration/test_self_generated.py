@@ -62,7 +62,7 @@ def test_the_first_tokens_are_drawn_hotter_than_the_rest():
 
 def test_a_model_is_quantized_on_its_own_text(tmp_path, llama, text_file, monkeypatch):
     seen = []
-    monkeypatch.setattr("llmq.run.prepare.multiplies_bfloat16", lambda _: False)
+    monkeypatch.setattr("llmq.core.device.multiplies_bfloat16", lambda _: False)
     monkeypatch.setattr("llmq.run.prepare.hold_out", lambda sequences: seen.append(sequences) or hold_out(sequences))
     run(llama, SELF, tmp_path / "out", samples=12)
     written = sample_sequences(load_any(str(llama), "cpu")[0], None, Calibration(SELF, 12, 32))

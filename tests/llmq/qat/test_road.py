@@ -93,7 +93,7 @@ def loss_of(packed, text, rounded, lora=0):
 
 @pytest.mark.parametrize("options", [{}, {"lora": 4, "calibration_samples": 20}])
 def test_inputs_are_rounded_while_training_and_the_checkpoint_says_so(options, packed, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmq.qat.request.multiplies_bfloat16", lambda _: False)
+    monkeypatch.setattr("llmq.core.device.multiplies_bfloat16", lambda _: False)
     out = train(packed, text, tmp_path / "out", activations=8, **options)
     before = report_of(out)["trained"]["held_out"][0]
     rounded, plain = (loss_of(packed, text, each) for each in (True, False))

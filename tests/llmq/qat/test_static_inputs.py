@@ -29,7 +29,7 @@ def scales_in(directory):
 
 @pytest.fixture
 def static(packed, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmq.qat.request.multiplies_bfloat16", lambda _: False)
+    monkeypatch.setattr("llmq.core.device.multiplies_bfloat16", lambda _: False)
     return train(packed, text, tmp_path / "static", **STATIC)
 
 

@@ -47,7 +47,7 @@ def test_a_resumed_run_gets_the_text_that_the_model_wrote_and_writes_none(config
     interrupted(config, monkeypatch)
     first = opened(replace(config, output=config.output / "new"))
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "sample_sequences", None)
+        patch.setattr(prepare, "sequences_by", None)
         again = opened(replace(config, resume=True))
     assert torch.equal(again.tokens.train, first.tokens.train)
     assert torch.equal(again.tokens.held_out, first.tokens.held_out)

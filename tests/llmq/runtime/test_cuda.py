@@ -17,7 +17,6 @@ from llmq.checkpoint.output_dir import REPORT
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.settings import Tuned
 from llmq.plan import workload
-from llmq.run import prepare
 from llmq.run.block_quantizer import Run
 
 pytestmark = pytest.mark.gpu
@@ -61,7 +60,7 @@ def test_a_loaded_model_has_the_logits_of_a_cpu_and_chooses_its_tokens(llama, tm
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_codes_of_a_block_are_those_of_a_cpu(llama, text_file, tmp_path, monkeypatch, method):
     # Only the first block: where two choices are equal up to rounding, all later blocks follow the one that was made.
-    monkeypatch.setattr(prepare, "multiplies_bfloat16", lambda device: False)  # float32 in both places
+    monkeypatch.setattr("llmq.core.device.multiplies_bfloat16", lambda device: False)  # float32 in both places
     for device in ("cpu", "cuda"):
         config = small_config(llama, text_file, tmp_path / device, device=device, method=method, blocks="0")
         llmq.quantize(config)
