@@ -50,9 +50,8 @@ def test_each_of_several_processes_has_its_share(llama, text_file, tmp_path):
 
 @pytest.mark.parametrize(("name", "shared"), [("gemma4_text", 0), ("gemma4_text@shared", 2 * 2 * (16 + 32))])
 def test_all_that_waits_for_the_next_block_is_counted(name, shared, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "llmq.core.device.multiplies_bfloat16", lambda device: False
-    )  # with it keys and values are bfloat16
+    # With it, keys and values are bfloat16.
+    monkeypatch.setattr("llmq.core.device.multiplies_bfloat16", lambda device: False)
     blocks = save_tiny(name, tmp_path / "model").config.num_hidden_layers
     request, run = open_run(tmp_path / "model", text_file, tmp_path / "out")
     states, tokens = states_of(request, run), 10 * 64
