@@ -48,6 +48,8 @@ class TrainConfig:
     """Bits per weight for an original model: 2, 3, 4, 5, 6 or 8. A packed checkpoint has its own."""
     group_size: int = 128
     """Number of consecutive inputs that share one scale, for an original model; -1: the whole row."""
+    symmetric: bool = True
+    """How an original model is quantized: one fixed zero point, or with --no-symmetric one for each group."""
     start: str = "gptq"
     """How an original model is quantized before the training: gptq, or rtn (plain rounding, seconds)."""
     format: str = "auto"

@@ -18,7 +18,8 @@ from llmq.models.model_source import ModelSource
 from llmq.models.stock_loading import unreadable
 
 ACTIVATIONS = "cannot say that inputs are rounded to 8 bits; use compressed-tensors, or leave out --activations"
-_OF_ORIGINALS = ("bits", "group_size", "start", "format")
+ZERO_POINTS = "zero points are refused beside 8-bit inputs: int8 products of engines take only symmetric weights"
+_OF_ORIGINALS = ("bits", "group_size", "symmetric", "start", "format")
 _OF_CALIBRATION = ("calibration", "calibration_samples")
 
 
@@ -48,6 +49,8 @@ def check_packed(config: TrainConfig, checkpoint: Checkpoint, skeleton: Any) -> 
     view = checkpoint.for_model(skeleton)
     if config.activations == 8 and checkpoint.format.METHOD not in ROUNDING:
         raise RequestError(f"{checkpoint.format.METHOD} {ACTIVATIONS}")
+    if config.activations == 8 and not all(scheme.symmetric for scheme in view.schemes.values()):
+        raise RequestError(f"{ZERO_POINTS}; leave out --activations, or quantize the model again")
     for name, scheme in view.schemes.items():
         columns = skeleton.get_submodule(name).in_features
         if scheme.act_order or (scheme.group_size > 0 and columns % scheme.group_size):
@@ -96,6 +99,8 @@ def check_original_start(config: TrainConfig, source: ModelSource, start: Quanti
             "its output as --model"
         )
     if config.activations == 8:
+        if not config.symmetric:
+            raise RequestError(f"{ZERO_POINTS}; leave out --activations or --no-symmetric")
         fault = unreadable(source.skeleton, source.files, lambda _: True)
         if fault or start.stored_as not in ROUNDING:
             raise RequestError(f"{'gptq' if fault else start.stored_as} {ACTIVATIONS}")

@@ -141,6 +141,7 @@ def start_request(config: TrainConfig) -> QuantizeConfig:
         method=config.start,
         bits=config.bits,
         group_size=config.group_size,
+        symmetric=config.symmetric,
         format=config.format,
     )
 

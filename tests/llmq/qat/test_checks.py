@@ -1,4 +1,5 @@
 import pytest
+from small_runs import run
 from tiny import save_tiny
 from trainings import train
 
@@ -23,6 +24,7 @@ def test_the_original_of_another_model_is_refused(packed, deep_llama, text, tmp_
         ({"lora": 4}, "needs a packed checkpoint"),
         ({"calibration_samples": 9999}, "Lower --calibration-samples"),
         ({"activations": 8, "format": "gptq"}, "cannot say that inputs are rounded"),
+        ({"activations": 8, "symmetric": False}, "zero points are refused .* or --no-symmetric"),
     ],
 )
 def test_a_wrong_request_for_an_original_model_is_refused_and_leaves_nothing(options, words, llama, text, tmp_path):
@@ -36,6 +38,7 @@ def test_a_wrong_request_for_an_original_model_is_refused_and_leaves_nothing(opt
     [
         ({"loss": "kl"}, "--original"),
         ({"bits": 3}, "bits has no effect"),
+        ({"symmetric": False}, "symmetric has no effect"),
         ({"calibration": "pydoc"}, "calibration has no effect"),
         ({"rate": 0.1}, "rate has no effect"),
         ({"lora_rate": 0.1}, "lora rate has no effect"),
@@ -49,4 +52,11 @@ def test_a_wrong_request_for_an_original_model_is_refused_and_leaves_nothing(opt
 def test_a_request_that_cannot_be_met_is_refused_and_leaves_nothing(options, words, packed, text, tmp_path):
     with pytest.raises(RequestError, match=words):
         train(packed, text, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_zero_points_of_a_packed_checkpoint_are_refused_beside_8_bit_inputs(llama, text, tmp_path):
+    packed = run(llama, text, tmp_path / "packed", bits=4, symmetric=False, format="compressed-tensors")
+    with pytest.raises(RequestError, match="zero points are refused"):
+        train(packed, text, tmp_path / "out", activations=8)
     assert not (tmp_path / "out").exists()

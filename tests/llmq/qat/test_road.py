@@ -35,6 +35,16 @@ def test_an_original_model_is_quantized_and_then_trained(start, llama, text, tmp
     assert llmq.load(out, "cpu")(torch.arange(3, 20)[None]).logits.isfinite().all()
 
 
+def test_an_original_model_is_trained_with_a_zero_point_for_each_group(llama, text, tmp_path):
+    options = {"bits": 2, "group_size": 32, "loss": "kl", "calibration_samples": 20}
+    out = train(llama, text, tmp_path / "out", symmetric=False, **options)
+    before, after = report_of(out)["trained"]["held_out"]
+    assert after < before
+    zeros = Checkpoint(out).weight("model.layers.0.mlp.down_proj").zero
+    assert len(zeros.unique()) > 1
+    check(out, report_of(out)["digests"])
+
+
 @pytest.mark.parametrize(
     ("learn", "kinds"),
     [
