@@ -17,8 +17,6 @@ from llmq.models.experts import layouts
 from llmq.models.model_source import ModelSource
 from llmq.models.stock_loading import unreadable
 
-ACTIVATIONS = "cannot say that inputs are rounded to 8 bits; use compressed-tensors, or leave out --activations"
-ZERO_POINTS = "zero points are refused beside 8-bit inputs: int8 products of engines take only symmetric weights"
 _OF_ORIGINALS = ("bits", "group_size", "symmetric", "start", "format")
 _OF_CALIBRATION = ("calibration", "calibration_samples")
 
@@ -47,10 +45,9 @@ def check_useful(config: TrainConfig, is_packed: bool) -> None:
 def check_packed(config: TrainConfig, checkpoint: Checkpoint, skeleton: Any) -> None:
     """Raise RequestError if a packed checkpoint cannot be trained as asked."""
     view = checkpoint.for_model(skeleton)
-    if config.activations == 8 and checkpoint.format.METHOD not in ROUNDING:
-        raise RequestError(f"{checkpoint.format.METHOD} {ACTIVATIONS}")
-    if config.activations == 8 and not all(scheme.symmetric for scheme in view.schemes.values()):
-        raise RequestError(f"{ZERO_POINTS}; leave out --activations, or quantize the model again")
+    if config.activations == 8:
+        symmetric = all(scheme.symmetric for scheme in view.schemes.values())
+        _check_rounds_inputs(checkpoint.format.METHOD, symmetric)
     for name, scheme in view.schemes.items():
         columns = skeleton.get_submodule(name).in_features
         if scheme.act_order or (scheme.group_size > 0 and columns % scheme.group_size):
@@ -62,6 +59,19 @@ def check_packed(config: TrainConfig, checkpoint: Checkpoint, skeleton: Any) -> 
             raise RequestError("the checkpoint has a scale for each token, which it keeps; leave out activation scheme")
     if config.lora:
         _check_mergeable(checkpoint, view, skeleton)
+
+
+def _check_rounds_inputs(method: str, symmetric: bool) -> None:
+    """Raise RequestError if a format, or weights with zero points, cannot stand beside inputs of 8 bits."""
+    if not symmetric:
+        raise RequestError(
+            "zero points are refused beside 8-bit inputs: int8 products of engines take only symmetric weights; leave "
+            "out --activations, or --no-symmetric when the model is quantized"
+        )
+    if method not in ROUNDING:
+        raise RequestError(
+            f"{method} cannot say that inputs are rounded to 8 bits; use compressed-tensors, or leave out --activations"
+        )
 
 
 def _check_static(skeleton: Any) -> None:
@@ -99,11 +109,8 @@ def check_original_start(config: TrainConfig, source: ModelSource, start: Quanti
             "its output as --model"
         )
     if config.activations == 8:
-        if not config.symmetric:
-            raise RequestError(f"{ZERO_POINTS}; leave out --activations or --no-symmetric")
         fault = unreadable(source.skeleton, source.files, lambda _: True)
-        if fault or start.stored_as not in ROUNDING:
-            raise RequestError(f"{'gptq' if fault else start.stored_as} {ACTIVATIONS}")
+        _check_rounds_inputs("gptq" if fault else start.stored_as, config.symmetric)
     if config.inputs == TENSOR:
         _check_static(source.skeleton)
     if config.start != "rtn":
