@@ -3,6 +3,7 @@
 Every sequence starts with BOS, or with a random token if the tokenizer has no BOS, and is sampled token by token. The
 first tokens decide the topic of a text. So they are drawn at a higher temperature, which falls to 1, the model's own
 distribution. Without that, most sequences begin alike. (LLM-QAT, Liu et al., arXiv 2305.17888, trains on such text.)
+Sequences can also go on from given beginnings: the text is then like the one that these are from.
 """
 
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from llmq.calibration.texts import check_tokens
 from llmq.core.memory import release_memory
 from llmq.core.settings import Calibration
 from llmq.models.model_source import ModelSource
@@ -41,11 +43,17 @@ class _Draw(LogitsProcessor):
 
 
 def sequences_by(
-    source: ModelSource, settings: Calibration, device: torch.device, dtype: torch.dtype, progress: bool = False
+    source: ModelSource,
+    settings: Calibration,
+    compute: tuple[torch.device, torch.dtype],
+    progress: bool = False,
+    starts: Int64[Tensor, "samples start"] | None = None,
 ) -> Int64[Tensor, "samples length"]:
     """Return sequences that an original model writes. It is loaded for that, and freed afterwards."""
-    model = source.load_all(device, dtype).requires_grad_(False)
-    written = sample_sequences(model, source.tokenizer.bos_token_id, settings, progress)
+    model = source.load_all(*compute).requires_grad_(False)
+    if starts is not None:
+        check_tokens(model, starts)
+    written = sample_sequences(model, source.tokenizer.bos_token_id, settings, progress, starts)
     del model
     release_memory()
     return written
@@ -53,18 +61,28 @@ def sequences_by(
 
 @torch.no_grad()
 def sample_sequences(
-    model: Any, bos: int | None, settings: Calibration, progress: bool = False
+    model: Any,
+    bos: int | None,
+    settings: Calibration,
+    progress: bool = False,
+    starts: Int64[Tensor, "samples start"] | None = None,
 ) -> Int64[Tensor, "samples length"]:
-    """Let the model write texts that begin with the token `bos`, if not None. A seed always gives the same texts."""
+    """Let the model write texts that begin with the token `bos`, if not None. A seed always gives the same texts.
+
+    `starts`: what the texts begin with instead; fewer tokens than a text has.
+    """
     config, length = model.config.get_text_config(), settings.sequence_length
     model.generation_config = GenerationConfig()  # its own sampling defaults would change the distribution
-    # No token ends a sequence: after an end-of-text token comes the next text, as in windows of a corpus.
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=length - 1, pad_token_id=0)
     written = []
     with torch.random.fork_rng(devices=[]):  # random numbers are drawn on the CPU alone
         torch.manual_seed(settings.seed)
         shape = (settings.samples, 1)
-        starts = torch.randint(config.vocab_size, shape) if bos is None else torch.full(shape, bos)
+        if starts is None:
+            starts = torch.randint(config.vocab_size, shape) if bos is None else torch.full(shape, bos)
+        # No token ends a sequence: after an end-of-text token comes the next text, as in windows of a corpus.
+        greedy = GenerationConfig(
+            do_sample=False, max_new_tokens=length - starts.shape[1], pad_token_id=0, **_cache_settings(model)
+        )
         size = length * _cache_bytes_per_token(config, model.dtype)
         batches = starts.split(max(1, _CACHE_BYTES[model.device.type] // size))
         for start in tqdm(batches, "writing calibration text", disable=not progress, unit="batch"):
@@ -72,6 +90,18 @@ def sample_sequences(
             sequences = model.generate(start.to(model.device), generation_config=greedy, logits_processor=draw)
             written.append(sequences.cpu())
     return torch.cat(written)
+
+
+def _cache_settings(model: Any) -> dict[str, Any]:
+    """Return the settings of `generate` for a cache that has its full size from the start, if the model can use one.
+
+    The usual one is copied for each token. Beside that, transformers 5.23 reads keys and values once for all heads that
+    share them only if there is a mask, which such a cache needs: 331 instead of 249 tokens/s for 34 texts of 200 tokens
+    (135M weights, 2 cores with AVX-512 BF16, 2026-11-30).
+    """
+    if not getattr(model, "_can_compile_fullgraph", False):
+        return {}
+    return {"cache_implementation": "static", "disable_compile": True}
 
 
 def _cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:

@@ -7,7 +7,10 @@ import pytest
 from commands import run_here
 
 from llmq.calibration.text_files import rows_of
+from llmq.calibration.texts import windows
 from llmq.core.errors import RequestError
+from llmq.core.settings import Calibration
+from llmq.models.model_source import ModelSource
 from llmq.runtime.own_texts import WriteConfig, write_texts
 
 SMALL = {"samples": 5, "sequence_length": 24, "device": "cpu"}
@@ -27,6 +30,17 @@ def test_the_seed_decides_which_texts_are_written(llama, tmp_path):
     assert len(set(texts)) == 5
     assert not set(texts) & set(texts_of(other))
     assert [row["text"] for _, row in rows_of(first)] == texts
+
+
+def test_texts_go_on_from_pieces_of_a_text(llama, text_file, tmp_path):
+    pieces = {"begin_with": str(text_file), "begin_tokens": 9}
+    path = write_texts(WriteConfig(str(llama), tmp_path / "own.jsonl", **SMALL, **pieces))
+    tokenizer = ModelSource(str(llama)).tokenizer
+    wanted = windows(tokenizer, Calibration(str(text_file), 5, 9))
+    starts = tokenizer.batch_decode(wanted, skip_special_tokens=True)
+    for text, start in zip(texts_of(path), starts, strict=True):
+        assert text.startswith(start)
+        assert len(text) > len(start)
 
 
 def test_the_program_makes_its_directory_and_says_what_it_wrote(llama, tmp_path):
@@ -54,6 +68,8 @@ def test_the_program_makes_its_directory_and_says_what_it_wrote(llama, tmp_path)
         ({"samples": 0}, "samples must be at least 1; got 0"),
         ({"sequence_length": 1}, "sequence length must be at least 2 tokens; got 1"),
         ({"sequence_length": 257}, "sequence length 257 exceeds the model's context of 256 tokens"),
+        ({"begin_with": "pytopics", "begin_tokens": 24}, "less than the sequence length of 24; got 24"),
+        ({"begin_with": "none", "begin_tokens": 9}, "no such text: 'none'"),
         ({"device": "gpu"}, "device must be one of auto, cpu, cuda, cuda:N; got 'gpu'"),
     ],
 )
