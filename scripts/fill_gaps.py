@@ -139,7 +139,10 @@ def _words(tokenizer: Any, count: int) -> Iterator[Bool[Tensor, "vocabulary"]]:
     """Yield which tokens begin a word with the space before it, and which go on with one."""
     names = [str(name).replace("▁", "Ġ") for name in tokenizer.convert_ids_to_tokens(list(range(count)))]
     for pattern in (r"Ġ[A-Za-z].*", r"[A-Za-z'-].*"):
-        yield torch.tensor([re.fullmatch(pattern, name) is not None for name in names])
+        words = torch.tensor([re.fullmatch(pattern, name) is not None for name in names])
+        if not words.any():
+            raise RequestError("the model's tokenizer has no tokens that begin a word with the space before it")
+        yield words
 
 
 def _drawn(scores: Float[Tensor, "rows vocabulary"]) -> Int64[Tensor, "rows"]:

@@ -79,9 +79,9 @@ class TrainConfig:
     samples: int = 2048
     """The most sequences to take from each text or file of conversations."""
     rate: float = 0.002
-    """Learning rate of the codes, in codes per step. Longer trainings need lower ones (docs/qat.md): 0.003 for 200 steps,
-    0.0012 for 800. Codes of 8 bits are 16 times finer than those of 4: for the same steps of the weights, use 16 times
-    as much."""
+    """Learning rate of the codes, in codes per step. Longer trainings need lower ones (docs/qat.md): 0.003 for 200
+    steps, 0.0012 for 800. Codes of 8 bits are 16 times finer than those of 4: for the same steps of the weights, use 16
+    times as much."""
     scale_rate: float = 0.002
     """Learning rate of scales, norms and biases, as a fraction of each scale."""
     outside_rate: float = 2e-5

@@ -60,6 +60,16 @@ def test_the_first_tokens_are_drawn_hotter_than_the_rest():
         assert share[3] == 0
 
 
+def test_min_p_leaves_out_what_is_unlikely_beside_the_likeliest():
+    scores = torch.tensor([11.0, 50.0, 100.0, 9.0]).log().expand(60_000, 4)
+    torch.manual_seed(0)
+    drawn = _Draw(0.1)(torch.zeros(len(scores), 30).long(), scores).argmax(1).bincount(minlength=4) / len(scores)
+    torch.testing.assert_close(drawn, torch.tensor([11.0, 50.0, 100.0, 0.0]) / 161, rtol=0, atol=0.01)
+    assert drawn[3] == 0
+    hot = _Draw(0.5)(torch.zeros(len(scores), 1).long(), scores).argmax(1).bincount(minlength=4)
+    assert (hot > 0).all()  # the first token may be any
+
+
 def test_a_model_is_quantized_on_its_own_text(tmp_path, llama, text_file, monkeypatch):
     seen = []
     monkeypatch.setattr("llmq.core.device.multiplies_bfloat16", lambda _: False)

@@ -70,6 +70,7 @@ def test_the_program_makes_its_directory_and_says_what_it_wrote(llama, tmp_path)
         ({"sequence_length": 257}, "sequence length 257 exceeds the model's context of 256 tokens"),
         ({"begin_with": "pytopics", "begin_tokens": 24}, "less than the sequence length of 24; got 24"),
         ({"begin_with": "none", "begin_tokens": 9}, "no such text: 'none'"),
+        ({"min_p": 1.0}, "min p must be at least 0 and less than 1; got 1.0"),
         ({"device": "gpu"}, "device must be one of auto, cpu, cuda, cuda:N; got 'gpu'"),
     ],
 )
