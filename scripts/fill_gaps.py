@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from tqdm import tqdm
+from transformers import StaticCache
 
 from llmq.calibration.texts import read_text
 from llmq.checkpoint.output_dir import written_whole
@@ -25,7 +26,6 @@ from llmq.cli import run
 from llmq.core.device import product_dtype
 from llmq.core.errors import RequestError
 from llmq.models.model_source import ModelSource
-from llmq.runtime.decode_step import DecodeStep
 
 _GAP = -1  # in the tokens of a piece: here is a word missing
 _PIECE = 1700  # characters that are written in one go, at least; what is before them is not seen
@@ -121,16 +121,17 @@ def _filled(model: Any, tokenizer: Any, pieces: Sequence[list[int]]) -> list[lis
     """Return the tokens of each piece, with drawn ones in its gaps."""
     starts, goes_on = _words(tokenizer, model.config.vocab_size)
     rows = [_Row(piece) for piece in pieces]
-    room = 2 + max(len(piece) + (_LONGEST - 1) * piece.count(_GAP) for piece in pieces)
-    step = DecodeStep(model, len(rows))
-    scores = step.prefill(torch.full((len(rows), 1), tokenizer.bos_token_id or 0), None, room)
-    while True:
+    longest = sum(
+        1 + _LONGEST * (token == _GAP) for token in max(pieces, key=lambda p: len(p) + _LONGEST * p.count(_GAP))
+    )
+    cache = StaticCache(model.config, max_cache_len=1 + longest)
+    ids = torch.full((len(rows), 1), tokenizer.bos_token_id or 0)
+    while not all(row.ended for row in rows):
+        scores = model(ids, past_key_values=cache, use_cache=True).logits[:, -1].float()
         first = _drawn(scores.where(starts, -torch.inf)).tolist()
         more = _drawn(scores)
         new = [row.take(*each) for row, *each in zip(rows, first, more.tolist(), goes_on[more].tolist(), strict=True)]
-        if all(row.ended for row in rows):
-            break
-        scores = step.logits(torch.tensor(new))
+        ids = torch.tensor(new)[:, None]
     return [row.written for row in rows]
 
 
