@@ -3,6 +3,7 @@
 import torch
 from small_runs import run
 from tiny import tiny_model
+from transformers import AutoModelForCausalLM, FalconConfig
 
 from llmq.calibration.self_generated import SELF, _Draw, sample_sequences
 from llmq.calibration.texts import hold_out
@@ -38,6 +39,12 @@ def test_texts_begin_with_bos_and_go_on_beyond_their_end():
     assert torch.equal(written, plain)
     assert len({tuple(row) for row in written.tolist()}) == 7
     assert (sample_sequences(model, None, settings())[:, 0] != 5).any()
+
+
+def test_a_model_whose_biases_grow_with_the_text_writes_too():
+    shape = {"vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(FalconConfig(**shape, alibi=True)).eval()
+    assert sample_sequences(model, 5, settings()).shape == (7, 24)
 
 
 def test_a_small_budget_of_memory_changes_nothing_but_the_batches(monkeypatch):
