@@ -9,19 +9,20 @@ model that is trained on it learns to write `<unk>`, and sees no rare word. With
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool
 from torch import Tensor
 from tqdm import tqdm
 from transformers import StaticCache
 
+from llmq.calibration.self_generated import drawn
 from llmq.calibration.texts import read_text
-from llmq.checkpoint.output_dir import written_whole
+from llmq.checkpoint.output_dir import may_write_in, written_whole
 from llmq.cli import run
 from llmq.core.device import product_dtype
 from llmq.core.errors import RequestError
@@ -102,7 +103,10 @@ def fill(config: FillConfig) -> None:
     text = read_text(str(config.text))
     if config.gap not in text:
         raise RequestError(f"{config.text} has no {config.gap!r}, so there is nothing to fill; see --gap")
+    if not may_write_in(config.output.parent):
+        raise RequestError(f"{config.output} cannot be written: its directory is not one that llmq may write to")
     source, device = ModelSource(config.model), torch.device("cpu")
+    words = _words(source.tokenizer, source.skeleton.config.vocab_size)
     pieces = [tokens_of(piece, config.gap, source.tokenizer) for piece in pieces_of(text)]
     model = source.load_all(device, product_dtype(device)).requires_grad_(False)
     torch.manual_seed(config.seed)
@@ -110,46 +114,40 @@ def fill(config: FillConfig) -> None:
     order, filled = sorted(range(len(pieces)), key=lambda i: len(pieces[i])), dict[int, str]()
     for start in tqdm(range(0, len(order), _ROWS), "filling gaps", unit="batch"):
         batch = order[start : start + _ROWS]
-        rows = _filled(model, source.tokenizer, [pieces[i] for i in batch])
+        rows = _filled(model, source.tokenizer.bos_token_id or 0, words, [pieces[i] for i in batch])
         filled |= zip(batch, source.tokenizer.batch_decode(rows), strict=True)
+    config.output.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(config.output) as new:
         new.write_text("".join(filled[i] for i in range(len(pieces))), encoding="utf-8")
 
 
 @torch.inference_mode()
-def _filled(model: Any, tokenizer: Any, pieces: Sequence[list[int]]) -> list[list[int]]:
-    """Return the tokens of each piece, with drawn ones in its gaps."""
-    starts, goes_on = _words(tokenizer, model.config.vocab_size)
+def _filled(model: Any, bos: int, words: tuple[Tensor, Tensor], pieces: Sequence[list[int]]) -> list[list[int]]:
+    """Return the tokens of each piece, with drawn ones in its gaps. `words`: as _words returns them."""
+    starts, goes_on = words
     rows = [_Row(piece) for piece in pieces]
-    longest = sum(
-        1 + _LONGEST * (token == _GAP) for token in max(pieces, key=lambda p: len(p) + _LONGEST * p.count(_GAP))
-    )
+    longest = max(len(piece) + _LONGEST * piece.count(_GAP) for piece in pieces)
     cache = StaticCache(model.config, max_cache_len=1 + longest)
-    ids = torch.full((len(rows), 1), tokenizer.bos_token_id or 0)
+    ids = torch.full((len(rows), 1), bos)
     while not all(row.ended for row in rows):
         scores = model(ids, past_key_values=cache, use_cache=True).logits[:, -1].float()
-        first = _drawn(scores.where(starts, -torch.inf)).tolist()
-        more = _drawn(scores)
+        first = drawn(scores.where(starts, -torch.inf).softmax(-1))[:, 0].tolist()
+        more = drawn(scores.softmax(-1))[:, 0]
         new = [row.take(*each) for row, *each in zip(rows, first, more.tolist(), goes_on[more].tolist(), strict=True)]
         ids = torch.tensor(new)[:, None]
     return [row.written for row in rows]
 
 
-def _words(tokenizer: Any, count: int) -> Iterator[Bool[Tensor, "vocabulary"]]:
-    """Yield which tokens begin a word with the space before it, and which go on with one."""
+def _words(tokenizer: Any, count: int) -> tuple[Bool[Tensor, "vocabulary"], Bool[Tensor, "vocabulary"]]:
+    """Return which tokens begin a word with the space before it, and which go on with one."""
     names = [str(name).replace("▁", "Ġ") for name in tokenizer.convert_ids_to_tokens(list(range(count)))]
-    for pattern in (r"Ġ[A-Za-z].*", r"[A-Za-z'-].*"):
-        words = torch.tensor([re.fullmatch(pattern, name) is not None for name in names])
-        if not words.any():
-            raise RequestError("the model's tokenizer has no tokens that begin a word with the space before it")
-        yield words
-
-
-def _drawn(scores: Float[Tensor, "rows vocabulary"]) -> Int64[Tensor, "rows"]:
-    """Return a token for each row, drawn from the model's distribution."""
-    cumulative = scores.softmax(-1).cumsum(-1)
-    threshold = torch.rand(len(scores), 1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.shape[1] - 1)[:, 0]
+    starts, goes_on = (
+        torch.tensor([re.fullmatch(pattern, name) is not None for name in names])
+        for pattern in (r"Ġ[A-Za-z].*", r"[A-Za-z'-].*")
+    )
+    if not (starts.any() and goes_on.any()):
+        raise RequestError("the model's tokenizer has no tokens that begin a word with the space before it")
+    return starts, goes_on
 
 
 if __name__ == "__main__":

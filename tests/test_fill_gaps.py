@@ -41,7 +41,8 @@ def test_each_gap_gets_a_word_and_the_rest_stays_as_it_is(spaced, tmp_path):
     assert re.fullmatch(pattern, output.read_text())
 
 
-def test_pieces_are_whole_lines_and_gaps_are_marked():
+def test_pieces_are_whole_lines():
+    assert len(pieces_of("".join(LINES) * 99)) > 5
     assert "".join(pieces_of("".join(LINES) * 99)) == "".join(LINES) * 99
     assert all(piece.endswith("\n") for piece in pieces_of("".join(LINES) * 99))
 
@@ -55,6 +56,9 @@ def test_a_gap_takes_the_space_before_it(llama):
 def test_a_text_without_gaps_and_a_tokenizer_without_words_are_refused(llama, text_file, tmp_path):
     with pytest.raises(RequestError, match="has no '<unk>'"):
         fill(FillConfig(text_file, tmp_path / "new.txt", str(llama)))
+    text_file.with_name("file").touch()
+    with pytest.raises(RequestError, match="cannot be written"):
+        fill(FillConfig(text_file, text_file.with_name("file") / "new.txt", str(llama), gap="e"))
     with pytest.raises(RequestError, match="has no tokens that begin a word"):
         fill(FillConfig(text_file, tmp_path / "new.txt", str(llama), gap="e"))
     assert not (tmp_path / "new.txt").exists()

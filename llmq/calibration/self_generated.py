@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from llmq.calibration.block_runner import Compute
 from llmq.calibration.texts import check_tokens
 from llmq.core.memory import release_memory
 from llmq.core.settings import Calibration
@@ -44,23 +45,27 @@ class _Draw(LogitsProcessor):
         probabilities = (scores.float() / (1 + (_HOTTEST - 1) * heat)).softmax(-1)
         if least := self._min_p * (1 - heat):
             probabilities *= probabilities >= least * probabilities.amax(-1, keepdim=True)
-        cumulative = probabilities.cumsum(-1)
-        threshold = torch.rand(len(scores), 1).to(scores.device) * cumulative[:, -1:]
-        # right=True: a word of probability 0 is never drawn.
-        drawn = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn(probabilities), 0.0)
+
+
+def drawn(probabilities: Float[Tensor, "batch vocabulary"]) -> Int64[Tensor, "batch 1"]:
+    """Draw a token for each row. Their sum need not be 1. The random numbers are drawn on the CPU."""
+    cumulative = probabilities.cumsum(-1)
+    threshold = torch.rand(len(cumulative), 1).to(cumulative.device) * cumulative[:, -1:]
+    # right=True: a word of probability 0 is never drawn.
+    return torch.searchsorted(cumulative, threshold, right=True).clamp(max=cumulative.shape[1] - 1)
 
 
 def sequences_by(
     source: ModelSource,
     settings: Calibration,
-    compute: tuple[torch.device, torch.dtype],
+    compute: Compute,
     progress: bool = False,
     starts: Int64[Tensor, "samples start"] | None = None,
     min_p: float = 0.0,
 ) -> Int64[Tensor, "samples length"]:
-    """Return sequences that an original model writes. It is loaded for that, and freed afterwards."""
-    model = source.load_all(*compute).requires_grad_(False)
+    """Return sequences that an original model writes, in the precision of its matmuls. It is freed afterwards."""
+    model = source.load_all(compute.device, compute.precision).requires_grad_(False)
     if starts is not None:
         check_tokens(model, starts)
     written = sample_sequences(model, source.tokenizer.bos_token_id, settings, progress, starts, min_p)

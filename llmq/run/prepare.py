@@ -232,4 +232,4 @@ class _Text:
             return torch.zeros(settings.samples, settings.sequence_length, dtype=torch.int64)
         with self.clock("sample"):
             source = ModelSource(self.config.source, self.config.trust_remote_code)  # not the skeleton of the run
-            return sequences_by(source, settings, (self.compute.device, self.compute.precision), self.progress)
+            return sequences_by(source, settings, self.compute, self.progress)

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmq.calibration.block_runner import Compute
 from llmq.calibration.self_generated import SELF, sequences_by
 from llmq.calibration.texts import check_context, windows
 from llmq.checkpoint.output_dir import may_write_in, written_whole
@@ -36,8 +37,8 @@ class WriteConfig:
     """Tokens of each piece."""
     min_p: float = 0.0
     """A token is not drawn if its probability is less than this share of the largest one. 0: the model's own
-    distribution. Small models lose the thread without some of it, such as 0.02; with much of it they repeat
-    themselves."""
+    distribution, in which small models soon lose the thread. The more of it, the more they repeat themselves, at
+    0.05 without end."""
     seed: int = 0
     """Seed of the random choices."""
     device: str = "auto"
@@ -84,9 +85,10 @@ def write_texts(config: WriteConfig, progress: bool = False) -> Path:
     if config.begin_with:
         pieces = Calibration(config.begin_with, config.samples, config.begin_tokens, config.seed)
         starts = windows(source.tokenizer, pieces)
-    # On 2 cores with AVX-512 BF16 (135M weights, 2026-11-29): 694 tokens/s for 80 texts at a time in bfloat16, 312 for
-    # 40 in float32.
-    sequences = sequences_by(source, config.sizes, (device, product_dtype(device)), progress, starts, config.min_p)
+    # On 2 cores with AVX-512 BF16 (135M weights, 2026-11-29, before the static cache): 694 tokens/s for 80 texts at a
+    # time in bfloat16, 312 for 40 in float32.
+    compute = Compute(device, precision=product_dtype(device))
+    sequences = sequences_by(source, config.sizes, compute, progress, starts, config.min_p)
     texts = source.tokenizer.batch_decode(sequences, skip_special_tokens=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as new:
