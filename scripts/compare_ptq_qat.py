@@ -73,15 +73,14 @@ class CompareConfig:
     results: Path = Path("compare_ptq_qat.jsonl")
     """File of finished rows, one JSON object per line. The model's own texts lie beside it."""
     plot: Path | None = None
-    """File for a picture of KL against bits, one line for each way (needs matplotlib)."""
+    """File for a picture of KL against bits, one line for each way in --results (needs matplotlib)."""
 
 
 def compare(config: CompareConfig) -> None:
     """Measure the missing rows, then print the table in Markdown."""
-    rows = rows_of(config)
-    print(*table(rows), sep="\n")
+    print(*table(rows_of(config)), sep="\n")
     if config.plot is not None:
-        plot(config.plot, rows)
+        plot(config.plot, list(finished(config, commands_of(config.ways)).values()))
 
 
 def rows_of(config: CompareConfig) -> list[Row]:

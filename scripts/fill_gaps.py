@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import StaticCache
 
-from llmq.calibration.self_generated import drawn
+from llmq.calibration.self_generated import can_use_static_cache, drawn
 from llmq.calibration.texts import read_text
 from llmq.checkpoint.output_dir import may_write_in, written_whole
 from llmq.cli import run
@@ -99,7 +99,7 @@ def tokens_of(piece: str, gap: str, tokenizer: Any) -> list[int]:
 
 
 def fill(config: FillConfig) -> None:
-    """Write the text without gaps. Raises RequestError if it has none."""
+    """Write the text without gaps. Raises RequestError if it has none, or if the model has no cache of fixed size."""
     text = read_text(str(config.text))
     if config.gap not in text:
         raise RequestError(f"{config.text} has no {config.gap!r}, so there is nothing to fill; see --gap")
@@ -109,6 +109,10 @@ def fill(config: FillConfig) -> None:
     words = _words(source.tokenizer, source.skeleton.config.vocab_size)
     pieces = [tokens_of(piece, config.gap, source.tokenizer) for piece in pieces_of(text)]
     model = source.load_all(device, product_dtype(device)).requires_grad_(False)
+    if not can_use_static_cache(model):
+        raise RequestError(
+            f"{type(model).__name__} has no cache of fixed size, which this needs; fill with another model"
+        )
     torch.manual_seed(config.seed)
     # Pieces of the same length beside each other, so that they end together.
     order, filled = sorted(range(len(pieces)), key=lambda i: len(pieces[i])), dict[int, str]()

@@ -22,9 +22,9 @@ def test_the_table_has_a_row_for_each_way_and_width_and_keeps_finished_ones(llam
     shape = ["--group-size", "32", "--samples", "10", "--sequence-length", "32", "--chunk", "128", "--limit", "2"]
     ways = ["--ways", "rtn: quantize --method rtn", "qat: train --learn codes --loss kl --steps 6 --samples 20"]
 
-    def table():
+    def table(*more):
         with forking():
-            done = run_here("compare_ptq_qat", *paths, *shape, *ways, "--bits", "4", "2", "--own", "4")
+            done = run_here("compare_ptq_qat", *paths, *shape, *ways, "--bits", "4", "2", "--own", "4", *more)
         assert done.returncode == 0, done.stderr
         return [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[4:]]
 
@@ -36,5 +36,6 @@ def test_the_table_has_a_row_for_each_way_and_width_and_keeps_finished_ones(llam
     assert kl[3] < kl[2]
     own = (tmp_path / "rows-own-4.jsonl").read_text().splitlines()
     assert [list(json.loads(line)) for line in own] == [["text"]] * 4
-    assert table() == rows
+    assert table("--ways", "rtn: quantize --method rtn", "--plot", tmp_path / "kl.svg") == rows[::2]
+    assert {"<!-- rtn -->", "<!-- qat -->"} < set(map(str.strip, (tmp_path / "kl.svg").read_text().splitlines()))
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4

@@ -9,6 +9,7 @@ import pytest
 from commands import run_here
 from fill_gaps import FillConfig, fill, pieces_of, tokens_of
 from forked import forking
+from transformers import AutoModelForCausalLM, FalconConfig
 
 from llmq.core.errors import RequestError
 from llmq.models.model_source import ModelSource
@@ -61,4 +62,12 @@ def test_a_text_without_gaps_and_a_tokenizer_without_words_are_refused(llama, te
         fill(FillConfig(text_file, text_file.with_name("file") / "new.txt", str(llama), gap="e"))
     with pytest.raises(RequestError, match="has no tokens that begin a word"):
         fill(FillConfig(text_file, tmp_path / "new.txt", str(llama), gap="e"))
+    assert not (tmp_path / "new.txt").exists()
+
+
+def test_a_model_without_a_cache_of_fixed_size_is_refused(spaced, text_file, tmp_path):
+    sizes = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    AutoModelForCausalLM.from_config(FalconConfig(**sizes, alibi=True)).save_pretrained(spaced)
+    with pytest.raises(RequestError, match="FalconForCausalLM has no cache of fixed size"):
+        fill(FillConfig(text_file, tmp_path / "new.txt", str(spaced), gap="e"))
     assert not (tmp_path / "new.txt").exists()
