@@ -204,8 +204,11 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         points = sorted((row["bits"], row["kl"]) for row in rows if row["name"] == name)
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.5, label=name)
     axes.set(xlabel="bits per weight", ylabel="KL divergence from the original (nats per token)", yscale="log")
-    axes.set_xticks(sorted({row["bits"] for row in rows}))
-    axes.grid(alpha=0.3, which="both")
+    widths = sorted({row["bits"] for row in rows})
+    axes.set_xscale("log")  # or half of the picture would lie between 4 and 8 bits
+    axes.set_xticks(widths, labels=map(str, widths))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=160)
