@@ -106,13 +106,12 @@ def fill(config: FillConfig) -> None:
     if not may_write_in(config.output.parent):
         raise RequestError(f"{config.output} cannot be written: its directory is not one that llmq may write to")
     source, device = ModelSource(config.model), torch.device("cpu")
+    if not can_use_static_cache(source.skeleton):
+        name = type(source.skeleton).__name__
+        raise RequestError(f"{name} has no cache of fixed size, which this needs; fill with another model")
     words = _words(source.tokenizer, source.skeleton.config.vocab_size)
     pieces = [tokens_of(piece, config.gap, source.tokenizer) for piece in pieces_of(text)]
     model = source.load_all(device, product_dtype(device)).requires_grad_(False)
-    if not can_use_static_cache(model):
-        raise RequestError(
-            f"{type(model).__name__} has no cache of fixed size, which this needs; fill with another model"
-        )
     torch.manual_seed(config.seed)
     # Pieces of the same length beside each other, so that they end together.
     order, filled = sorted(range(len(pieces)), key=lambda i: len(pieces[i])), dict[int, str]()

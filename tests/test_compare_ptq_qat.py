@@ -36,6 +36,7 @@ def test_the_table_has_a_row_for_each_way_and_width_and_keeps_finished_ones(llam
     assert kl[3] < kl[2]
     own = (tmp_path / "rows-own-4.jsonl").read_text().splitlines()
     assert [list(json.loads(line)) for line in own] == [["text"]] * 4
+    assert table() == rows
     assert table("--ways", "rtn: quantize --method rtn", "--plot", tmp_path / "kl.svg") == rows[::2]
     assert {"<!-- rtn -->", "<!-- qat -->"} < set(map(str.strip, (tmp_path / "kl.svg").read_text().splitlines()))
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
