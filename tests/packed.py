@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import llmq
 from llmq.checkpoint.reader import Checkpoint
+from llmq.core import affine_grid
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.models.model_source import ModelSource
 
@@ -34,6 +36,12 @@ def random_weight(
     else:
         zero = torch.randint(0, 2**bits, (rows, groups), generator=generator).to(torch.uint8)
     return QuantizedWeight(q, (magnitude * sign).to(dtype), zero, bits)
+
+
+def with_real_zeros(weight: QuantizedWeight, seed: int = 0) -> QuantizedWeight:
+    """The same codes and scales with zero points that are no codes, as biases can store them."""
+    shift = torch.rand(weight.scale.shape, generator=torch.Generator().manual_seed(seed)) - 0.5
+    return replace(weight, zero=affine_grid.storable_zero(weight.scale, weight.zero + shift))
 
 
 def assert_same_weight(one: QuantizedWeight, other: QuantizedWeight) -> None:

@@ -190,7 +190,7 @@ def _round_columns(
     Wt = problem.W.index_select(1, order).T.contiguous()
     Q = torch.empty(Wt.shape, dtype=torch.uint8, device=Wt.device)
     scale = torch.empty(columns // size, Wt.shape[1], dtype=problem.scale_dtype, device=Wt.device)
-    zero = torch.empty(scale.shape, dtype=torch.uint8, device=Wt.device)
+    zero = torch.empty(scale.shape, dtype=problem.zero_dtype, device=Wt.device)
     group_of = order // size
     if static:
         fixed = problem.searched_grid(problem.groups(), D[torch.argsort(order)].view(-1, size))

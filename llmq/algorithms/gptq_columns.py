@@ -1,7 +1,7 @@
 """GPTQ's inner loop over a few columns: in torch, and on a GPU in one Triton kernel."""
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
 from llmq.core import grid
@@ -11,7 +11,7 @@ def round_columns(
     W: Float[Tensor, "size out"],
     U: Float[Tensor, "size size"],
     scale: Float[Tensor, "#size out"],
-    zero: UInt8[Tensor, "#size out"],
+    zero: UInt8[Tensor, "#size out"] | Float64[Tensor, "#size out"],
     bits: int,
 ) -> tuple[UInt8[Tensor, "size out"], Float[Tensor, "size out"]]:
     """Round column after column and move each error to later ones; return the codes, and Err for all further columns.

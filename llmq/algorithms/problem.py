@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Float64, UInt8
 from torch import Tensor
 
 from llmq.algorithms.stable_sums import computable, mean, strips
 from llmq.calibration.input_statistics import InputStatistics
-from llmq.core import grid
+from llmq.core import affine_grid, grid
 from llmq.core.settings import Grid
 
 # In multiples of this many rows, a matrix product gives each row the same bits for any other rows beside it and any
@@ -45,19 +45,21 @@ class Problem:
 
     def grid_of(
         self, W: Float[Tensor, "*groups size"], shrink: Tensor | float = 1.0
-    ) -> tuple[Float[Tensor, "*groups"], UInt8[Tensor, "*groups"]]:
-        """Return the scale and zero that span each group of weights; see grid.choose_scale_zero."""
+    ) -> tuple[Float[Tensor, "*groups"], UInt8[Tensor, "*groups"] | Float64[Tensor, "*groups"]]:
+        """Return the scale and zero that span each group of weights; see choose_scale_zero of both grids."""
+        if self.grid.real_zeros:
+            return affine_grid.choose_scale_zero(W, self.grid.bits, self.scale_dtype, shrink)
         return grid.choose_scale_zero(W, self.grid.bits, self.grid.symmetric, self.scale_dtype, shrink)
 
     def searched_grid(
         self, W: Float[Tensor, "out *groups size"], importance: Float[Tensor, "*groups size"] | None
-    ) -> tuple[Float[Tensor, "out *groups"], UInt8[Tensor, "out *groups"]]:
+    ) -> tuple[Float[Tensor, "out *groups"], UInt8[Tensor, "out *groups"] | Float64[Tensor, "out *groups"]]:
         """Return the scale and zero of each group of weights, found by the grid's `search`.
 
         `importance`: the cost of an error in each column; None if there are no statistics of the inputs.
         """
         scale = torch.empty(W.shape[:-1], dtype=self.scale_dtype, device=W.device)
-        zero = torch.empty(W.shape[:-1], dtype=torch.uint8, device=W.device)
+        zero = torch.empty(W.shape[:-1], dtype=self.zero_dtype, device=W.device)
         for rows in strips(W):
             # If the rows were not contiguous, sums over columns would depend on the number of rows.
             scale[rows], zero[rows] = self._searched(computable(W[rows]).contiguous(), importance)
@@ -72,11 +74,18 @@ class Problem:
             return grid.common_scale_zero(W, self.grid.bits, self.scale_dtype)
         if search in ("minmax", "common"):
             return self.grid_of(W)
+        power = 2.4 if search == "mse" else 2.0
         if search == "mse":
-            ones = torch.ones_like(W[..., :1]).expand_as(W)
-            return grid.search_scale_zero(W, ones, self.grid.bits, self.grid.symmetric, self.scale_dtype, power=2.4)
+            importance = torch.ones_like(W[..., :1]).expand_as(W)
         assert importance is not None, "a grid weighted by the Hessian needs input statistics"
-        return grid.search_scale_zero(W, importance, self.grid.bits, self.grid.symmetric, self.scale_dtype)
+        if self.grid.real_zeros:
+            return affine_grid.search_scale_zero(W, importance, self.grid.bits, self.scale_dtype, power)
+        return grid.search_scale_zero(W, importance, self.grid.bits, self.grid.symmetric, self.scale_dtype, power)
+
+    @property
+    def zero_dtype(self) -> torch.dtype:
+        """Return the dtype of zero points."""
+        return torch.float64 if self.grid.real_zeros else torch.uint8
 
     def groups(self) -> Float[Tensor, "out groups size"]:
         """Return W cut into groups, as a view."""
@@ -89,7 +98,7 @@ class Solution:
 
     q: UInt8[Tensor, "out in"]
     scale: Float[Tensor, "out groups"]
-    zero: UInt8[Tensor, "out groups"]
+    zero: UInt8[Tensor, "out groups"] | Float64[Tensor, "out groups"]
     damping: float | None = None  # fraction of mean(diag H) that was added to the diagonal of H
     fallbacks: list[str] = field(default_factory=list)
     matched: float | None = None
@@ -138,7 +147,7 @@ def rounded(problem: Problem, grid_of: Callable[[slice], tuple[Tensor, Tensor]])
     W = problem.groups()
     q = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     scale = torch.empty(W.shape[:-1], dtype=problem.scale_dtype, device=W.device)
-    zero = torch.empty(W.shape[:-1], dtype=torch.uint8, device=W.device)
+    zero = torch.empty(W.shape[:-1], dtype=problem.zero_dtype, device=W.device)
     for rows in strips(W):
         scale[rows], zero[rows] = grid_of(rows)
         q[rows] = grid.quantize(computable(W[rows]), scale[rows][..., None], zero[rows][..., None], problem.grid.bits)

@@ -49,10 +49,12 @@ def refine(
 
     def state() -> list[Solution]:
         weights = (latent.rounded() for latent in latents)
-        return [replace(old, q=new.q, scale=new.scale) for old, new in zip(solutions, weights, strict=True)]
+        return [
+            replace(old, q=new.q, scale=new.scale, zero=new.zero) for old, new in zip(solutions, weights, strict=True)
+        ]
 
     codes: list[Tensor] = [latent.V for latent in latents]
-    scales: list[Tensor] = [latent.factor for latent in latents]
+    scales: list[Tensor] = [each for latent in latents for each in latent.grids]
     parameters = [(codes, settings.rate), (scales, settings.scale_rate)]
     task = Task(parameters, block.held_out_from, loss, held_out_loss, state)
     return train(task, settings.steps, settings.batch, solutions)

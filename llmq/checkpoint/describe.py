@@ -40,6 +40,7 @@ def _layer(checkpoint: Checkpoint, name: str, sizes: dict[str, int]) -> dict[str
     weight, scheme = checkpoint.weight(name), checkpoint.schemes[name]
     rows, columns = weight.q.shape
     zero = weight.zero.float()
+    least, most = (round(float(each), 2) if weight.has_real_zeros else int(each) for each in (zero.min(), zero.max()))
     return {
         "name": name,
         "out": rows,
@@ -49,7 +50,7 @@ def _layer(checkpoint: Checkpoint, name: str, sizes: dict[str, int]) -> dict[str
         "symmetric": scheme.symmetric or weight.symmetric,
         "act_order": scheme.act_order,
         "inputs": scheme.rounded_inputs or None,
-        "zero": {"min": int(zero.min()), "mean": float(zero.mean()), "max": int(zero.max())},
+        "zero": {"min": least, "mean": float(zero.mean()), "max": most},
         "scale_dtype": str(weight.scale.dtype).removeprefix("torch."),
         "bytes": sum(sizes.get(f"{name}.{suffix}", 0) for suffix in checkpoint.format.TENSOR_SUFFIXES),
     }

@@ -17,6 +17,8 @@ def digest(value: Tensor | QuantizedWeight) -> str:
     """Return the SHA-256 of a tensor (dtype, shape, bytes) or a weight (codes and grids, the same in every format)."""
     hashed = hashlib.sha256()
     parts = ("q", "scale", "zero", "group_of", "input_scale")
+    if isinstance(value, QuantizedWeight):
+        value = value.with_codes_as_zeros()
     tensors = [value] if isinstance(value, Tensor) else [getattr(value, part) for part in parts]
     for tensor in tensors:
         if tensor is not None:

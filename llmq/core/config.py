@@ -211,7 +211,8 @@ class QuantizeConfig:
     def grid_settings(self) -> Grid:
         """Return the settings of the rounding grid."""
         group_size = gguf_group(self.all_bits) if self.stored_as == "gguf" else self.group_size
-        return Grid(self.bits, group_size, self.symmetric, self.grid)
+        real_zeros = self.stored_as == "mlx" and not self.symmetric
+        return Grid(self.bits, group_size, self.symmetric, self.grid, real_zeros)
 
     @property
     def streamed_as(self) -> str:

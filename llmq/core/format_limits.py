@@ -17,9 +17,8 @@ def check_format(name: str, bits: tuple[int, ...], grid: Grid, default_group: in
         raise RequestError(f"{rule}; got {listed(bits)}; use compressed-tensors or mlx")
     if name == "awq" and bits != (4,):
         raise RequestError("format awq stores 4-bit weights only; use gptq or compressed-tensors for others")
-    if name == "mlx" and not (grid.symmetric and grid.group_size in MLX_GROUPS):
-        what = f"groups of {grid.group_size}" if grid.symmetric else "zero points"
-        raise RequestError(f"format mlx stores symmetric weights in groups of {listed(MLX_GROUPS)}; got {what}")
+    if name == "mlx" and grid.group_size not in MLX_GROUPS:
+        raise RequestError(f"format mlx stores groups of {listed(MLX_GROUPS)}; got groups of {grid.group_size}")
     if name == "gguf":
         _check_gguf(bits, grid, default_group)
 

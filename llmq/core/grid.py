@@ -25,7 +25,7 @@ One group of four weights at 4 bit. The largest, 0.8, gets code 0, and 0.24 is r
 """
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
 _WIDTHS = tuple(1 - 0.6 * i / 7 for i in range(1, 8))
@@ -105,7 +105,7 @@ def search_scale_zero(
     """
 
     def error(scale: Tensor, zero: Tensor) -> Tensor:
-        E = _steps(W, scale[..., None], zero[..., None], bits).mul_(scale[..., None].to(W.dtype)).sub_(W)
+        E = steps_of(W, scale[..., None], zero[..., None], bits).mul_(scale[..., None].to(W.dtype)).sub_(W)
         return (E.square_() if power == 2 else E.abs_().pow_(power)).mul_(importance).sum(-1)
 
     def better(best: tuple[Tensor, ...], scale: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
@@ -123,7 +123,7 @@ def search_scale_zero(
         best = better(best, best[1], zero)
     for _ in range(_LEAST_SQUARES):
         _, scale, zero = best
-        steps = _steps(W, scale[..., None], zero[..., None], bits)
+        steps = steps_of(W, scale[..., None], zero[..., None], bits)
         weighted = steps * importance
         fitted = (W * weighted).sum(-1) / (steps * weighted).sum(-1)
         best = better(best, storable(fitted, dtype), zero)  # 0/0 is not better
@@ -147,7 +147,10 @@ def stored_scale(exact: Float[Tensor, "*groups"], dtype: torch.dtype) -> Float[T
 
 
 def quantize(
-    W: Float[Tensor, "*shape"], scale: Float[Tensor, "*#shape"], zero: UInt8[Tensor, "*#shape"], bits: int
+    W: Float[Tensor, "*shape"],
+    scale: Float[Tensor, "*#shape"],
+    zero: UInt8[Tensor, "*#shape"] | Float64[Tensor, "*#shape"],
+    bits: int,
 ) -> UInt8[Tensor, "*shape"]:
     """Return the nearest code of every weight. `scale` and `zero` broadcast against `W`."""
     return _codes(W, scale, zero, bits).to(torch.uint8)
@@ -157,12 +160,16 @@ def _codes(W: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return (W / scale.to(W.dtype)).add_(zero.to(W.dtype)).round_().clamp_(0, 2**bits - 1)
 
 
-def _steps(W: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+def steps_of(W: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Return q - zero for the nearest codes q."""
     return _codes(W, scale, zero, bits).sub_(zero.to(W.dtype))
 
 
 def dequantize(
-    q: UInt8[Tensor, "*shape"], scale: Float[Tensor, "*#shape"], zero: UInt8[Tensor, "*#shape"], dtype: torch.dtype
+    q: UInt8[Tensor, "*shape"],
+    scale: Float[Tensor, "*#shape"],
+    zero: UInt8[Tensor, "*#shape"] | Float64[Tensor, "*#shape"],
+    dtype: torch.dtype,
 ) -> Float[Tensor, "*shape"]:
     """Return scale * (q - zero), computed in `dtype`."""
     return q.to(dtype).sub_(zero.to(dtype)).mul_(scale.to(dtype))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Float, Float64, Int32, UInt8
 from torch import Tensor
 
 from llmq.core import grid
@@ -19,7 +19,8 @@ class QuantizedWeight:
 
     q: UInt8[Tensor, "out in"]  # codes in [0, 2**bits), one per byte. Formats pack them.
     scale: Float[Tensor, "out groups"]  # in the file's dtype: q was rounded against this very value. May be negative.
-    zero: UInt8[Tensor, "out groups"]  # integer zero point in code units; symmetric = 2**(bits-1)
+    zero: UInt8[Tensor, "out groups"] | Float64[Tensor, "out groups"]
+    """Zero points in code units: codes (symmetric = 2**(bits-1)), or real numbers, see affine_grid.py."""
     bits: int
     group_of: Int32[Tensor, "in"] | None = None  # group of each input (foreign act-order); None: contiguous groups
     input_scale: Float[Tensor, "1"] | None = None  # of inputs that are rounded to 8 bits with one scale for all tokens
@@ -28,6 +29,18 @@ class QuantizedWeight:
     def group_size(self) -> int:
         """Return the number of inputs per group (the average if `group_of` is given)."""
         return self.q.shape[1] // self.scale.shape[1]
+
+    @property
+    def has_real_zeros(self) -> bool:
+        """Tell whether the zero points need not be codes."""
+        return self.zero.is_floating_point()
+
+    def with_codes_as_zeros(self) -> QuantizedWeight:
+        """Return the same weight with uint8 zero points, if all of them are codes."""
+        zero = self.zero
+        if not self.has_real_zeros or not bool(((zero == zero.round()) & (zero >= 0) & (zero < 2**self.bits)).all()):
+            return self
+        return replace(self, zero=zero.to(torch.uint8))
 
     @property
     def symmetric(self) -> bool:
@@ -73,5 +86,8 @@ class QuantizedWeight:
             raise CheckpointError(f"{name}: a scale is not finite")
         if self.input_scale is not None and not (bool(torch.isfinite(self.input_scale)) and self.input_scale > 0):
             raise CheckpointError(f"{name}: the scale of its inputs is {float(self.input_scale)}, not above 0")
-        if int(self.q.max()) >= 2**self.bits or int(self.zero.max()) >= 2**self.bits:
+        if self.has_real_zeros and not bool(torch.isfinite(self.zero).all()):
+            raise CheckpointError(f"{name}: a zero point is not finite")
+        codes = (self.q,) if self.has_real_zeros else (self.q, self.zero)
+        if any(int(each.max()) >= 2**self.bits for each in codes):
             raise CheckpointError(f"{name}: a code or zero point exceeds {self.bits} bits")

@@ -108,6 +108,8 @@ class Grid:
     symmetric: bool = True
     search: str = "auto"
     """How the grid of each group is chosen; see QuantizeConfig.grid."""
+    real_zeros: bool = False
+    """Whether zero points are any numbers (MLX stores them as biases) where they are not symmetric."""
 
     def __post_init__(self) -> None:
         one_of("grid", self.search, GRIDS)

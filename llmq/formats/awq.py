@@ -18,7 +18,17 @@ from torch import Tensor
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.formats.packing import pack_stream, strips
-from llmq.formats.scheme import Scheme, Schemes, checked, entry, expect_scales, expect_words, part_of, the_only
+from llmq.formats.scheme import (
+    Scheme,
+    Schemes,
+    checked,
+    entry,
+    expect_scales,
+    expect_words,
+    part_of,
+    the_only,
+    zero_codes,
+)
 
 METHOD = "awq"
 TENSOR_SUFFIXES = ("qweight", "qzeros", "scales")
@@ -40,7 +50,7 @@ def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tens
         raise CheckpointError(f"{name}: awq packs eight outputs in a word; {rows} outputs are not a multiple of 8")
     return {
         f"{name}.qweight": _pack(weight.q.T),
-        f"{name}.qzeros": _pack(weight.zero.T),
+        f"{name}.qzeros": _pack(zero_codes(name, weight).T),
         f"{name}.scales": weight.scale.T.contiguous(),
     }
 

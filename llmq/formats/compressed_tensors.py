@@ -32,6 +32,7 @@ from llmq.formats.scheme import (
     input_scale_of,
     part_of,
     tables,
+    zero_codes,
 )
 
 METHOD, PACKED = "compressed-tensors", "pack-quantized"
@@ -53,7 +54,7 @@ def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tens
         f"{name}.weight_shape": torch.tensor(weight.q.shape, dtype=torch.int64),
     }
     if not scheme.symmetric:
-        tensors[f"{name}.weight_zero_point"] = pack_stream(weight.zero, weight.bits, axis=0)
+        tensors[f"{name}.weight_zero_point"] = pack_stream(zero_codes(name, weight), weight.bits, axis=0)
     if weight.input_scale is not None:
         tensors[f"{name}.input_scale"] = weight.input_scale
     return tensors

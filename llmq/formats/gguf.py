@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.formats.scheme import Scheme, Schemes, checked, part_of
+from llmq.formats.scheme import Scheme, Schemes, checked, part_of, zero_codes
 
 METHOD = "gguf"
 
@@ -79,7 +79,7 @@ def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tens
     if weight.group_of is not None or weight.group_size % kind.weights:
         raise CheckpointError(f"{name}: a block of {kind_name} holds {kind.weights} consecutive inputs of one group")
     repeats = weight.group_size // kind.weights
-    scale, zero = (each.repeat_interleave(repeats, dim=1) for each in (weight.scale, weight.zero))
+    scale, zero = (each.repeat_interleave(repeats, dim=1) for each in (weight.scale, zero_codes(name, weight)))
     codes = weight.q.unflatten(1, (-1, kind.weights))
     parts = [_float16(name, -scale if kind_name == "Q2_0" else scale, "a scale")]
     if kind_name == "Q4_1":

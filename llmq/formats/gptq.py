@@ -35,6 +35,7 @@ from llmq.formats.scheme import (
     part_of,
     tables,
     with_known_bits,
+    zero_codes,
 )
 
 METHOD = "gptq"
@@ -56,7 +57,7 @@ def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tens
     columns = weight.q.shape[1]
     if columns * weight.bits % 32:
         raise CheckpointError(f"{name}: {columns} inputs of {weight.bits} bits fill no whole words: use another format")
-    zero = weight.zero - (1 if scheme.symmetric else 0)
+    zero = zero_codes(name, weight) - (1 if scheme.symmetric else 0)
     group_of = weight.group_of
     if group_of is None:
         group_of = torch.arange(columns, dtype=torch.int32, device=weight.q.device) // weight.group_size

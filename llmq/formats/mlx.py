@@ -4,9 +4,10 @@
     NAME.scales  float [out, groups]
     NAME.biases  float [out, groups]       -scale * zero
 
-w = scale * q + bias. MLX keeps no zero points, so only those are stored that come back: where -scale * zero is exact in
-the dtype of the scales. It is for every symmetric weight, whose zero point is a power of two. A linear in float has a
-NAME.weight as well, so NAME.scales is what marks a packed one. mlx 0.32.4 and mlx-lm 0.32.2 are in `make interop`.
+w = scale * q + bias. MLX keeps no zero points, so only those are stored that come back: where -scale * zero is a number
+in the dtype of the scales. It is for every symmetric weight, whose zero point is a power of two, and for the real zero
+points of affine_grid.py, which are made from stored biases. A linear in float has a NAME.weight as well, so NAME.scales
+is what marks a packed one. mlx 0.32.4 and mlx-lm 0.32.2 are in `make interop`.
 
 mlx_lm stacks the experts of a block: `experts.{0, 1, …}.up_proj.scales` become `switch_mlp.up_proj.scales`. For most
 models it does so itself when it opens a file. For a few it stacks only the weights, not the scales: see STACKED.
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.core.affine_grid import bias_of, zero_of
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.core.settings import MLX_GROUPS, listed
@@ -54,9 +56,9 @@ def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tens
         what = "whole rows" if weight.scale.shape[1] == 1 else str(weight.group_size)
         raise CheckpointError(f"{name}: mlx stores groups of {listed(MLX_GROUPS)}, not {what}; {advice}")
     scale = weight.scale.contiguous()
-    biases = -scale * weight.zero.to(scale.dtype)
+    biases = bias_of(scale, weight.zero.double())
     # The sizes of a file are found out on the meta device, where there are no numbers.
-    if not scale.is_meta and not bool((biases.double() == -scale.double() * weight.zero).all()):
+    if not scale.is_meta and not _come_back(scale, biases, weight.zero.double()):
         dtype = str(scale.dtype).removeprefix("torch.")
         raise CheckpointError(f"{name}: mlx stores -scale * zero, which {dtype} cannot hold here; use another format")
     return {
@@ -67,9 +69,9 @@ def encode(name: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tens
 
 
 def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
-    """Return the weight that `encode` wrote, or another tool if its biases are whole multiples of its scales.
+    """Return the weight that `encode` or another tool wrote. Its zero points are codes, if all of them can be.
 
-    Raises CheckpointError if they are not, or if tensors are missing or do not fit together.
+    Raises CheckpointError if tensors are missing or do not fit together.
     """
     words, scales, biases = (part_of(name, tensors, suffix) for suffix in ("weight", "scales", "biases"))
     if words.dtype != torch.uint32 or words.ndim != 2 or not words.numel() or 32 * words.shape[1] % scheme.bits:
@@ -81,15 +83,17 @@ def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantize
     expect_words(f"{name}.weight", words.view(torch.int32), (rows, packed_length(columns, scheme.bits)))
     for suffix, grid in (("scales", scales), ("biases", biases)):
         expect_scales(f"{name}.{suffix}", grid, (rows, columns // scheme.group_size))
-    scale = scales.double()
+    if bool(((scales == 0) & (biases != 0)).any()):
+        raise CheckpointError(f"{name}: a scale is 0 beside a bias that is not")
     # A group of zeros needs no zero point.
-    zero = torch.where(scale == 0, 2 ** (scheme.bits - 1), (-biases.double() / scale).round())
-    whole = (scale * zero == -biases.double()) & (zero >= 0) & (zero < 2**scheme.bits)
-    if bool(torch.isfinite(scale).all()) and not bool(whole.all()):
-        fault = "its zero points (-biases / scales) are no codes"
-        raise CheckpointError(f"{name}: {fault}; llmq reads only MLX files in which they are, such as its own")
+    zero = torch.where(scales == 0, 2 ** (scheme.bits - 1), zero_of(scales, biases))
     codes = unpack_stream(words.view(torch.int32), scheme.bits, columns)
-    return checked(name, QuantizedWeight(codes, scales, zero.to(torch.uint8), scheme.bits), scheme)
+    return checked(name, QuantizedWeight(codes, scales, zero, scheme.bits).with_codes_as_zeros(), scheme)
+
+
+def _come_back(scale: Tensor, biases: Tensor, zero: Tensor) -> bool:
+    """Tell whether a reader finds these zero points. `zero`: float64."""
+    return bool(((biases.double() == -scale.double() * zero) | (zero_of(scale, biases) == zero)).all())
 
 
 def hf_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:  # noqa: ARG001 what has no scales is in float

@@ -94,6 +94,13 @@ def checked(name: str, weight: QuantizedWeight, scheme: Scheme) -> QuantizedWeig
     return weight
 
 
+def zero_codes(name: str, weight: QuantizedWeight) -> Tensor:
+    """Return zero points that are codes, uint8 [out, groups]. Raises CheckpointError for real ones."""
+    if weight.has_real_zeros:
+        raise CheckpointError(f"{name}: its zero points are no codes; only mlx stores such weights")
+    return weight.zero
+
+
 def with_known_bits(method: str, schemes: Schemes, known: tuple[int, ...]) -> dict[str, Scheme]:
     """Return the schemes. Raises CheckpointError if one has bits that engines do not read in this format."""
     for name, scheme in schemes.items():

@@ -97,7 +97,7 @@ class Student:
         """Return what learns, by the name of its learning rate."""
         latents: Any = self.latents.values()
         codes = [latent.V for latent in latents if isinstance(latent.V, nn.Parameter)]
-        scales = [*(latent.factor for latent in latents), *self.vectors.values()]
+        scales = [*(each for latent in latents for each in latent.grids), *self.vectors.values()]
         scales += {id(each): each.factor for each in self.ranges.values()}.values()
         return {"rate": codes, "scale_rate": scales, "outside_rate": list(self.matrices.values())}
 

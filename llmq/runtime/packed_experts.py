@@ -94,8 +94,8 @@ class GroupedForward:
         linears: Any = [[expert.get_submodule(name) for name in linears_of(layout)] for expert in experts]
         if not all(isinstance(linear, PackedLinear) for each in linears for linear in each):
             return None
-        if any(linear.rounds_inputs for each in linears for linear in each):
-            return None  # the kernel takes inputs as they are
+        if any(linear.rounds_inputs or linear.biases is not None for each in linears for linear in each):
+            return None  # the kernel takes inputs as they are, and zero points that are codes
         self._counters = new_counters(linears[0][0].grid.device)
         for linear in (linear for each in linears for linear in each):
             linear.on_change = self._forget

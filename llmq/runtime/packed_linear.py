@@ -25,6 +25,7 @@ from llmq_kernels.op import autocast, packed_linear_now
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from llmq.core import affine_grid
 from llmq.core.errors import RequestError
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.training.fake_quantization import per_tensor, per_token
@@ -49,6 +50,10 @@ class _Origin:
 class PackedLinear(nn.Module):
     """y = x Wᵀ + b with W = scale * (codes - zero), never stored dense.
 
+    The kernels know only zero points that are codes. Real ones are taken apart: with the middle m of the codes, the
+    kernels compute scale * (codes - m), and what is left, scale * (m - zero), is the same for all inputs of a group. So
+    it is multiplied with the sum of these inputs.
+
     Args:
         packed: the weight in the layout of the kernels.
         bias: [out] or None.
@@ -65,16 +70,20 @@ class PackedLinear(nn.Module):
         self.register_buffer("permutation", packed.permutation)
         self.register_buffer("bias", bias)
         self.register_buffer("input_scale", None)
+        self.register_buffer("biases", None)
         self.register_buffer("counters", new_counters(packed.device), persistent=False)
         self.grid: Tensor
         self.permutation: Tensor | None
         self.bias: Tensor | None
         self.input_scale: Tensor | None
         """[1]: the scale of inputs that are rounded, the same for all tokens. None: each token has its own."""
+        self.biases: Tensor | None
+        """-scale * zero of real zero points [out, groups]: float32 in the bits of int32, as in `grid`."""
         self.counters: Tensor
         self._packed: PackedWeight | None = None
         self._taken: list[tuple[str, Tensor | None]] = []
-        """The buffers that `_packed`, `_native` and `_int4` were made of."""
+        """The buffers that `_packed`, `_native`, `_int4` and `_offsets` were made of."""
+        self._offsets: Tensor | None = None
         self._native: NativeMatmul | None = None
         self._int4: cpu_int4.CpuInt4Weight | None = None
         self.rounds_inputs = False
@@ -89,8 +98,12 @@ class PackedLinear(nn.Module):
     def from_codes(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> PackedLinear:
         """Return a layer with the codes and grids of a weight. Unequal groups are cut into pieces of one size."""
         even = weight.even()
-        packed = pack(even.q, even.scale, even.zero, even.bits, even.group_of)
+        middle = torch.full_like(even.zero, 2 ** (even.bits - 1), dtype=torch.uint8)
+        packed = pack(even.q, even.scale, middle if even.has_real_zeros else even.zero, even.bits, even.group_of)
         linear = cls(packed, bias)
+        if even.has_real_zeros:
+            assert even.group_of is None, "no format stores real zero points of groups that are spread over the row"
+            linear.biases = affine_grid.bias_of(even.scale, even.zero).float().contiguous().view(torch.int32)
         pieces = None
         if even.scale.shape != weight.scale.shape and weight.group_of is not None:
             sizes = torch.bincount(weight.group_of, minlength=weight.scale.shape[1])
@@ -107,11 +120,15 @@ class PackedLinear(nn.Module):
         scales = [None if linear.input_scale is None else float(linear.input_scale) for linear in linears]
         if len(set(scales)) > 1 or len({linear.rounds_inputs for linear in linears}) > 1:
             return None
+        shifts = [linear.biases for linear in linears if linear.biases is not None]
+        if len(shifts) not in (0, len(linears)):
+            return None
         biases = [linear.bias for linear in linears if linear.bias is not None]
         if packed is None or len(biases) not in (0, len(linears)):
             return None
         stacked = cls(packed, torch.cat(biases) if biases else None)
         stacked.rounds_inputs, stacked.input_scale = linears[0].rounds_inputs, linears[0].input_scale
+        stacked.biases = torch.cat(shifts) if shifts else None
         return stacked
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
@@ -135,11 +152,18 @@ class PackedLinear(nn.Module):
             self.on_change()
 
     def _forget(self) -> None:
-        self._packed = self._native = self._int4 = None
+        self._packed = self._native = self._int4 = self._offsets = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out pointers, and the int4 copy, whose layout depends on this CPU."""
-        return self.__dict__ | {"_packed": None, "_taken": [], "_native": None, "_int4": None, "on_change": None}
+        return self.__dict__ | {
+            "_packed": None,
+            "_taken": [],
+            "_native": None,
+            "_int4": None,
+            "_offsets": None,
+            "on_change": None,
+        }
 
     @property
     def packed(self) -> PackedWeight:
@@ -150,7 +174,7 @@ class PackedLinear(nn.Module):
             words = tuple(self.get_buffer(f"words{i}") for i in range(self._arrays))
             kind = (self.bits, self.group_size, self.in_features, self.symmetric)
             packed = PackedWeight(words, self.grid, *kind, self.permutation)
-            names = [*(f"words{i}" for i in range(self._arrays)), "grid", "permutation", "bias"]
+            names = [*(f"words{i}" for i in range(self._arrays)), "grid", "permutation", "bias", "biases"]
             self._taken = [(name, buffers.get(name)) for name in names]
             self._forget()
             self._packed = packed
@@ -171,6 +195,8 @@ class PackedLinear(nn.Module):
         if not origin.lossless:
             raise RequestError("packed layers keep neither float32 scales beside zero points nor groups without inputs")
         q, scale, zero = unpack(packed), packed.scale().to(origin.dtype), packed.zero()
+        if self.biases is not None:
+            zero = affine_grid.zero_of(scale, self.biases.view(torch.float32).to(origin.dtype))
         if packed.permutation is None and origin.pieces is None:
             return QuantizedWeight(q, scale, zero, self.bits, input_scale=self.input_scale)
         group_of = torch.arange(self.in_features, device=q.device) // self.group_size
@@ -186,12 +212,35 @@ class PackedLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """Return the dense weight, for checks and for export."""
-        return dequantize(self.packed, dtype)
+        if self.biases is None:
+            return dequantize(self.packed, dtype)
+        W = dequantize(self.packed, torch.float32).unflatten(-1, (-1, self.group_size))
+        return (W + self._group_offsets()[..., None]).flatten(-2).to(dtype)
+
+    def _group_offsets(self) -> Float[Tensor, "out groups"]:
+        """Return scale * (middle - zero) of real zero points, float32."""
+        packed = self.packed  # forgets old offsets
+        offsets = self._offsets
+        if offsets is None:
+            assert self.biases is not None
+            offsets = self.biases.view(torch.float32) + packed.scale() * 2 ** (self.bits - 1)
+            self._offsets = offsets
+        return offsets
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if self.rounds_inputs:
             x = per_token(x) if self.input_scale is None else per_tensor(x, self.input_scale.float())
-        x, weight, compiling = autocast(x), self.packed, torch.compiler.is_compiling()
+        x = autocast(x)
+        y = self._times_codes(x)
+        if self.biases is None:
+            return y
+        sums = x.float().unflatten(-1, (-1, self.group_size)).sum(-1)
+        with torch.autocast(x.device.type, enabled=False):
+            return y + (sums @ self._group_offsets().T).to(y.dtype)
+
+    def _times_codes(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """Return x Wᵀ + b, with zero points in the middle if they are real."""
+        weight, compiling = self.packed, torch.compiler.is_compiling()
         learning = x.requires_grad and torch.is_grad_enabled()
         # As one operator it has a gradient, and nothing that traces looks into it.
         whole = compiling or learning or is_in_torch_dispatch_mode() or torch.jit.is_tracing()  # pyright: ignore

@@ -2,6 +2,9 @@
 
     Ŵ = S · (round(V) - z),    S = s · f rounded as stored,    V in code units, f a factor on each scale
 
+A zero point z that is a code stays. A real one learns too: it moves by a shift in code units, and so that its bias
+-S · z is rounded as stored.
+
 The gradient treats both roundings as the identity (straight through: Bengio et al., arXiv 1308.3432). It is 0 for a V
 outside of the codes. V is kept in float32 only if codes learn: else one byte a weight is enough.
 """
@@ -12,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmq.core import grid
+from llmq.core import affine_grid, grid
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
 
@@ -20,7 +23,7 @@ _INSIDE = 0.45  # the largest distance of V from its code at the start: V then r
 
 
 class Latent(nn.Module):
-    """A weight that learns: V [out, groups, size] in code units, and a factor on each scale.
+    """A weight that learns: V [out, groups, size] in code units, a factor on each scale, a shift of real zero points.
 
     Args:
         hint: the weights before rounding. They set where V starts within its cell: near the edge, the next code is
@@ -42,38 +45,53 @@ class Latent(nn.Module):
             raise CheckpointError("groups that are spread over the row (desc_act) cannot be trained")
         self.bits, self.dtype = weight.bits, weight.scale.dtype
         self.register_buffer("scale", weight.scale[..., None].float())
-        self.register_buffer("zero", weight.zero[..., None].float())
+        is_real = weight.has_real_zeros
+        self.register_buffer("zero", weight.zero[..., None].to(torch.float64 if is_real else torch.float32))
         self.factor = nn.Parameter(torch.ones_like(self.scale), requires_grad=False)
+        self.shift = nn.Parameter(torch.zeros_like(self.scale), requires_grad=False) if is_real else None
         q = grid.group_view(weight.q, weight.group_size)
         if not codes:
             self.register_buffer("V", q)
             return
         V = q.float()
         if hint is not None:
-            inside = grid.group_view(hint, weight.group_size).float() / self.scale + self.zero
+            inside = grid.group_view(hint, weight.group_size).float() / self.scale + self.zero.float()
             V = torch.maximum(torch.minimum(inside, V + _INSIDE), V - _INSIDE)
         self.V = nn.Parameter(V, requires_grad=False)
 
     def forward(self) -> Float[Tensor, "out in"]:
         """Return Ŵ, with gradients."""
-        W: Any = _Dequantized.apply(self.V, self.stored_scale(), self.zero, 2**self.bits - 1)
+        W: Any = _Dequantized.apply(self.V, *self._stored_grid(), 2**self.bits - 1)
         return W.flatten(-2)
 
     def times(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Return x Ŵᵀ, with gradients, in the dtype of x. The backward pass makes Ŵ again, so that none is kept."""
-        y: Any = _Product.apply(x, self.V, self.stored_scale(), self.zero, 2**self.bits - 1)
+        y: Any = _Product.apply(x, self.V, *self._stored_grid(), 2**self.bits - 1)
         return y
 
-    def stored_scale(self) -> Float[Tensor, "out groups 1"]:
-        """Return the scales in float32, rounded as they would be stored, with gradients."""
-        return grid.stored_scale(self.scale * self.factor, self.dtype)
+    @property
+    def grids(self) -> list[nn.Parameter]:
+        """Return what learns of the grids."""
+        return [self.factor] if self.shift is None else [self.factor, self.shift]
+
+    def _stored_grid(self) -> tuple[Float[Tensor, "out groups 1"], Float[Tensor, "out groups 1"]]:
+        """Return scales and zero points in float32, rounded as they would be stored, with gradients."""
+        scale = grid.stored_scale(self.scale * self.factor, self.dtype)
+        if self.shift is None:
+            return scale, self.zero
+        exact = self.zero + self.shift
+        stored = affine_grid.storable_zero(scale.detach().to(self.dtype), exact.detach())
+        return scale, (exact + (stored - exact).detach()).float()
 
     @torch.no_grad()
     def rounded(self) -> QuantizedWeight:
         """Return the codes and scales as they would be stored now."""
         q = _codes(self.V, 2**self.bits - 1).to(torch.uint8).flatten(-2)
         scale = grid.storable((self.scale * self.factor)[..., 0], self.dtype)
-        return QuantizedWeight(q, scale, self.zero[..., 0].to(torch.uint8), self.bits)
+        if self.shift is None:
+            return QuantizedWeight(q, scale, self.zero[..., 0].to(torch.uint8), self.bits)
+        zero = affine_grid.storable_zero(scale, (self.zero + self.shift)[..., 0])
+        return QuantizedWeight(q, scale, zero, self.bits).with_codes_as_zeros()
 
 
 def _codes(V: Tensor, highest: int) -> Tensor:
@@ -86,14 +104,15 @@ def _dense(V: Tensor, scale: Tensor, zero: Tensor, highest: int) -> Tensor:
     return _codes(V, highest).sub_(zero).mul_(scale)
 
 
-def _gradients(ctx: Any, gradient: Tensor, V: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Return the gradients of V, None if it does not learn, and of the scale. `gradient`: of Ŵ, in groups, float32."""
+def _gradients(ctx: Any, gradient: Tensor, V: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of V, scale and zero; None for what does not learn. `gradient`: of Ŵ, in groups, float32."""
     along = _codes(V, ctx.highest).sub_(zero).mul_(gradient).sum(-1, keepdim=True)
+    of_zero = -gradient.sum(-1, keepdim=True).mul(scale) if zero.requires_grad else None
     if not V.requires_grad:
-        return None, along
+        return None, along, of_zero
     # V learns up to half a code outside of the codes. Further out it could only run away.
     inside = (V - ctx.highest / 2).abs_() < (ctx.highest + 1) / 2
-    return gradient.mul(scale).mul_(inside), along
+    return gradient.mul(scale).mul_(inside), along, of_zero
 
 
 class _Dequantized(torch.autograd.Function):
@@ -106,8 +125,8 @@ class _Dequantized(torch.autograd.Function):
         return _dense(V, scale, zero, highest)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *_gradients(ctx, gradient, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *_gradients(ctx, gradient, *ctx.saved_tensors), None
 
 
 class _Product(torch.autograd.Function):
@@ -126,7 +145,7 @@ class _Product(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = gradient @ _dense(V, scale, zero, ctx.highest).flatten(-2).to(x.dtype)
-        if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+        if not any(ctx.needs_input_grad[1:4]):
             return of_x, None, None, None, None
         of_W = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).float()
-        return of_x, *_gradients(ctx, of_W.view_as(V), V, scale, zero), None, None
+        return of_x, *_gradients(ctx, of_W.view_as(V), V, scale, zero), None

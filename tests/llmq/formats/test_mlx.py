@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed import assert_same_weight, random_weight
+from packed import assert_same_weight, random_weight, with_real_zeros
 from stored import DTYPES, LAYERS, NAME, check_missing_parts, check_refused, check_round_trip, sha
 
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.core.settings import BITS, MLX_GROUPS
-from llmq.formats import format_of, method_of, mlx
+from llmq.formats import awq, compressed_tensors, format_of, gptq, method_of, mlx
 from llmq.formats.scheme import Scheme
 
 FOUR = Scheme(4, 32, False)
@@ -140,6 +140,14 @@ def test_what_the_format_cannot_say_is_refused_when_written(case):
         mlx.encode(NAME, weight, FOUR)
 
 
+@pytest.mark.parametrize("form", [awq, compressed_tensors, gptq])
+def test_no_other_format_takes_zero_points_that_are_no_codes(form):
+    weight = random_weight(32, 64, 2)
+    real = with_real_zeros(weight)
+    with pytest.raises(CheckpointError, match="its zero points are no codes; only mlx stores such weights"):
+        form.encode(NAME, real, FOUR)
+
+
 def test_sizes_are_known_without_numbers():
     weight = random_weight(8, 64, 2)
     empty = [part.to("meta") for part in (weight.q, weight.scale, weight.zero)]
@@ -172,21 +180,34 @@ def test_parts_that_do_not_fit_are_refused(case):
     check_refused(mlx, {**tensors, f"{NAME}.{part}": change(tensors[f"{NAME}.{part}"])}, FOUR)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "change",
     [
-        lambda t: t * 1.001,
+        lambda t: t * 1.1,
         lambda t: -t,  # zero points of -8
         lambda t: t * 2,  # zero points of 16
-        lambda t: t.clone().fill_(float("nan")),
-        lambda t: t.clone().fill_(float("inf")),
+        lambda t: t.clone().fill_(0.3),
         lambda t: t.clone().index_fill_(0, torch.tensor([3]), 0.03),
     ],
 )
-def test_biases_that_are_no_zero_points_are_refused(change):
+def test_biases_that_are_no_whole_zero_points_are_read_as_they_are_and_written_again(change, dtype):
+    tensors = mlx.encode(NAME, random_weight(24, 64, 2, dtype=dtype), FOUR)
+    biases = tensors[f"{NAME}.biases"] = change(tensors[f"{NAME}.biases"])
+    weight = mlx.decode(NAME, tensors, FOUR)
+    assert weight.has_real_zeros
+    scale, bias = (each.double().repeat_interleave(32, 1) for each in (weight.scale, biases))
+    torch.testing.assert_close(weight.dequantize(torch.float64), scale * weight.q + bias, rtol=1e-15, atol=1e-15)
+    again = mlx.encode(NAME, weight, FOUR)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_biases_that_are_not_finite_are_refused(value):
     tensors = mlx.encode(NAME, random_weight(24, 64, 2), FOUR)
-    tensors[f"{NAME}.biases"] = change(tensors[f"{NAME}.biases"])
-    check_refused(mlx, tensors, FOUR, "its zero points .* are no codes; llmq reads only MLX files in which they are")
+    tensors[f"{NAME}.biases"][3, 1] = value
+    check_refused(mlx, tensors, FOUR, "a zero point is not finite")
 
 
 def test_a_bias_without_a_scale_is_refused():
@@ -194,7 +215,7 @@ def test_a_bias_without_a_scale_is_refused():
     weight.scale[1, 1] = 0
     tensors = mlx.encode(NAME, weight, FOUR)
     tensors[f"{NAME}.biases"][1, 1] = 1
-    check_refused(mlx, tensors, FOUR, "are no codes")
+    check_refused(mlx, tensors, FOUR, "a scale is 0 beside a bias that is not")
 
 
 def test_a_linear_that_lacks_any_of_its_parts_is_refused():

@@ -74,6 +74,16 @@ def test_the_format_stays(kind, llama, text, tmp_path):
     assert moved(packed, out)
 
 
+@pytest.mark.parametrize("learn", ["scales", "codes"])
+def test_zero_points_that_are_no_codes_learn_with_the_scales(learn, llama, text, tmp_path):
+    out = train(llama, text, tmp_path / "out", learn=learn, format="mlx", symmetric=False, bits=2)
+    before, after = report_of(out)["trained"]["held_out"]
+    assert after < before
+    weight = Checkpoint(out).weight("model.layers.0.mlp.down_proj")
+    assert weight.has_real_zeros
+    check(out, report_of(out)["digests"])
+
+
 def test_only_chosen_layers_change_but_norms_of_all(packed, text, tmp_path):
     out = train(packed, text, tmp_path / "out", learn="codes", train_layers="layers.0.mlp.down_proj")
     old, new = (load_file(path / "model.safetensors") for path in (packed, out))

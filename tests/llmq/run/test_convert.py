@@ -153,6 +153,17 @@ def test_what_a_format_cannot_say_is_refused_and_leaves_nothing(packed, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("target", ["compressed-tensors", "gptq", "awq"])
+def test_zero_points_that_are_no_codes_stay_mlx(llama, tmp_path, target):
+    source = pack(llama, tmp_path / "packed", format="mlx", symmetric=False)
+    with pytest.raises(CheckpointError, match="its zero points are no codes; only mlx stores such weights"):
+        converted(source, tmp_path / "out", target)
+    assert not (tmp_path / "out").exists()
+    again = converted(source, tmp_path / "again", "mlx")
+    assert_same_tensors(again, source)
+    assert torch.equal(*(logits(llmq.load(d, "cpu"), some_tokens()) for d in (again, source)))
+
+
 @pytest.mark.parametrize("target", ["compressed-tensors", "awq", "mlx"])
 def test_act_order_stays_gptq(act_order, tmp_path, target):
     with pytest.raises(CheckpointError, match="contiguous groups"):

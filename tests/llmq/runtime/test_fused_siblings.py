@@ -106,17 +106,19 @@ def test_a_loaded_model_computes_the_same(tmp_path, architecture):
 
 TRACED = """
 import copy, torch
+from packed import with_real_zeros
 from test_fused_siblings import Block, alike
 from llmq.runtime.fused_siblings import merge_linears
 
-block = Block(*alike(bits=3))
-separate = copy.deepcopy(block)
-assert merge_linears(block) == 1
-compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
-for tokens in (1, 5, 70):
-    x = torch.randn(tokens, 96)
-    for y, expected in zip(compiled(x), separate(x), strict=True):
-        torch.testing.assert_close(y, expected)
+for weights in (alike(bits=3), map(with_real_zeros, alike(bits=3))):
+    block = Block(*weights)
+    separate = copy.deepcopy(block)
+    assert merge_linears(block) == 1
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for tokens in (1, 5, 70):
+        x = torch.randn(tokens, 96)
+        for y, expected in zip(compiled(x), separate(x), strict=True):
+            torch.testing.assert_close(y, expected)
 print("traced")
 """
 

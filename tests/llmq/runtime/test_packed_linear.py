@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from fake_gpu import GPU, FakeGpu, OnGpu
-from packed import logits, pack, random_weight, some_tokens
+from packed import assert_same_weight, logits, pack, random_weight, some_tokens, with_real_zeros
 
 import llmq
 from llmq.core.quantized_weight import QuantizedWeight
@@ -94,6 +94,38 @@ def test_a_copy_is_independent_of_its_original():
     linear.words0.zero_()
     assert torch.equal(twin(x), expected)
     assert torch.equal(twin(torch.cat([x] * 40))[:2], twin(torch.cat([x] * 40))[2:4])
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+@pytest.mark.parametrize("path", ["native", "no compiler", "learning"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_real_zero_points_count_in_every_product(bits, path, tokens, monkeypatch):
+    if path == "no compiler":
+        monkeypatch.setattr("llmq_kernels.cpu_native.library", lambda: None)
+    weight = with_real_zeros(random_weight(40, 128, 2, bits))
+    linear = PackedLinear.from_codes(weight, torch.randn(40))
+    linear.exact = True  # torch's int4 operator rounds
+    x = torch.randn(tokens, 128, requires_grad=path == "learning")
+    expected = x @ weight.dequantize().T + linear.bias
+    y = linear(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    if path == "learning":
+        mine, dense = (torch.autograd.grad(each.square().sum(), x)[0] for each in (y, expected))
+        torch.testing.assert_close(mine, dense, rtol=1e-4, atol=0.02)  # they are up to 2000
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_real_zero_points_come_back_also_after_moves_and_from_a_stack(dtype):
+    one, two = (with_real_zeros(random_weight(16, 128, 2, dtype=dtype, seed=seed), seed) for seed in (1, 2))
+    linears = [PackedLinear.from_codes(weight) for weight in (one, two)]
+    torch.testing.assert_close(linears[0].dequantize(), one.dequantize(), rtol=1e-6, atol=1e-6)
+    assert_same_weight(copy.deepcopy(linears[0]).to(torch.bfloat16).codes(), one)
+    whole, x = PackedLinear.stack(linears), torch.randn(5, 128)
+    assert torch.equal(whole(x), torch.cat([linear(x) for linear in linears], dim=-1))
+    assert PackedLinear.stack([linears[0], PackedLinear.from_codes(random_weight(16, 128, 2, dtype=dtype))]) is None
+    again = PackedLinear.from_codes(two)
+    again.load_state_dict(linears[0].state_dict())
+    assert torch.equal(again(x), linears[0](x))
 
 
 STRIDED = {

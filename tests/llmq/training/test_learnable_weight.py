@@ -1,9 +1,11 @@
 import pytest
 import torch
-from packed import random_weight
+from packed import assert_same_weight, random_weight, with_real_zeros
 
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
+from llmq.formats import mlx
+from llmq.formats.scheme import Scheme
 from llmq.training.learnable_weight import Latent
 
 
@@ -116,3 +118,39 @@ def test_groups_that_are_spread_over_the_row_are_refused():
     spread = QuantizedWeight(weight.q, weight.scale, weight.zero, weight.bits, torch.arange(64, dtype=torch.int32) % 2)
     with pytest.raises(CheckpointError, match="desc_act"):
         Latent(spread)
+
+
+@pytest.mark.parametrize("codes", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_real_zero_points_start_as_stored_and_move_with_what_would_be_stored(dtype, codes):
+    weight = with_real_zeros(random_weight(6, 64, groups=2, bits=2, dtype=dtype))
+    latent = Latent(weight, torch.zeros(6, 64) if codes else None, codes)
+    assert_same_weight(latent.rounded(), weight)
+    torch.testing.assert_close(latent(), weight.dequantize(), rtol=1e-6, atol=1e-7)
+    with torch.no_grad():
+        latent.factor *= 1.037
+        latent.shift += 0.123
+    moved = latent.rounded()
+    assert ((moved.zero - weight.zero - 0.123).abs() < 0.01).all()
+    torch.testing.assert_close(latent(), moved.dequantize(), rtol=1e-6, atol=1e-7)
+    assert_same_weight(mlx_again(moved), moved)
+
+
+def mlx_again(weight):
+    scheme = Scheme(weight.bits, weight.group_size, False)
+    return mlx.decode("linear", mlx.encode("linear", weight, scheme), scheme)
+
+
+def test_the_gradients_of_a_real_zero_point_are_the_slope_at_fixed_codes_in_products_too():
+    latent = Latent(with_real_zeros(random_weight(2, 64, groups=2, dtype=torch.float32))).requires_grad_()
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
+
+    def value(shift):
+        with torch.no_grad():
+            latent.shift[1, 0] = shift
+            return float(latent.times(x).double().square().sum())
+
+    for y in (latent.times(x), x @ latent().T):
+        (slope,) = torch.autograd.grad(y.square().sum(), latent.shift)
+        assert float(slope[1, 0]) == pytest.approx((value(0.01) - value(-0.01)) / 0.02, rel=1e-3)
+        value(0.0)
