@@ -79,7 +79,7 @@ class QuantizeConfig:
     which takes many times as long. The last two are for comparisons."""
     format: str = "auto"
     """Checkpoint format: compressed-tensors (read by transformers, vLLM and SGLang); gptq (2, 3, 4, 8 bit); awq (4
-    bit); mlx (symmetric; read by mlx_lm); gguf (symmetric; read by llama.cpp: Q4_0 at 4 bit, Q8_0 at 8, Q2_0 at 2, in
+    bit); mlx (read by mlx_lm; with --no-symmetric in the same bytes, and closer to the model); gguf (symmetric; read by llama.cpp: Q4_0 at 4 bit, Q8_0 at 8, Q2_0 at 2, in
     groups of the size that these types have). auto: compressed-tensors for symmetric weights; otherwise the format that
     engines serve: awq at 4 bit, gptq at 2, 3 and 8."""
     calibration: str = Calibration.text
