@@ -11,11 +11,13 @@ trained on beside the calibration text.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,9 @@ class CompareConfig:
     """Number of evaluation chunks."""
     results: Path = Path("compare_ptq_qat.jsonl")
     """File of finished rows, one JSON object per line. The model's own texts lie beside it."""
+    outputs: Path | None = None
+    """Directory where the checkpoints stay. A row that was interrupted goes on from what it holds; its seconds are then
+    those of the last call."""
     plot: Path | None = None
     """File for a picture of KL against bits, one line for each way in --results (needs matplotlib)."""
 
@@ -141,8 +146,9 @@ def _own_texts(config: CompareConfig) -> Path | None:
 def _row(config: CompareConfig, what: tuple[str, int, str], own: Path | None, measure: Any) -> Row:
     name, bits, way = what
     program, *flags = shlex.split(way)
-    with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "model"
+    with nullcontext(config.outputs) if config.outputs else tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / (re.sub(r"\W+", "-", name) + f"-{bits}bit")
+        output.parent.mkdir(parents=True, exist_ok=True)
         command = ["--model", config.model, "--output", str(output)]
         command += ["--bits", str(bits), "--group-size", str(config.group_size), "--calibration", config.calibration]
         command += ["--sequence-length", str(config.sequence_length)]
@@ -153,7 +159,7 @@ def _row(config: CompareConfig, what: tuple[str, int, str], own: Path | None, me
             command += ["--micro-batch", str(config.batch)]
             if "--data" not in flags:
                 command += ["--data", config.calibration, *([] if own is None else [str(own)])]
-        report = report_of(program, output, [*command, *flags])
+        report = report_of(program, output, [*command, "--resume", *flags])
         result = measure(llmq.load(output, device="cpu"))
     row = {"settings": common(config), "name": name, "command": way, "bits": bits}
     row |= {"kl": result.kl, "perplexity": result.perplexity, "seconds": report["seconds"]["total"]}

@@ -37,6 +37,12 @@ def test_the_table_has_a_row_for_each_way_and_width_and_keeps_finished_ones(llam
     own = (tmp_path / "rows-own-4.jsonl").read_text().splitlines()
     assert [list(json.loads(line)) for line in own] == [["text"]] * 4
     assert table() == rows
+    assert table("--results", tmp_path / "again.jsonl", "--outputs", tmp_path / "kept")[0][:4] == rows[0][:4]
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.safetensors")}
+    assert {path.parent.name for path in written} == {"rtn-4bit", "qat-4bit", "rtn-2bit", "qat-2bit"}
+    (tmp_path / "again.jsonl").unlink()
+    table("--results", tmp_path / "again.jsonl", "--outputs", tmp_path / "kept")  # goes on from there
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
     assert table("--ways", "rtn: quantize --method rtn", "--plot", tmp_path / "kl.svg") == rows[::2]
     assert {"<!-- rtn -->", "<!-- qat -->"} < set(map(str.strip, (tmp_path / "kl.svg").read_text().splitlines()))
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4

@@ -79,9 +79,9 @@ class QuantizeConfig:
     which takes many times as long. The last two are for comparisons."""
     format: str = "auto"
     """Checkpoint format: compressed-tensors (read by transformers, vLLM and SGLang); gptq (2, 3, 4, 8 bit); awq (4
-    bit); mlx (read by mlx_lm; with --no-symmetric in the same bytes, and closer to the model); gguf (symmetric; read by llama.cpp: Q4_0 at 4 bit, Q8_0 at 8, Q2_0 at 2, in
-    groups of the size that these types have). auto: compressed-tensors for symmetric weights; otherwise the format that
-    engines serve: awq at 4 bit, gptq at 2, 3 and 8."""
+    bit); mlx (read by mlx_lm; --no-symmetric takes no more bytes there); gguf (symmetric; read by llama.cpp: Q4_0 at 4
+    bit, Q8_0 at 8, Q2_0 at 2, in groups of the size that these types have). auto: compressed-tensors for symmetric
+    weights; otherwise the format that engines serve: awq at 4 bit, gptq at 2, 3 and 8."""
     calibration: str = Calibration.text
     """Calibration text: wikitext2, c4 or pile (downloaded); pydoc or pytopics (offline); a .txt, .jsonl or .parquet
     file, whose rows hold a `text` or a conversation (`messages`, `conversations`, or `prompt` and `completion`); or

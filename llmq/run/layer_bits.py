@@ -30,6 +30,8 @@ def fitted_grid(
     if config.stored_as == "compressed-tensors" and not config.symmetric:
         note = "asymmetric compressed-tensors: transformers opens it only with dequantize=True"
         notes.append(f"{note}, and not with --layer-bits (vLLM and llmq do)")
+    if config.stored_as == "mlx" and config.symmetric:
+        notes.append("mlx stores a bias for each group in any case; --no-symmetric uses it, in the same bytes")
     experts = tuple(f"{name}." for name in layouts(source.skeleton))
     of_experts = {width for name, width in bits.items() if name.startswith(experts)}
     if of_experts - {4, 8} or (of_experts and config.stored_as == "gptq" and not config.symmetric):
