@@ -90,16 +90,19 @@ def test_a_bias_on_some_only_keeps_them_apart():
     assert merge_linears(Block(*alike(), biases=(torch.ones(48), None, None))) == 0
 
 
+@pytest.mark.parametrize("options", [{}, {"format": "mlx", "symmetric": False}], ids=["codes", "real zero points"])
 @pytest.mark.parametrize("architecture", ["llama-gqa", "qwen2", "gemma3"])
-def test_a_loaded_model_computes_the_same(tmp_path, architecture):
-    directory = pack(save_tiny(tmp_path / "source", architecture), tmp_path / "packed", bits=8)
+def test_a_loaded_model_computes_the_same(tmp_path, architecture, options):
+    directory = pack(save_tiny(tmp_path / "source", architecture), tmp_path / "packed", bits=8, **options)
     apart, merged = llmq.load(directory, "cpu"), llmq.load(directory, "cpu", merge=True)
     assert sum(isinstance(module, MergedLinear) for module in merged.modules()) == 2 * 2
     assert sum(isinstance(module, MergedSibling) for module in merged.modules()) == 5 * 2
     ids = some_tokens()
     torch.testing.assert_close(logits(merged, ids), logits(apart, ids), rtol=1e-5, atol=1e-5)
-    options = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}
-    assert torch.equal(merged.generate(ids[:1, :5], **options), apart.generate(ids[:1, :5], **options))
+    how = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}
+    written = apart.generate(ids[:1, :5], **how)
+    assert torch.equal(merged.generate(ids[:1, :5], **how), written)
+    assert torch.equal(llmq.fast_generate(merged, ids[:1, :5], **how).sequences, written)
     sizes = [sum(tensor.nbytes for tensor in model.state_dict().values()) for model in (merged, apart)]
     assert sizes[0] == sizes[1]
 
