@@ -206,9 +206,10 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
 
     figure = Figure((7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for name in dict.fromkeys(row["name"] for row in rows):
+    for i, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+        marker = "osD"[i // 10 % 3]  # the ten colours begin again then
         points = sorted((row["bits"], row["kl"]) for row in rows if row["name"] == name)
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.5, label=name)
+        axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.5, label=name)
     axes.set(xlabel="bits per weight", ylabel="KL divergence from the original (nats per token)", yscale="log")
     widths = sorted({row["bits"] for row in rows})
     axes.set_xscale("log")  # or half of the picture would lie between 4 and 8 bits
