@@ -1,8 +1,8 @@
 """A grid with real zero points: w ~= scale * q + bias, as MLX stores it.
 
 llmq writes bias as -scale * zero, so that all code computes w ~= scale * (q - zero) as grid.py says. But zero need not
-be a code: it is whatever the stored bias makes it, in float64, so that the same bias comes back. So no point of the grid
-has to lie on 0, and all points can lie where the weights of the group are.
+be a code: it is whatever the stored bias makes it, in float64, so that the same bias comes back. So no point of the
+grid has to lie on 0, and all points can lie where the weights of the group are.
 
 Mean squared error on normally distributed weights in groups of 64, as a fraction of their variance, on the grids that
 the searches find with float16 scales (2026-11-30; test_affine_grid.py holds it to that):
