@@ -73,20 +73,10 @@ def search_scale_zero(
     They are fractions of the group's range, moved by parts of a step; then scale and zero that fit the codes best by
     least squares, in turns.
     """
-
-    def error(scale: Tensor, zero: Tensor) -> Tensor:
-        E = grid.steps_of(W, scale[..., None], zero[..., None], bits).mul_(scale[..., None].to(W.dtype)).sub_(W)
-        return (E.square_() if power == 2 else E.abs_().pow_(power)).mul_(importance).sum(-1)
-
-    def better(best: tuple[Tensor, ...], scale: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
-        found = error(scale, zero), scale, zero
-        wins = found[0] < best[0]
-        return tuple(torch.where(wins, new, old) for new, old in zip(found, best, strict=True))
-
+    better = grid.judge(W, importance, bits, power)
     low, high = W.amin(-1), W.amax(-1)
     middle, range_ = (low + high) / 2, high - low
-    whole = _spanning(middle, range_, bits, dtype)
-    best: tuple[Tensor, ...] = error(*whole), *whole
+    best = better(None, *_spanning(middle, range_, bits, dtype))
     for i in range(1, 7):  # grids of few points are best far inside of the range
         width = range_ * (1 - (0.1 if bits <= 3 else 0.05) * i)
         for place in _PLACES:

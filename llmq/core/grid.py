@@ -24,6 +24,8 @@ One group of four weights at 4 bit. The largest, 0.8, gets code 0, and 0.24 is r
     tensor([[ 0.8000, -0.5000,  0.2000,  0.1000]])
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
@@ -103,19 +105,10 @@ def search_scale_zero(
     points too. Least squares then improve the best grid three times: the scale that suits the codes, then codes that
     suit the scale. Three such steps after eight widths find better grids than 32 widths do.
     """
-
-    def error(scale: Tensor, zero: Tensor) -> Tensor:
-        E = steps_of(W, scale[..., None], zero[..., None], bits).mul_(scale[..., None].to(W.dtype)).sub_(W)
-        return (E.square_() if power == 2 else E.abs_().pow_(power)).mul_(importance).sum(-1)
-
-    def better(best: tuple[Tensor, ...], scale: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
-        found = error(scale, zero), scale, zero
-        wins = found[0] < best[0]
-        return tuple(torch.where(wins, new, old) for new, old in zip(found, best, strict=True))
-
+    better = judge(W, importance, bits, power)
     ends = _range(W, symmetric)
     whole = _spanning(ends, bits, symmetric, dtype, 1.0)
-    best: tuple[Tensor, ...] = error(*whole), *whole
+    best = better(None, *whole)
     for width in _WIDTHS:
         best = better(best, *_spanning(ends, bits, symmetric, dtype, width))
     for shift in (-1, 1) if not symmetric and bits <= 3 else ():
@@ -128,6 +121,24 @@ def search_scale_zero(
         fitted = (W * weighted).sum(-1) / (steps * weighted).sum(-1)
         best = better(best, storable(fitted, dtype), zero)  # 0/0 is not better
     return best[1], best[2]
+
+
+Best = tuple[Tensor, ...]
+"""The error of each group's best grid so far, its scale and its zero point."""
+
+
+def judge(W: Tensor, importance: Tensor, bits: int, power: float) -> Callable[[Best | None, Tensor, Tensor], Best]:
+    """Return a function that takes the best grids so far and others, and returns the better one of each group."""
+
+    def better(best: Best | None, scale: Tensor, zero: Tensor) -> Best:
+        E = steps_of(W, scale[..., None], zero[..., None], bits).mul_(scale[..., None].to(W.dtype)).sub_(W)
+        error = (E.square_() if power == 2 else E.abs_().pow_(power)).mul_(importance).sum(-1)
+        found = error, scale, zero
+        if best is None:
+            return found
+        return tuple(torch.where(error < best[0], new, old) for new, old in zip(found, best, strict=True))
+
+    return better
 
 
 def storable(step: Float[Tensor, "*groups"], dtype: torch.dtype) -> Float[Tensor, "*groups"]:

@@ -59,7 +59,7 @@ def nearest(run: Run, W: Tensor, bits: int) -> QuantizedWeight:
     grid = replace(run.grid, bits=bits).on(W.shape[1])
     clippable = torch.ones(len(W), dtype=torch.bool, device=run.device)
     solution = round_to_nearest(Problem(W.to(run.device, torch.float32), None, grid, run.scale_dtype, clippable))
-    return QuantizedWeight(solution.q, solution.scale, solution.zero, bits)
+    return QuantizedWeight(solution.q, solution.scale, solution.zero, bits).with_codes_as_zeros()
 
 
 def there_and_back(run: Run, form: Format, name: str, weight: QuantizedWeight) -> QuantizedWeight:

@@ -156,14 +156,8 @@ class PackedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out pointers, and the int4 copy, whose layout depends on this CPU."""
-        return self.__dict__ | {
-            "_packed": None,
-            "_taken": [],
-            "_native": None,
-            "_int4": None,
-            "_offsets": None,
-            "on_change": None,
-        }
+        made = ("_packed", "_native", "_int4", "_offsets", "on_change")
+        return self.__dict__ | dict.fromkeys(made) | {"_taken": []}
 
     @property
     def packed(self) -> PackedWeight:

@@ -91,7 +91,7 @@ class Latent(nn.Module):
         if self.shift is None:
             return QuantizedWeight(q, scale, self.zero[..., 0].to(torch.uint8), self.bits)
         zero = affine_grid.storable_zero(scale, (self.zero + self.shift)[..., 0])
-        return QuantizedWeight(q, scale, zero, self.bits).with_codes_as_zeros()
+        return QuantizedWeight(q, scale, zero, self.bits)
 
 
 def _codes(V: Tensor, highest: int) -> Tensor:

@@ -7,6 +7,7 @@ from problems import correlated_inputs, loss, make_problem
 from llmq.algorithms import gptq, rtn
 from llmq.algorithms.problem import damped
 from llmq.algorithms.scale_refit import refit_scales
+from llmq.core import affine_grid
 from llmq.core.settings import Gptq
 
 
@@ -23,6 +24,19 @@ def test_the_objective_falls_and_only_scales_change(bits, group_size, width, sym
     assert loss(problem, after) < loss(problem, before)
     assert torch.equal(after.q, before.q)
     assert torch.equal(after.zero, before.zero)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_objective_falls_further_where_zero_points_are_no_codes(bits, dtype):
+    problem = make_problem(correlated_inputs(), bits=bits, symmetric=False)
+    problem.grid, problem.scale_dtype = replace(problem.grid, real_zeros=True), dtype
+    before = gptq.solve(problem, Gptq())
+    after = refit_scales(problem, before, problem.statistics.H)
+    kept = replace(after, zero=affine_grid.storable_zero(after.scale, before.zero))  # as if only scales were fitted
+    assert loss(problem, after) < min(loss(problem, before), loss(problem, kept))
+    assert torch.equal(after.q, before.q)
+    assert torch.equal(affine_grid.storable_zero(after.scale, after.zero), after.zero)
 
 
 def test_many_sweeps_reach_the_least_squares_solution(monkeypatch):

@@ -47,6 +47,17 @@ def test_a_weight_that_is_no_matrix_is_refused(llama, text_file, tmp_path):
         prove(run)
 
 
+def test_real_zero_points_that_happen_to_be_codes_come_back(llama, text_file, tmp_path):
+    source = shutil.copytree(llama, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    q_proj = tensors["model.layers.0.self_attn.q_proj.weight"]
+    steps = torch.arange(q_proj.numel()).view_as(q_proj) % 16 - 8  # each group has all of them, so its zero point is 8
+    tensors["model.layers.0.self_attn.q_proj.weight"] = (steps / 64).to(q_proj.dtype)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    _, run = open_run(source, text_file, tmp_path / "out", format="mlx", symmetric=False)
+    prove(run)
+
+
 def test_the_proof_sees_one_linear_of_each_shape_and_number_of_bits(llama, text_file, tmp_path, monkeypatch):
     seen = []
     module = formats.FORMATS["compressed-tensors"]
