@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llmq.checkpoint.mlx_files import MlxFiles
 from llmq.core.errors import CheckpointError
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.formats import Format, format_of, gguf, mlx, schemes_of
@@ -60,10 +61,9 @@ class Checkpoint:
     def _open_files(self) -> CheckpointFiles:
         if self.gguf is not None:
             return self.gguf
-        files = SafetensorsDirectory(self.directory)
         if self.format.METHOD == mlx.METHOD:
-            files.split(mlx.in_stack)
-        return files
+            return MlxFiles(self.directory, self.quantization)
+        return SafetensorsDirectory(self.directory)
 
     def for_model(self, model: Any) -> Checkpoint:
         """Return this checkpoint with the names that its tensors and linears have in a model."""

@@ -9,8 +9,9 @@ in the dtype of the scales. It is for every symmetric weight, whose zero point i
 points of affine_grid.py, which are made from stored biases. A linear in float has a NAME.weight as well, so NAME.scales
 is what marks a packed one. mlx 0.32.4 and mlx-lm 0.32.2 are in `make interop`.
 
-mlx_lm stacks the experts of a block: `experts.{0, 1, …}.up_proj.scales` become `switch_mlp.up_proj.scales`. For most
-models it does so itself when it opens a file. For a few it stacks only the weights, not the scales: see STACKED.
+mlx_lm stacks the experts of a block: `experts.{0, 1, …}.up_proj.scales` become `switch_mlp.up_proj.scales`, or in a few
+models `experts.up_proj.scales`. For most models it does so itself when it opens a file. For a few it stacks only the
+weights, not the scales: see STACKED.
 """
 
 import re
@@ -36,7 +37,8 @@ STACKED = ("qwen3_moe", "ernie4_5_moe", "granitemoe", "mellum")
 """Types of models of which mlx_lm 0.32.2 finds packed experts only if they are stacked in the file (its `sanitize`)."""
 _MODE = "affine"
 _EXPERT = re.compile(r"(.+)\.experts\.([0-9]{1,6})\.(\w+)")
-_STACK = re.compile(r"(.+)\.switch_mlp\.(\w+\.(?:weight|scales|biases))")
+_STACKS = ".switch_mlp.", ".experts."  # what mlx_lm calls them in most models, and in AFMoE and dots1
+_STACK = re.compile(r"(.+)\.(?:switch_mlp|experts)\.([a-z]\w*\.(?:weight|scales|biases))")
 _IN_MLX = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
@@ -126,7 +128,8 @@ def schemes_of(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Sch
     """
     most, schemes = _scheme(METHOD, config), dict[str, Scheme]()
     for name in names:
-        own = config.get(name, config.get(_module(name), True))
+        module = _module(name)
+        own = next((config[each] for each in (name, module, module.replace(*_STACKS)) if each in config), True)
         if own is False:
             raise CheckpointError(f"{name} is packed, although the config leaves it in float")
         schemes[name] = most if own is True else _scheme(name, own)

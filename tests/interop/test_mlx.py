@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmq
 from llmq.checkpoint.reader import Checkpoint
-from llmq.core.errors import CheckpointError
 
 pytestmark = pytest.mark.peers
 
@@ -149,10 +148,29 @@ def test_what_mlx_rounded_otherwise_computes_the_same(tmp_path, dtype):
     assert_close(their_logits(theirs(directory)[0], some_tokens()), logits(llmq.load(directory, "cpu"), some_tokens()))
 
 
-def test_packed_embeddings_are_refused(tmp_path):
-    source = save_tiny(tmp_path / "source", "llama-gqa", torch.bfloat16)
-    with pytest.raises(CheckpointError, match=r"model\.embed_tokens is packed, but the model has no such linear"):
-        llmq.load(converted_by_mlx(source, tmp_path / "theirs", embeddings=True), "cpu")
+@pytest.mark.parametrize(("kind", "dtype"), [("qwen2", torch.bfloat16), ("llama-gqa", torch.float16)])
+def test_all_that_mlx_packs_computes_the_same(tmp_path, kind, dtype):
+    """Among it embeddings, tied to lm_head and not."""
+    source = save_tiny(tmp_path / "source", kind, dtype)
+    # mlx_lm looks for the rotary base of these models only where transformers 4 wrote it.
+    change_config(source, lambda config: config.update(config["rope_parameters"]))
+    directory = converted_by_mlx(source, tmp_path / "theirs", embeddings=True)
+    assert "QuantizedEmbedding" in kinds_of(theirs(directory)[0]).values()
+    ours = logits(llmq.load(directory, "cpu"), some_tokens())
+    assert_close(their_logits(theirs(directory)[0], some_tokens()), ours)
+
+
+@pytest.mark.parametrize("name", sorted(MIXTURES.keys() - {"ernie4_5_moe"} | {"afmoe", "dots1"}))
+def test_mixtures_that_mlx_packs_compute_the_same(tmp_path, name):
+    """Among it stacks of experts under two names, and routers. Of Ernie, mlx_lm leaves out a tensor."""
+    save_mixture(name, tmp_path / "source")
+    change_config(
+        tmp_path / "source", lambda config: config.update(config["rope_parameters"], **MIXTURES.get(name, {}))
+    )
+    directory = converted_by_mlx(tmp_path / "source", tmp_path / "theirs", embeddings=True)
+    model, _ = theirs(directory)
+    assert {"QuantizedEmbedding", "QuantizedSwitchLinear"} <= set(kinds_of(model).values())
+    assert_close(their_logits(model, some_tokens()), logits(llmq.load(directory, "cpu"), some_tokens()))
 
 
 def test_our_settings_are_those_that_mlx_writes(tmp_path):

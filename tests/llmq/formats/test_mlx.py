@@ -251,6 +251,8 @@ def test_experts_share_an_entry_under_the_name_that_they_have_in_mlx():
         f"{module}.{name}" for name in ("gate_proj", "up_proj", "down_proj")
     }
     assert mlx.schemes_of(config, schemes) == schemes
+    as_in_dots1 = {name.replace("switch_mlp", "experts"): entry for name, entry in config.items()}
+    assert mlx.schemes_of(as_in_dots1, schemes) == schemes
 
 
 def test_the_names_of_stacks_and_their_parts_lead_to_each_other():
@@ -259,6 +261,7 @@ def test_the_names_of_stacks_and_their_parts_lead_to_each_other():
         stack, number = mlx.stack_of(name)
         assert stack == f"model.layers.3.mlp.switch_mlp.up_proj.{name.rpartition('.')[2]}"
         assert str(number).join(mlx.in_stack(stack)) == name
+        assert str(number).join(mlx.in_stack(stack.replace("switch_mlp", "experts"))) == name  # as in AFMoE and dots1
     for name in (
         f"{NAME}.weight",
         f"a.experts.{'1' * 5000}.b.weight",

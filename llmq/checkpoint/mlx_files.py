@@ -1,0 +1,80 @@
+"""A directory of MLX's files. What mlx_lm packs beside the linears of blocks is read as dense tensors.
+
+    model.embed_tokens.{weight, scales, biases}  ──►  model.embed_tokens.weight  [rows, width] in float32
+
+mlx_lm 0.32.2 packs everything whose rows are a multiple of the group size. Embeddings and routers are often no linears
+in transformers, so there is no module that would keep them packed. They are in float32, because scale * q + bias mostly
+has more digits than the dtype of the scales.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.core.errors import CheckpointError
+from llmq.formats import mlx
+from llmq.formats.scheme import part_of
+from llmq.models.safetensors_files import SafetensorsDirectory
+
+_DENSE = re.compile(r"(?:.+\.)?(?:embed_\w+|\w*embeddings?|wte|wpe|gate|router|router\.\w+|shared_expert_gate)")
+"""Names of embeddings and routers. A linear that is read dense, too, computes the same in more memory."""
+_ROWS = 4096  # unpacked at a time: a table of embeddings has up to 262,144
+
+
+class MlxFiles(SafetensorsDirectory):
+    """The tensors of an MLX checkpoint with these settings. Raises CheckpointError like `SafetensorsDirectory`."""
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+        super().__init__(directory)
+        self.split(mlx.in_stack)
+        packed = (name.removesuffix(".scales") for name in super().names() if name.endswith(".scales"))
+        self._dense = mlx.schemes_of(settings, sorted(name for name in packed if _DENSE.fullmatch(name)))
+        """The scheme of each packed weight that is read as a dense one."""
+
+    def names(self) -> set[str]:
+        return super().names() - {f"{name}.{part}" for name in self._dense for part in ("scales", "biases")}
+
+    def _packed(self, name: str) -> str | None:
+        """Return what is packed in place of this tensor; None if it is stored as it is read."""
+        module, _, leaf = name.rpartition(".")
+        return module if leaf == "weight" and module in self._dense else None
+
+    def read_all(self, names: Iterable[str]) -> dict[str, Tensor]:
+        wanted = {name: self._packed(name) for name in names}
+        read = super().read_all(name for name, packed in wanted.items() if packed is None)
+        return read | {name: self._unpacked(packed) for name, packed in wanted.items() if packed is not None}
+
+    def _unpacked(self, name: str) -> Tensor:
+        """Return the weights of a packed table."""
+        stored = super().read_all(self._parts(name))
+        scales = part_of(name, stored, "scales")
+        if any(tensor.shape[:1] != scales.shape[:1] for tensor in stored.values()) or not scales.ndim:
+            raise CheckpointError(f"{name}: its packed tensors have different numbers of rows")
+        pieces: list[Tensor] = []
+        for first in range(0, max(1, len(scales)), _ROWS):
+            rows = {part: tensor[first : first + _ROWS] for part, tensor in stored.items()}
+            pieces.append(mlx.decode(name, rows, self._dense[name]).dequantize())
+        return torch.cat(pieces)
+
+    def _parts(self, name: str) -> set[str]:
+        return {f"{name}.{part}" for part in mlx.TENSOR_SUFFIXES} & super().names()
+
+    def dtype(self, name: str) -> torch.dtype:
+        return super().dtype(name) if self._packed(name) is None else torch.float32
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        packed, stored = self._packed(name), super().shape(name)
+        if packed is None or not stored:
+            return stored
+        return (*stored[:-1], 32 * stored[-1] // self._dense[packed].bits)
+
+    def is_float(self, name: str) -> bool:
+        return self._packed(name) is not None or super().is_float(name)
+
+    def nbytes(self, name: str) -> int:
+        packed = self._packed(name)
+        return sum(super(MlxFiles, self).nbytes(part) for part in ([name] if packed is None else self._parts(packed)))
