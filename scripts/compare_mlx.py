@@ -9,6 +9,7 @@ of the blocks that a quantizer made, and all else as in the original. Scales of 
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -105,21 +106,20 @@ def put_mlx(model: Any, directory: Path, scheme: Scheme, sequences: Tensor | Non
 
     `sequences`: to calibrate GPTQ on, [samples, length]; None: round to nearest.
     """
-    import mlx.core as mx
-    from mlx.nn import Linear
-    from mlx.utils import tree_flatten
-    from mlx_lm.quant.gptq import gptq_quantize
-    from mlx_lm.utils import load_model, quantize_model
-
+    mx, nn_of_mlx, trees, quant, utils = (
+        importlib.import_module(name)
+        for name in ("mlx.core", "mlx.nn", "mlx.utils", "mlx_lm.quant.gptq", "mlx_lm.utils")
+    )
     linears = {n: m for n, m in model.base_model.named_modules(prefix="model") if isinstance(m, nn.Linear)}
     settings = with_older_rope(json.loads((directory / "config.json").read_text()))
-    theirs, settings = load_model(directory, model_config=settings)
+    theirs, settings = utils.load_model(directory, model_config=settings)
     bits, size = scheme.bits, scheme.group_size
     if sequences is None:
-        quantize_model(theirs, settings, size, bits, quant_predicate=lambda _, module: isinstance(module, Linear))
+        only = {"quant_predicate": lambda _, module: isinstance(module, nn_of_mlx.Linear)}
+        utils.quantize_model(theirs, settings, size, bits, **only)
     else:
-        gptq_quantize(theirs, mx.array(sequences.numpy()), bits, size, fallback_bits=8, fallback_group_size=size)
-    stored = dict[str, Any](tree_flatten(theirs.parameters()))
+        quant.gptq_quantize(theirs, mx.array(sequences.numpy()), bits, size, fallback_bits=8, fallback_group_size=size)
+    stored = dict[str, Any](trees.tree_flatten(theirs.parameters()))
     nbytes = 0
     for name, linear in linears.items():
         parts = {f"{name}.{part}": torch.tensor(stored[f"{name}.{part}"]) for part in mlx.TENSOR_SUFFIXES}

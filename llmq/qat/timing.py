@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 
 from llmq.calibration.block_runner import Compute
+from llmq.calibration.causal_attention import causal_in_strips
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.qat.request import TrainRequest
 from llmq.qat.trainer import optimizer_of
@@ -67,10 +68,11 @@ def _attention(request: TrainRequest, tokens: int) -> tuple[float, float]:
     x = torch.randn(shape, device=compute.device, dtype=compute.precision, requires_grad=True)
 
     def attention() -> Tensor:
-        return scaled_dot_product_attention(x, x, x, is_causal=True)
+        return functional.scaled_dot_product_attention(x, x, x, is_causal=True)
 
-    depth = text.num_hidden_layers
-    return depth * _timed(attention, compute), depth * _timed(lambda: attention().sum().backward(), compute)
+    with causal_in_strips(compute.device, compute.precision):
+        once, both = _timed(attention, compute), _timed(lambda: attention().sum().backward(), compute)
+    return text.num_hidden_layers * once, text.num_hidden_layers * both
 
 
 def _head(request: TrainRequest, tokens: int) -> float:
