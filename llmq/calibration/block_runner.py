@@ -4,7 +4,7 @@ It runs in two models: "this model" is quantized up to this block; "the original
 """
 
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import fsum
@@ -134,7 +134,7 @@ class Block:
         left = None if self.shared is None else self.shared.entering(batch, device)
         values = Resolver(hidden.shape[self.batch_dim], None if batch is None else batch[0], left, device)
         args, kwargs = tree_map(values, self.arguments)
-        with self.autocast(), causal_in_strips(self.compute.device, self.compute.factors):
+        with self.autocast(), self._attention():
             output = torch.func.functional_call(self.module, weights, (hidden.to(device), *args), kwargs)
         if leave and self.shared is not None:
             self.shared.leave(batch, values.left_by(output))
@@ -145,6 +145,10 @@ class Block:
         """Multiply in the precision of matmuls inside."""
         factors = self.compute.factors
         return torch.autocast(self.compute.device.type, factors, enabled=factors != self.compute.dtype)
+
+    def _attention(self) -> AbstractContextManager[None]:
+        in_strips = self.compute.device.type == "cpu" and self.compute.factors == torch.bfloat16
+        return causal_in_strips() if in_strips else nullcontext()
 
     def run_together(self, weights: dict[str, Tensor], batches: list[int]) -> Float[Tensor, "*batch tokens features"]:
         """Return the outputs of `run_with` for these micro-batches, side by side in dimension `batch_dim`."""

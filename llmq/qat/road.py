@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.calibration.causal_attention import causal_in_strips
 from llmq.checkpoint.digests import digests_of
 from llmq.checkpoint.model_files import Companions, companions_in
 from llmq.checkpoint.output_dir import remove_leftovers, unfinished_work, write_json
@@ -174,8 +173,7 @@ def _trained(request: TrainRequest, student: Student | AdapterStudent, original:
     work = unfinished_work(request.config.output)
     outcome = Outcome.load(work)
     if outcome is None:
-        strips = causal_in_strips(request.compute.device, request.compute.precision)
-        with _in_memory(), request.clock("training"), strips:
+        with _in_memory(), request.clock("training"):
             outcome = train_student(student, original, request.data, request.config, work / "training", progress)
         if request.is_first:
             outcome.save(work)

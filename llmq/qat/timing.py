@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention
 
 from llmq.calibration.block_runner import Compute
-from llmq.calibration.causal_attention import causal_in_strips
 from llmq.core.quantized_weight import QuantizedWeight
 from llmq.qat.request import TrainRequest
 from llmq.qat.trainer import optimizer_of
@@ -68,11 +67,10 @@ def _attention(request: TrainRequest, tokens: int) -> tuple[float, float]:
     x = torch.randn(shape, device=compute.device, dtype=compute.precision, requires_grad=True)
 
     def attention() -> Tensor:
-        return functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return scaled_dot_product_attention(x, x, x, is_causal=True)
 
-    with causal_in_strips(compute.device, compute.precision):
-        once, both = _timed(attention, compute), _timed(lambda: attention().sum().backward(), compute)
-    return text.num_hidden_layers * once, text.num_hidden_layers * both
+    depth = text.num_hidden_layers
+    return depth * _timed(attention, compute), depth * _timed(lambda: attention().sum().backward(), compute)
 
 
 def _head(request: TrainRequest, tokens: int) -> float:

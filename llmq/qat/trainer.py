@@ -23,7 +23,6 @@ from transformers import (
 
 from llmq.calibration.answers import Example
 from llmq.calibration.block_runner import Compute
-from llmq.calibration.causal_attention import causal_in_strips
 from llmq.core.distributed import processes
 from llmq.core.train_config import TrainConfig
 from llmq.qat.adapters import AdapterStudent
@@ -177,10 +176,10 @@ def parameter_groups(student: Student | AdapterStudent, config: TrainConfig) -> 
 def held_out_loss(model: nn.Module, original: Any, data: Data, config: TrainConfig, compute: Compute) -> float:
     """Return the loss of a model on the held-out sequences, as the training measures it."""
     learner, losses = Learner(model.eval(), {}, original, config.loss), list[float]()
-    low = torch.autocast(compute.device.type, compute.precision, enabled=compute.precision != torch.float32)
+    low = compute.precision != torch.float32
     for start in range(0, len(data.held_out), config.micro_batch):
         batch = collated(data.held_out[start : start + config.micro_batch])
-        with low, causal_in_strips(compute.device, compute.precision):
+        with torch.autocast(compute.device.type, compute.precision, enabled=low):
             loss = learner(**{name: tensor.to(compute.device) for name, tensor in batch.items()})["loss"]
         losses += [float(loss)] * len(batch["labels"])
     return sum(losses) / len(losses)

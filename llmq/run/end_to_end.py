@@ -27,7 +27,6 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from llmq.calibration.causal_attention import causal_in_strips
 from llmq.calibration.hidden_states import States
 from llmq.calibration.texts import Tokens
 from llmq.checkpoint.digests import digests_of
@@ -87,8 +86,7 @@ def distill(
         held_out,
         student.tensors,
     )
-    with causal_in_strips(compute.device, compute.precision):
-        return train(task, settings.end_steps, settings.end_batch, {}, progress, saved)
+    return train(task, settings.end_steps, settings.end_batch, {}, progress, saved)
 
 
 def quantize_and_train(request: Request, run: Run, writer: Writer, journal: Journal, states: States) -> None:

@@ -10,7 +10,6 @@ from torch.nn import functional
 from llmq.calibration import causal_attention as module
 from llmq.calibration.causal_attention import causal_attention, causal_in_strips
 
-CPU = torch.device("cpu")
 # batch, heads, heads of keys, tokens, width, width of values. Strips have 256 tokens.
 SHAPES = [(1, 1, 1, 1, 8, 8), (2, 9, 3, 300, 64, 64), (1, 4, 4, 512, 16, 16), (3, 4, 1, 255, 32, 24)]
 
@@ -71,7 +70,7 @@ def test_a_token_that_is_not_finite_reaches_no_sequence_but_its_own():
 
 def usual_and_in_strips(*args, **kwargs):
     usual = functional.scaled_dot_product_attention(*args, **kwargs)
-    with causal_in_strips(CPU, torch.bfloat16):
+    with causal_in_strips():
         return usual, functional.scaled_dot_product_attention(*args, **kwargs)
 
 
@@ -80,20 +79,12 @@ def test_within_the_context_models_attend_in_strips():
     Q, K, V = heads(2, 9, 3, 300, 64, 64)
     before, expected = functional.scaled_dot_product_attention, causal_attention(Q, K, V, 0.1)
     as_autocast_rounds = [tensor.float() for tensor in (Q, K, V)]
-    with causal_in_strips(CPU, torch.bfloat16):
+    with causal_in_strips():
         attention = partial(functional.scaled_dot_product_attention, scale=0.1, enable_gqa=True)
         assert torch.equal(attention(Q, K, V, attn_mask=None, is_causal=True), expected)
         assert torch.equal(attention(Q, K, V, None, 0.0, True), expected)
         assert torch.equal(attention(*as_autocast_rounds, is_causal=True), expected)
     assert functional.scaled_dot_product_attention is before
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("device", "factors"), [("cpu", torch.float32), ("cuda", torch.bfloat16)])
-def test_nothing_changes_without_bfloat16_or_on_a_gpu(device, factors):
-    usual = functional.scaled_dot_product_attention
-    with causal_in_strips(torch.device(device), factors):
-        assert functional.scaled_dot_product_attention is usual
 
 
 OTHERS = {
@@ -120,16 +111,8 @@ def test_other_shapes_are_torchs():
         assert torch.equal(usual, found)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_gradients_are_those_of_float64_but_for_the_rounding_of_bfloat16(shape, scale):
-    """Not farther from them than those of torch's kernel, which needs equal widths. They are 4e-3 to 6e-3 away."""
-    factors = [tensor.requires_grad_() for tensor in heads(*shape)]
-    wanted = torch.randn(*shape[:2], shape[3], shape[5], generator=torch.Generator().manual_seed(1)).bfloat16()
-
-    in_double = [tensor.detach().double().requires_grad_() for tensor in factors]
-    exact = torch.autograd.grad(in_float64(*in_double, scale or shape[4] ** -0.5), in_double, wanted.double())
-    both = usual_and_in_strips(*factors, is_causal=True, scale=scale, enable_gqa=True)
-    theirs, ours = (torch.autograd.grad(outputs, factors, wanted) for outputs in both)
-    for e, t, o in zip(exact, theirs, ours, strict=True):
-        assert (o - e).norm() <= max(1.1 * (t - e).norm(), 5e-3 * e.norm())
+def test_what_needs_gradients_is_torchs():
+    Q, K, V = heads(1, 4, 4, 300, 16, 16)
+    _usual, found = usual_and_in_strips(Q.requires_grad_(), K, V, is_causal=True)
+    found.float().sum().backward()
+    assert Q.grad.any()

@@ -3,7 +3,6 @@ import torch
 from trainings import report_of, train
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from llmq.calibration import causal_attention
 from llmq.qat.trainer import shuffled
 
 
@@ -29,14 +28,3 @@ def test_checkpointing_runs_blocks_again_and_gives_the_same_result(packed, text,
     assert len(runs) - usual == usual + 8 * 2 * 2  # two micro-batches of eight steps through two blocks
     losses = [report_of(each)["trained"]["held_out"][1] for each in (plain, kept)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_in_bfloat16_on_a_cpu_attention_is_trained_in_strips(packed, text, tmp_path, monkeypatch, checkpointing):
-    calls, usual = [], causal_attention.causal_gradients
-    monkeypatch.setattr(causal_attention, "causal_gradients", lambda *x: calls.append(x) or usual(*x))
-    monkeypatch.setattr("llmq.run.prepare.product_dtype", lambda _: torch.bfloat16)
-    out = train(packed, text, tmp_path / "out", checkpointing=checkpointing)
-    assert len(calls) == 8 * 2 * 2
-    before, after = report_of(out)["trained"]["held_out"]
-    assert after < before
