@@ -204,7 +204,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     """Draw KL against bits, one line for each way."""
     from matplotlib.figure import Figure
 
-    figure = Figure((7, 4.5), layout="constrained")
+    figure = Figure((9, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for i, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
         marker = "osD"[i // 10 % 3]  # the ten colours begin again then
@@ -217,7 +217,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)  # it would hide lines
     figure.savefig(path, dpi=160)
 
 
