@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from architectures.tiny_models import save_tiny as save_architecture
+from compare_mlx import put_mlx
 from hf_checkpoints import change_config
 from packed import assert_same_weight, logits, pack, put_dequantized, random_weight, some_tokens
 from test_demo import PARIS
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmq
 from llmq.checkpoint.reader import Checkpoint
+from llmq.formats.scheme import Scheme
 
 pytestmark = pytest.mark.peers
 
@@ -178,3 +180,14 @@ def test_our_settings_are_those_that_mlx_writes(tmp_path):
     )
     for key in ("quantization", "quantization_config"):
         assert ours[key] == written[key] == {"group_size": 32, "bits": 4, "mode": "affine"}
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_the_comparison_puts_what_mlx_makes_into_the_linears_of_blocks(tmp_path, calibrated):
+    source = save_tiny(tmp_path / "source", "llama-gqa")
+    model, before = (AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32) for _ in range(2))
+    ids = some_tokens() if calibrated else None
+    assert put_mlx(model, source, Scheme(4, 32, False), ids) == 4 + 2 * 32 / 32
+    for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        change = float((new - old).detach().norm() / old.detach().norm())
+        assert (0.01 < change < 0.2) if "_proj" in name else change == 0
