@@ -20,8 +20,11 @@ from llmq.formats import mlx
 from llmq.formats.scheme import part_of
 from llmq.models.safetensors_files import SafetensorsDirectory
 
-_DENSE = re.compile(r"(?:.+\.)?(?:embed_\w+|\w*embeddings?|wte|wpe|gate|router|router\.\w+|shared_expert_gate)")
-"""Names of embeddings and routers. A linear that is read dense, too, computes the same in more memory."""
+_EMBEDDINGS = ("embed_tokens", "embed_tokens_per_layer", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
+_EMBEDDINGS += ("embedding", "wte", "wpe")
+_ROUTERS = ("gate", "shared_expert_gate", "router", "router.layer", "router.proj", "router.gate", "router.classifier")
+_DENSE = re.compile(rf"(?:.+\.)?(?:{'|'.join(map(re.escape, _EMBEDDINGS + _ROUTERS))})")
+"""What is read dense. llmq packs no linear with such a name."""
 _ROWS = 4096  # unpacked at a time: a table of embeddings has up to 262,144
 
 
@@ -30,8 +33,14 @@ class MlxFiles(SafetensorsDirectory):
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
         super().__init__(directory)
-        self.split(mlx.in_stack)
-        packed = (name.removesuffix(".scales") for name in super().names() if name.endswith(".scales"))
+        packed = {name.removesuffix(".scales") for name in super().names() if name.endswith(".scales")}
+
+        def parts_of(name: str) -> tuple[str, str] | None:
+            # `experts.NAME.weight` in float is no stack of MLX: JetMoE calls other weights so.
+            is_stack = ".switch_mlp." in name or name.rpartition(".")[0] in packed
+            return mlx.in_stack(name) if is_stack else None
+
+        self.split(parts_of)
         self._dense = mlx.schemes_of(settings, sorted(name for name in packed if _DENSE.fullmatch(name)))
         """The scheme of each packed weight that is read as a dense one."""
 

@@ -54,6 +54,14 @@ def test_a_packed_router_is_read_as_a_dense_one(tmp_path):
     assert torch.equal(model.get_submodule(ROUTER).weight, router.dequantize())
 
 
+def test_weights_of_experts_that_are_not_packed_stay_together(tmp_path):
+    """JetMoE has such stacks in its attention, under a name that packed stacks have in other models."""
+    save_mixture("jetmoe", tmp_path / "source")
+    directory = pack(tmp_path / "source", tmp_path / "packed", format="mlx")
+    assert "model.layers.0.self_attention.experts.input_linear.weight" in Checkpoint(directory).other_names
+    llmq.load(directory, "cpu")
+
+
 def test_large_tables_are_unpacked_in_pieces(tmp_path, llama, monkeypatch):
     directory, table = with_packed(llama, tmp_path / "packed", TABLE)
     monkeypatch.setattr("llmq.checkpoint.mlx_files._ROWS", 7)
