@@ -11,7 +11,6 @@ from llmq.core.errors import RequestError
 KL = {
     ("mlx_lm.convert", 4): 0.5,
     ("mlx_lm.convert", 3): 1.6,
-    ("mlx_lm.quant.gptq", 4): 0.2,
     ("llmq rtn", 4): 0.4,
     ("llmq rtn", 3): 1.4,
     ("llmq gptq", 4): 0.1,
@@ -33,14 +32,12 @@ def with_rows(directory, **settings):
 
 
 def test_the_table_has_the_best_row_of_each_width_last(tmp_path, capsys):
-    """mlx_lm's gptq has no 3 bit."""
     compare(with_rows(tmp_path))
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "original perplexity 19.000"
     assert [line.split(" | ")[:2] for line in printed[4:]] == [
         ["| 4", "mlx_lm.convert"],
         ["| 4", "llmq rtn"],
-        ["| 4", "mlx_lm.quant.gptq"],
         ["| 4", "llmq gptq"],
         ["| 3", "mlx_lm.convert"],
         ["| 3", "llmq rtn"],
