@@ -5,16 +5,18 @@ import shutil
 from pathlib import Path
 
 import torch
-from packed import pack, random_weight, rewrite
+from packed import pack, random_weight, rewrite, with_real_zeros
 from tiny import save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmq
+from llmq.checkpoint.reader import Checkpoint
 from llmq.core.quantized_weight import QuantizedWeight
-from llmq.formats import gptq
+from llmq.formats import gptq, mlx
 from llmq.formats.scheme import Scheme
 
 NORM = "model.layers.0.input_layernorm.weight"
+TABLE, BITS = "model.embed_tokens", 6  # of a weight that MLX packs beside the linears
 WRITTEN = {
     "compressed-tensors": {},
     "compressed-tensors, asymmetric": {"bits": 3, "symmetric": False},
@@ -70,6 +72,17 @@ def become_groups_of_64(directory, act_order):
 
     rewrite(directory, change)
     change_config(directory, lambda c: c["quantization_config"].update(group_size=64, desc_act=act_order))
+
+
+def with_packed_weight(source, output, name):
+    """An MLX checkpoint in which another weight is packed, with other bits than the linears; and that weight."""
+    directory = pack(source, output, format="mlx")
+    rows, columns = Checkpoint(directory).files.shape(f"{name}.weight")
+    weight = with_real_zeros(random_weight(rows, columns, columns // 32, BITS, dtype=torch.bfloat16))
+    rewrite(directory, lambda tensors: tensors.update(mlx.encode(name, weight, Scheme(BITS, 32, False))))
+    own = {name: {"bits": BITS, "group_size": 32, "mode": "affine"}}
+    change_config(directory, lambda config: config["quantization"].update(own))
+    return directory, weight
 
 
 FOREIGN = {

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from llmq.core.errors import CheckpointError
 from llmq.formats import mlx
-from llmq.formats.scheme import part_of
+from llmq.formats.scheme import Scheme, part_of
 from llmq.models.safetensors_files import SafetensorsDirectory
 
 _EMBEDDINGS = ("embed_tokens", "embed_tokens_per_layer", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
 _EMBEDDINGS += ("embedding", "wte", "wpe")
 _ROUTERS = ("gate", "shared_expert_gate", "router", "router.layer", "router.proj", "router.gate", "router.classifier")
 _DENSE = re.compile(rf"(?:.+\.)?(?:{'|'.join(map(re.escape, _EMBEDDINGS + _ROUTERS))})")
-"""What is read dense. llmq packs no linear with such a name."""
+"""What is read dense; routers only if they have fewer rows than columns, as in models/routers.py."""
 _ROWS = 4096  # unpacked at a time: a table of embeddings has up to 262,144
 
 
@@ -41,16 +41,21 @@ class MlxFiles(SafetensorsDirectory):
             return mlx.in_stack(name) if is_stack else None
 
         self.split(parts_of)
-        self._dense = mlx.schemes_of(settings, sorted(name for name in packed if _DENSE.fullmatch(name)))
+        found = mlx.schemes_of(settings, sorted(name for name in packed if _DENSE.fullmatch(name)))
+        self.dense = {name: scheme for name, scheme in found.items() if not self._is_large_gate(name, scheme)}
         """The scheme of each packed weight that is read as a dense one."""
 
+    def _is_large_gate(self, name: str, scheme: Scheme) -> bool:
+        rows, *groups = super().shape(f"{name}.scales") or (0,)
+        return name.endswith(_ROUTERS) and len(groups) == 1 and rows >= groups[0] * scheme.group_size
+
     def names(self) -> set[str]:
-        return super().names() - {f"{name}.{part}" for name in self._dense for part in ("scales", "biases")}
+        return super().names() - {f"{name}.{part}" for name in self.dense for part in ("scales", "biases")}
 
     def _packed(self, name: str) -> str | None:
         """Return what is packed in place of this tensor; None if it is stored as it is read."""
         module, _, leaf = name.rpartition(".")
-        return module if leaf == "weight" and module in self._dense else None
+        return module if leaf == "weight" and module in self.dense else None
 
     def read_all(self, names: Iterable[str]) -> dict[str, Tensor]:
         wanted = {name: self._packed(name) for name in names}
@@ -63,11 +68,13 @@ class MlxFiles(SafetensorsDirectory):
         scales = part_of(name, stored, "scales")
         if any(tensor.shape[:1] != scales.shape[:1] for tensor in stored.values()) or not scales.ndim:
             raise CheckpointError(f"{name}: its packed tensors have different numbers of rows")
-        pieces: list[Tensor] = []
+        W = torch.empty(0)
         for first in range(0, max(1, len(scales)), _ROWS):
             rows = {part: tensor[first : first + _ROWS] for part, tensor in stored.items()}
-            pieces.append(mlx.decode(name, rows, self._dense[name]).dequantize())
-        return torch.cat(pieces)
+            piece = mlx.decode(name, rows, self.dense[name]).dequantize()
+            W = W if len(W) else torch.empty(len(scales), piece.shape[1])
+            W[first : first + _ROWS] = piece
+        return W
 
     def _parts(self, name: str) -> set[str]:
         return {f"{name}.{part}" for part in mlx.TENSOR_SUFFIXES} & super().names()
@@ -79,7 +86,7 @@ class MlxFiles(SafetensorsDirectory):
         packed, stored = self._packed(name), super().shape(name)
         if packed is None or not stored:
             return stored
-        return (*stored[:-1], 32 * stored[-1] // self._dense[packed].bits)
+        return (*stored[:-1], 32 * stored[-1] // self.dense[packed].bits)
 
     def is_float(self, name: str) -> bool:
         return self._packed(name) is not None or super().is_float(name)

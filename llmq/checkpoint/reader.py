@@ -101,7 +101,7 @@ class Checkpoint:
         return self.files.linears[name] if isinstance(self.files, ModelFiles) else name
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor as it is stored. Raises CheckpointError if it cannot be read."""
+        """Return a tensor that is no part of a packed linear. Raises CheckpointError if it cannot be read."""
         return self.files.read(name)
 
     @cached_property

@@ -96,7 +96,7 @@ def _dense(student: AdapterStudent, view: Checkpoint) -> Generator[dict[str, Ten
     """Yield the tensors of the dense model, by their names in the files."""
     files = view.model_files
     stored = [name for name in view.other_names for name in files.stored_names(name)]
-    dtype = next((files.stored.read(name).dtype for name in stored), torch.float32)
+    dtype = next((files.stored.dtype(name) for name in stored), torch.float32)
     for _, names in groupby(sorted(set(stored)), key=lambda name: name.rpartition(".")[0]):
         yield {name: files.stored.read(name) for name in names}
     for name in view.linears:

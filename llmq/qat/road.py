@@ -24,6 +24,7 @@ from llmq.core.distributed import joined_ranks, local_rank
 from llmq.core.errors import RequestError, WorkError
 from llmq.core.memory import PeakMemory, release_memory
 from llmq.core.train_config import TrainConfig
+from llmq.formats import mlx
 from llmq.formats.compressed_tensors import with_rounded_inputs
 from llmq.models.model_source import ModelSource
 from llmq.models.untrusted_files import read_json
@@ -217,6 +218,10 @@ def _write(
     """Write the checkpoint in `result` again, with changed tensors in place of the old ones; check and publish it."""
     checkpoint, config = Checkpoint(result), request.config
     quantization = checkpoint.quantization
+    if (
+        checkpoint.format.METHOD == mlx.METHOD
+    ):  # the settings of mlx_lm may name what is not packed any more, such as embeddings
+        quantization = mlx.hf_config(checkpoint.schemes, [])
     how = config.inputs if request.packed is None or not config.lora else _with_adapters(config, request.packed)
     if how:
         quantization = with_rounded_inputs(quantization, how)

@@ -26,6 +26,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from llmq.checkpoint.mlx_files import MlxFiles
 from llmq.checkpoint.module_matching import check_fit, replace_linears
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.errors import CheckpointError, RequestError
@@ -121,6 +122,9 @@ class LlmqQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise RequestError("from_pretrained got a state_dict, but llmq opens packed checkpoints only from files")
         checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
+        if isinstance(checkpoint.files, MlxFiles) and checkpoint.files.dense:
+            what = f"{next(iter(checkpoint.files.dense))} is packed and is no linear"
+            raise CheckpointError(f"{checkpoint.directory}: {what}, so transformers cannot read it; use llmq.load")
         refuse_more_experts(checkpoint, model)
         experts_to_linears(model)
         checkpoint = checkpoint.for_model(model)

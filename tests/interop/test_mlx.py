@@ -189,3 +189,17 @@ def test_the_comparison_puts_what_mlx_makes_into_the_linears_of_blocks(tmp_path)
     for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True):
         change = float((new - old).detach().norm() / old.detach().norm())
         assert (0.01 < change < 0.2) if "_proj" in name else change == 0
+
+
+def test_what_mlx_quantized_opens_there_again_after_a_training(tmp_path):
+    """Its routers, whose bits its settings name, are dense afterwards."""
+    save_architecture("qwen3_moe", tmp_path / "source")
+    change_config(tmp_path / "source", lambda config: config.update(config["rope_parameters"], **MIXTURES["qwen3_moe"]))
+    start = converted_by_mlx(tmp_path / "source", tmp_path / "theirs", embeddings=True)
+    assert "model.layers.0.mlp.gate" in json.loads((start / "config.json").read_text())["quantization"]
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"word{i % 97}" for i in range(4000)))
+    options = {"steps": 2, "batch": 2, "micro_batch": 2, "sequence_length": 32, "samples": 20, "checks": 1}
+    options |= {"scale_rate": 0.01, "device": "cpu"}
+    out = llmq.train(llmq.TrainConfig(str(start), tmp_path / "out", (str(text),), **options))
+    assert_close(their_logits(theirs(out)[0], some_tokens()), logits(llmq.load(out, "cpu"), some_tokens()))

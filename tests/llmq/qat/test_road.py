@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_checkpoints import TABLE, quantization, with_packed_weight
 from killed import quantize_together
 from packed import rewrite
 from safetensors.torch import load_file
@@ -82,6 +83,14 @@ def test_zero_points_that_are_no_codes_learn_with_the_scales(learn, llama, text,
     weight = Checkpoint(out).weight("model.layers.0.mlp.down_proj")
     assert weight.has_real_zeros
     check(out, report_of(out)["digests"])
+
+
+def test_embeddings_that_mlx_packed_are_dense_afterwards_and_the_settings_say_so(llama, text, tmp_path):
+    start, table = with_packed_weight(llama, tmp_path / "start", TABLE)
+    out = train(start, text, tmp_path / "out")
+    assert TABLE in quantization(start, "quantization")
+    assert quantization(out, "quantization") == {"group_size": 32, "bits": 4, "mode": "affine"}
+    assert torch.equal(load_file(out / "model.safetensors")[f"{TABLE}.weight"], table.dequantize())
 
 
 def test_only_chosen_layers_change_but_norms_of_all(packed, text, tmp_path):
