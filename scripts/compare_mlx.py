@@ -28,7 +28,7 @@ from llmq.formats.scheme import Scheme
 from llmq.models.model_source import ModelSource
 from llmq.runtime.evaluation import evaluate, logits_of, remembered, score
 
-_OURS = ("llmq rtn: --method rtn --format mlx --no-symmetric", "llmq gptq: --format mlx --no-symmetric")
+_OURS = ("llmq gptq: --format mlx --no-symmetric",)
 _THEIRS = "mlx_lm.convert"
 
 

@@ -74,13 +74,13 @@ def become_groups_of_64(directory, act_order):
     change_config(directory, lambda c: c["quantization_config"].update(group_size=64, desc_act=act_order))
 
 
-def with_packed_weight(source, output, name):
-    """An MLX checkpoint in which another weight is packed, with other bits than the linears; and that weight."""
-    directory = pack(source, output, format="mlx")
+def with_packed_weight(source, output, name, bits=BITS, linear_bits=4):
+    """An MLX checkpoint in which another weight is packed; and that weight."""
+    directory = pack(source, output, format="mlx", bits=linear_bits)
     rows, columns = Checkpoint(directory).files.shape(f"{name}.weight")
-    weight = with_real_zeros(random_weight(rows, columns, columns // 32, BITS, dtype=torch.bfloat16))
-    rewrite(directory, lambda tensors: tensors.update(mlx.encode(name, weight, Scheme(BITS, 32, False))))
-    own = {name: {"bits": BITS, "group_size": 32, "mode": "affine"}}
+    weight = with_real_zeros(random_weight(rows, columns, columns // 32, bits, dtype=torch.bfloat16))
+    rewrite(directory, lambda tensors: tensors.update(mlx.encode(name, weight, Scheme(bits, 32, False))))
+    own = {name: {"bits": bits, "group_size": 32, "mode": "affine"}}
     change_config(directory, lambda config: config["quantization"].update(own))
     return directory, weight
 

@@ -11,12 +11,10 @@ from llmq.core.errors import RequestError
 KL = {
     ("mlx_lm.convert", 4): 0.5,
     ("mlx_lm.convert", 3): 1.6,
-    ("llmq rtn", 4): 0.4,
-    ("llmq rtn", 3): 1.4,
     ("llmq gptq", 4): 0.1,
     ("llmq gptq", 3): 0.3,
 }
-FLAGS = {"llmq rtn": "--method rtn --format mlx --no-symmetric", "llmq gptq": "--format mlx --no-symmetric"}
+FLAGS = {"llmq gptq": "--format mlx --no-symmetric"}
 
 
 def with_rows(directory, **settings):
@@ -37,10 +35,8 @@ def test_the_table_has_the_best_row_of_each_width_last(tmp_path, capsys):
     assert printed[0] == "original perplexity 19.000"
     assert [line.split(" | ")[:2] for line in printed[4:]] == [
         ["| 4", "mlx_lm.convert"],
-        ["| 4", "llmq rtn"],
         ["| 4", "llmq gptq"],
         ["| 3", "mlx_lm.convert"],
-        ["| 3", "llmq rtn"],
         ["| 3", "llmq gptq"],
     ]
     assert printed[-1] == "| 3 | llmq gptq | 3.50 | 0.3000 | 20.300 |"

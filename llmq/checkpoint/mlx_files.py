@@ -71,7 +71,7 @@ class MlxFiles(SafetensorsDirectory):
         W = torch.empty(0)
         for first in range(0, max(1, len(scales)), _ROWS):
             rows = {part: tensor[first : first + _ROWS] for part, tensor in stored.items()}
-            piece = mlx.decode(name, rows, self.dense[name]).dequantize()
+            piece = mlx.decode(name, rows, self.dense[name]).dequantize(torch.float64)
             W = W if len(W) else torch.empty(len(scales), piece.shape[1])
             W[first : first + _ROWS] = piece
         return W

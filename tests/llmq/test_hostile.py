@@ -24,6 +24,7 @@ import hostile
 import plain
 import pytest
 import torch
+from hf_checkpoints import TABLE, with_packed_weight
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from packed import logits, pack, rewrite
@@ -86,7 +87,7 @@ def sound(tmp_path_factory):
         "gptq": (pack(llama, root / "b", format="gptq", bits=3), "gptq", 3),
         "awq": (pack(llama, root / "c", format="awq", symmetric=False), "awq", 4),
         "auto-round": (pack(llama, root / "d", format="gptq"), "gptq", 4),
-        "mlx": (pack(qwen, root / "e", format="mlx", bits=3), "mlx", 3),
+        "mlx": (with_packed_weight(qwen, root / "e", TABLE, 3, 3)[0], "mlx", 3),
     }
     _shard(root / "a")
     _act_order(root / "b")

@@ -23,7 +23,7 @@ ROUTER = "model.layers.1.mlp.gate"
 
 def dense_twin(source, directory, name, weight):
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    model.get_submodule(name).weight.data.copy_(weight.dequantize())
+    model.get_submodule(name).weight.data.copy_(weight.dequantize(torch.float64))
     return put_dequantized(model, directory)
 
 
@@ -39,7 +39,7 @@ def test_a_packed_router_is_read_as_a_dense_one(tmp_path):
     save_mixture("qwen3_moe", tmp_path / "source")
     directory, router = with_packed_weight(tmp_path / "source", tmp_path / "packed", ROUTER)
     model = llmq.load(directory, "cpu")
-    assert torch.equal(model.get_submodule(ROUTER).weight, router.dequantize())
+    assert torch.equal(model.get_submodule(ROUTER).weight, router.dequantize(torch.float64).float())
 
 
 def test_weights_of_experts_that_are_not_packed_stay_together(tmp_path):
@@ -53,13 +53,13 @@ def test_weights_of_experts_that_are_not_packed_stay_together(tmp_path):
 def test_large_tables_are_unpacked_in_pieces(tmp_path, llama, monkeypatch):
     directory, table = with_packed_weight(llama, tmp_path / "packed", TABLE)
     monkeypatch.setattr("llmq.checkpoint.mlx_files._ROWS", 7)
-    assert torch.equal(Checkpoint(directory).read(f"{TABLE}.weight"), table.dequantize())
+    assert torch.equal(Checkpoint(directory).read(f"{TABLE}.weight"), table.dequantize(torch.float64).float())
 
 
 def test_other_formats_get_the_dense_embeddings(tmp_path, llama):
     directory, table = with_packed_weight(llama, tmp_path / "packed", TABLE)
     output = convert(ConvertConfig(directory, tmp_path / "gptq", "gptq"))
-    assert torch.equal(Checkpoint(output).read(f"{TABLE}.weight"), table.dequantize())
+    assert torch.equal(Checkpoint(output).read(f"{TABLE}.weight"), table.dequantize(torch.float64).float())
 
 
 def test_facts_are_those_of_the_dense_tensor_and_bytes_those_on_disk(tmp_path, llama):
