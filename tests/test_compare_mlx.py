@@ -1,4 +1,4 @@
-"""Check the script that compares llmq with mlx_lm's quantizers, without mlx: all rows are there already."""
+"""Check the script that compares llmq with mlx_lm.convert, without mlx: all rows are there already."""
 
 import json
 

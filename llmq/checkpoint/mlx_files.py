@@ -44,13 +44,14 @@ class MlxFiles(SafetensorsDirectory):
         found = mlx.schemes_of(settings, sorted(name for name in packed if _DENSE.fullmatch(name)))
         self.dense = {name: scheme for name, scheme in found.items() if not self._is_large_gate(name, scheme)}
         """The scheme of each packed weight that is read as a dense one."""
+        self._names = super().names() - {f"{name}.{part}" for name in self.dense for part in ("scales", "biases")}
 
     def _is_large_gate(self, name: str, scheme: Scheme) -> bool:
         rows, *groups = super().shape(f"{name}.scales") or (0,)
         return name.endswith(_ROUTERS) and len(groups) == 1 and rows >= groups[0] * scheme.group_size
 
     def names(self) -> set[str]:
-        return super().names() - {f"{name}.{part}" for name in self.dense for part in ("scales", "biases")}
+        return self._names  # asked for with every linear, and a large mixture has 50,000 names
 
     def _packed(self, name: str) -> str | None:
         """Return what is packed in place of this tensor; None if it is stored as it is read."""
@@ -77,7 +78,7 @@ class MlxFiles(SafetensorsDirectory):
         return W
 
     def _parts(self, name: str) -> set[str]:
-        return {f"{name}.{part}" for part in mlx.TENSOR_SUFFIXES} & super().names()
+        return {f"{name}.{part}" for part in mlx.TENSOR_SUFFIXES} & self._shard_of.keys()
 
     def dtype(self, name: str) -> torch.dtype:
         return super().dtype(name) if self._packed(name) is None else torch.float32
